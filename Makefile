@@ -1,0 +1,72 @@
+# The commands of this project. Every target installs what it needs first, so each works in a fresh clone.
+#
+#   make demo                     train, kill, resume on more ranks, compare
+#   make setup [EXTRAS=s3,bench]  create .venv and install
+#   make test | test-all          the tests; test-all adds those that need time, root, a GPU or a real service
+#   make lint                     ruff and mypy --strict
+#   make bench                    what a save costs a training loop
+#
+# The directory and the interpreter can be chosen: make demo VENV=/tmp/venv PYTHON=python3.12
+
+VENV ?= .venv
+EXTRAS ?=
+PYTEST_ARGS ?=
+DEMO_DIR ?= runs/demo
+
+python_ok = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14 python, \
+	$(shell command -v $(p) >/dev/null 2>&1 && $(p) $(python_ok) 2>/dev/null && echo $(p))))
+
+comma := ,
+known_extras := s3 test bench
+wanted_extras := $(subst $(comma), ,$(EXTRAS))
+run := $(VENV)/bin/python
+# What `make test` leaves out. A CUDA test skips itself where there is no device.
+extra_marks := service or slow or root or gpu
+
+.PHONY: setup demo test test-extra test-all lint bench
+.DELETE_ON_ERROR:
+# Two installations into one environment, or two sets of tests on the same cores, would disturb each other.
+.NOTPARALLEL:
+
+setup: $(VENV)/.installed-base $(foreach e,$(wanted_extras),$(VENV)/.installed-$(e))
+	@echo "Installed in $(VENV). Activate it with: . $(VENV)/bin/activate"
+
+demo: $(VENV)/.installed-base
+	$(run) -m demo --dir $(DEMO_DIR)
+
+test: $(VENV)/.installed-test
+	$(run) -m pytest -m "not ($(extra_marks))" $(PYTEST_ARGS)
+
+test-extra: $(VENV)/.installed-test
+	$(run) -m pytest -m "$(extra_marks)" $(PYTEST_ARGS)
+
+test-all: test test-extra
+
+lint: $(VENV)/.installed-test
+	$(run) -m ruff check .
+	$(run) -m mypy
+
+bench: $(VENV)/.installed-bench
+	$(run) -m bench.save_latency
+
+# A stamp per extra, renewed when the dependencies change. venv does no harm to a directory that exists.
+$(VENV)/.created:
+ifeq ($(strip $(PYTHON)),)
+	@echo "Holdfast needs Python 3.11 or newer and found none on PATH. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1
+endif
+	@$(PYTHON) $(python_ok) || { \
+	  echo "Holdfast needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another one: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed-base: pyproject.toml constraints.txt $(VENV)/.created
+	@echo "Installing into $(VENV) (torch is large: this can take minutes the first time)"
+	$(run) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
+	$(if $(filter $*,$(known_extras)),,$(error no such extra: $*; there are: $(known_extras)))
+	$(run) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$*]'
+	@touch $@
