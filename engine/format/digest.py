@@ -1,0 +1,98 @@
+"""Digests: xxh3 per fixed block, so that a slice is verified without reading the whole file.
+
+A file's digests are packed as 8 bytes a block, big-endian, in file order; the last block may be short. One
+xxh3-128 over the packed digests stands for the file. They notice damage; they do not authenticate.
+
+Measured over 1.49 GB on one core: 0.11 s at 64 KiB blocks, of which the Python loop is 0.01 s. xxhash holds
+the GIL for a block this small (about 5 us) and the interpreter hands it over between blocks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+import xxhash
+
+from engine.errors import DamagedError
+
+BLOCK_BYTES = 65536
+"""Block size of what is written now. Readers take the size from the index."""
+
+DIGEST_BYTES = 8
+"""Size of one packed block digest."""
+
+MAX_BLOCK_BYTES = 1 << 30
+"""Largest block size that a reader accepts: it has to hold a whole block in memory."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+def block_count(file_bytes: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """Number of blocks in a file of that size, the last possibly short."""
+    return -(-file_bytes // block_bytes)
+
+
+def block_digests(view: Buffer, block_bytes: int = BLOCK_BYTES) -> bytes:
+    """Packed digests of every block of `view` (bytes-like, contiguous): 8 bytes a block.
+
+    Called on windows of a file whose begin is a multiple of `block_bytes`, results may be joined.
+    """
+    flat = memoryview(view).cast("B")
+    digest = xxhash.xxh3_64_digest
+    return b"".join([digest(flat[begin : begin + block_bytes]) for begin in range(0, len(flat), block_bytes)])
+
+
+def combine(packed: bytes) -> str:
+    """The digest of a whole file from its packed block digests: 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(packed)
+
+
+def bytes_digest(raw: Buffer) -> str:
+    """The digest of a small document (manifest, index): 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(raw)
+
+
+def pack(packed: bytes) -> str:
+    """Packed digests as text for JSON."""
+    return base64.b64encode(packed).decode("ascii")
+
+
+def unpack(text: str, count: int) -> bytes:
+    """Packed digests from text. DamagedError unless it is the one spelling of exactly `count` digests."""
+    wanted_bytes = count * DIGEST_BYTES
+    if len(text) != 4 * -(-wanted_bytes // 3):
+        raise DamagedError(f"{len(text)} characters of block digests do not fit {count} blocks")
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise DamagedError("the block digests are not base64 text") from None
+    if len(packed) != wanted_bytes or pack(packed) != text:
+        raise DamagedError(f"the block digests do not spell {count} blocks")
+    return packed
+
+
+def expected_digest(packed: bytes, index: int) -> bytes:
+    """The 8 bytes recorded for block `index`. IndexError outside the file."""
+    begin = index * DIGEST_BYTES
+    if not 0 <= begin < len(packed):
+        raise IndexError(f"block {index} of a file of {len(packed) // DIGEST_BYTES} blocks")
+    return packed[begin : begin + DIGEST_BYTES]
+
+
+def check_block(view: Buffer, index: int, packed: bytes) -> bool:
+    """Whether `view`, the whole block `index`, is what was written."""
+    return xxhash.xxh3_64_digest(view) == expected_digest(packed, index)
+
+
+def first_bad_block(
+    view: Buffer, first_index: int, packed: bytes, block_bytes: int = BLOCK_BYTES
+) -> int | None:
+    """The first block that differs among consecutive whole blocks that start with `first_index`, or None."""
+    found = block_digests(view, block_bytes)
+    begin = first_index * DIGEST_BYTES
+    expected = packed[begin : begin + len(found)]
+    if found == expected:
+        return None
+    same = (found[at : at + 8] == expected[at : at + 8] for at in range(0, len(found), DIGEST_BYTES))
+    return first_index + list(same).index(False)

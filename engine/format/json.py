@@ -1,0 +1,173 @@
+"""Canonical JSON: one value has one serialisation, so that a digest over the bytes is a digest of the value.
+
+Canonical means: keys sorted, no spaces, UTF-8 without escapes that are not needed, no NaN or Infinity,
+integers within 64 bits, at most `MAX_DEPTH` containers deep. A file that parses but is not canonical was
+not written by us as it stands, and counts as damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from engine.errors import DamagedError
+
+MAX_DEPTH = 64
+"""Containers inside containers that a document may have."""
+
+MAX_BYTES = 256 << 20
+"""Largest JSON document that is read: the index of a shard of 1.5 TB."""
+
+MAX_INT = 2**63 - 1
+"""Largest integer in a document, in either direction: what other languages' readers can hold."""
+
+_MAX_INT_DIGITS = 19
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def canonical_bytes(value: object) -> bytes:
+    """Serialise a JSON value canonically. ValueError names the key path of whatever is not JSON."""
+    _check(value, "", MAX_DEPTH)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def parse_canonical(raw: bytes, *, what: str, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+    """Parse bytes that `canonical_bytes` wrote.
+
+    `what` names the document in errors. DamagedError: too large, too deep, not JSON, or not canonical
+    (which covers duplicate keys: they do not survive a round trip).
+    """
+    value = parse_bounded(raw, what=what, max_bytes=max_bytes, max_depth=max_depth)
+    try:
+        again = canonical_bytes(value)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{what} holds a value that the format does not allow: {error}") from None
+    if again != raw:
+        raise DamagedError(f"{what} is not in canonical form: it was changed after it was written")
+    return value
+
+
+def parse_bounded(
+    raw: bytes,
+    *,
+    what: str,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
+    """Parse any JSON of bounded size and depth; DamagedError otherwise. It need not be canonical."""
+    if len(raw) > max_bytes:
+        raise DamagedError(f"{what} has {len(raw)} bytes, more than the {max_bytes} that are ever written")
+    if _deeper_than(raw, max_depth):
+        raise DamagedError(f"{what} is nested more than {max_depth} levels deep")
+    try:
+        return json.loads(
+            raw.decode("utf-8"), parse_constant=_refuse_constant, parse_int=_int, object_pairs_hook=pairs_hook
+        )
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{what} is not valid JSON: {error}") from None
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`pairs_hook` for documents that are not canonical: refuse duplicate keys, do not keep the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names the same key twice")
+    return found
+
+
+def encode_metric(value: float) -> float | str:
+    """A metric as JSON can hold it: a finite float, or "nan", "inf", "-inf"."""
+    value = float(value)
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def decode_metric(value: object) -> float:
+    """The inverse of `encode_metric`. ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a metric")
+    if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{value[:40]!r} is not a metric: only nan, inf and -inf are spelled out")
+    return float(value)
+
+
+def _check(value: object, path: str, levels_left: int) -> None:
+    """Refuse what is not JSON, with its key path; also what json.dumps would quietly change."""
+    if value is None or isinstance(value, bool):
+        return
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_text(value, path)
+    elif isinstance(value, int):
+        if not -MAX_INT <= value <= MAX_INT:
+            raise ValueError(f"{path or 'the value'} is an integer beyond 64 bits")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path or 'the value'} is {value}, which JSON cannot hold")
+    elif isinstance(value, dict | list | tuple):
+        _check_items(value, path, levels_left)
+    else:
+        raise ValueError(f"{path or 'the value'} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def _check_items(value: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str, levels_left: int) -> None:
+    if levels_left == 0:
+        raise ValueError(f"{path[:80]}... is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{path or 'the value'} has the key {key!r}; JSON allows text only")
+            _check_text(key, path)
+            _check(item, f"{path}.{key}" if path else key, levels_left - 1)
+    else:
+        for position, item in enumerate(value):
+            if type(item) is int and -MAX_INT <= item <= MAX_INT:  # shapes and offsets: spare the path text
+                continue
+            _check(item, f"{path}[{position}]", levels_left - 1)
+
+
+def _check_text(text: str, path: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{path or 'the value'} holds text that is not Unicode: {text[:40]!a}") from None
+
+
+def _deeper_than(raw: bytes, max_depth: int) -> bool:
+    """Whether brackets nest deeper than that, found before a parser recurses into them.
+
+    The parser's own recursion limit would not do: a program may have raised it, and C stacks overflow then.
+    Each round below strips the innermost level, in C and in time linear in the document.
+    """
+    brackets = _STRING.sub(b"", raw).translate(None, _NOT_BRACKETS)
+    depth = 0
+    while brackets:
+        if depth == max_depth:
+            return True
+        depth += 1
+        stripped = _strip_innermost(brackets)
+        if stripped == brackets:  # unbalanced: not JSON, but the parser must not recurse into it either
+            return len(brackets) > max_depth
+        brackets = stripped
+    return False
+
+
+def _strip_innermost(brackets: bytes) -> bytes:
+    return re.sub(rb"\[\]|\{\}", b"", brackets)
+
+
+def _int(text: str) -> int:
+    if len(text.lstrip("-")) > _MAX_INT_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
