@@ -1,0 +1,1 @@
+"""The demonstration behind `make demo`: train, kill, resume on more ranks, compare."""
