@@ -1,0 +1,1 @@
+"""GPT-2: configuration, module, seeded initial weights. Knows nothing of the engine."""
