@@ -1,0 +1,109 @@
+"""The two dimensions over which data parallelism is laid out, as a value and as a DeviceMesh.
+
+`MeshShape` imports no torch, so that launchers can check the arithmetic before any rank starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+REPLICATE = "dp_replicate"
+SHARD = "dp_shard"
+DIM_NAMES = (REPLICATE, SHARD)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshShape:
+    """`dp_replicate` whole copies of the model, each sharded over `dp_shard` neighbouring ranks.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+
+    def __post_init__(self) -> None:
+        for name, size in zip(DIM_NAMES, self.shape, strict=True):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {size!r}")
+
+    @classmethod
+    def split(cls, world_size: int, dp_replicate: int = 1) -> MeshShape:
+        """Lay `world_size` ranks out in `dp_replicate` replicas.
+
+        Raises:
+            ConfigError: the ranks do not divide evenly; the message shows the arithmetic.
+        """
+        replicas = cls(dp_replicate, 1).dp_replicate
+        if world_size < 1:
+            raise ConfigError(f"the world size must be at least 1, not {world_size}")
+        if world_size % replicas:
+            each, over = divmod(world_size, replicas)
+            fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+            raise ConfigError(
+                f"dp_replicate {replicas} does not divide {world_size} ranks: "
+                f"{world_size} = {replicas} x {each} + {over}; with {world_size} ranks it can be {fitting}"
+            )
+        return cls(replicas, world_size // replicas)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sizes in the order of `DIM_NAMES`."""
+        return (self.dp_replicate, self.dp_shard)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.dp_replicate * self.dp_shard
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the JSON object that the manifest carries: {"names": [...], "shape": [...]}."""
+        return {"names": list(DIM_NAMES), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> MeshShape:
+        """Rebuild what `to_dict` returned.
+
+        Raises:
+            ConfigError: other dimensions than these two, or sizes that cannot be.
+        """
+        shape = fields.get("shape")
+        if fields.get("names") != list(DIM_NAMES) or not isinstance(shape, list) or len(shape) != 2:
+            raise ConfigError(f"a mesh of dimensions {list(DIM_NAMES)} was expected, not {dict(fields)}")
+        return cls(*shape)
+
+
+def build_mesh(device_type: str, world_size: int, dp_replicate: int = 1) -> DeviceMesh | None:
+    """Return the mesh ("dp_replicate", "dp_shard") over all ranks, or None for one rank, which needs none.
+
+    Collective: every rank calls it, after `init_process_group`.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        world_size: ranks in the default process group.
+        dp_replicate: whole copies of the model; 1 shards it over all ranks, `world_size` shards nothing.
+
+    Raises:
+        ConfigError: `dp_replicate` does not divide `world_size`.
+    """
+    shape = MeshShape.split(world_size, dp_replicate)
+    if shape.world_size == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, shape.shape, mesh_dim_names=DIM_NAMES)
+
+
+def shape_of(mesh: DeviceMesh | None) -> MeshShape:
+    """Return the value behind what `build_mesh` returned."""
+    if mesh is None:
+        return MeshShape(1, 1)
+    return MeshShape(mesh[REPLICATE].size(), mesh[SHARD].size())
