@@ -1,0 +1,112 @@
+"""A resumed run is the uninterrupted one: stopped by a signal, sent back, or moved to other ranks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import REFERENCE_STEPS
+from tests.e2e.harness import Run
+
+
+def stop_with(run: Run, nproc: int | None, sig: signal.Signals, **given: object) -> float:
+    """Start, signal the process that was started once two steps are done; seconds until all has ended."""
+    job = run.start(nproc, **given)
+    job.wait_until(lambda: len(run.losses()) >= 2, 60.0)
+    sent = time.monotonic()
+    job.process.send_signal(sig)
+    status = job.wait(60.0)
+    took = time.monotonic() - sent
+    # torchrun ends with 1 after any signal; without it the trainer says that it stopped in good order.
+    assert status == (1 if nproc else 0), job.tail()
+    assert job.pids() == []
+    return took
+
+
+@pytest.mark.parametrize("nproc", [None, 2], ids=["1 rank", "2 ranks"])
+def test_sigterm_saves_the_step_reached_and_the_rest_is_bit_for_bit(
+    nproc: int | None, new_run: Callable[[str], Run]
+) -> None:
+    """Dropout is on, so the random streams count too. Only the signal causes a save and ends the run."""
+    given = {"dropout": 0.1, "checkpoint_freq": 10_000}
+    run = new_run("stopped")
+    assert stop_with(run, nproc, signal.SIGTERM, **given, max_steps=100_000) < 10.0
+
+    reached = max(run.losses())
+    (checkpoint,) = run.listing()
+    assert checkpoint["step"] == reached
+    assert run.reasons() == {reached: ["signal"]}
+
+    run.train(nproc, resume="latest", max_steps=reached + 4)
+    assert run.restored_step() == reached
+    whole = new_run("whole").train(nproc, **given, max_steps=reached + 4).losses()
+    assert run.losses() == whole
+    assert len(run.events("step")) == len(whole), "no step was done twice"
+
+
+def test_ctrl_c_saves_the_step_reached(new_run: Callable[[str], Run]) -> None:
+    run = new_run("stopped")
+    assert stop_with(run, None, signal.SIGINT, max_steps=100_000, checkpoint_freq=10_000) < 10.0
+    assert run.reasons() == {max(run.losses()): ["signal"]}
+
+
+def test_the_end_of_a_run_is_a_checkpoint_too(undisturbed_2: Run) -> None:
+    assert undisturbed_2.with_role("latest")["step"] == REFERENCE_STEPS
+    assert undisturbed_2.committed() == [3, 6, 9, 12], "reasons merge: one save per step"
+    assert undisturbed_2.reasons() == {
+        3: ["interval"],
+        6: ["interval"],
+        9: ["interval"],
+        12: ["interval", "final"],
+    }
+
+
+@pytest.mark.parametrize("nproc", [None, 2], ids=["1 rank", "2 ranks"])
+def test_stop_and_resume_latest_is_bit_for_bit(
+    nproc: int | None, request: pytest.FixtureRequest, new_run: Callable[[str], Run]
+) -> None:
+    undisturbed: Run = request.getfixturevalue("undisturbed_2" if nproc else "undisturbed_1")
+    run = new_run("stopped")
+    run.train(nproc, dropout=0.1, max_steps=5, checkpoint_freq=100)
+    run.train(nproc, resume="latest", max_steps=REFERENCE_STEPS)
+    assert run.restored_step() == 5
+    assert min(run.losses_since_restore()) == 6
+    assert run.losses() == undisturbed.losses()
+
+
+def test_an_older_checkpoint_reproduces_the_original_and_starts_a_branch(
+    undisturbed_2: Run, tmp_path: Path
+) -> None:
+    whole = undisturbed_2.losses()
+    run = undisturbed_2.copy_to(tmp_path / "back")
+    run.train(2, resume="step:3", max_steps=8, checkpoint_freq=4)
+    assert run.restored_step() == 3
+    assert run.losses_since_restore() == {step: whole[step] for step in range(4, 9)}
+    # Twelve is a higher step, but eight is what was committed last.
+    assert run.with_role("latest")["step"] == 8
+    assert run.with_role("backup")["step"] == 4
+
+
+def test_two_ranks_then_four_then_one_then_three(undisturbed_2_no_dropout: Run, tmp_path: Path) -> None:
+    whole = undisturbed_2_no_dropout.losses()
+    run = undisturbed_2_no_dropout.copy_to(tmp_path / "moved")
+
+    run.resume("--from=step:3", "--reshard=4", max_steps=6)
+    assert run.restored_step() == 3
+    run.train(None, resume="latest", max_steps=9)
+    assert run.restored_step() == 6
+    run.train(3, resume="latest", max_steps=REFERENCE_STEPS)
+    assert run.restored_step() == 9
+
+    moved = run.losses()
+    assert sorted(moved) == sorted(whole)
+    for step, loss in whole.items():
+        assert moved[step] == pytest.approx(loss, rel=1e-4), f"step {step}"
+    tokens = {e["step"]: e["tokens"] for e in run.events("step")}
+    assert tokens == {e["step"]: e["tokens"] for e in undisturbed_2_no_dropout.events("step")}
+    worlds = [c["world_size"] for c in sorted(run.listing(), key=lambda c: c["created"])]
+    assert worlds[-3:] == [4, 1, 3]
