@@ -61,7 +61,7 @@ def parallelize(
 
     Args:
         model: on the meta device, identical on every rank. Its method `blocks()`, where it has one, returns
-            the modules that are sharded and compiled one by one.
+            the modules that are sharded and compiled one by one; without it the model is taken whole.
         mesh: from `build_mesh`.
         initialise: fills parameters and buffers, which hold arbitrary memory when it is called; gets the
             model before DDP wraps it, with DTensor parameters where it is sharded.
@@ -75,7 +75,7 @@ def parallelize(
     """
     shape, blocks = shape_of(mesh), _blocks(model)
     if compile:
-        for block in blocks:
+        for block in blocks or [model]:
             # In place: `torch.compile(block)` returns a wrapper that brings "_orig_mod." into every name.
             block.compile(backend=compile_backend)
     if mesh is not None and shape.dp_shard > 1:
