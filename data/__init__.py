@@ -1,0 +1,7 @@
+"""Token data: preparing text into shards, and reading shards as reproducible batches.
+
+    python -m data.prepare     text -> shards (sources, documents, encode, splits, folder)
+    data.loader.TokenLoader    shards -> batches (dataset, fingerprint, permutation, sequences, batch)
+
+Imports nothing of `engine` or `model`, and no torch: batches are numpy arrays.
+"""

@@ -1,0 +1,150 @@
+"""From files to documents, in pieces short enough to encode one by one.
+
+A text file is one document; each line of a `.jsonl` file is one, its `text` field. Long documents are cut
+where GPT-2's own splitting pattern cuts: before a white-space character that a non-space follows. Encoding
+the pieces gives the tokens of the whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+from data.errors import SourceError
+from data.sources import SourceFile, source_error
+from data.tokenizer import MAX_TEXT_CHARS
+
+PIECE_CHARS = MAX_TEXT_CHARS
+_SNIFF_CHARS = 8192
+
+# What Rust's `\s` matches, Unicode's White_Space. Python's `\s` takes \x1c to \x1f too.
+_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CUT = re.compile(f"[{_SPACE}](?=[^{_SPACE}])")
+_CUT_SEARCH_CHARS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of one that is too long."""
+
+    text: str
+    starts_document: bool
+    ends_document: bool
+
+
+@dataclass(slots=True)
+class Reading:
+    """What has been read so far, counted while `read_pieces` runs."""
+
+    stored_bytes: int = 0
+    documents: int = 0
+    empty: int = 0
+    binary: list[str] = field(default_factory=list)
+
+
+def read_pieces(files: Iterable[SourceFile], reading: Reading) -> Iterator[Piece]:
+    """The pieces of every document of every file, in order; `reading` is kept up to date.
+
+    Empty documents are left out, and so are binary files found in a folder. Raises SourceError, naming the
+    file and for `.jsonl` the line, for what cannot be read and for a binary file that the user named.
+    """
+    for file in files:
+        before = reading.stored_bytes
+        try:
+            with file.open() as (plain, stored):
+                for document in _documents(file, plain, reading):
+                    reading.stored_bytes = before + stored.tell()
+                    yield from document
+        except Exception as error:
+            # As when listing: stores and decompressors raise exceptions of their own kinds.
+            raise source_error(f"cannot read the source file {file.path}", error) from error
+        reading.stored_bytes = before + file.size
+
+
+def cut_text(chunks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
+    """One document, given in chunks of any length, as pieces of at most `piece_chars` characters.
+
+    A stretch of `piece_chars` without a place to cut is cut anywhere. An empty document has no pieces.
+    """
+    held, started = "", False
+    for chunk in chunks:
+        held += chunk
+        # Two more: a cut at `piece_chars` looks at the character after it, and the pieces must not depend on
+        # how the chunks fell.
+        while len(held) > piece_chars + 1:
+            cut = _last_cut(held, piece_chars)
+            yield Piece(held[:cut], starts_document=not started, ends_document=False)
+            held, started = held[cut:], True
+    if len(held) > piece_chars:
+        cut = _last_cut(held, piece_chars)
+        yield Piece(held[:cut], starts_document=not started, ends_document=False)
+        held, started = held[cut:], True
+    if held:
+        yield Piece(held, starts_document=not started, ends_document=True)
+
+
+def _last_cut(text: str, end: int) -> int:
+    """The last place in (0, end] where cutting changes no token, or `end`. `text` is longer than `end`."""
+    high = end + 1
+    while high > 1:
+        low = max(1, high - _CUT_SEARCH_CHARS)
+        cuts = [match.start() for match in _CUT.finditer(text, low, high + 1)]  # in [low, high)
+        if cuts:
+            return cuts[-1]
+        high = low
+    return end
+
+
+def _documents(file: SourceFile, plain: IO[bytes], reading: Reading) -> Iterator[Iterator[Piece]]:
+    """Each document of a file as its pieces. Undecodable bytes become U+FFFD."""
+    if file.is_jsonl:
+        for text in _jsonl_texts(file, plain):
+            if text:
+                reading.documents += 1
+                yield cut_text(text[at : at + PIECE_CHARS] for at in range(0, len(text), PIECE_CHARS))
+            else:
+                reading.empty += 1
+        return
+    stream = io.TextIOWrapper(plain, encoding="utf-8", errors="replace", newline="")
+    start = stream.read(PIECE_CHARS)
+    if "\0" in start[:_SNIFF_CHARS]:
+        if file.named:
+            raise SourceError(
+                f"the source file {file.where} is not UTF-8 text: it has NUL characters; convert it first"
+            )
+        reading.binary.append(file.name)
+    elif start:
+        reading.documents += 1
+        yield cut_text(_chunks(start.removeprefix("\ufeff"), stream))
+    else:
+        reading.empty += 1
+    stream.detach()
+
+
+def _chunks(start: str, stream: io.TextIOWrapper) -> Iterator[str]:
+    yield start
+    while chunk := stream.read(PIECE_CHARS):
+        yield chunk
+
+
+def _jsonl_texts(file: SourceFile, plain: IO[bytes]) -> Iterator[str]:
+    """The `text` of each line; blank lines are passed over. Raises SourceError with the line's number."""
+    for number, line in enumerate(plain, start=1):
+        if line.isspace():
+            continue
+        where = f"line {number:,} of {file.where}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(
+                f"{where} is not JSON ({error}): a .jsonl file has one JSON object a line"
+            ) from error
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise SourceError(
+                f'{where} has no \'text\' field with a string: each line must be {{"text": "..."}}'
+            )
+        yield value["text"]
