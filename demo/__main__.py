@@ -123,7 +123,7 @@ def demo(folder: Path) -> None:
     checkpoints = folder / "killed" / "checkpoints"
 
     say("1. Prepare a corpus: the source code of Python's own standard library.")
-    command = [python, "-m", "data.prepare", f"--out={folder / 'data'}"]
+    command = [python, "-m", "data.prepare", "--tokenizer=bytes", f"--out={folder / 'data'}"]
     run(command, folder / "prepare.log").finish(PATIENCE_SECS)
 
     say(f"\n2. Train a small GPT-2 on {RANKS_BEFORE} ranks, undisturbed, for comparison.")

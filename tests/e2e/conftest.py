@@ -16,7 +16,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few files of the standard library, one token a byte."""
     out = tmp_path_factory.mktemp("data") / "tiny"
     source = Path(sysconfig.get_path("stdlib")) / "json"
-    program("data.prepare", f"--source={source}", f"--out={out}", "--tokenizer=bytes").ok()
+    program(
+        "data.prepare", f"--source={source}", f"--out={out}", "--tokenizer=bytes", "--val_fraction=0.1"
+    ).ok()
     return out
 
 
