@@ -1,0 +1,1 @@
+"""What a checkpoint directory holds: list, select, retain, remove, verify, and who may write. No torch."""

@@ -1,0 +1,272 @@
+"""One run at a time writes to a checkpoint directory: the lease.
+
+The lease is a file `lease-<epoch>`, created exclusively. Its holder counts a heartbeat up in it. The highest
+epoch is the holder. Taking over creates the next epoch, so that of several takers one wins, and a holder that
+was only asleep finds the higher number before it commits and stops.
+
+Within one boot and pid namespace, pid and start time say at once whether the holder lives. Anywhere else it
+counts as dead when its heartbeat has not changed for 60 s on the observer's own clock. Clocks of different
+machines are never compared, except for the age in a message.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from engine.catalog.fencing import fence
+from engine.catalog.leasefile import LeaseInfo, Verdict, judge
+from engine.catalog.process import ProcessIdentity, is_alive
+from engine.errors import (
+    AlreadyExistsError,
+    DamagedError,
+    DirectoryHeldError,
+    LeaseLostError,
+    NotFoundError,
+    StorageError,
+)
+from engine.format.names import lease_name, parse_lease
+from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+STALE_SECS = 60.0
+"""A heartbeat unchanged for so long, by the observer's clock, belongs to a dead holder."""
+
+HEARTBEAT_SECS = 10.0
+"""How often the holder beats."""
+
+MAX_LEASE_BYTES = 64 << 10
+
+
+class Lease:
+    """The right to write to a directory. Made by `acquire`; one process holds it for all ranks of a run.
+
+    Safe to use from several threads. As a context manager it is released at the end.
+    """
+
+    def __init__(
+        self, storage: Storage, info: LeaseInfo, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        self._storage = storage
+        self._info = info
+        self._clock = clock
+        self._wall = wall
+        self._acquired_at = clock()
+        self._lock = threading.Lock()  # a late heartbeat must not overwrite the release
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lost = False
+
+    @classmethod
+    def acquire(
+        cls,
+        storage: Storage,
+        *,
+        run_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        process: ProcessIdentity | None = None,
+        stale_secs: float = STALE_SECS,
+        poll_secs: float = 1.0,
+        wall: Callable[[], float] = time.time,
+        alive: Callable[[ProcessIdentity], bool | None] = is_alive,
+    ) -> Lease:
+        """Become the only writer, taking over from a dead holder. Waits up to `stale_secs` to see one dead.
+
+        Then attempts without a manifest are renamed to dead-*, where the storage can rename: whoever wrote
+        them cannot commit them any more. DirectoryHeldError when a live run holds the directory.
+        """
+        me = process or ProcessIdentity.current()
+        watch = _Watch(storage, clock)
+        while True:
+            top = watch.look()
+            if top is not None:
+                verdict = judge(top, me, alive, watch.unchanged_secs, watch.has_changed, stale_secs)
+                if verdict is Verdict.LIVE:
+                    raise DirectoryHeldError(_held_message(storage, top, me, watch, wall()))
+                if verdict is Verdict.UNKNOWN:
+                    watch.announce(top, stale_secs)
+                    sleep(poll_secs)
+                    continue
+            epoch = top.epoch + 1 if top is not None else 1
+            info = LeaseInfo(epoch, me, run_id, heartbeat=0, heartbeat_at=wall(), released=False)
+            if _create(storage, info, sleep, poll_secs):
+                if top is not None and not top.released:
+                    log.info("took %s over from %s, which is gone", storage.uri, top.describe())
+                lease = cls(storage, info, clock, wall)
+                fence(storage, epoch)
+                return lease
+
+    @property
+    def epoch(self) -> int:
+        """The number of this lease; higher than that of every earlier holder."""
+        return self._info.epoch
+
+    @property
+    def info(self) -> LeaseInfo:
+        """What the lease file says."""
+        return self._info
+
+    @property
+    def held_secs(self) -> float:
+        """How long this lease has been held, by its own clock."""
+        return self._clock() - self._acquired_at
+
+    def heartbeat(self) -> None:
+        """Count the heartbeat up. LeaseLostError if it is lost; StorageError if it cannot be written."""
+        self.check()
+        with self._lock:
+            if not self._info.released:
+                self._write(self._info.beaten(self._wall()))
+
+    def check(self) -> None:
+        """LeaseLostError if another run has taken the directory over. Call it right before a commit."""
+        if not self._lost:
+            taker = self._find_taker()
+            if taker is None:
+                return
+            self._lost = True
+            log.error("the lease on %s is lost to %s", self._storage.uri, taker)
+        raise LeaseLostError(
+            f"another run has taken {self._storage.uri} over, because this one (lease {self.epoch}) gave no "
+            "sign of life: nothing more may be committed here. Stop one of the two, or give this one another "
+            "--checkpoint_dir"
+        )
+
+    def start_heartbeat(self, interval_secs: float = HEARTBEAT_SECS) -> None:
+        """Beat from a background thread until `release`. A beat that fails is logged and tried again."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._beat, args=(interval_secs,), name="holdfast-lease", daemon=True
+            )
+            self._thread.start()
+
+    def release(self) -> None:
+        """Stop the heartbeat and let the next run in at once. A lost lease is left to its new holder."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        try:
+            self.check()
+        except LeaseLostError:
+            return
+        with self._lock:
+            if not self._info.released:
+                self._write(self._info.let_go())
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _write(self, info: LeaseInfo) -> None:
+        self._storage.publish(lease_name(info.epoch), info.to_bytes(), exclusive=False)
+        self._info = info
+
+    def _beat(self, interval_secs: float) -> None:
+        while not self._stop.wait(interval_secs):
+            try:
+                self.heartbeat()
+            except LeaseLostError:
+                return  # logged; the next commit fails with it
+            except StorageError as error:
+                log.warning("a heartbeat in %s failed, the next one may pass: %s", self._storage.uri, error)
+
+    def _find_taker(self) -> str | None:
+        """Who has the directory instead of us. Also looks by name: network file systems cache listings."""
+        higher = [epoch for epoch in _epochs(self._storage) if epoch > self.epoch]
+        if higher or self._storage.exists(lease_name(self.epoch + 1)):
+            return f"the holder of lease {max(higher, default=self.epoch + 1)}"
+        own = _read(self._storage, self.epoch)
+        if own is not None and not own.same_holder(self._info):
+            return own.describe()  # the directory was emptied, and another run began to count at 1 again
+        return None
+
+
+class _Watch:
+    """Watches the newest lease: since when, on our own clock, its bytes have not changed."""
+
+    def __init__(self, storage: Storage, clock: Callable[[], float]) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._seen: LeaseInfo | None = None
+        self._since = clock()
+        self._announced = False
+        self.has_changed = False
+
+    @property
+    def unchanged_secs(self) -> float:
+        return self._clock() - self._since
+
+    def look(self) -> LeaseInfo | None:
+        """The newest lease, or None when there is none."""
+        top = None
+        for epoch in sorted(_epochs(self._storage), reverse=True):
+            top = _read(self._storage, epoch)
+            if top is not None:
+                break
+        if top != self._seen:
+            self.has_changed = self._seen is not None and top is not None and top.epoch == self._seen.epoch
+            self._seen, self._since = top, self._clock()
+        return top
+
+    def announce(self, top: LeaseInfo, stale_secs: float) -> None:
+        if not self._announced:
+            self._announced = True
+            log.info(
+                "%s was last held by %s: waiting up to %.0f s for a sign of life",
+                self._storage.uri,
+                top.describe(),
+                stale_secs,
+            )
+
+
+def _epochs(storage: Storage) -> list[int]:
+    found = (parse_lease(entry.name) for entry in storage.list_dir() if not entry.is_dir)
+    return [epoch for epoch in found if epoch is not None]
+
+
+def _read(storage: Storage, epoch: int) -> LeaseInfo | None:
+    """A lease, or None when it is gone. An unreadable one is some holder's whom only time proves dead."""
+    name = lease_name(epoch)
+    try:
+        raw = storage.read_bytes(name, max_bytes=MAX_LEASE_BYTES)
+        return LeaseInfo.from_bytes(raw, epoch, what=storage.describe(name))
+    except NotFoundError:
+        return None
+    except DamagedError:
+        return LeaseInfo.unreadable(epoch)
+
+
+def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], settle_secs: float) -> bool:
+    """Create the lease file; False when another run was first."""
+    try:
+        storage.publish(lease_name(info.epoch), info.to_bytes(), exclusive=True)
+    except AlreadyExistsError:
+        return False
+    if storage.supports_exclusive_create:
+        return True
+    # Of several who overwrote each other, the last writer stands: wait for the others' writes, then look.
+    sleep(settle_secs)
+    written = _read(storage, info.epoch)
+    return written is not None and written.same_holder(info)
+
+
+def _held_message(storage: Storage, top: LeaseInfo, me: ProcessIdentity, watch: _Watch, wall: float) -> str:
+    if top.process == me:
+        return (
+            f"{storage.uri} is held by this very process (pid {me.pid} on {me.host}, run {top.run_id}): "
+            "close that Checkpointer first, or use another directory"
+        )
+    age_secs = wall - top.heartbeat_at if me.shares_pids_with(top.process) else watch.unchanged_secs
+    return (
+        f"{storage.uri} is held by {top.describe()}, last heartbeat {max(0.0, age_secs):.0f} s ago: "
+        "give this run another --checkpoint_dir, or stop that process first"
+    )

@@ -1,0 +1,69 @@
+"""Which process this is, and whether another one on the same machine still lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+_STATE_FIELD = 3
+_START_TIME_FIELD = 22
+_GONE_STATES = ("Z", "X")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, such that no later process is mistaken for it. A pid alone is used again."""
+
+    host: str
+    """For people; no decision rests on it."""
+    pid: int
+    start_time: int
+    """Clock ticks after boot at which it started: field 22 of /proc/<pid>/stat."""
+    boot_id: str
+    pid_namespace: str
+    """As /proc/<pid>/ns/pid names it. Pids of another namespace (a container) mean nothing here."""
+
+    @classmethod
+    def current(cls) -> ProcessIdentity:
+        """The calling process."""
+        return cls(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            start_time=_stat("self")[1],
+            boot_id=_read("/proc/sys/kernel/random/boot_id").strip(),
+            pid_namespace=os.readlink("/proc/self/ns/pid"),
+        )
+
+    def shares_pids_with(self, other: ProcessIdentity) -> bool:
+        """Whether the other's pid can be looked up from here: the same boot and the same pid namespace."""
+        return (self.boot_id, self.pid_namespace) == (other.boot_id, other.pid_namespace)
+
+
+def is_alive(process: ProcessIdentity) -> bool | None:
+    """Whether a process of our own boot and pid namespace lives; None when /proc will not say.
+
+    A zombie counts as gone: it writes nothing any more, and in a container without an init it stays for ever.
+    """
+    try:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it exists and is another user's
+    try:
+        state, start_time = _stat(str(process.pid))
+    except FileNotFoundError:
+        return None  # gone since, or hidden from us (hidepid)
+    return start_time == process.start_time and state not in _GONE_STATES
+
+
+def _stat(pid: str) -> tuple[str, int]:
+    """(state, start time). The command's name in field 2 may hold spaces and brackets: count from its end."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return fields[_STATE_FIELD - 3], int(fields[_START_TIME_FIELD - 3])
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read()

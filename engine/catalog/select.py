@@ -1,0 +1,110 @@
+"""Names are queries: which committed checkpoint answers to "latest", "best", "epoch:3", ... Pure.
+
+There are no pointer files that could go stale: every answer is computed from the committed records.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import by_loss, by_sequence, closes_epoch, roles
+from engine.errors import SelectorError
+from engine.format.names import parse_attempt_name
+
+Kind = Literal["latest", "backup", "best", "epoch", "step", "id", "path"]
+
+__all__ = ["FORMS", "Selector", "choose", "describe", "parse_selector", "roles"]
+
+FORMS = "latest, backup, best, epoch:N, step:N, a checkpoint's id, or a path or URI of one (with a slash)"
+
+_NUMBERED = re.compile(r"(epoch|step):([0-9]{1,18})", re.ASCII)
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """A parsed selector. `number` is set for epoch and step only; `text` is what was typed."""
+
+    kind: Kind
+    text: str
+    number: int = 0
+
+
+def parse_selector(text: str) -> Selector:
+    """Understand a selector. SelectorError for what is none; whether one answers, `choose` says."""
+    text = text.strip()
+    match text:
+        case "latest" | "backup" | "best":
+            return Selector(text, text)
+    if numbered := _NUMBERED.fullmatch(text):
+        return Selector("epoch" if numbered[1] == "epoch" else "step", text, int(numbered[2]))
+    if parse_attempt_name(text) is not None:
+        return Selector("id", text)
+    if "/" in text or text in (".", ".."):
+        return Selector("path", text)
+    raise SelectorError(f"{text!r} selects no checkpoint: use {FORMS}")
+
+
+def choose(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord:
+    """The committed record that the selector means. SelectorError, listing what there is, if none is."""
+    ordered = by_sequence(records)
+    found = _FINDERS[selector.kind](ordered, selector)
+    if found is None:
+        why = _missing(selector)
+        raise SelectorError(f"no checkpoint answers to {selector.text!r}: {why}. {describe(ordered)}")
+    return found
+
+
+def describe(records: Sequence[CheckpointRecord]) -> str:
+    """A sentence that lists what there is, newest first, for error messages."""
+    if not records:
+        return "There is no committed checkpoint"
+    serving = roles(records)
+    newest = list(reversed(by_sequence(records)))
+    shown = [_one(record, serving[record.id]) for record in newest[:_SHOWN]]
+    more = f" and {len(newest) - _SHOWN} older ones" if len(newest) > _SHOWN else ""
+    return f"There is: {'; '.join(shown)}{more}"
+
+
+def _one(record: CheckpointRecord, serving: tuple[str, ...]) -> str:
+    names = [f"epoch:{record.epoch}" if role == "epoch" else role for role in serving if role != "rolling"]
+    return f"step:{record.step}" + (f" ({', '.join(names)})" if names else "")
+
+
+def _missing(selector: Selector) -> str:
+    return {
+        "latest": "nothing was committed",
+        "backup": "backup is the one before the latest, and there are not two",
+        "best": "none carries a finite val_loss",
+        "epoch": f"none closed epoch {selector.number}",
+        "step": f"none is of step {selector.number}",
+        "id": "none has this id",
+        "path": "none lies at this path",
+    }[selector.kind]
+
+
+def _newest(records: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
+    return records[-1] if records else None
+
+
+def _find_path(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord | None:
+    wanted = selector.text.rstrip("/")
+    return _newest([record for record in records if record.path.rstrip("/") == wanted])
+
+
+_Finder = Callable[[Sequence[CheckpointRecord], Selector], "CheckpointRecord | None"]
+
+_FINDERS: dict[Kind, _Finder] = {
+    "latest": lambda records, _: _newest(records),
+    "backup": lambda records, _: records[-2] if len(records) > 1 else None,
+    "best": lambda records, _: next(iter(by_loss(records)), None),
+    "epoch": lambda records, s: _newest([r for r in records if closes_epoch(r) and r.epoch == s.number]),
+    "step": lambda records, s: _newest([r for r in records if r.step == s.number]),
+    "id": lambda records, s: _newest([r for r in records if r.id == s.text]),
+    "path": _find_path,
+}
+"""Each gets the records oldest first, so that the newest of several wins."""
