@@ -14,8 +14,10 @@ PYTEST_ARGS ?=
 DEMO_DIR ?= runs/demo
 
 python_ok = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14 python, \
-	$(shell command -v $(p) >/dev/null 2>&1 && $(p) $(python_ok) 2>/dev/null && echo $(p))))
+ifndef PYTHON
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p $(python_ok) 2>/dev/null && echo $$p && break; done)
+endif
 
 comma := ,
 known_extras := s3 test bench

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,34 @@ def undisturbed_2_no_dropout(tmp_path_factory: pytest.TempPathFactory, data: Pat
     """Two ranks, dropout off: the losses can be compared at any number of ranks."""
     run = Run(tmp_path_factory.mktemp("undisturbed-2-plain") / "run", data)
     return run.train(2, dropout=0.0, **REFERENCE_FLAGS)
+
+
+BUCKET = "my-bucket"
+"""The bucket that the guide names."""
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """Environment variables for a fresh moto server with one empty bucket."""
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    env = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "tests",
+        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "NO_PROXY": ",".join(p for p in (os.environ.get("NO_PROXY", ""), host) if p),
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=env["AWS_ENDPOINT_URL"],
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+        region_name=env["AWS_DEFAULT_REGION"],
+    )
+    client.create_bucket(Bucket=BUCKET)
+    yield env
+    server.stop()

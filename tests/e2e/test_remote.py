@@ -2,42 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.e2e.harness import Run, program
-
-BUCKET = "holdfast"
-
-
-@pytest.fixture(scope="module")
-def s3_environment() -> Iterator[dict[str, str]]:
-    """Environment variables for a fresh moto server with one empty bucket."""
-    boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    env = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "tests",
-        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": ",".join(p for p in (os.environ.get("NO_PROXY", ""), host) if p),
-    }
-    client = boto3.client(
-        "s3",
-        endpoint_url=env["AWS_ENDPOINT_URL"],
-        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
-        region_name=env["AWS_DEFAULT_REGION"],
-    )
-    client.create_bucket(Bucket=BUCKET)
-    yield env
-    server.stop()
 
 
 def train_stop_and_resume(run: Run, undisturbed: Run) -> None:
@@ -71,7 +38,7 @@ def test_file_uri(tmp_path: Path, data: Path, undisturbed_2: Run) -> None:
 
 
 def test_s3(tmp_path: Path, data: Path, undisturbed_2: Run, s3_environment: dict[str, str]) -> None:
-    run = Run(tmp_path / "run", data, checkpoints=f"s3://{BUCKET}/team/run-1", env=s3_environment)
+    run = Run(tmp_path / "run", data, checkpoints="s3://my-bucket/team/run-1", env=s3_environment)
     train_stop_and_resume(run, undisturbed_2)
 
 
@@ -84,20 +51,18 @@ def test_a_store_that_does_not_answer_is_not_an_empty_one(tmp_path: Path, data: 
         "AWS_DEFAULT_REGION": "us-east-1",
         "NO_PROXY": "127.0.0.1",
     }
-    run = Run(tmp_path / "run", data, checkpoints="s3://holdfast/team/run-1", env=nobody)
+    run = Run(tmp_path / "run", data, checkpoints="s3://my-bucket/team/run-1", env=nobody)
     job = run.start(None, resume="latest", max_steps=2)
     status = job.wait(120.0)
     said = job.output()
     assert status == 2, said
     assert run.events("step") == []
-    assert "s3://holdfast/team/run-1" in said
+    assert "s3://my-bucket/team/run-1" in said
     assert "a-very-secret-key" not in said
     assert "Traceback" not in said
 
 
-def test_a_missing_bucket_is_named(
-    new_run: Callable[[str], Run], s3_environment: dict[str, str], tmp_path: Path, data: Path
-) -> None:
+def test_a_missing_bucket_is_named(s3_environment: dict[str, str]) -> None:
     ran = program("engine.checkpoints", "list", "s3://no-such-bucket-here/x", env=s3_environment)
     assert ran.status == 2
     assert "no-such-bucket-here" in ran.stderr

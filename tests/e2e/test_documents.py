@@ -1,0 +1,98 @@
+"""Runs the commands of the README and the guide as they stand there, in order, in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.documents import GUIDE, README, blocks, commands
+from tests.e2e.harness import ROOT, environment
+
+
+def shell(script: str, cwd: Path, env: dict[str, str]) -> str:
+    """Run a block with bash, stopping at the first failure; what it printed."""
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd,
+        env={**os.environ, **environment(env)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{script}\nended with {ran.returncode}\n{ran.stdout}"
+    return ran.stdout
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A folder with our documents, and an environment with `python`, `torchrun`, and stand-ins that note what
+    they are given for `mail` and `curl`."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python").symlink_to(sys.executable)
+    for name in ("mail", "curl"):
+        tool = tools / name
+        tool.write_text(f'#!/bin/sh\n{{ echo "$@"; cat; echo; }} >> {tmp_path}/{name}.log\n')
+        tool.chmod(0o755)
+    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return tmp_path, {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_of_the_guide(
+    workplace: tuple[Path, dict[str, str]], s3_environment: dict[str, str]
+) -> None:
+    folder, env = workplace
+    ran = 0
+    for block in blocks(GUIDE, "sh"):
+        shell(block, folder, {**env, **s3_environment})
+        ran += len(commands(block))
+    assert ran >= 20
+    assert "a new best model" in (folder / "mail.log").read_text()
+    hook = (folder / "curl.log").read_text()
+    assert "https://example.com/hook" in hook
+    assert '"save_committed"' in hook
+
+
+def test_the_loop_of_the_readme(workplace: tuple[Path, dict[str, str]]) -> None:
+    folder, env = workplace
+    (snippet,) = blocks(README, "python")
+    (folder / "loop.py").write_text(snippet)
+    count = "python -m engine.checkpoints list checkpoints --json | grep -c '\"committed\"'"
+    assert shell(f"python loop.py; {count}", folder, env).split()[-1] == "3"
+    # Nothing is left to do, and the state is restored all the same.
+    assert shell(f"python loop.py; {count}", folder, env).split()[-1] == "3"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_make_demo(tmp_path: Path) -> None:
+    """With the environment that runs the tests in place of .venv; `-o` takes it as installed."""
+    assert "make demo" in "".join(blocks(README, "sh"))
+    command = [
+        "make",
+        "demo",
+        "-o",
+        f"{sys.prefix}/.installed-base",
+        f"VENV={sys.prefix}",
+        f"DEMO_DIR={tmp_path}/demo",
+    ]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "killed here, resumed from this checkpoint" in ran.stdout
+    assert "uninterrupted" in ran.stdout
+
+
+def test_make_test_runs_the_quick_tests() -> None:
+    command = ["make", "-n", "test", "-o", ".venv/.installed-test"]
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert '-m pytest -m "not (service or slow or root or gpu)"' in dry.stdout
