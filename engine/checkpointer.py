@@ -1,0 +1,338 @@
+"""The one object that a training loop sees."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from engine.catalog.lease import Lease
+from engine.catalog.listing import Listed, committed, highest_sequence, list_checkpoints
+from engine.catalog.marks import held_ids
+from engine.catalog.reaper import reap, reap_abandoned
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import Retention, surplus
+from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
+from engine.format.json import canonical_bytes
+from engine.format.manifest import REASONS, ShardReceipt
+from engine.parallel.agreement import all_agree, rank0_decides
+from engine.parallel.coordination import connect_ranks
+from engine.restore.restorer import Restorer
+from engine.save.commit import SaveInfo, commit, software_versions
+from engine.save.handle import SaveHandle
+from engine.save.job import Job, JobRunner
+from engine.save.probe import probe_shared
+from engine.save.saver import Busy, Saver
+from engine.snapshot.capture import StateCapture
+from engine.snapshot.copy import Copier, overlap_stream
+from engine.snapshot.guard import state_device, why_unguarded
+from engine.snapshot.snapshot import Snapshot
+from engine.storage.open import open_storage
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
+_KEEP_DEFAULT = Retention()
+
+
+class Checkpointer:
+    """Saves and restores training state: asynchronous, sharded, verified.
+
+    Every rank makes one at the same point, after the process group, with the same arguments. It takes the
+    directory's lease: one run at a time writes to it.
+
+    Args:
+        directory: a path, or an fsspec URI such as "s3://bucket/run".
+        state: name -> module, optimizer, object with `state_dict` and `load_state_dict`, tensor, dict or
+            list. Optimizers need their module beside them. Random number generators are added by itself.
+        per_rank: names whose values belong to a rank; all others must be equal on all ranks.
+        retention: what clean-up keeps; None keeps everything.
+        config: the run's configuration, as JSON; the manifest carries it.
+        seed: for the random streams of ranks after a restore at another world size.
+        busy: when the save before is still being written: "wait" for it, or "skip" this one.
+        timeout_secs: how long ranks wait for each other within one save or restore.
+        check_replicas: compare replicated tensors across ranks at every save (JSON values always are).
+        memory_budget_bytes: most host memory that this rank's snapshot may take.
+        overlap: "auto", or False to have the snapshot copied before `save` returns on CUDA, too.
+        read_only: restore and list only; takes no lease.
+        on_event: called with one dict per event, possibly from a background thread.
+    Raises: DirectoryHeldError when a live run writes to the directory; StorageError; ConfigError.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        *,
+        per_rank: tuple[str, ...] = (),
+        retention: Retention | None = _KEEP_DEFAULT,
+        config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        busy: Busy = "wait",
+        timeout_secs: float = 600.0,
+        check_replicas: bool = False,
+        memory_budget_bytes: int | None = None,
+        overlap: bool | str = "auto",
+        storage_options: Mapping[str, str] | None = None,
+        read_only: bool = False,
+        on_event: Listener | None = None,
+    ) -> None:
+        _check_arguments(busy, timeout_secs, overlap)
+        self._config = dict(config or {})
+        canonical_bytes(self._config)
+        self._retention = retention
+        self._listener = on_event or _ignore
+        self._timeout_secs = timeout_secs
+        self._ranks = connect_ranks(timeout_secs)
+        self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
+        self._channel = self._ranks.channel()
+        self._sequence = 0
+        self._parent: str | None = None
+        self._lease: Lease | None = None
+        self._closed = False
+        self.last_committed: CheckpointRecord | None = None
+        self.failed_saves = 0
+        self._storage = open_storage(directory, storage_options)
+        capture = StateCapture(state, per_rank, self.rank)
+        if not read_only:
+            self._take_directory()
+        self._restorer = Restorer(
+            self._storage, capture, self._channel, seed, timeout_secs, storage_options, self._listener
+        )
+        self._saver = None if read_only else self._make_saver(capture, busy, check_replicas, memory_budget_bytes, overlap)
+        atexit.register(self._at_exit)
+
+    def save(
+        self,
+        step: int,
+        *,
+        epoch: int = 0,
+        tokens: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        reasons: tuple[str, ...] = ("manual",),
+    ) -> SaveHandle:
+        """Snapshot the state of step `step` and write it in the background.
+
+        Returns once training may change the state again: after the copy into host memory at the latest; on
+        CUDA the copy itself overlaps with what follows. Every rank calls it at the same step.
+        Raises: StateError for state that cannot be saved; MemoryBudgetError; SaveFailedError when the save
+            before failed and nobody was told; RestoreFailedError while the state is undefined.
+        """
+        saver = self._require_saver()
+        if self._restorer.undefined:
+            raise RestoreFailedError(
+                "the last restore broke off, so the state is undefined; restore successfully before saving"
+            )
+        unknown = [reason for reason in reasons if reason not in REASONS]
+        if step < 0 or unknown or not reasons:
+            raise ConfigError(f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}")
+        info = SaveInfo(
+            step=step,
+            attempt="",
+            reasons=tuple(reasons),
+            epoch=epoch,
+            tokens=tokens,
+            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            config=self._config,
+            software=software_versions(torch=str(torch.__version__)),
+        )
+        return saver.save(info)
+
+    def restore(self, selector: str = "latest", *, model_only: bool = False) -> CheckpointRecord | None:
+        """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
+
+        Args:
+            selector: "latest", "backup", "best", "epoch:3", "step:250", an id, a path or a URI.
+            model_only: restore the modules, leave everything else as it is.
+        Returns: its record; None when `latest` finds nothing at all.
+        Raises: SelectorError; StateMismatchError, before anything was changed; DamagedError; StorageError;
+            RestoreFailedError.
+        """
+        if self._saver is not None:
+            self._saver.wait()
+        record = self._restorer.restore(selector, model_only=model_only)
+        if record is not None and not model_only:
+            self._parent = record.id
+        return record
+
+    def poll(self) -> None:
+        """Raise the failure of a save that nobody has been told of yet. Cheap; call it every step.
+
+        Ranks may hear of the same failure some steps apart.
+        """
+        saver = self._saver
+        failure = saver.handle.take_failure() if saver and saver.handle else None
+        if failure is not None:
+            raise failure
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the save in flight; raise its failure, or TimeoutError after `timeout` seconds."""
+        if self._saver is not None:
+            self._saver.wait(timeout)
+        self.poll()
+
+    def list(self) -> list[Listed]:
+        """Everything in the directory, committed, partial and damaged. Rank-local: reads the storage."""
+        try:
+            return list_checkpoints(self._storage)
+        except NotFoundError:
+            return []
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around weight changes outside `optimizer.step()`: makes them wait for a snapshot being copied."""
+        if self._saver is not None:
+            self._saver.copier.guard()
+        yield
+
+    def close(self) -> None:
+        """Finish the save in flight, let go of the directory, and raise a failure nobody was told of."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        saver = self._saver
+        try:
+            if saver is not None:
+                saver.wait()
+                saver.copier.remove()
+                saver.snapshot.forget_plan()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
+        self.poll()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except HoldfastError as failure:
+            log.error("%s", failure)
+
+    def _take_directory(self) -> None:
+        """Rank 0 takes the lease; then every rank checks that it sees the same directory."""
+
+        def take() -> dict[str, Any]:
+            self._storage.make_dir()
+            self._lease = Lease.acquire(self._storage, run_id=self._ranks.run_id)
+            self._lease.start_heartbeat()
+            self._sequence = highest_sequence(list_checkpoints(self._storage))
+            reap_abandoned(self._storage, lease=self._lease)
+            return {}
+
+        rank0_decides(self._channel, "start/lease", take, self._timeout_secs)
+        try:
+            problem: Exception | None = None
+            try:
+                probe_shared(self._storage, self._channel, self._ranks.run_id, self._timeout_secs)
+            except HoldfastError as error:
+                problem = error
+            all_agree(self._channel, "start/probe", problem, self._timeout_secs)
+        except HoldfastError:
+            if self._lease is not None:
+                self._lease.release()
+            raise
+
+    def _make_saver(
+        self,
+        capture: StateCapture,
+        busy: Busy,
+        check_replicas: bool,
+        memory_budget_bytes: int | None,
+        overlap: bool | str,
+    ) -> Saver:
+        device = state_device(capture.state)
+        stream, reason = overlap_stream(overlap, device, lambda: why_unguarded(capture.state))
+        log.info("snapshots: %s", reason)
+        optimizers = [entry for entry in capture.state.values() if isinstance(entry, torch.optim.Optimizer)]
+        runner = JobRunner(
+            self._storage,
+            self._ranks.channel(),
+            self._timeout_secs,
+            self._publish,
+            self._clean_up,
+            self._on_job_event,
+        )
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return Saver(
+            capture=capture,
+            snapshot=Snapshot(self.rank, pin=device.type == "cuda", budget_bytes=memory_budget_bytes),
+            copier=Copier(stream, optimizers),
+            channel=self._channel,
+            runner=runner,
+            run_key=f"{self._ranks.run_id}/{restarts}",
+            busy=busy,
+            timeout_secs=self._timeout_secs,
+            check_replicas=check_replicas,
+            on_event=self._listener,
+        )
+
+    def _publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
+        # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
+        self._sequence += 1
+        record = commit(
+            self._storage,
+            self._lease,
+            job.info,
+            shards,
+            job.tensors,
+            job.aliases,
+            job.objects,
+            sequence=self._sequence,
+            parent=self._parent,
+        )
+        self._parent = record.id
+        return record
+
+    def _clean_up(self, record: CheckpointRecord) -> None:
+        """Retention, after a commit, by rank 0."""
+        if self._retention is not None:
+            decisions = surplus(committed(self.list()), self._retention, held_ids(self._storage))
+            reap(self._storage, decisions)
+        if self._lease is not None:
+            reap_abandoned(self._storage, lease=self._lease)
+
+    def _on_job_event(self, event: dict[str, Any]) -> None:
+        self.failed_saves = 0 if event["event"] == "save_committed" else self.failed_saves + 1
+        self._listener(event)
+
+    def _require_saver(self) -> Saver:
+        if self._closed:
+            raise SaveFailedError("this Checkpointer is closed; make a new one to save")
+        if self._saver is None:
+            raise ConfigError("this Checkpointer was made with read_only=True and cannot save")
+        return self._saver
+
+    def _at_exit(self) -> None:
+        """A Checkpointer that nobody closed: its save has finished by now, its failure is at least logged."""
+        try:
+            self.close()
+        except HoldfastError as error:
+            log.error("%s", error)
+
+
+def _check_arguments(busy: str, timeout_secs: float, overlap: bool | str) -> None:
+    if busy not in ("wait", "skip"):
+        raise ConfigError(f"busy is {busy!r}: it must be 'wait' or 'skip'")
+    if timeout_secs <= 0:
+        raise ConfigError(f"timeout_secs is {timeout_secs}: it must be above 0")
+    if overlap not in ("auto", False):
+        raise ConfigError(f"overlap is {overlap!r}: it must be 'auto' or False")
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    pass

@@ -1,0 +1,44 @@
+"""Element types of torch and of safetensors, one to one."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.errors import DamagedError, UnsavableValueError
+
+_TO_TORCH: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_FROM_TORCH = {dtype: name for name, dtype in _TO_TORCH.items()}
+
+
+def to_torch(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name. Raises DamagedError for one that torch does not have."""
+    try:
+        return _TO_TORCH[name]
+    except KeyError:
+        raise DamagedError(f"this Holdfast cannot load the element type {name[:40]!r}") from None
+
+
+def from_torch(dtype: torch.dtype, where: str) -> str:
+    """The safetensors name of a torch dtype. Raises UnsavableValueError naming `where` it stands."""
+    try:
+        return _FROM_TORCH[dtype]
+    except KeyError:
+        raise UnsavableValueError(
+            f"{where}: tensors of {dtype} have no safetensors type; convert it in state_dict()"
+        ) from None

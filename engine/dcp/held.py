@@ -1,0 +1,48 @@
+"""Which boxes of which global tensors this rank holds, as DCP's save planner says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint import DefaultSavePlanner
+
+from engine.dcp.dtypes import from_torch
+from engine.format.layout import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One box of a global tensor and the local tensor, of the box's sizes, that holds its elements."""
+
+    chunk: Chunk
+    tensor: torch.Tensor
+
+
+def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
+    """The boxes that this rank holds of each named tensor, plain or DTensor, in planner order.
+
+    A tensor may have several boxes (torch 2.15's CheckpointableTensor) or none (a DTensor whose mesh
+    leaves this rank out). No collective.
+    Raises: UnsavableValueError for a dtype without a safetensors name.
+    """
+    # Replicated tensors are divided over their holders later, so every rank plans as the coordinator
+    # would: all that it holds.
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with torch.no_grad():
+        planner.set_up_planner(dict(tensors), is_coordinator=True)
+        plan = planner.create_local_plan()
+        held = []
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None, f"{item.index.fqn} is not a tensor"
+            chunk = Chunk(
+                name=item.index.fqn,
+                dtype=from_torch(data.properties.dtype, item.index.fqn),
+                shape=tuple(data.size),
+                offsets=tuple(data.chunk.offsets),
+                sizes=tuple(data.chunk.sizes),
+            )
+            held.append(Held(chunk, planner.lookup_object(item.index).detach()))
+    return held

@@ -1,0 +1,204 @@
+"""How ranks tell each other what they decided, without a collective of the training's.
+
+A save must never touch a process group that training uses: a collective from a background thread
+interleaves with training's own and deadlocks. Ranks therefore talk over a TCPStore of Holdfast's own,
+hosted by rank 0. A blocking `wait` in one thread holds up every other call on the same client, so each
+thread has a connection of its own (a `Channel`).
+
+The only collective here is one broadcast of the store's address when the ranks connect.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch.distributed as dist
+
+from engine.errors import CoordinationError, LateRanksError
+
+Clock = Callable[[], float]
+
+
+class Store(Protocol):
+    """The part of torch's Store that a channel uses."""
+
+    def set(self, key: str, value: bytes, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def delete_key(self, key: str, /) -> bool: ...
+
+
+@dataclass(slots=True)
+class Channel:
+    """One thread's connection to the other ranks. Not thread-safe: one per thread.
+
+    Keys must be unique per exchange; `forget` deletes those that no rank will read again.
+    """
+
+    rank: int
+    world_size: int
+    store: Store | None
+    clock: Clock = time.monotonic
+
+    def gather(self, key: str, payload: bytes, timeout_secs: float) -> list[bytes] | None:
+        """Collect one payload of every rank at rank 0.
+
+        Returns: the payloads by rank at rank 0, None elsewhere.
+        Raises: LateRanksError at rank 0, naming every rank that has not reported by the deadline;
+            CoordinationError when the store is gone.
+        """
+        if self.store is None:
+            return [payload]
+        if self.rank != 0:
+            self._set(f"{key}/{self.rank}", payload)
+            return None
+        deadline = self.clock() + timeout_secs
+        keys = [f"{key}/{rank}" for rank in range(1, self.world_size)]
+        payloads = [payload]
+        for rank, rank_key in enumerate(keys, start=1):
+            raw = self._get(rank_key, max(0.001, deadline - self.clock()))
+            if raw is None:
+                late = [r for r in range(rank, self.world_size) if not self._check(keys[r - 1])]
+                raise LateRanksError(
+                    f"{_ranks(late)} did not report within {timeout_secs:g} s ({key}); "
+                    "look at their logs for a slow disk, a hang or a crash"
+                )
+            payloads.append(raw)
+        self.forget(keys)
+        return payloads
+
+    def broadcast(self, key: str, payload: bytes | None, timeout_secs: float) -> bytes:
+        """Hand rank 0's payload to every rank.
+
+        Raises: LateRanksError naming rank 0 when it does not answer by the deadline;
+            CoordinationError when the store is gone.
+        """
+        if self.rank == 0:
+            assert payload is not None, "rank 0 must bring the payload"
+            if self.store is not None:
+                self._set(key, payload)
+            return payload
+        raw = self._get(key, timeout_secs)
+        if raw is None:
+            raise LateRanksError(
+                f"rank 0 did not answer within {timeout_secs:g} s ({key}); "
+                "look at its log for a slow disk, a hang or a crash"
+            )
+        return raw
+
+    def scatter(self, key: str, payloads: Sequence[bytes] | None, timeout_secs: float) -> bytes:
+        """Hand each rank its own payload of rank 0's list. Errors as `broadcast`."""
+        if self.rank == 0:
+            assert payloads is not None and len(payloads) == self.world_size
+            for rank in range(1, self.world_size):
+                self._set(f"{key}/{rank}", payloads[rank])
+            return payloads[0]
+        raw = self.broadcast(f"{key}/{self.rank}", None, timeout_secs)
+        self.forget([f"{key}/{self.rank}"])
+        return raw
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Delete keys that no rank will read again, so that the store's memory stays level."""
+        if self.store is None:
+            return
+        for key in keys:
+            try:
+                self.store.delete_key(key)
+            except (dist.DistError, RuntimeError) as error:
+                raise _gone(self.rank, error) from error
+
+    def _set(self, key: str, payload: bytes) -> None:
+        assert self.store is not None
+        try:
+            self.store.set(key, payload)
+        except (dist.DistError, RuntimeError) as error:
+            raise _gone(self.rank, error) from error
+
+    def _check(self, key: str) -> bool:
+        assert self.store is not None
+        try:
+            return self.store.check([key])
+        except (dist.DistError, RuntimeError) as error:
+            raise _gone(self.rank, error) from error
+
+    def _get(self, key: str, timeout_secs: float) -> bytes | None:
+        """The key's value, or None when it was not set in time."""
+        assert self.store is not None
+        try:
+            self.store.wait([key], timedelta(seconds=timeout_secs))
+        except dist.DistStoreError:
+            return None
+        except (dist.DistError, RuntimeError) as error:
+            raise _gone(self.rank, error) from error
+        try:
+            return self.store.get(key)
+        except (dist.DistError, RuntimeError) as error:
+            raise _gone(self.rank, error) from error
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """This rank's place among the ranks, and the maker of channels to them."""
+
+    rank: int
+    world_size: int
+    run_id: str
+    connect: Callable[[], Store | None] = field(default=lambda: None)
+    # Rank 0 hosts the store in this object: it must live as long as the coordinator.
+    server: object | None = None
+
+    def channel(self) -> Channel:
+        """A connection for one thread."""
+        return Channel(self.rank, self.world_size, self.connect())
+
+
+def connect_ranks(timeout_secs: float) -> Coordinator:
+    """Connect to the other ranks of the default process group; alone when there is none.
+
+    Collective: every rank of the default group must call it at the same point.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Coordinator(0, 1, uuid.uuid4().hex[:12])
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    timeout = timedelta(seconds=timeout_secs)
+    server: dist.TCPStore | None = None
+    address: list[object] = [None, None, None]
+    if rank == 0:
+        server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        address = [_reachable_host(), server.port, uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(address, src=0)
+    host, port, run_id = str(address[0]), int(str(address[1])), str(address[2])
+    if rank == 0:
+        host = "127.0.0.1"
+
+    def connect() -> Store:
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    return Coordinator(rank, world_size, run_id, connect, server)
+
+
+def _reachable_host() -> str:
+    """A name of this host that the other ranks can reach."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", ""):
+        return "127.0.0.1"
+    # Under torchrun MASTER_ADDR is the host of rank 0, under a name that all nodes resolve.
+    return os.environ.get("MASTER_ADDR") or socket.getfqdn()
+
+
+def _gone(rank: int, error: Exception) -> CoordinationError:
+    return CoordinationError(
+        f"rank {rank} lost its connection to rank 0, which has ended or is unreachable: {error}"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    names = ", ".join(str(rank) for rank in ranks)
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

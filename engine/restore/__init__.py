@@ -1,0 +1,1 @@
+"""From a committed checkpoint back to live training state, at any world size."""

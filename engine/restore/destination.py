@@ -1,0 +1,245 @@
+"""Where a checkpoint goes: the live tensors that are filled in place, and the objects that are handed JSON.
+
+Modules and optimizers are filled in place, tensor by tensor. Other objects get their `load_state_dict`
+called with what was saved; their tensors are read into the ones they have where those fit, else into new
+ones. Random number generators come last.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.dcp.dtypes import from_torch, to_torch
+from engine.errors import DamagedError, StateError, StateMismatchError
+from engine.format.manifest import Manifest, TensorInfo
+from engine.restore import optimizer as optimizers
+from engine.restore.fit import Fit, match, report
+from engine.snapshot import rng, values
+from engine.snapshot.capture import (
+    PER_RANK_PREFIX,
+    RNG_KEY,
+    StateCapture,
+    per_rank_name,
+    plain_value,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Destination:
+    """The live state of one rank, made ready to receive one checkpoint. Nothing is changed before `finish`.
+
+    Args:
+        capture: the state.
+        manifest: the checkpoint's.
+        locals_: each saved rank's rank-local JSON.
+        seed: for the random streams of a rank that did not exist when the checkpoint was taken.
+        model_only: modules and nothing else.
+    Attributes:
+        tensors: what to read, saved name -> destination of that global shape and dtype.
+        fit: how the checkpoint's tensors match the state's.
+    """
+
+    def __init__(
+        self,
+        capture: StateCapture,
+        manifest: Manifest,
+        locals_: Sequence[Mapping[str, Any]],
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        model_only: bool,
+    ) -> None:
+        self._capture = capture
+        self._manifest = manifest
+        self._locals = locals_
+        self._rank = rank
+        self._world_size = world_size
+        self._seed = seed
+        self._same_world = manifest.world_size == world_size
+        self._without_state: dict[str, set[str]] = {}
+        self._extra: dict[str, torch.Tensor] = {}
+        self.model_only = model_only
+        self._prepare_optimizers()
+        live, live_aliases = self._live()
+        self.fit = self._match(live, live_aliases)
+        self.tensors: dict[str, torch.Tensor] = {saved: live[name] for name, saved in self.fit.matched.items()}
+        if not model_only:
+            self._add_values()
+        self.tensors.update(self._extra)
+
+    def check(self, what: str) -> None:
+        """Raise StateMismatchError with every difference; nothing has been changed yet."""
+        lines = list(self.fit.mismatched)
+        missing = list(self.fit.missing)
+        if not self.model_only:
+            for key, capture in self._capture.optimizers.items():
+                if key in self._manifest.objects:
+                    lines += optimizers.group_differences(capture, self._document(key))
+            saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
+            saved |= {name.partition(".")[0] for name in (*self._manifest.tensors, *self._manifest.aliases)}
+            missing += [f"{key} (all of it)" for key in self._capture.state if key not in saved]
+        fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines))
+        if not fit.exact:
+            raise StateMismatchError(report(fit, what))
+
+    def finish(self) -> None:
+        """Hand every object its values, after all tensors were read. Generators come last."""
+        if self.model_only:
+            return
+        for key, capture in self._capture.optimizers.items():
+            optimizers.drop_state(capture, self._without_state[key])
+            optimizers.apply_groups(capture, self._document(key))
+        for key, entry in self._capture.state.items():
+            if isinstance(entry, Optimizer):
+                continue
+            if isinstance(entry, nn.Module):
+                if key in self._manifest.objects:
+                    entry.load_state_dict(self._document(key), strict=False)
+            elif key in self._capture.per_rank:
+                _hand_over(entry, self._per_rank_value(key))
+            else:
+                _hand_over(entry, self._document(key))
+        self._finish_rng()
+
+    def _prepare_optimizers(self) -> None:
+        self._capture.refresh()
+        if self.model_only:
+            return
+        saved = {*self._manifest.tensors, *self._manifest.aliases}
+        for key, capture in self._capture.optimizers.items():
+            absent = self._without_state[key] = optimizers.parameters_without_state(capture, dict.fromkeys(saved))
+            if any(name not in absent for names in capture.group_names() for name in names):
+                module = self._capture.state[capture.owner]
+                optimizers.ensure_state(module, capture.optimizer)
+        self._capture.refresh()
+
+    def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        tensors, aliases = self._capture.fixed_tensors()
+        if self.model_only:
+            keys = tuple(f"{key}." for key in self._capture.modules)
+            kept = {name: tensor for name, tensor in tensors.items() if name.startswith(keys)}
+            return kept, {alias: name for alias, name in aliases.items() if name in kept}
+        for key, absent in self._without_state.items():
+            prefix = f"{key}.state."
+            for name in list(tensors):
+                if name.startswith(prefix) and name.removeprefix(prefix).rpartition(".")[0] in absent:
+                    del tensors[name]
+        return tensors, aliases
+
+    def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Fit:
+        infos = {name: TensorInfo(from_torch(t.dtype, name), tuple(t.shape)) for name, t in live.items()}
+        fixed = {*self._capture.modules, *self._capture.optimizers}
+        if self.model_only:
+            fixed = set(self._capture.modules)
+        # A key that the state lacks altogether is unexpected; a generic object's tensors match themselves.
+        generic = set() if self.model_only else {key for key in self._capture.state if key not in fixed}
+        # Tensors inside values (a learning rate that is one) are read for those values.
+        inside = {name for key in fixed for name in values.tensor_names(self._manifest.objects.get(key))}
+        saved = {
+            name: info
+            for name, info in self._manifest.tensors.items()
+            if name not in inside
+            and (
+                (key := name.partition(".")[0]) in fixed
+                or not (self.model_only or key in generic or key == PER_RANK_PREFIX)
+            )
+        }
+        return match(infos, aliases, saved, self._manifest.aliases)
+
+    def _add_values(self) -> None:
+        """Tensors of objects that are neither module nor optimizer, and of this rank alone."""
+        for key, entry in self._capture.state.items():
+            if isinstance(entry, nn.Module | Optimizer):
+                continue
+            if key in self._capture.per_rank:
+                if self._same_world:
+                    name = per_rank_name(self._rank, key)
+                    self._add_tensors(self._locals[self._rank].get(key), entry, name)
+                else:
+                    self._require_reshard(key, entry)
+            else:
+                self._add_tensors(self._manifest.objects.get(key), entry, key)
+        for key in (*self._capture.modules, *self._capture.optimizers):
+            self._add_tensors(self._manifest.objects.get(key), None, key)
+        if self._same_world:
+            self._add_tensors(self._locals[self._rank].get(RNG_KEY), None, "")
+
+    def _require_reshard(self, key: str, entry: Any) -> None:
+        if not hasattr(entry, "reshard"):
+            raise StateError(
+                f"{key} was saved per rank by {self._manifest.world_size} ranks and cannot be restored on "
+                f"{self._world_size}: give its object a method reshard(states, rank, world_size) that returns "
+                "the new state of one rank, or resume with the saved world size"
+            )
+        for local in self._locals:
+            self._add_tensors(local.get(key), None, "")
+
+    def _add_tensors(self, document: Any, entry: Any, path: str) -> None:
+        names = values.tensor_names(document)
+        if not names:
+            return
+        live: dict[str, torch.Tensor] = {}
+        if entry is not None:
+            values.encode(plain_value(entry), path, live)
+        for name in names:
+            if name in self._manifest.aliases or name in self.tensors:
+                continue
+            info = self._manifest.tensors.get(name)
+            if info is None:
+                raise DamagedError(f"{self._manifest.id} refers to the tensor {name}, which it does not list")
+            own = live.get(name)
+            if own is not None and tuple(own.shape) == info.shape and own.dtype == to_torch(info.dtype):
+                self._extra[name] = own.detach()
+            else:
+                self._extra[name] = torch.empty(info.shape, dtype=to_torch(info.dtype))
+
+    def _document(self, key: str) -> Any:
+        return values.decode(self._manifest.objects[key], self._tensor)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        found = self.tensors.get(self._manifest.aliases.get(name, name))
+        if found is None:
+            raise DamagedError(f"{self._manifest.id} refers to the tensor {name}, which was not read")
+        return found
+
+    def _per_rank_value(self, key: str) -> Any:
+        if self._same_world:
+            return values.decode(self._locals[self._rank][key], self._tensor)
+        states = [values.decode(local[key], self._tensor) for local in self._locals]
+        return self._capture.state[key].reshard(states, self._rank, self._world_size)
+
+    def _finish_rng(self) -> None:
+        if self._same_world:
+            rng.restore(values.decode(self._locals[self._rank][RNG_KEY], self._tensor))
+            return
+        if self._rank == 0:
+            log.info(
+                "saved by %d ranks, restored on %d: the random streams are derived from (seed %d, step %d, rank)",
+                self._manifest.world_size,
+                self._world_size,
+                self._seed,
+                self._manifest.step,
+            )
+        rng.derive(self._seed, self._manifest.step, self._rank)
+
+
+def _hand_over(entry: Any, value: Any) -> None:
+    """Give an object its saved value, in place."""
+    if hasattr(entry, "load_state_dict"):
+        entry.load_state_dict(value)
+    elif isinstance(entry, dict):
+        entry.clear()
+        entry.update(value)
+    elif isinstance(entry, list):
+        entry[:] = value
+    elif isinstance(entry, torch.Tensor) and entry is not value:
+        with torch.no_grad():
+            entry.copy_(value)

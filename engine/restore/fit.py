@@ -1,0 +1,79 @@
+"""Does a checkpoint fit the live state? Every difference at once, before a byte is read. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engine.format.manifest import TensorInfo
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How saved tensors match live ones.
+
+    matched: live name -> saved name. missing: live, not saved. unexpected: saved, not live.
+    mismatched: one sentence for each that is in both but differs.
+    """
+
+    matched: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+
+def match(
+    live: Mapping[str, TensorInfo],
+    live_aliases: Mapping[str, str],
+    saved: Mapping[str, TensorInfo],
+    saved_aliases: Mapping[str, str],
+) -> Fit:
+    """Match by name; a tensor with several names (tied weights) matches under any of them."""
+    names: dict[str, list[str]] = {name: [name] for name in live}
+    for alias, name in live_aliases.items():
+        names[name].append(alias)
+    matched: dict[str, str] = {}
+    missing, mismatched = [], []
+    for name, candidates in names.items():
+        found = next((saved_aliases.get(c, c) for c in candidates if saved_aliases.get(c, c) in saved), None)
+        if found is None:
+            missing.append(name)
+        elif saved[found] != live[name]:
+            mismatched.append(f"{name}: saved as {_describe(saved[found])}, here {_describe(live[name])}")
+        else:
+            matched[name] = found
+    used = set(matched.values()) | {line.split(":", 1)[0] for line in mismatched}
+    unexpected = tuple(name for name in saved if name not in used)
+    return Fit(matched, tuple(missing), unexpected, tuple(mismatched))
+
+
+def report(fit: Fit, what: str) -> str:
+    """One message with every difference, the first of each kind spelled out."""
+    parts = [f"{what} does not fit the state it is to be restored into; nothing was changed"]
+    for title, lines in (
+        ("different", fit.mismatched),
+        ("missing in the checkpoint", fit.missing),
+        ("not in the state", fit.unexpected),
+    ):
+        if lines:
+            parts.append(f"  {title} ({len(lines)}):\n" + _lines(lines))
+    parts.append("Build the same model as the saved run, or choose another checkpoint")
+    return "\n".join(parts)
+
+
+def _lines(lines: Sequence[str]) -> str:
+    shown = [f"    {line}" for line in lines[:_SHOWN]]
+    if len(lines) > _SHOWN:
+        shown.append(f"    … and {len(lines) - _SHOWN} more")
+    return "\n".join(shown)
+
+
+def _describe(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}"

@@ -1,0 +1,190 @@
+"""Read slices of a checkpoint into tensors: exact ranges, in parallel, every block verified.
+
+Each thread has one buffer of a few MiB. It reads a window of a file, checks the digest of every block in
+it, and only then copies the wanted bytes out: memory above the destinations stays bounded whatever the
+state's size, and a byte that fails its check never reaches a tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from engine.dcp.load import Slice
+from engine.errors import DamagedError
+from engine.format.digest import block_digests, expected_digest
+from engine.format.dtypes import itemsize
+from engine.format.index import ShardFile
+from engine.format.layout import PlacedChunk
+from engine.restore.pieces import WINDOW_BYTES, Piece, Window, cut_slice, group
+from engine.storage.base import Reader, Storage
+
+THREADS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ReadStats:
+    """Bytes of shard files that were read, and bytes of tensors that were filled."""
+
+    read_bytes: int
+    needed_bytes: int
+
+
+def read_slices(
+    storage: Storage,
+    directory: str,
+    slices: Sequence[Slice],
+    places: Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]]],
+    *,
+    threads: int = THREADS,
+) -> ReadStats:
+    """Fill every slice's destination.
+
+    Args:
+        directory: the checkpoint's directory in `storage`.
+        places: for each tensor name, its chunks in the order that the slices were planned with.
+    Raises: DamagedError naming file, block, expected and found digest; StorageError. Destinations are
+        then partly filled.
+    """
+    files, pieces = _by_file(slices, places)
+    plan = [
+        (name, window)
+        for name, shard in files.items()
+        for window in group(pieces[name], shard.block_bytes, shard.file_bytes, WINDOW_BYTES)
+    ]
+    with ExitStack() as stack:
+        readers = {name: stack.enter_context(storage.open_reader(f"{directory}/{name}")) for name in files}
+        for name, shard in files.items():
+            _check_size(storage, directory, readers[name], shard)
+        worker = _Worker(storage, directory, slices, files, readers)
+        _run(worker, plan, threads)
+    return ReadStats(
+        sum(window.end - window.begin for _, window in plan),
+        sum(item.to.numel() * item.to.element_size() for item in slices),
+    )
+
+
+def _by_file(
+    slices: Sequence[Slice], places: Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]]]
+) -> tuple[dict[str, ShardFile], dict[str, list[Piece]]]:
+    files: dict[str, ShardFile] = {}
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for number, item in enumerate(slices):
+        shard, placed = places[item.name][item.chunk]
+        files[shard.file] = shard
+        pieces[shard.file].extend(
+            cut_slice(
+                number,
+                placed.begin,
+                placed.chunk.sizes,
+                item.offsets,
+                item.lengths,
+                itemsize(placed.chunk.dtype),
+                contiguous=item.to.is_contiguous(),
+                most_bytes=WINDOW_BYTES - 2 * shard.block_bytes,
+            )
+        )
+    return files, pieces
+
+
+def _check_size(storage: Storage, directory: str, reader: Reader, shard: ShardFile) -> None:
+    if reader.file_bytes != shard.file_bytes:
+        raise DamagedError(
+            f"{storage.describe(f'{directory}/{shard.file}')} has {reader.file_bytes:,} bytes, "
+            f"{shard.file_bytes:,} were written"
+        )
+
+
+def _run(worker: _Worker, plan: Sequence[tuple[str, Window]], threads: int) -> None:
+    """Work the windows off, in file order; the first failure stops the rest."""
+    turn = iter(plan)
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def next_window() -> Iterator[tuple[str, Window]]:
+        while not stop.is_set():
+            with lock:
+                entry = next(turn, None)
+            if entry is None:
+                return
+            yield entry
+
+    def work() -> None:
+        buffer = torch.empty(0, dtype=torch.uint8)
+        try:
+            for name, window in next_window():
+                buffer = worker.load(name, window, buffer)
+        except BaseException:
+            stop.set()
+            raise
+
+    count = min(threads, len(plan))
+    if count <= 1:
+        work()
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="holdfast-read") as pool:
+        futures = [pool.submit(work) for _ in range(count)]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """Loads windows; shared by the reader threads."""
+
+    storage: Storage
+    directory: str
+    slices: Sequence[Slice]
+    files: Mapping[str, ShardFile]
+    readers: Mapping[str, Reader]
+
+    def load(self, name: str, window: Window, buffer: torch.Tensor) -> torch.Tensor:
+        """Read, verify, copy out. Returns the buffer, larger if it had to grow."""
+        length = window.end - window.begin
+        if buffer.numel() < length:
+            buffer = torch.empty(max(length, WINDOW_BYTES), dtype=torch.uint8)
+        raw = buffer[:length]
+        view = memoryview(raw.numpy())
+        shard = self.files[name]
+        self.readers[name].read_into(window.begin, view)
+        self._verify(shard, window, view)
+        for piece in window.pieces:
+            _copy_out(piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice])
+        return buffer
+
+    def _verify(self, shard: ShardFile, window: Window, view: memoryview) -> None:
+        first = window.begin // shard.block_bytes
+        found = block_digests(view, shard.block_bytes)
+        expected = shard.digests[first * 8 : first * 8 + len(found)]
+        if found == expected:
+            return
+        for block in range(first, first + len(found) // 8):
+            at = (block - first) * 8
+            want = expected_digest(shard.digests, block)
+            if found[at : at + 8] != want:
+                raise DamagedError(
+                    f"{self.storage.describe(f'{self.directory}/{shard.file}')}: block {block} (bytes "
+                    f"{block * shard.block_bytes:,} to {min(shard.file_bytes, (block + 1) * shard.block_bytes):,}) "
+                    f"has changed: its digest is {found[at : at + 8].hex()}, {want.hex()} was written"
+                )
+
+
+def _copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:
+    if piece.flat:
+        length = piece.end - piece.begin
+        item.to.view(-1).view(torch.uint8)[piece.to_row : piece.to_row + length].copy_(raw)
+        return
+    rows = raw.view(item.to.dtype).view(piece.rows, *piece.row_sizes)
+    for dim, (offset, length) in enumerate(zip(piece.row_offsets, piece.row_lengths, strict=True), start=1):
+        rows = rows.narrow(dim, offset, length)
+    to = item.to.view(1) if item.to.ndim == 0 else item.to[piece.to_index]
+    to[piece.to_row : piece.to_row + piece.rows].copy_(rows)
+
+

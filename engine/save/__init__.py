@@ -1,0 +1,1 @@
+"""From a filled arena to a committed checkpoint, on a background thread."""

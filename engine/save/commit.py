@@ -1,0 +1,151 @@
+"""Rank 0's last act of a save: all receipts in, everything seen with its own eyes, then the manifest."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.catalog.lease import Lease
+from engine.catalog.record import CheckpointRecord, from_manifest
+from engine.errors import NotFoundError, PeerFailedError, ReplicaMismatchError, SaveFailedError
+from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
+from engine.format.names import MANIFEST
+from engine.save.receipt import Receipt, disagreements, failures
+from engine.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class SaveInfo:
+    """What the manifest says about a save beside its shards."""
+
+    step: int
+    attempt: str
+    reasons: tuple[str, ...]
+    epoch: int = 0
+    tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    world_size: int = 1
+    mesh: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    software: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_receipts(receipts: list[Receipt], attempt: str) -> tuple[ShardReceipt, ...]:
+    """Every rank's shard. Pure.
+
+    Raises: PeerFailedError with every failed rank's cause; ReplicaMismatchError when a replicated value
+        differs between ranks.
+    """
+    failed = failures(receipts)
+    if failed:
+        raise PeerFailedError(failed)
+    foreign = [receipt.rank for receipt in receipts if receipt.attempt != attempt]
+    if foreign:
+        raise SaveFailedError(f"rank {foreign[0]} reported another attempt than {attempt}; restart the run")
+    different = disagreements(receipts)
+    if different:
+        raise ReplicaMismatchError(
+            "values that should be the same on all ranks are not: "
+            + "; ".join(different)
+            + ". Declare them in per_rank, or find out why the ranks went apart"
+        )
+    return tuple(receipt.shard for receipt in receipts if receipt.shard is not None)
+
+
+def confirm_files(
+    storage: Storage,
+    attempt: str,
+    shards: tuple[ShardReceipt, ...],
+    deadline: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """See every reported file, in its full size, from this rank's own node.
+
+    This is what notices a directory that the nodes do not share. Files are opened by name until the
+    deadline, because NFS caches listings. Raises: SaveFailedError naming the file and its rank.
+    """
+    listed = {entry.name: entry.bytes for entry in storage.list_dir(attempt)}
+    for shard in shards:
+        for receipt in (*shard.files, shard.index):
+            if listed.get(receipt.file) != receipt.bytes:
+                _confirm_by_name(storage, attempt, shard.rank, receipt, deadline, clock, sleep)
+
+
+def _confirm_by_name(
+    storage: Storage,
+    attempt: str,
+    rank: int,
+    receipt: FileReceipt,
+    deadline: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> None:
+    pause = 0.05
+    while True:
+        try:
+            found = storage.size(f"{attempt}/{receipt.file}")
+        except NotFoundError:
+            found = -1
+        if found == receipt.bytes:
+            return
+        if clock() + pause > deadline:
+            seen = "does not see it" if found < 0 else f"sees {found:,} bytes"
+            raise SaveFailedError(
+                f"rank {rank} wrote {receipt.file} with {receipt.bytes:,} bytes, but rank 0 {seen} in "
+                f"{storage.uri}/{attempt}; all nodes must share one checkpoint directory"
+            )
+        sleep(pause)
+        pause = min(2.0, pause * 2)
+
+
+def commit(
+    storage: Storage,
+    lease: Lease | None,
+    info: SaveInfo,
+    shards: tuple[ShardReceipt, ...],
+    tensors: Mapping[str, TensorInfo],
+    aliases: Mapping[str, str],
+    objects: Mapping[str, Any],
+    *,
+    sequence: int,
+    parent: str | None,
+    now: Callable[[], float] = time.time,
+) -> CheckpointRecord:
+    """Publish the manifest. From here on the checkpoint is listed.
+
+    Raises: LeaseLostError when another run has taken the directory over; StorageError.
+    """
+    manifest = Manifest(
+        id=info.attempt,
+        sequence=sequence,
+        parent=parent,
+        step=info.step,
+        epoch=info.epoch,
+        tokens=info.tokens,
+        created=now(),
+        reasons=info.reasons,
+        metrics=dict(info.metrics),
+        world_size=info.world_size,
+        mesh=dict(info.mesh),
+        tensors=dict(tensors),
+        aliases=dict(aliases),
+        objects=dict(objects),
+        config=dict(info.config),
+        software=dict(info.software),
+        shards=shards,
+    )
+    raw = manifest.to_bytes()
+    if lease is not None:
+        lease.check()
+    storage.publish(f"{info.attempt}/{MANIFEST}", raw, exclusive=True)
+    return from_manifest(manifest, storage.uri, raw=raw)
+
+
+def software_versions(**more: str) -> dict[str, str]:
+    """What wrote a checkpoint, for its manifest."""
+    return {"python": platform.python_version(), "platform": platform.platform(), **more}

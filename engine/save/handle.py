@@ -1,0 +1,75 @@
+"""What `save` returns, and how a failure reaches whoever did not ask."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from engine.catalog.record import CheckpointRecord
+from engine.errors import SaveFailedError
+
+
+class SaveHandle:
+    """One save in flight, done, or skipped. Safe to use from any thread.
+
+    Attributes:
+        step: the step that is being saved.
+        skipped: the policy is `skip` and the one before was still being written; nothing was saved.
+    """
+
+    def __init__(self, step: int, *, skipped: bool = False) -> None:
+        self.step = step
+        self.skipped = skipped
+        self._future: Future[CheckpointRecord | None] = Future()
+        self._lock = threading.Lock()
+        self._delivered = False
+        if skipped:
+            self._future.set_result(None)
+
+    def done(self) -> bool:
+        """Whether the save has been committed, has failed, or was skipped."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> CheckpointRecord | None:
+        """Wait for the committed record; None for a skipped save.
+
+        Raises: SaveFailedError with the cause; TimeoutError when it takes longer than `timeout` seconds.
+        """
+        try:
+            record = self._future.result(timeout)
+        except SaveFailedError:
+            with self._lock:
+                self._delivered = True
+            raise
+        except FutureTimeoutError:
+            raise TimeoutError(f"the save of step {self.step} is not done after {timeout:g} s") from None
+        return record
+
+    def take_failure(self) -> SaveFailedError | None:
+        """The failure, if there is one that nobody has been told of yet. Never waits."""
+        if not self._future.done():
+            return None
+        error = self._future.exception()
+        with self._lock:
+            if not isinstance(error, SaveFailedError) or self._delivered:
+                return None
+            self._delivered = True
+        return error
+
+    def mark_told(self) -> None:
+        """Whoever asked for the save has its failure already."""
+        with self._lock:
+            self._delivered = True
+
+    def failed(self) -> bool:
+        """Whether the save is done and has failed."""
+        return self._future.done() and self._future.exception() is not None
+
+    def set_record(self, record: CheckpointRecord) -> None:
+        """The save is committed."""
+        self._future.set_result(record)
+
+    def set_failure(self, error: SaveFailedError) -> None:
+        """The save has failed."""
+        self._future.set_exception(error)

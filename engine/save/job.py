@@ -1,0 +1,218 @@
+"""One save on its background thread, from a filled arena to the outcome that every rank learns.
+
+    every rank   write shards, index, directory -> receipt
+    rank 0       all receipts in and confirmed -> manifest = the commit -> outcome to all
+    every rank   outcome -> handle; acknowledged, so that rank 0 may forget it
+    rank 0       retention
+
+Whatever fails on one rank travels in its receipt, so that all ranks learn the cause and nobody waits for a
+deadline that is not needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.catalog.reaper import delete_attempt
+from engine.catalog.record import CheckpointRecord
+from engine.errors import HoldfastError, LateRanksError, SaveFailedError
+from engine.format.json import canonical_bytes, parse_canonical
+from engine.format.manifest import TensorInfo
+from engine.parallel.coordination import Channel
+from engine.save.commit import SaveInfo, check_receipts, confirm_files
+from engine.save.handle import SaveHandle
+from engine.save.receipt import Receipt
+from engine.save.write import write_rank
+from engine.snapshot.arena import Arena
+from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+OUTCOME_GRACE_SECS = 60.0
+"""How much longer than for receipts the ranks wait for rank 0's word: it also has to commit."""
+ACKNOWLEDGE_SECS = 30.0
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything the background thread needs of one save; nothing in it changes under its feet.
+
+    key: prefix of this save's keys in the store, unique to it.
+    problem: what already failed on this rank in the training thread; its receipt carries it.
+    finish_copy: waits until the arena holds the whole snapshot.
+    """
+
+    key: str
+    info: SaveInfo
+    handle: SaveHandle
+    arena: Arena | None
+    finish_copy: Callable[[], None]
+    local: Mapping[str, Any]
+    objects: Mapping[str, Any]
+    aliases: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    shared_digests: Mapping[str, str]
+    replica_digests: Mapping[str, str]
+    started: float
+    blocked_secs: float = 0.0
+    problem: Exception | None = None
+    secs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class JobRunner:
+    """Runs jobs, one at a time. Its channel belongs to the background thread.
+
+    Args:
+        commit_attempt: rank 0's commit: publishes the manifest and returns the record.
+        after_commit: rank 0's retention; its failure is logged and fails no save.
+    """
+
+    storage: Storage
+    channel: Channel
+    timeout_secs: float
+    publish: Callable[[Job, tuple[Any, ...]], CheckpointRecord]
+    after_commit: Callable[[CheckpointRecord], None]
+    on_event: Callable[[dict[str, Any]], None]
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, job: Job) -> None:
+        """Carry one save through. Never raises: the outcome is in the handle."""
+        try:
+            record = self._run(job)
+        except BaseException as error:
+            failure = _as_failure(job, error)
+            log.error("%s", failure)
+            self._emit(job, "save_failed", cause=str(error) or type(error).__name__)
+            job.handle.set_failure(failure)
+            return
+        self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
+        job.handle.set_record(record)
+        if self.channel.rank == 0:
+            try:
+                self.after_commit(record)
+            except HoldfastError as error:
+                log.warning("cleaning up after step %d failed and will be tried again: %s", job.info.step, error)
+
+    def _run(self, job: Job) -> CheckpointRecord:
+        receipt = self._write(job)
+        deadline = job.started + self.timeout_secs
+        started = self.clock()
+        if self.channel.rank != 0:
+            self.channel.gather(f"{job.key}/receipt", receipt.to_bytes(), 0)
+            raw = self.channel.broadcast(
+                f"{job.key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
+            )
+            self.channel.gather(f"{job.key}/ack", b"1", 0)
+            return _record_from(raw)
+        record: CheckpointRecord | None = None
+        failure: BaseException | None = None
+        try:
+            raws = self.channel.gather(
+                f"{job.key}/receipt", receipt.to_bytes(), max(1.0, deadline - self.clock())
+            )
+            assert raws is not None
+            job.secs["receipts"] = self.clock() - started
+            record = self._commit(job, [Receipt.from_bytes(raw) for raw in raws], deadline)
+        except BaseException as error:
+            failure = error
+            self._clean_up(job, error)
+        self._tell(job, record, failure)
+        if failure is not None:
+            raise failure
+        assert record is not None
+        return record
+
+    def _write(self, job: Job) -> Receipt:
+        rank = self.channel.rank
+        try:
+            if job.problem is not None:
+                raise job.problem
+            started = self.clock()
+            job.finish_copy()
+            job.secs["copy_wait"] = self.clock() - started
+            shard = write_rank(
+                self.storage,
+                job.info.attempt,
+                job.arena,
+                rank=rank,
+                world_size=self.channel.world_size,
+                local=job.local,
+                secs=job.secs,
+                clock=self.clock,
+            )
+        except Exception as error:
+            return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
+        return Receipt(rank, job.info.attempt, shard, job.shared_digests, job.replica_digests, dict(job.secs))
+
+    def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
+        started = self.clock()
+        shards = check_receipts(receipts, job.info.attempt)
+        confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
+        record = self.publish(job, shards)
+        job.secs["commit"] = self.clock() - started
+        return record
+
+    def _clean_up(self, job: Job, error: BaseException) -> None:
+        """Remove a failed attempt, unless a late rank may still be writing into it: then the reaper will."""
+        if isinstance(error, LateRanksError):
+            return
+        try:
+            delete_attempt(self.storage, job.info.attempt)
+        except HoldfastError as problem:
+            log.warning("the failed attempt %s was left behind: %s", job.info.attempt, problem)
+
+    def _tell(self, job: Job, record: CheckpointRecord | None, failure: BaseException | None) -> None:
+        """Give every rank the outcome, and see that they have it before the key goes."""
+        document = {"error": "" if failure is None else f"{failure}", "record": record and record_to_json(record)}
+        self.channel.broadcast(f"{job.key}/outcome", canonical_bytes(document), 0)
+        try:
+            self.channel.gather(f"{job.key}/ack", b"1", ACKNOWLEDGE_SECS)
+        except LateRanksError as error:
+            log.warning("the outcome of step %d did not reach everyone: %s", job.info.step, error)
+            return
+        self.channel.forget([f"{job.key}/outcome"])
+
+    def _emit(self, job: Job, event: str, **more: Any) -> None:
+        document = {
+            "event": event,
+            "step": job.info.step,
+            "blocked_secs": job.blocked_secs,
+            "secs": self.clock() - job.started,
+            "reasons": list(job.info.reasons),
+            "secs_by_cause": {cause: round(value, 6) for cause, value in job.secs.items()},
+            "bytes": job.arena.file_bytes if job.arena else 0,
+            **more,
+        }
+        try:
+            self.on_event(document)
+        except Exception:
+            log.exception("a listener failed on %s of step %d", event, job.info.step)
+
+
+def record_to_json(record: CheckpointRecord) -> dict[str, Any]:
+    """A record as ranks send it to each other."""
+    return {name: getattr(record, name) for name in record.__slots__ if name != "reasons"} | {
+        "reasons": list(record.reasons),
+        "metrics": {name: str(value) for name, value in record.metrics.items()},
+    }
+
+
+def _record_from(raw: bytes) -> CheckpointRecord:
+    document = parse_canonical(raw, what="the outcome of a save")
+    if document["error"]:
+        raise SaveFailedError(document["error"])
+    fields = document["record"]
+    fields["reasons"] = tuple(fields["reasons"])
+    fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
+    return CheckpointRecord(**fields)
+
+
+def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
+    failure = SaveFailedError(f"the checkpoint of step {job.info.step} was not saved: {error or type(error).__name__}")
+    failure.__cause__ = error
+    return failure

@@ -1,0 +1,260 @@
+"""The training thread's side of a save: decide, capture, copy, hand over to the background thread.
+
+One save is in flight at a time, by construction. Whether the one before is still being written differs
+between ranks for a moment, so rank 0 alone decides what to do about it, and every other rank waits for its
+word: one store round trip a save, no collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from engine.errors import SaveFailedError, StateError
+from engine.format.digest import bytes_digest
+from engine.format.json import canonical_bytes, parse_canonical
+from engine.format.manifest import TensorInfo
+from engine.format.names import attempt_name
+from engine.parallel.coordination import Channel
+from engine.save.commit import SaveInfo
+from engine.save.handle import SaveHandle
+from engine.save.job import Job, JobRunner
+from engine.save.plan import agree_on_plan
+from engine.save.replicas import replica_digests
+from engine.snapshot.capture import Captured, StateCapture
+from engine.snapshot.copy import Copier
+from engine.snapshot.snapshot import Snapshot
+
+Busy = Literal["wait", "skip"]
+
+
+@dataclass(slots=True)
+class _Moment:
+    """One save's view of this rank's state: captured, or the problem with it.
+
+    changed: the structure is another than the plan's; planning: rank 0 has called for a new plan.
+    """
+
+    captured: Captured = field(default_factory=Captured)
+    problem: Exception | None = None
+    changed: bool = False
+    planning: bool = False
+
+
+@dataclass(slots=True)
+class Saver:
+    """Takes snapshots and starts their background save. Used from the training thread only.
+
+    Args:
+        run_key: run id and restart count: makes attempt ids unique.
+        busy: what to do when the save before is still being written.
+        timeout_secs: how long ranks wait for each other within one save.
+        check_replicas: compare replicated tensors across ranks at every save (slow).
+    """
+
+    capture: StateCapture
+    snapshot: Snapshot
+    copier: Copier
+    channel: Channel
+    runner: JobRunner
+    run_key: str
+    busy: Busy
+    timeout_secs: float
+    check_replicas: bool
+    on_event: Callable[[dict[str, Any]], None]
+    clock: Callable[[], float] = time.monotonic
+    number: int = 0
+    """How many saves were asked for, the same on every rank."""
+    _handle: SaveHandle | None = None
+    _thread: threading.Thread | None = None
+    _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    def save(self, info: SaveInfo) -> SaveHandle:
+        """Snapshot the state and start writing it. Every rank calls it for the same step.
+
+        `info.attempt` and `info.mesh` are filled in here.
+        Raises: StateError, MemoryBudgetError or whatever else this rank could not do; the other ranks learn
+            of it as the failure of this save. SaveFailedError when the save before has failed and nobody
+            has been told: nothing is saved then.
+        """
+        started = self.clock()
+        self.number += 1
+        key = f"save/{self.number}"
+        action, moment = self._decide(key)
+        if action == "skip":
+            return SaveHandle(info.step, skipped=True)
+        waited = self.clock()
+        self.on_event({"event": "save_started", "step": info.step, "reasons": list(info.reasons)})
+        self._plan(key, moment)
+        planned = self.clock()
+        self._copy(moment)
+        mesh = mesh_description(moment.captured.tensors)
+        info = replace(info, attempt=self._attempt(info.step), world_size=self.channel.world_size, mesh=mesh)
+        job = self._job(key, info, moment, started)
+        now = self.clock()
+        job.secs.update(wait=waited - started, capture=planned - waited, copy=now - planned)
+        job.blocked_secs = now - started
+        if moment.problem is None:
+            self._announce_snapshot(job)
+        self._start(job)
+        if moment.problem is not None:
+            # The caller gets the cause at once and in its own class: nobody need be told of it again.
+            job.handle.mark_told()
+            raise moment.problem
+        return job.handle
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the save in flight, whatever its outcome. Raises TimeoutError."""
+        thread = self._thread
+        if thread is None:
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            raise TimeoutError(f"the save of step {self._handle.step if self._handle else '?'} is still running")
+        self._thread = None
+
+    @property
+    def handle(self) -> SaveHandle | None:
+        """The newest save."""
+        return self._handle
+
+    @property
+    def writing(self) -> bool:
+        """Whether the background thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _decide(self, key: str) -> tuple[str, _Moment]:
+        """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
+        if self.channel.rank != 0:
+            raw = self.channel.broadcast(f"{key}/decision", None, self.timeout_secs * 2)
+            decision = parse_canonical(raw, what="rank 0's decision")
+            if decision["action"] == "skip":
+                return "skip", _Moment()
+            self.wait()
+            if decision["action"] == "raise":
+                # The same on every rank: each knows the outcome of the save before by now.
+                told = self._handle.take_failure() if self._handle else None
+                raise told or SaveFailedError(decision["cause"])
+            moment = self._look()
+            moment.planning = bool(decision["replan"])
+            return "go", moment
+        if self.busy == "skip" and self.writing:
+            self._announce(key, "skip")
+            return "skip", _Moment()
+        self.wait()
+        failure = self._handle.take_failure() if self._handle else None
+        if failure is not None:
+            self._announce(key, "raise", cause=str(failure))
+            raise failure
+        moment = self._look()
+        # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
+        moment.planning = moment.changed or moment.problem is not None
+        self._announce(key, "go", replan=moment.planning)
+        return "go", moment
+
+    def _announce(self, key: str, action: str, *, cause: str = "", replan: bool = False) -> None:
+        decision = {"action": action, "cause": cause, "replan": replan}
+        self.channel.broadcast(f"{key}/decision", canonical_bytes(decision), 0)
+        # By the time that rank 0 decides on a save, all ranks have taken part in the one before the last.
+        self.channel.forget([f"save/{self.number - 2}/decision"])
+
+    def _look(self) -> _Moment:
+        """Capture the state; a failure is kept, for every rank has to hear of it."""
+        moment = _Moment()
+        try:
+            moment.captured = self.capture.capture()
+            moment.changed = self.snapshot.prepare(moment.captured)
+        except Exception as error:
+            moment.problem = error
+        return moment
+
+    def _plan(self, key: str, moment: _Moment) -> None:
+        """Take part in planning when rank 0 says so."""
+        if not moment.planning:
+            if moment.changed and moment.problem is None:
+                moment.problem = StateError(
+                    f"the state of rank {self.channel.rank} has other tensors than at the last save, that of "
+                    "rank 0 has not; change the state on all ranks before the same save"
+                )
+            return
+        held = [] if moment.problem else list(self.snapshot.held)
+        try:
+            parts, self._tensors = agree_on_plan(
+                self.channel, f"{key}/plan", held, moment.problem, self.timeout_secs
+            )
+            self.snapshot.adopt(parts)
+        except Exception as error:
+            self.snapshot.forget_plan()
+            moment.problem = error
+
+    def _copy(self, moment: _Moment) -> None:
+        if moment.problem is not None:
+            return
+        guarded = moment.captured.guarded
+        try:
+            eager, overlapped = self.snapshot.pairs(
+                lambda name, source: name in guarded and source.device.type != "cpu"
+            )
+            self.copier.copy(eager, overlapped)
+        except RuntimeError as error:
+            moment.problem = error
+
+    def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
+        captured = moment.captured
+        replicas: Mapping[str, str] = {}
+        if self.check_replicas and moment.problem is None:
+            replicas = replica_digests(captured, self.snapshot.held)
+        return Job(
+            key=key,
+            info=info,
+            handle=SaveHandle(info.step),
+            arena=self.snapshot.arena,
+            finish_copy=self.copier.finish,
+            local=captured.local,
+            objects=captured.shared,
+            aliases=captured.aliases,
+            tensors=self._tensors,
+            shared_digests={name: bytes_digest(canonical_bytes(v)) for name, v in captured.shared.items()},
+            replica_digests=replicas,
+            started=started,
+            problem=moment.problem,
+        )
+
+    def _announce_snapshot(self, job: Job) -> None:
+        self.on_event(
+            {
+                "event": "save_snapshotted",
+                "step": job.info.step,
+                "blocked_secs": job.blocked_secs,
+                "bytes": job.arena.file_bytes if job.arena else 0,
+                "secs_by_cause": {cause: round(value, 6) for cause, value in job.secs.items()},
+            }
+        )
+
+    def _start(self, job: Job) -> None:
+        self._handle = job.handle
+        # Not a daemon: a save that everyone forgot about still finishes before the interpreter exits.
+        self._thread = threading.Thread(
+            target=self.runner.run, args=(job,), name=f"holdfast-save-{job.info.step}", daemon=False
+        )
+        self._thread.start()
+
+    def _attempt(self, step: int) -> str:
+        raw = hashlib.sha256(f"{self.run_key}/{self.number}".encode()).hexdigest()
+        return attempt_name(step, raw[:8])
+
+
+def mesh_description(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Names and shape of the mesh that the DTensors of a state live on, for the manifest."""
+    for tensor in tensors.values():
+        mesh = getattr(tensor, "device_mesh", None)
+        if mesh is not None:
+            return {"names": list(mesh.mesh_dim_names or ()), "shape": list(mesh.shape)}
+    return {"names": [], "shape": []}
+

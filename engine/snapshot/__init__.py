@@ -1,0 +1,1 @@
+"""From live training state to one host buffer that is laid out as the shard file itself."""

@@ -1,0 +1,170 @@
+"""One host buffer per rank, laid out as the shard files themselves.
+
+A fresh allocation costs more in page faults (0.4 to 1 s for 1.5 GB) than the copy into it (0.1 s), so the
+arena is taken once, prefaulted, and reused by every save. Its pages are
+
+- private and anonymous: `mmap(-1)` defaults to shared, which gets no huge pages;
+- huge where the kernel has them: 4 KiB pages cost the O_DIRECT write a third of its speed;
+- not inherited by forked data workers (`MADV_DONTFORK`): direct I/O from pages that a fork has marked
+  copy-on-write can write what the child or parent sees, not what was snapshotted;
+- pinned on CUDA, so that the device copies without a bounce buffer.
+
+Each file starts on a 4 KiB boundary and is followed by zeros up to the next one, so that aligned writes
+of whole pages can go straight from here to the disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.dcp.dtypes import to_torch
+from engine.errors import MemoryBudgetError
+from engine.format.layout import PlacedChunk, ShardLayout
+
+log = logging.getLogger(__name__)
+
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it.
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlot:
+    """Where one shard file lies in the arena: bytes [begin, begin + layout.file_bytes)."""
+
+    layout: ShardLayout
+    begin: int
+
+    @property
+    def padded_bytes(self) -> int:
+        """The file's size rounded up to whole pages."""
+        return _round_up(self.layout.file_bytes, PAGE_BYTES)
+
+
+def place_files(layouts: Sequence[ShardLayout]) -> tuple[FileSlot, ...]:
+    """Lay files one after the other, each on a page boundary. Pure."""
+    slots = []
+    begin = 0
+    for layout in layouts:
+        slots.append(FileSlot(layout, begin))
+        begin += _round_up(layout.file_bytes, PAGE_BYTES)
+    return tuple(slots)
+
+
+class Arena:
+    """A prefaulted, page-aligned host buffer that holds this rank's shard files.
+
+    Args:
+        layouts: the files, headers included.
+        pin: register the memory with CUDA.
+        budget_bytes: refuse to take more than this; None for no limit.
+    Raises: MemoryBudgetError naming both figures.
+    """
+
+    def __init__(self, layouts: Sequence[ShardLayout], *, pin: bool, budget_bytes: int | None = None) -> None:
+        self.slots = place_files(layouts)
+        self.file_bytes = sum(slot.layout.file_bytes for slot in self.slots)
+        self.size_bytes = sum(slot.padded_bytes for slot in self.slots)
+        check_budget(self.size_bytes, budget_bytes, available_bytes())
+        log.info("taking %.1f MB of host memory for snapshots", self.size_bytes / 1e6)
+        self._map, self._skip = _map_pages(self.size_bytes)
+        self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes, offset=self._skip)
+        self.memory = memoryview(self._map)[self._skip : self._skip + self.size_bytes]
+        self._pinned = pin and _pin(self.buffer)
+        for slot in self.slots:
+            header = slot.layout.header
+            self.memory[slot.begin : slot.begin + len(header)] = header
+
+    @property
+    def pinned(self) -> bool:
+        """Whether CUDA copies to this memory without a bounce buffer."""
+        return self._pinned
+
+    def view(self, slot: FileSlot, placed: PlacedChunk) -> torch.Tensor:
+        """The arena's bytes of one chunk as a tensor of the chunk's dtype and sizes."""
+        begin, end = slot.begin + placed.begin, slot.begin + placed.end
+        return self.buffer[begin:end].view(to_torch(placed.chunk.dtype)).view(placed.chunk.sizes)
+
+    def padded(self, slot: FileSlot) -> memoryview:
+        """One file's bytes, rounded up to whole pages."""
+        return self.memory[slot.begin : slot.begin + slot.padded_bytes]
+
+    def release(self) -> None:
+        """Give the memory back. Views of it must be gone or never used again."""
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
+            self._pinned = False
+        del self.memory, self.buffer
+        # The map itself goes with its last view; closing it here would raise while one is alive.
+        del self._map
+
+
+def available_bytes() -> int:
+    """Host memory that can be taken without swapping, as the kernel estimates it."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 2**63 - 1
+
+
+def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> None:
+    """Raise MemoryBudgetError when the snapshot exceeds its budget or the memory there is. Pure."""
+    if budget_bytes is not None and need_bytes > budget_bytes:
+        raise MemoryBudgetError(
+            f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, above the budget of "
+            f"{budget_bytes:,} bytes; raise memory_budget_bytes or save from more ranks"
+        )
+    if need_bytes > available:
+        raise MemoryBudgetError(
+            f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, but only {available:,} "
+            "bytes are available; free memory, or save from more ranks"
+        )
+
+
+def _map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
+    """Map, advise and prefault. Returns the map and the offset of its first huge-page boundary."""
+    length = max(PAGE_BYTES, size_bytes)
+    huge = length >= HUGE_PAGE_BYTES
+    pages = mmap.mmap(
+        -1, length + (HUGE_PAGE_BYTES if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    skip = -address % HUGE_PAGE_BYTES if huge else 0
+    pages.madvise(mmap.MADV_DONTFORK)
+    if huge:
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            log.info("no huge pages for the snapshot (%s); writing it will take about a third longer", error)
+    _prefault(pages, skip, length)
+    return pages, skip
+
+
+def _prefault(pages: mmap.mmap, skip: int, length: int) -> None:
+    """Have every page present before the first copy. Touches only what is used, not the slack."""
+    try:
+        pages.madvise(_MADV_POPULATE_WRITE, skip, _round_up(length, PAGE_BYTES))
+    except (OSError, ValueError):
+        for offset in range(skip, skip + length, os.sysconf("SC_PAGESIZE")):
+            pages[offset] = 0
+
+
+def _pin(buffer: torch.Tensor) -> bool:
+    """Register memory with CUDA. A refusal (a locked-memory limit) is logged: copies still work, slower."""
+    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    if int(status) != 0:
+        log.warning("CUDA could not pin the snapshot buffer (error %s); copies will be slower", status)
+        return False
+    return True
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

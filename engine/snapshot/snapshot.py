@@ -1,0 +1,131 @@
+"""One rank's snapshot: which parts of its state it writes, and their copy in the arena.
+
+The plan (who writes what) is made once per structure and shared by all ranks; a save whose structure has
+not changed costs one identity check and one batched copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.dcp.held import Held, held_chunks
+from engine.format.digest import bytes_digest
+from engine.format.json import canonical_bytes
+from engine.format.layout import Chunk, ShardLayout, plan_files
+from engine.snapshot.arena import Arena
+from engine.snapshot.capture import Captured
+from engine.snapshot.copy import Pair
+from engine.snapshot.divide import Part
+
+Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+@dataclass(slots=True)
+class _Copy:
+    """One standing order: rows of a held box into a view of the arena."""
+
+    to: torch.Tensor
+    held: int
+    dim: int
+    start: int
+    length: int
+    name: str
+
+
+class Snapshot:
+    """The arena and the standing orders that fill it. One thread; one snapshot at a time.
+
+    Args:
+        rank: this rank, which names its files.
+        pin: whether the arena is pinned for CUDA.
+        budget_bytes: most host memory to take, or None.
+    """
+
+    def __init__(self, rank: int, *, pin: bool, budget_bytes: int | None) -> None:
+        self._rank = rank
+        self._pin = pin
+        self._budget_bytes = budget_bytes
+        self._held: list[Held] = []
+        self._generation = -1
+        self._signature: Signature = ()
+        self._planned_digest = ""
+        self._orders: list[_Copy] = []
+        self.arena: Arena | None = None
+        self.layouts: tuple[ShardLayout, ...] = ()
+
+    @property
+    def held(self) -> Sequence[Chunk]:
+        """The boxes that this rank holds, as last prepared."""
+        return [held.chunk for held in self._held]
+
+    def prepare(self, captured: Captured) -> bool:
+        """Take note of where the state's memory is now. Returns whether a new plan is needed."""
+        fresh = {name: tensor for name, tensor in captured.tensors.items() if name not in captured.fixed}
+        signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in fresh.items())
+        plain = all(type(tensor) is torch.Tensor for tensor in fresh.values())
+        if captured.generation == self._generation and signature == self._signature and plain:
+            self._held = [
+                Held(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
+                for held in self._held
+            ]
+            return False
+        self._held = held_chunks(captured.tensors)
+        self._generation, self._signature = captured.generation, signature
+        return plan_digest(self.held) != self._planned_digest
+
+    def adopt(self, parts: Sequence[Part]) -> None:
+        """Take a new plan: lay out the files and the arena for the parts that this rank writes.
+
+        Raises: MemoryBudgetError when the arena would exceed its budget; there is no plan then.
+        """
+        self.forget_plan()
+        self.layouts = plan_files(self._rank, [part.chunk for part in parts])
+        self.arena = Arena(self.layouts, pin=self._pin, budget_bytes=self._budget_bytes)
+        by_box = {(part.chunk.name, part.chunk.offsets): part for part in parts}
+        for slot in self.arena.slots:
+            for placed in slot.layout.chunks:
+                part = by_box[placed.chunk.name, placed.chunk.offsets]
+                view = self.arena.view(slot, placed)
+                self._orders.append(
+                    _Copy(view, part.held, part.dim, part.start, part.length, placed.chunk.name)
+                )
+        self._planned_digest = plan_digest(self.held)
+
+    def forget_plan(self) -> None:
+        """Give the arena back; the next save plans anew."""
+        self._orders = []
+        self.layouts = ()
+        self._planned_digest = ""
+        if self.arena is not None:
+            self.arena.release()
+            self.arena = None
+
+    def pairs(self, overlaps: Callable[[str, torch.Tensor], bool]) -> tuple[list[Pair], list[Pair]]:
+        """The copies of this snapshot: (to make before `save` returns, may overlap with training)."""
+        eager: list[Pair] = []
+        overlapped: list[Pair] = []
+        for order in self._orders:
+            source = self._held[order.held].tensor
+            if source.ndim and source.shape[order.dim] != order.length:
+                source = source.narrow(order.dim, order.start, order.length)
+            (overlapped if overlaps(order.name, source) else eager).append((order.to, source))
+        return eager, overlapped
+
+
+def plan_digest(held: Sequence[Chunk]) -> str:
+    """Stands for a rank's structure: two equal ones need only one plan."""
+    return bytes_digest(canonical_bytes([chunk_to_json(chunk) for chunk in held]))
+
+
+def chunk_to_json(chunk: Chunk) -> list[object]:
+    """A chunk as ranks send it to each other while planning."""
+    return [chunk.name, chunk.dtype, list(chunk.shape), list(chunk.offsets), list(chunk.sizes)]
+
+
+def state_bytes(held: Sequence[Chunk]) -> int:
+    """Bytes of all boxes that a rank holds, before replicas share the work."""
+    return sum(chunk.chunk_bytes for chunk in held if math.prod(chunk.shape))
