@@ -18,6 +18,9 @@ DAMAGED = "damaged.json"
 DEAD_PREFIX = "dead-"
 """Put before an attempt's name when a later run has taken the directory over."""
 
+TMP_SUFFIX = ".tmp"
+"""End of a file's name while it is not whole yet; one that a crash left behind may be removed."""
+
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4096
 

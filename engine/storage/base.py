@@ -1,0 +1,192 @@
+"""The interface that the rest of the engine sees of a storage, whatever it is."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+WINDOW_BYTES = 16 << 20
+"""Bytes of a shard that are written at a time; a multiple of every block and page size in use."""
+
+OnWindow = Callable[[int, int], None]
+"""Called with a byte range [begin, end) of the file, before that range is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a directory; `bytes` is None for directories."""
+
+    name: str
+    bytes: int | None
+    is_dir: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStats:
+    """How a shard was written. Seconds are wall-clock; those spent in `on_window` are not counted."""
+
+    bytes: int
+    write_secs: float
+    fsync_secs: float
+    method: Literal["direct", "buffered", "upload"]
+
+
+class Reader(ABC):
+    """An open file. Reads from several threads at once are fine; closing while one reads is not."""
+
+    @property
+    @abstractmethod
+    def file_bytes(self) -> int:
+        """Size of the file in bytes."""
+
+    @abstractmethod
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill `view` (writable, contiguous bytes) from byte `offset`.
+
+        DamagedError if the file ends before; StorageError if it cannot be read.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a store's reader has nothing to let go of
+        """Let go of the file. May be called twice."""
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Storage(ABC):
+    """A directory, or a prefix in an object store, that holds checkpoints.
+
+    Paths are relative to it, "/"-separated, and refused by `format.names.safe_relative` if they would
+    leave it. "" is the storage itself where a directory is asked for. All methods may be called from any
+    thread, and raise a StorageError: NotFoundError, AlreadyExistsError, StorageFullError,
+    StorageDeniedError, StorageUnavailableError (worth trying again), or plain.
+    """
+
+    uri: str
+    """Printable address, without secrets."""
+
+    is_local: bool
+    """Whether it is a directory of this machine's file systems (network mounts included)."""
+
+    durability: str
+    """One sentence: what a write that returned survives."""
+
+    @property
+    @abstractmethod
+    def supports_exclusive_create(self) -> bool:
+        """Whether `publish(exclusive=True)` has one winner among any number of racing callers.
+
+        Object stores are asked once, with a probe object; raises what the probe met, if it was not an answer.
+        """
+
+    @abstractmethod
+    def list_dir(self, path: str = "") -> list[Entry]:
+        """What is in a directory, by name. NotFoundError if there is none; an outage is never an empty list.
+
+        An object store has no empty directories: there, only the storage itself lists as empty.
+        """
+
+    @abstractmethod
+    def list_tree(self) -> dict[str, dict[str, int]]:
+        """Sizes in bytes of all files of all top-level directories: {directory: {file: bytes}}.
+
+        Files at the top are under "". One level deep, one pass. NotFoundError as `list_dir("")`.
+        """
+
+    @abstractmethod
+    def size(self, path: str) -> int:
+        """Size of a file in bytes. NotFoundError if there is none, also if a directory has that name."""
+
+    @abstractmethod
+    def exists(self, path: str) -> bool:
+        """Whether a file or directory has that name. False only on a definite no; anything else raises."""
+
+    @abstractmethod
+    def read_bytes(self, path: str, *, max_bytes: int) -> bytes:
+        """A whole small file. DamagedError if it is larger than `max_bytes`; no more is read."""
+
+    @abstractmethod
+    def open_reader(self, path: str) -> Reader:
+        """Open a file for reading ranges. A local file stays readable if it is deleted meanwhile."""
+
+    def read_into(self, path: str, offset: int, view: memoryview) -> None:
+        """Fill `view` from byte `offset` of a file; exact, or DamagedError. For one range of one file."""
+        with self.open_reader(path) as reader:
+            reader.read_into(offset, view)
+
+    @abstractmethod
+    def write_file(self, path: str, data: bytes) -> None:
+        """Write a small file that nobody waits for by name. Whole and on disk when it returns.
+
+        Its directory entry is durable after `sync_dir`. An older file of that name is replaced.
+        """
+
+    @abstractmethod
+    def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+        """Make a small file appear at once, whole and durable: other readers see all of it or nothing.
+
+        With `exclusive`, AlreadyExistsError if the name is taken; see `supports_exclusive_create`. After
+        another StorageError it may have appeared nevertheless.
+        """
+
+    @abstractmethod
+    def write_shard(
+        self,
+        path: str,
+        padded: memoryview,
+        file_bytes: int,
+        *,
+        on_window: OnWindow | None = None,
+        cancel: threading.Event | None = None,
+    ) -> WriteStats:
+        """Write the first `file_bytes` bytes of `padded` as a new file; on disk when it returns.
+
+        `padded` is contiguous bytes. For direct I/O its address is a multiple of 4096 and its length
+        `file_bytes` rounded up to one; anything else is written through the page cache.
+        `on_window(begin, end)` is called for consecutive ranges before they are written, so that the
+        caller digests them while they are in the CPU's cache. AlreadyExistsError if the name is taken.
+        After any error, and when `cancel` is set, nothing is left under the name.
+        """
+
+    @abstractmethod
+    def make_dir(self, path: str = "") -> None:
+        """Create a directory with its parents, durably. Existing ones are fine."""
+
+    @abstractmethod
+    def sync_dir(self, path: str = "") -> None:
+        """Make the directory's entries durable. Stores need nothing."""
+
+    @abstractmethod
+    def rename(self, src: str, dst: str) -> bool:
+        """Rename a directory, durably, and return True; False where the storage cannot, and nothing changed.
+
+        AlreadyExistsError if `dst` is taken.
+        """
+
+    @abstractmethod
+    def delete_file(self, path: str) -> None:
+        """Delete a file; a missing one is fine."""
+
+    @abstractmethod
+    def delete_tree(self, path: str) -> None:
+        """Delete a directory with all that is in it; a missing one is fine. Links are not followed."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Bytes that an ordinary user can still write, or None where there is no such number."""
+
+    def describe(self, path: str) -> str:
+        """Printable address of a path, without secrets."""
+        return f"{self.uri.rstrip('/')}/{path}" if path else self.uri
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.uri!r})"

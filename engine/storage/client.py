@@ -1,0 +1,92 @@
+"""A connection to one store through fsspec: paths, mapped errors, retries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.utils import get_protocol
+
+from engine.errors import ConfigError, HoldfastError, NotFoundError
+from engine.format.names import safe_relative
+from engine.storage.options import client_options
+from engine.storage.redact import Redactor, redact_uri
+from engine.storage.remote_failures import remote_error
+from engine.storage.retry import Retry
+
+T = TypeVar("T")
+
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"})
+
+
+class StoreClient:
+    """One fsspec file system and the prefix in it that a storage stands for.
+
+    `uri` is printable, without secrets; `scheme` is its protocol. Constructing contacts nothing.
+    ConfigError if the scheme is unknown, its package is not installed, or options do not suit it.
+    """
+
+    def __init__(self, uri: str, options: Mapping[str, object], *, retry: Retry | None = None) -> None:
+        self.uri = redact_uri(uri).rstrip("/")
+        self.scheme = get_protocol(uri)
+        self._redactor = Redactor(uri, options)
+        self._retry = retry or Retry()
+        if "::" in uri:
+            raise ConfigError(f"{self.uri} chains file systems: a cache in between hides what others write")
+        try:
+            fs, root = url_to_fs(uri, **client_options(self.scheme, options))
+        except ImportError as error:
+            raise ConfigError(f"{self.uri} needs a package that is not installed: {error}") from None
+        except HoldfastError:
+            raise
+        except Exception as error:
+            raise remote_error(error, "open", self.uri, self._redactor.scrub) from None
+        self.fs: fsspec.AbstractFileSystem = fs
+        self._root = str(root).rstrip("/")
+
+    @property
+    def is_object_store(self) -> bool:
+        """Whether one PUT is atomic, directories do not exist, and a find() is one flat listing."""
+        return self.scheme in _OBJECT_STORES
+
+    def full(self, path: str) -> str:
+        """The path as the file system takes it; "" is the prefix itself. HostilePathError as usual."""
+        return f"{self._root}/{safe_relative(path)}" if path else self._root
+
+    def describe(self, path: str) -> str:
+        """Printable address of a path."""
+        return f"{self.uri}/{path}" if path else self.uri
+
+    def fresh(self) -> fsspec.AbstractFileSystem:
+        """The file system without remembered listings: some of fsspec's remember even when told not to."""
+        self.fs.invalidate_cache()
+        return self.fs
+
+    def once(self, doing: str, path: str, action: Callable[[], T]) -> T:
+        """Run a client call with its errors mapped."""
+        try:
+            return action()
+        except HoldfastError:
+            raise
+        except Exception as error:
+            # Without the original as cause: its text, printed with any traceback, may hold secrets.
+            raise remote_error(error, doing, self.describe(path), self._redactor.scrub) from None
+
+    def do(self, doing: str, path: str, action: Callable[[], T]) -> T:
+        """Run an idempotent client call with its errors mapped, again and again while the store is away."""
+        return self._retry.call(f"{doing} {self.describe(path)}", lambda: self.once(doing, path, action))
+
+    def info(self, path: str) -> dict[str, Any]:
+        """What the store knows of an object or prefix. NotFoundError if there is neither."""
+        full = self.full(path)
+        found: dict[str, Any] = self.do("look at", path, lambda: self.fresh().info(full))
+        return found
+
+    def size(self, path: str) -> int:
+        """Size of an object in bytes. NotFoundError if there is none of that name."""
+        info = self.info(path)
+        if info.get("type") != "file":
+            raise NotFoundError(f"could not look at {self.describe(path)}: there is no such object")
+        return int(info["size"])

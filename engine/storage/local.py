@@ -1,0 +1,222 @@
+"""A directory of this machine: local disks, tmpfs, and network file systems that are mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import threading
+
+from engine.errors import AlreadyExistsError, DamagedError, HostilePathError
+from engine.format.names import safe_relative
+from engine.storage import direct, durable
+from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage.failures import mapped
+from engine.storage.system import System
+
+
+class LocalStorage(Storage):
+    """A local directory. Constructing one touches nothing; `make_dir("")` creates it.
+
+    `system` makes the calls that write; tests replace it.
+    """
+
+    is_local = True
+    durability = "files and their directory entries are fsynced: what returned survives a power cut"
+
+    def __init__(self, root: str | os.PathLike[str], *, system: System | None = None) -> None:
+        self._root = os.path.abspath(os.path.expanduser(os.fspath(root)))
+        self._system = system or System()
+        self.uri = self._root
+
+    @property
+    def root(self) -> str:
+        """Absolute path of the directory."""
+        return self._root
+
+    @property
+    def supports_exclusive_create(self) -> bool:
+        return True
+
+    def list_dir(self, path: str = "") -> list[Entry]:
+        with mapped("list", self.describe(path)), os.scandir(self._path(path)) as found:
+            entries = [_entry(item) for item in found]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+
+    def list_tree(self) -> dict[str, dict[str, int]]:
+        tree: dict[str, dict[str, int]] = {}
+        at_top: dict[str, int] = {}
+        for entry in self.list_dir():
+            if not entry.is_dir:
+                at_top[entry.name] = entry.bytes or 0
+                continue
+            # Retention may remove a directory between the two listings: then it is simply not there.
+            with contextlib.suppress(FileNotFoundError):
+                tree[entry.name] = self._sizes(entry.name)
+        return {"": at_top, **tree}
+
+    def size(self, path: str) -> int:
+        with mapped("look at", self.describe(path)):
+            found = os.stat(self._path(path))
+            if not stat.S_ISREG(found.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "not a regular file")
+            return found.st_size
+
+    def exists(self, path: str) -> bool:
+        with mapped("look at", self.describe(path)):
+            try:
+                os.stat(self._path(path))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+    def read_bytes(self, path: str, *, max_bytes: int) -> bytes:
+        with self.open_reader(path) as reader:
+            if reader.file_bytes > max_bytes:
+                raise DamagedError(
+                    f"{self.describe(path)} has {reader.file_bytes} bytes, more than the {max_bytes} expected"
+                )
+            data = bytearray(reader.file_bytes)
+            reader.read_into(0, memoryview(data))
+        return bytes(data)
+
+    def open_reader(self, path: str) -> Reader:
+        where = self.describe(path)
+        with mapped("read", where):
+            # O_NONBLOCK: a FIFO of that name must not hang the open; regular files ignore it.
+            fd = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                os.close(fd)
+                raise DamagedError(f"{where} is not a regular file: it was not written by Holdfast")
+        return _LocalReader(fd, found.st_size, where)
+
+    def write_file(self, path: str, data: bytes) -> None:
+        with mapped("write", self.describe(path)):
+            durable.replace_file(self._system, self._path(path), data)
+
+    def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+        put = durable.create_file if exclusive else durable.replace_file
+        with mapped("write", self.describe(path)):
+            target = self._path(path)
+            put(self._system, target, data)
+            self._system.fsync_dir(os.path.dirname(target))
+
+    def write_shard(
+        self,
+        path: str,
+        padded: memoryview,
+        file_bytes: int,
+        *,
+        on_window: OnWindow | None = None,
+        cancel: threading.Event | None = None,
+    ) -> WriteStats:
+        target = self._path(path)
+        return direct.write_shard(
+            self._system, target, padded, file_bytes, on_window=on_window, cancel=cancel
+        )
+
+    def make_dir(self, path: str = "") -> None:
+        with mapped("create", self.describe(path)):
+            durable.make_durable_dir(self._system, self._path(path))
+
+    def sync_dir(self, path: str = "") -> None:
+        with mapped("sync", self.describe(path)):
+            self._system.fsync_dir(self._path(path))
+
+    def rename(self, src: str, dst: str) -> bool:
+        with mapped("rename", self.describe(src)):
+            source, target = self._path(src), self._path(dst)
+            if os.path.lexists(target):  # rename(2) would replace an empty directory
+                raise AlreadyExistsError(
+                    f"{self.describe(dst)} exists already: {self.describe(src)} keeps its name"
+                )
+            self._system.replace(source, target)
+            self._system.fsync_dir(os.path.dirname(target))
+        return True
+
+    def delete_file(self, path: str) -> None:
+        with mapped("delete", self.describe(path)), contextlib.suppress(FileNotFoundError):
+            self._system.unlink(self._link_path(path))
+
+    def delete_tree(self, path: str) -> None:
+        with mapped("delete", self.describe(path)):
+            target = self._link_path(path)
+            if os.path.islink(target):
+                self._system.unlink(target)
+                return
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(target)
+
+    def free_bytes(self) -> int | None:
+        with mapped("look at", self.uri):
+            found = os.statvfs(self._root)
+            return found.f_bavail * found.f_frsize
+
+    def _path(self, path: str) -> str:
+        """The absolute path; HostilePathError if it, or a link on its way, leads out of the root."""
+        if not path:
+            return self._root
+        absolute = os.path.join(self._root, safe_relative(path))
+        real, real_root = os.path.realpath(absolute), os.path.realpath(self._root)
+        if not real.startswith(real_root.rstrip("/") + "/"):
+            raise HostilePathError(
+                f"{self.describe(path)} leads out of the directory through a symbolic link: use its real path"
+            )
+        return absolute
+
+    def _link_path(self, path: str) -> str:
+        """The absolute path of what is to be deleted: the last part may be a link to anywhere."""
+        parent, _, name = safe_relative(path).rpartition("/")
+        return os.path.join(self._path(parent), name)
+
+    def _sizes(self, directory: str) -> dict[str, int]:
+        return {entry.name: entry.bytes or 0 for entry in self.list_dir(directory) if not entry.is_dir}
+
+
+class _LocalReader(Reader):
+    """An open descriptor; preadv takes its offset along, so threads share it, and releases the GIL."""
+
+    def __init__(self, fd: int, file_bytes: int, where: str) -> None:
+        self._fd = fd
+        self._file_bytes = file_bytes
+        self._where = where
+
+    @property
+    def file_bytes(self) -> int:
+        return self._file_bytes
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        flat = memoryview(view).cast("B")
+        position = 0
+        with mapped("read", self._where):
+            while position < len(flat):
+                try:
+                    count = os.preadv(self._fd, [flat[position:]], offset + position)
+                except InterruptedError:
+                    continue
+                if count == 0:
+                    raise DamagedError(
+                        f"{self._where} is truncated: it ends at byte {offset + position},"
+                        f" and bytes up to {offset + len(flat)} are needed"
+                    )
+                position += count
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _entry(item: os.DirEntry[str]) -> Entry | None:
+    """The entry of a directory, or None for what no checkpoint consists of: links, devices."""
+    if item.is_dir(follow_symlinks=False):
+        return Entry(item.name, None, is_dir=True)
+    try:
+        if item.is_file(follow_symlinks=False):
+            return Entry(item.name, item.stat(follow_symlinks=False).st_size, is_dir=False)
+    except FileNotFoundError:
+        pass
+    return None

@@ -1,0 +1,46 @@
+"""From an address to a storage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from engine.errors import ConfigError
+from engine.storage.base import Storage
+from engine.storage.local import LocalStorage
+from engine.storage.redact import redact_uri
+from engine.storage.split import is_uri
+
+_LOCAL_SCHEMES = ("file", "local")
+
+
+def open_storage(
+    directory_or_uri: str | os.PathLike[str],
+    options: Mapping[str, object] | None = None,
+    *,
+    create: bool = False,
+) -> Storage:
+    """The storage at a path of this machine or an fsspec URI ("s3://bucket/run").
+
+    `options` are the store's (endpoint, credentials, ...), values as text or as the client takes them.
+    `create` makes a missing local directory; stores need none. Nothing is contacted otherwise.
+    ConfigError for an address or option that cannot work, StorageError if creating fails.
+    """
+    address = os.fspath(directory_or_uri)
+    if not address:
+        raise ConfigError("the checkpoint directory is empty: give a path or a URI")
+    scheme, _, rest = address.partition("://")
+    if not is_uri(address):
+        storage: Storage = LocalStorage(address)
+    elif scheme in _LOCAL_SCHEMES:
+        if not rest.startswith("/"):
+            raise ConfigError(f"{redact_uri(address)} names a host: write {scheme}:///path instead")
+        storage = LocalStorage(rest)
+    else:
+        # Imported here: fsspec takes its time to load, and most directories are local.
+        from engine.storage.remote import FsspecStorage
+
+        storage = FsspecStorage(address, options or {})
+    if create:
+        storage.make_dir()
+    return storage

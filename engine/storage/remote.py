@@ -1,0 +1,305 @@
+"""Object stores and every other fsspec file system: s3, gs, az, memory, sftp, ..."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from engine.errors import AlreadyExistsError, ConfigError, DamagedError, NotFoundError, StorageError
+from engine.format.names import TMP_SUFFIX, safe_relative
+from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage.client import StoreClient
+from engine.storage.ranged import RangedReader
+from engine.storage.remote_failures import InvalidRangeError, NoBucketError
+from engine.storage.retry import Retry
+from engine.storage.upload import MAX_PUT_BYTES, upload
+
+log = logging.getLogger(__name__)
+
+_MEMORY_LOCK = threading.Lock()
+"""fsspec's memory:// checks, then creates. Its whole world is this process, so a lock makes that one step."""
+
+
+class FsspecStorage(Storage):
+    """A prefix in a store that fsspec knows, or a directory behind a protocol like SFTP.
+
+    `options` are the client's, see `options.client_options`. Constructing contacts nothing. ConfigError if
+    the scheme is unknown or its package is not installed.
+    """
+
+    is_local = False
+    durability = "an upload that returned is as durable as the store makes it; a partial one is never visible"
+
+    def __init__(self, uri: str, options: Mapping[str, object], *, retry: Retry | None = None) -> None:
+        self._client = StoreClient(uri, options, retry=retry)
+        self._fs = self._client.fs
+        self.uri = self._client.uri
+        self._exclusive: bool | None = None
+        self._probe_lock = threading.Lock()
+
+    @property
+    def supports_exclusive_create(self) -> bool:
+        with self._probe_lock:
+            if self._exclusive is None:
+                self._exclusive = self._probe_exclusive()
+                verb = "honours" if self._exclusive else "does not honour"
+                log.info("%s %s the precondition that an object does not exist", self.uri, verb)
+            return self._exclusive
+
+    def list_dir(self, path: str = "") -> list[Entry]:
+        full = self._client.full(path)
+        try:
+            found = self._client.do("list", path, lambda: self._client.fresh().ls(full, detail=True))
+        except NoBucketError:
+            raise
+        except NotFoundError:
+            if path or not self._client.is_object_store:
+                raise
+            return []  # nothing was stored under this prefix yet
+        entries = (_entry(info, full) for info in found)
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+
+    def list_tree(self) -> dict[str, dict[str, int]]:
+        tree: dict[str, dict[str, int]] = {"": {}}
+        for relative, size in self._files(""):
+            directory, _, file = relative.partition("/")
+            if not file:
+                tree[""][directory] = size
+            elif "/" not in file:
+                tree.setdefault(directory, {})[file] = size
+        return tree
+
+    def size(self, path: str) -> int:
+        return self._client.size(safe_relative(path))
+
+    def exists(self, path: str) -> bool:
+        try:
+            self._client.info(path)
+        except NotFoundError:
+            return False
+        return True
+
+    def read_bytes(self, path: str, *, max_bytes: int) -> bytes:
+        full = self._client.full(safe_relative(path))
+        try:
+            # One ranged request: asking for the size first would double the cost of reading a manifest.
+            data = self._client.do("read", path, lambda: self._fs.cat_file(full, start=0, end=max_bytes + 1))
+        except InvalidRangeError:
+            return b""  # how S3 answers for an empty object
+        if len(data) > max_bytes:
+            raise DamagedError(f"{self.describe(path)} has more than the {max_bytes} bytes expected")
+        return bytes(data)
+
+    def open_reader(self, path: str) -> Reader:
+        return RangedReader(self._client, safe_relative(path))
+
+    def write_file(self, path: str, data: bytes) -> None:
+        full = self._client.full(safe_relative(path))
+        if self._client.is_object_store:
+            self._client.do("write", path, lambda: self._fs.pipe_file(full, data))
+        else:
+            self._client.do("write", path, lambda: self._replace(full, data))
+
+    def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+        if len(data) > MAX_PUT_BYTES:
+            raise StorageError(
+                f"{self.describe(path)} has {len(data)} bytes, and at most {MAX_PUT_BYTES} appear at once:"
+                " store less in shared objects and configuration"
+            )
+        if not exclusive:
+            self.write_file(path, data)
+        elif self.supports_exclusive_create:
+            self._create(path, data)
+        else:
+            # No precondition to be had: the lease and the unique attempt path keep runs apart.
+            self._refuse_taken(path)
+            self.write_file(path, data)
+
+    def write_shard(
+        self,
+        path: str,
+        padded: memoryview,
+        file_bytes: int,
+        *,
+        on_window: OnWindow | None = None,
+        cancel: threading.Event | None = None,
+    ) -> WriteStats:
+        view = memoryview(padded).cast("B")[:file_bytes]
+        if len(view) != file_bytes:
+            raise ValueError(f"{file_bytes} bytes are to be written from a buffer of {len(view)}")
+        self._refuse_taken(safe_relative(path))
+        where = self.describe(path)
+        begun, callback_secs = time.monotonic(), 0.0
+
+        def prepare(begin: int, end: int) -> None:
+            nonlocal callback_secs
+            if cancel is not None and cancel.is_set():
+                raise StorageError(f"writing {where} was given up at byte {begin}: the save was cancelled")
+            if on_window is not None:
+                entered = time.monotonic()
+                on_window(begin, end)
+                callback_secs += time.monotonic() - entered
+
+        try:
+            upload(self._client, path, view, prepare)
+            stored = self.size(path)
+            if stored != file_bytes:
+                raise StorageError(f"could not write {where}: of {file_bytes} bytes {stored} arrived")
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(self._client.full(path))
+            raise
+        return WriteStats(file_bytes, time.monotonic() - begun - callback_secs, 0.0, "upload")
+
+    def make_dir(self, path: str = "") -> None:
+        if not self._client.is_object_store:
+            full = self._client.full(path)
+            self._client.do("create", path, lambda: self._fs.makedirs(full, exist_ok=True))
+        elif not path:
+            self.list_dir()  # a missing bucket or wrong credentials show here, before training starts
+
+    def sync_dir(self, path: str = "") -> None:
+        pass
+
+    def rename(self, src: str, dst: str) -> bool:
+        return False
+
+    def delete_file(self, path: str) -> None:
+        full = self._client.full(safe_relative(path))
+        with contextlib.suppress(NotFoundError):
+            self._client.do("delete", path, lambda: self._fs.rm_file(full))
+
+    def delete_tree(self, path: str) -> None:
+        full = self._client.full(safe_relative(path))
+        if not self._client.is_object_store:
+            with contextlib.suppress(NotFoundError):
+                self._client.do("delete", path, lambda: self._fs.rm(full, recursive=True))
+            return
+        names = [f"{full}/{name}" for name, _ in self._files(path)]
+        if not names:
+            return
+        self._client.do("delete", path, lambda: self._remove(names))
+        # A bulk delete reports success for the request, not for each object.
+        left = [name for name, _ in self._files(path)]
+        if left:
+            raise StorageError(
+                f"could not delete {self.describe(path)}: {len(left)} objects are left, {left[0]!r} first:"
+                " check that the credentials may delete"
+            )
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def _files(self, path: str) -> list[tuple[str, int]]:
+        """(name relative to `path`, bytes) of every file below it; empty if there is none."""
+        if not self._client.is_object_store:
+            return self._files_by_walking(path)
+        full = self._client.full(path)
+        # Not for other file systems: fsspec's general find() skips what it fails to list.
+        try:
+            found = self._client.do("list", path, lambda: self._client.fresh().find(full, detail=True))
+        except NoBucketError:
+            raise
+        except NotFoundError:
+            return []
+        prefix = full + "/"
+        return [
+            (name[len(prefix) :], int(info["size"]))
+            for name, info in found.items()
+            if name.startswith(prefix) and not name.endswith("/")
+        ]
+
+    def _files_by_walking(self, path: str) -> list[tuple[str, int]]:
+        """The same, two levels deep, by listing directory after directory."""
+        files: list[tuple[str, int]] = []
+        for entry in self.list_dir(path):
+            if not entry.is_dir:
+                files.append((entry.name, entry.bytes or 0))
+                continue
+            with contextlib.suppress(NotFoundError):  # removed meanwhile
+                inner = self.list_dir(f"{path}/{entry.name}" if path else entry.name)
+                files += [(f"{entry.name}/{item.name}", item.bytes or 0) for item in inner if not item.is_dir]
+        return files
+
+    def _remove(self, names: Iterable[str]) -> None:
+        plain = []
+        for name in names:
+            if any(character in name for character in "*?["):  # rm() would take these for patterns
+                self._fs.rm_file(name)
+            else:
+                plain.append(name)
+        with contextlib.suppress(FileNotFoundError):  # an earlier try, or another process, was there first
+            if plain:
+                self._fs.rm(plain)
+
+    def _replace(self, full: str, data: bytes) -> None:
+        """For real file systems behind a protocol: a file under a temporary name, renamed."""
+        temporary = f"{full}.{secrets.token_hex(4)}{TMP_SUFFIX}"
+        try:
+            self._fs.pipe_file(temporary, data)
+            self._fs.mv(temporary, full)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(temporary)
+            raise
+
+    def _refuse_taken(self, path: str) -> None:
+        if self.exists(path):
+            raise AlreadyExistsError(f"could not write {self.describe(path)}: the name is taken already")
+
+    def _create(self, path: str, data: bytes) -> None:
+        full = self._client.full(safe_relative(path))
+        tries = 0
+
+        def put() -> None:
+            nonlocal tries
+            tries += 1
+            self._put_new(full, data)
+
+        try:
+            self._client.do("write", path, put)
+        except AlreadyExistsError:
+            # After a failed try, that object may be ours: its answer was lost, not the request.
+            if tries == 1 or self.read_bytes(path, max_bytes=MAX_PUT_BYTES) != data:
+                raise
+
+    def _put_new(self, full: str, data: bytes) -> None:
+        lock: Any = _MEMORY_LOCK if self._client.scheme == "memory" else contextlib.nullcontext()
+        with lock:
+            self._fs.pipe_file(full, data, mode="create")
+
+    def _probe_exclusive(self) -> bool:
+        """Whether a second create-only PUT of one name is refused, tried on an object of its own."""
+        name = f"probe-{secrets.token_hex(8)}{TMP_SUFFIX}"
+        full = self._client.full(name)
+        try:
+            for _ in range(2):
+                self._client.do("probe", name, lambda: self._put_new(full, b"probe"))
+        except AlreadyExistsError:
+            return True
+        except ConfigError:
+            return False  # the client does not know the mode at all
+        except StorageError as error:
+            if type(error) is not StorageError:
+                raise
+            return False  # a plain refusal, as of a header that is not implemented
+        finally:
+            with contextlib.suppress(Exception):
+                self._fs.rm_file(full)
+        return False
+
+
+def _entry(info: Mapping[str, Any], parent: str) -> Entry | None:
+    """The entry of a listing below `parent`; None for the parent's own placeholder."""
+    full = str(info["name"]).rstrip("/")
+    name = full[len(parent) :].lstrip("/") if full.startswith(parent + "/") else ""
+    if not name or "/" in name:
+        return None
+    if info.get("type") == "directory":
+        return Entry(name, None, is_dir=True)
+    return Entry(name, int(info["size"]), is_dir=False)
