@@ -25,6 +25,7 @@ WINDOW_BYTES = 8 << 20
 MAX_BLOCKS_NAMED = 16
 """Damaged blocks of one file that are named one by one; a wiped file has ten thousands."""
 
+_BATCH = 16
 _FIRST_BYTES = 8
 
 Progress = Callable[[int], None]
@@ -57,25 +58,26 @@ def verify_checkpoint(
     NotFoundError when the checkpoint was never committed or is retired meanwhile; NewerFormatError when this
     Holdfast cannot tell; StorageError when the storage fails.
     """
-    return _Verification(storage, id, progress, clock).run(quick, threads)
+    return _Verification(storage, id, quick, progress, clock).run(threads)
 
 
 class _Verification:
     def __init__(
-        self, storage: Storage, id: str, progress: Progress | None, clock: Callable[[], float]
+        self, storage: Storage, id: str, quick: bool, progress: Progress | None, clock: Callable[[], float]
     ) -> None:
         self._storage = storage
         self._id = id
+        self._quick = quick
         self._progress = progress
         self._clock = clock
         self._lock = threading.Lock()
         self._buffers = threading.local()  # one a thread: zeroing a fresh one costs as much as reading it
         self._checked_bytes = 0
 
-    def run(self, quick: bool, threads: int) -> VerifyResult:
+    def run(self, threads: int) -> VerifyResult:
         began = self._clock()
         try:
-            damage = self._find_damage(quick, threads)
+            damage = self._find_damage(threads)
         except NotFoundError:
             self._require_manifest()
             raise
@@ -84,7 +86,7 @@ class _Verification:
         secs = self._clock() - began
         return VerifyResult(self._id, not damage, tuple(damage), self._checked_bytes, secs)
 
-    def _find_damage(self, quick: bool, threads: int) -> list[Damage]:
+    def _find_damage(self, threads: int) -> list[Damage]:
         try:
             manifest = read_manifest(self._storage, self._id)
         except NewerFormatError:
@@ -103,7 +105,7 @@ class _Verification:
                     indexes += [index] if index is not None else []
                 if len(indexes) == manifest.world_size:
                     damage += coverage_damage(manifest, indexes)
-                if not quick:
+                if not self._quick:
                     shards = [s for index in indexes for s in index.files if s.file not in broken]
                     for shard in shards:
                         damage += self._blocks(shard, pool)
@@ -149,7 +151,8 @@ class _Verification:
         except DamagedError as error:
             yield _document_damage(shard.file, "the header as written", error)
             return
-        self._count(len(raw))
+        if self._quick:  # it is read again with the blocks otherwise
+            self._count(len(raw))
         stored = {name: (e.dtype, e.sizes, e.begin, e.end) for name, e in entries.items()}
         indexed = {p.chunk.name: (p.chunk.dtype, p.chunk.sizes, p.begin, p.end) for p in shard.chunks}
         if stored != indexed:
@@ -172,8 +175,9 @@ class _Verification:
 
             bad: list[tuple[int, bytes]] = []
             try:
-                for found in pool.map(differing, range(0, shard.file_bytes, window_bytes)):
-                    bad += found
+                for begins in _batches(range(0, shard.file_bytes, window_bytes)):
+                    for found in pool.map(differing, begins):
+                        bad += found
             except DamagedError as error:  # it became shorter since it was listed
                 return [_document_damage(shard.file, f"{shard.file_bytes} bytes", error)]
         named = [_block_damage(shard, block, digest) for block, digest in bad[:MAX_BLOCKS_NAMED]]
@@ -192,6 +196,11 @@ class _Verification:
             self._checked_bytes += checked_bytes
             if self._progress is not None:
                 self._progress(checked_bytes)
+
+
+def _batches(begins: range) -> Iterator[range]:
+    """A few windows at a time: an error or interrupt ends the work with them, however large the file."""
+    return (begins[at : at + _BATCH] for at in range(0, len(begins), _BATCH))
 
 
 def _differing(shard: ShardFile, first_block: int, found: bytes) -> Iterator[tuple[int, bytes]]:

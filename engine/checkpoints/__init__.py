@@ -1,0 +1,1 @@
+"""The program `python -m engine.checkpoints`: look at, verify, hold and prune checkpoints. No torch."""

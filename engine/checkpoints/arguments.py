@@ -1,0 +1,95 @@
+"""The command line. Flags are spelled with underscores; dashes are accepted in their place."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from engine.errors import ConfigError
+
+PROGRAM = "python -m engine.checkpoints"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one sentence like every other error, not a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line; its `command` is always set. ConfigError for a mistake."""
+    return _parser().parse_args([_with_underscores(argument) for argument in argv])
+
+
+def _with_underscores(argument: str) -> str:
+    """--dry-run=x-y -> --dry_run=x-y"""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False, allow_abbrev=False)
+    common.add_argument(
+        "--storage_options",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        type=_option,
+        help="an option for the store's fsspec file system; may be given several times",
+    )
+    json = _Parser(add_help=False, allow_abbrev=False)
+    json.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+    parser = _Parser(prog=PROGRAM, description="Look after a directory of checkpoints.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, target: str, help: str, *more: _Parser) -> _Parser:
+        parents = [common, *more]
+        added = commands.add_parser(name, help=help, description=help, parents=parents, allow_abbrev=False)
+        added.add_argument("target", metavar=target, help=_TARGETS[target])
+        return added
+
+    command("list", "DIR", "what a directory holds, and what each checkpoint serves as", json)
+    show = command("show", "DIR_OR_CKPT", "one checkpoint's manifest", json)
+    show.add_argument(
+        "--select", default="latest", help="latest, backup, best, epoch:N, step:N or an id (default: latest)"
+    )
+    verify = command(
+        "verify", "DIR_OR_CKPT", "check every block against its digest; exit code 1 on damage", json
+    )
+    verify.add_argument("--quick", action="store_true", help="sizes, indexes and headers only")
+    command("hold", "CKPT", "exempt a checkpoint from retention")
+    command("release", "CKPT", "give a held checkpoint back to retention")
+    prune = command("prune", "DIR", "apply a retention policy by hand, and say why each stays or goes")
+    prune.add_argument(
+        "--rolling", type=_count, metavar="N", help="keep the newest N (default: the run's, or 10)"
+    )
+    prune.add_argument("--best", type=_count, metavar="N", default=1, help="keep the N best (default: 1)")
+    prune.add_argument("--no_epochs", action="store_true", help="do not keep those that closed an epoch")
+    prune.add_argument("--dry_run", action="store_true", help="only say what would happen")
+    return parser
+
+
+_TARGETS = {
+    "DIR": "checkpoint directory: a path or an fsspec URI",
+    "CKPT": "one checkpoint in its directory: a path or URI",
+    "DIR_OR_CKPT": "checkpoint directory, or one checkpoint in it: a path or URI",
+}
+
+
+def _option(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        # Without the text itself: it may well be a secret.
+        raise argparse.ArgumentTypeError("give each option as KEY=VALUE")
+    return key, value
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of checkpoints")
+    return int(text)

@@ -1,0 +1,67 @@
+"""`prune`: apply a retention policy by hand, and say why each checkpoint stays or goes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from engine.catalog.lease import Lease
+from engine.catalog.listing import Listed, committed, list_checkpoints
+from engine.catalog.reaper import Reaped, reap, reap_abandoned
+from engine.catalog.retention import Decision, surplus
+from engine.checkpoints import text
+from engine.checkpoints.target import open_directory, run_policy
+from engine.errors import StorageError
+from engine.storage.base import Storage
+
+_RUN_ID = "prune"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Decide, say so, and remove what is surplus. DirectoryHeldError while a live run writes there."""
+    storage = open_directory(arguments)
+    if arguments.dry_run:
+        listed = list_checkpoints(storage)
+        _say(_decide(storage, listed, arguments), "would go")
+        for item in _abandoned(listed):
+            print(f"would go  {item.id}  {text.size(item.bytes)}  {item.reason}")
+        return 0
+    list_checkpoints(storage)  # a directory that is not there is an error before a lease is left in it
+    with Lease.acquire(storage, run_id=_RUN_ID) as lease:
+        lease.start_heartbeat()
+        listed = list_checkpoints(storage)
+        decisions = _decide(storage, listed, arguments)
+        _say(decisions, "goes")
+        for item in _abandoned(listed):
+            print(f"goes      {item.id}  {text.size(item.bytes)}  {item.reason}")
+        removed = [reap(storage, decisions), reap_abandoned(storage, lease=lease)]
+    _summarise(removed, listed)
+    return 0
+
+
+def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespace) -> list[Decision]:
+    records = committed(listed)
+    policy = run_policy(storage, records)
+    rolling = policy.rolling if arguments.rolling is None else arguments.rolling
+    policy = replace(policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs)
+    return surplus(records, policy, held={item.id for item in listed if item.held})
+
+
+def _abandoned(listed: list[Listed]) -> list[Listed]:
+    return [item for item in listed if item.status == "partial"]
+
+
+def _say(decisions: list[Decision], goes: str) -> None:
+    for decision in decisions:
+        record = decision.record
+        word = "stays" if decision.keep else goes
+        print(f"{word.ljust(8)}  {record.id}  {text.size(record.bytes)}  {decision.why}")
+
+
+def _summarise(removed: list[Reaped], listed: list[Listed]) -> None:
+    sizes = {item.id: item.bytes for item in listed}
+    gone = [id for reaped in removed for id in reaped.removed]
+    print(f"removed {len(gone)}, {text.size(sum(sizes.get(id, 0) for id in gone))}")
+    failed = [cause for reaped in removed for _, cause in reaped.failed]
+    if failed:
+        raise StorageError(f"{len(failed)} could not be removed; the first: {failed[0]}")

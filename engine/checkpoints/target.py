@@ -1,0 +1,95 @@
+"""What a command works on: a checkpoint directory, or one checkpoint inside it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from engine.catalog.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import Retention, by_sequence
+from engine.catalog.select import choose, describe, parse_selector
+from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorError
+from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name
+from engine.storage.base import Storage
+from engine.storage.open import open_storage
+from engine.storage.split import split_uri
+
+KEEP_FLAG = "keep_checkpoints"
+"""The training flag that says how many rolling checkpoints a run keeps; stored with its configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A directory's storage, and the name of the one checkpoint in it that was named, if any."""
+
+    storage: Storage
+    name: str | None
+
+
+def open_target(arguments: argparse.Namespace) -> Target:
+    """Open `arguments.target`. One checkpoint is known by its directory's name, or by its manifest."""
+    options = dict(arguments.storage_options)
+    try:
+        parent, name = split_uri(arguments.target)
+    except ConfigError:  # "/" or "s3://bucket": nothing but a directory
+        return Target(open_storage(arguments.target, options), None)
+    if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None:
+        return Target(open_storage(parent, options), name)
+    storage = open_storage(arguments.target, options)
+    if is_checkpoint_dir(storage):
+        return Target(open_storage(parent, options), name)
+    return Target(storage, None)
+
+
+def open_directory(arguments: argparse.Namespace) -> Storage:
+    """Open a target that has to be a checkpoint directory. SelectorError if it is one checkpoint."""
+    target = open_target(arguments)
+    if target.name is not None:
+        raise SelectorError(
+            f"{arguments.target} is one checkpoint: `{arguments.command}` works on its directory, "
+            f"{target.storage.uri}"
+        )
+    return target.storage
+
+
+def open_checkpoint(arguments: argparse.Namespace) -> tuple[Storage, str]:
+    """Open a target that has to be one committed checkpoint. SelectorError or NotFoundError otherwise."""
+    target = open_target(arguments)
+    if target.name is None:
+        there_is = describe(committed(list_checkpoints(target.storage)))
+        raise SelectorError(f"{arguments.target} is not one checkpoint: give the path of one. {there_is}")
+    if not target.storage.exists(f"{target.name}/{MANIFEST}"):
+        raise NotFoundError(f"{arguments.target} is no committed checkpoint: it never was, or is gone")
+    return target.storage, target.name
+
+
+def select(storage: Storage, listed: list[Listed], text: str) -> CheckpointRecord:
+    """The committed record that a selector means. SelectorError also counts what cannot be used."""
+    try:
+        return choose(committed(listed), parse_selector(text))
+    except SelectorError as error:
+        unusable = [item for item in listed if item.status != "committed"]
+        if not unusable:
+            raise
+        damaged = sum(item.status == "damaged" for item in unusable)
+        counts = f"{damaged} damaged and {len(unusable) - damaged} partial"
+        raise SelectorError(f"{error}. Besides, {storage.uri} holds {counts}") from None
+
+
+def find(listed: list[Listed], name: str) -> Listed:
+    """The attempt of that name; a stand-in for a directory whose name is not an attempt's."""
+    return next((item for item in listed if item.id == name), Listed(name, "committed", None, 0))
+
+
+def run_policy(storage: Storage, records: list[CheckpointRecord]) -> Retention:
+    """The retention policy of the run that wrote the newest checkpoint, as far as it is stored."""
+    for record in reversed(by_sequence(records)):
+        try:
+            kept = read_manifest(storage, record.id).config.get(KEEP_FLAG)
+        except (DamagedError, NotFoundError):  # damaged or retired since the listing: ask the one before
+            continue
+        if isinstance(kept, int) and not isinstance(kept, bool) and kept >= 0:
+            return Retention(rolling=kept)
+        break
+    return Retention()

@@ -1,0 +1,48 @@
+"""Values as a person reads them: sizes, ages, rates, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
+
+
+def size(count: int) -> str:
+    """A number of bytes in decimal units: 1.49 GB."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
+
+
+def age(secs: float) -> str:
+    """How long ago, in the largest fitting unit: 3 min. A clock that runs ahead gives "now"."""
+    if secs < 1:
+        return "now"
+    for unit_secs, unit in _AGES:
+        if secs >= unit_secs:
+            return f"{secs / unit_secs:.0f} {unit}"
+    return f"{secs:.0f} s"
+
+
+def rate(count: int, secs: float) -> str:
+    """Bytes per second: 812 MB/s."""
+    return f"{size(round(count / secs))}/s" if secs > 0 else "-"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    """Columns under their headers, two spaces apart; those numbered in `right` are aligned to the right.
+
+    Drawn here because importing rich takes longer than listing twenty checkpoints.
+    """
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,108 @@
+"""`verify`: compare what is stored with what was written, one checkpoint or a whole directory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from engine.catalog.listing import Listed, list_checkpoints
+from engine.catalog.verify import Progress, VerifyResult, verify_checkpoint
+from engine.checkpoints import text
+from engine.checkpoints.target import find, open_target
+from engine.errors import HoldfastError, NewerFormatError, NotFoundError, SelectorError
+from engine.storage.base import Storage
+
+EXIT_DAMAGED = 1
+
+_LOCAL_THREADS = 2
+_STORE_THREADS = 8
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify and report. Exit code 1 when anything is damaged.
+
+    In a directory, a checkpoint that cannot be judged (newer format) does not stop the others; it raises at
+    the end unless there is damage to report.
+    """
+    target = open_target(arguments)
+    storage = target.storage
+    listed = list_checkpoints(storage)
+    if target.name is None:
+        chosen = [item for item in listed if item.status != "partial"]
+    else:
+        chosen = [find(listed, target.name)]
+    if not chosen:
+        partial = f", only {len(listed)} partial" if listed else ""
+        raise SelectorError(f"nothing to verify: no committed checkpoint in {storage.uri}{partial}")
+    results: list[VerifyResult] = []
+    errors: list[HoldfastError] = []
+    with _progress(sum(item.bytes for item in chosen)) as progress:
+        for item in chosen:
+            try:
+                results.append(_verify(storage, item, arguments.quick, progress))
+            except (NewerFormatError, NotFoundError) as error:
+                errors.append(error)
+            else:
+                if not arguments.json:
+                    print("\n".join(report(results[-1], item)), flush=True)
+    if arguments.json:
+        print(json.dumps(as_json(results, storage), indent=2))
+    if any(not result.ok for result in results):
+        for unjudged in errors:
+            print(f"error: {unjudged}", file=sys.stderr)
+        return EXIT_DAMAGED
+    if errors:
+        raise errors[0]
+    return 0
+
+
+def report(result: VerifyResult, item: Listed) -> Iterator[str]:
+    """The lines about one checkpoint."""
+    speed = f"{text.size(result.bytes)} in {result.secs:.2f} s, {text.rate(result.bytes, result.secs)}"
+    yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
+    yield from (f"  {damage.sentence}" for damage in result.damage)
+    if result.ok and item.status == "damaged":
+        yield f"  nothing is wrong with it, but it is listed as damaged: {item.reason}"
+
+
+def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
+    """The report of all checkpoints that could be judged."""
+    return {
+        "ok": all(result.ok for result in results),
+        "checkpoints": [
+            {
+                "id": result.id,
+                "path": storage.describe(result.id),
+                "ok": result.ok,
+                "bytes": result.bytes,
+                "secs": result.secs,
+                "damage": [asdict(damage) for damage in result.damage],
+            }
+            for result in results
+        ],
+    }
+
+
+def _verify(storage: Storage, item: Listed, quick: bool, progress: Progress | None) -> VerifyResult:
+    threads = _LOCAL_THREADS if storage.is_local else _STORE_THREADS
+    return verify_checkpoint(storage, item.id, quick=quick, progress=progress, threads=threads)
+
+
+@contextlib.contextmanager
+def _progress(total_bytes: int) -> Iterator[Progress | None]:
+    """A progress bar with its rate on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("verify", total=total_bytes)
+        yield lambda count: bar.advance(task, count)
