@@ -106,7 +106,11 @@ class Checkpointer:
         self._restorer = Restorer(
             self._storage, capture, self._channel, seed, timeout_secs, storage_options, self._listener
         )
-        self._saver = None if read_only else self._make_saver(capture, busy, check_replicas, memory_budget_bytes, overlap)
+        self._saver = (
+            None
+            if read_only
+            else self._make_saver(capture, busy, check_replicas, memory_budget_bytes, overlap)
+        )
         atexit.register(self._at_exit)
 
     def save(
@@ -132,7 +136,9 @@ class Checkpointer:
             )
         unknown = [reason for reason in reasons if reason not in REASONS]
         if step < 0 or unknown or not reasons:
-            raise ConfigError(f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}")
+            raise ConfigError(
+                f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}"
+            )
         info = SaveInfo(
             step=step,
             attempt="",

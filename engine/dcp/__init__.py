@@ -1,1 +1,1 @@
-"""The only room that knows `torch.distributed.checkpoint`: its planners on one side, our values on the other."""
+"""The only room that knows DCP's planners: their items on one side, our values on the other."""

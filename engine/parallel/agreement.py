@@ -39,7 +39,9 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
     if notes is not None:
         documents = [(rank, parse_canonical(raw, what="a note")["error"]) for rank, raw in enumerate(notes)]
         failed = [(rank, error) for rank, error in documents if error is not None]
-        first = failed[0][1] | {"rank": failed[0][0], "ranks": [rank for rank, _ in failed]} if failed else None
+        first = (
+            failed[0][1] | {"rank": failed[0][0], "ranks": [rank for rank, _ in failed]} if failed else None
+        )
         verdict = canonical_bytes({"value": None, "error": first})
     raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs)
     if problem is not None:
@@ -61,5 +63,3 @@ def _open(raw: bytes) -> Any:
         raise kind(error["message"])
     rank = error.get("rank", 0)
     raise PeerFailedError(f"rank {rank} failed: {error['kind']}: {error['message']}")
-
-

@@ -17,9 +17,10 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from engine.errors import CoordinationError, LateRanksError
 
@@ -97,7 +98,8 @@ class Channel:
     def scatter(self, key: str, payloads: Sequence[bytes] | None, timeout_secs: float) -> bytes:
         """Hand each rank its own payload of rank 0's list. Errors as `broadcast`."""
         if self.rank == 0:
-            assert payloads is not None and len(payloads) == self.world_size
+            assert payloads is not None
+            assert len(payloads) == self.world_size, f"{len(payloads)} for {self.world_size} ranks"
             for rank in range(1, self.world_size):
                 self._set(f"{key}/{rank}", payloads[rank])
             return payloads[0]
@@ -169,10 +171,10 @@ def connect_ranks(timeout_secs: float) -> Coordinator:
         return Coordinator(0, 1, uuid.uuid4().hex[:12])
     rank, world_size = dist.get_rank(), dist.get_world_size()
     timeout = timedelta(seconds=timeout_secs)
-    server: dist.TCPStore | None = None
+    server: Any = None
     address: list[object] = [None, None, None]
     if rank == 0:
-        server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         address = [_reachable_host(), server.port, uuid.uuid4().hex[:12]]
     dist.broadcast_object_list(address, src=0)
     host, port, run_id = str(address[0]), int(str(address[1])), str(address[2])
@@ -180,7 +182,9 @@ def connect_ranks(timeout_secs: float) -> Coordinator:
         host = "127.0.0.1"
 
     def connect() -> Store:
-        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        store: Any = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        client: Store = store
+        return client
 
     return Coordinator(rank, world_size, run_id, connect, server)
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a selector means, where it lies, and what is left when that one is damaged. Rank 0's work."""
+"""Which checkpoint a selector means, where it lies, and what is left when it is damaged. Rank 0's work."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _nothing_whole(storage: Storage, listed: list[Listed], passed_over: Collecti
         if item.status != "committed" or item.id in passed_over
     ]
     return (
-        f"{storage.uri} holds no whole checkpoint, only damaged or unfinished ones ({'; '.join(lines)}). Nothing was "
-        "deleted. Restore one by hand, or start anew in another --checkpoint_dir"
+        f"{storage.uri} holds no whole checkpoint, only damaged or unfinished ones ({'; '.join(lines)}). "
+        "Nothing was deleted. Restore one by hand, or start anew in another --checkpoint_dir"
     )
 
 

@@ -70,7 +70,9 @@ class Destination:
         self._prepare_optimizers()
         live, live_aliases = self._live()
         self.fit = self._match(live, live_aliases)
-        self.tensors: dict[str, torch.Tensor] = {saved: live[name] for name, saved in self.fit.matched.items()}
+        self.tensors: dict[str, torch.Tensor] = {
+            saved: live[name] for name, saved in self.fit.matched.items()
+        }
         if not model_only:
             self._add_values()
         self.tensors.update(self._extra)
@@ -115,7 +117,9 @@ class Destination:
             return
         saved = {*self._manifest.tensors, *self._manifest.aliases}
         for key, capture in self._capture.optimizers.items():
-            absent = self._without_state[key] = optimizers.parameters_without_state(capture, dict.fromkeys(saved))
+            absent = self._without_state[key] = optimizers.parameters_without_state(
+                capture, dict.fromkeys(saved)
+            )
             if any(name not in absent for names in capture.group_names() for name in names):
                 module = self._capture.state[capture.owner]
                 optimizers.ensure_state(module, capture.optimizer)
@@ -176,8 +180,8 @@ class Destination:
         if not hasattr(entry, "reshard"):
             raise StateError(
                 f"{key} was saved per rank by {self._manifest.world_size} ranks and cannot be restored on "
-                f"{self._world_size}: give its object a method reshard(states, rank, world_size) that returns "
-                "the new state of one rank, or resume with the saved world size"
+                f"{self._world_size}: give its object a method reshard(states, rank, world_size) that "
+                "returns the new state of one rank, or resume with the saved world size"
             )
         for local in self._locals:
             self._add_tensors(local.get(key), None, "")
@@ -222,7 +226,7 @@ class Destination:
             return
         if self._rank == 0:
             log.info(
-                "saved by %d ranks, restored on %d: the random streams are derived from (seed %d, step %d, rank)",
+                "saved by %d ranks, restored on %d: random streams are derived from (seed %d, step %d, rank)",
                 self._manifest.world_size,
                 self._world_size,
                 self._seed,

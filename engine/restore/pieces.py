@@ -88,7 +88,10 @@ def cut_slice(
     row_bytes = math.prod(sizes[dim + 1 :]) * itemsize
     rows_each = max(1, most_bytes // max(1, row_bytes))
     for index in itertools.product(*(range(length) for length in lengths[:dim])):
-        first = begin + _element((*map(sum, zip(index, offsets[:dim], strict=True)), offsets[dim]), sizes) * itemsize
+        first = (
+            begin
+            + _element((*map(sum, zip(index, offsets[:dim], strict=True)), offsets[dim]), sizes) * itemsize
+        )
         for row in range(0, lengths[dim], rows_each):
             rows = min(rows_each, lengths[dim] - row)
             yield Piece(
@@ -145,7 +148,11 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
         rest: Piece | None = piece
         while rest is not None:
             limit = begin + most_bytes
-            joins = bool(waiting) and rest.begin <= end and (rest.end <= limit or (rest.flat and rest.begin < limit))
+            joins = (
+                bool(waiting)
+                and rest.begin <= end
+                and (rest.end <= limit or (rest.flat and rest.begin < limit))
+            )
             if not joins:
                 if waiting:
                     windows.append(Window(begin, end, tuple(waiting)))

@@ -151,12 +151,14 @@ class _Worker:
         if buffer.numel() < length:
             buffer = torch.empty(max(length, WINDOW_BYTES), dtype=torch.uint8)
         raw = buffer[:length]
-        view = memoryview(raw.numpy())
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]
         shard = self.files[name]
         self.readers[name].read_into(window.begin, view)
         self._verify(shard, window, view)
         for piece in window.pieces:
-            _copy_out(piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice])
+            _copy_out(
+                piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice]
+            )
         return buffer
 
     def _verify(self, shard: ShardFile, window: Window, view: memoryview) -> None:
@@ -169,9 +171,10 @@ class _Worker:
             at = (block - first) * 8
             want = expected_digest(shard.digests, block)
             if found[at : at + 8] != want:
+                begin, end = block * shard.block_bytes, (block + 1) * shard.block_bytes
                 raise DamagedError(
                     f"{self.storage.describe(f'{self.directory}/{shard.file}')}: block {block} (bytes "
-                    f"{block * shard.block_bytes:,} to {min(shard.file_bytes, (block + 1) * shard.block_bytes):,}) "
+                    f"{begin:,} to {min(shard.file_bytes, end):,}) "
                     f"has changed: its digest is {found[at : at + 8].hex()}, {want.hex()} was written"
                 )
 
@@ -186,5 +189,3 @@ def _copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:
         rows = rows.narrow(dim, offset, length)
     to = item.to.view(1) if item.to.ndim == 0 else item.to[piece.to_index]
     to[piece.to_row : piece.to_row + piece.rows].copy_(rows)
-
-

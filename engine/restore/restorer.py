@@ -1,4 +1,4 @@
-"""Restore, all ranks together: agree on a checkpoint, check that it fits, read it, and agree that it was whole.
+"""Restore, all ranks together: agree on a checkpoint, check that it fits, read it, agree that it was whole.
 
     rank 0       chooses, everybody gets its manifest
     every rank   reads the indexes, matches tensors; all agree that it fits
@@ -75,7 +75,9 @@ class Restorer:
         while True:
             self._number += 1
             key = f"restore/{self._number}"
-            chosen = rank0_decides(self.channel, f"{key}/choice", lambda: self._choose(selector), self.timeout_secs)
+            chosen = rank0_decides(
+                self.channel, f"{key}/choice", lambda: self._choose(selector), self.timeout_secs
+            )
             if chosen is None:
                 return None
             try:
@@ -106,7 +108,9 @@ class Restorer:
 
     def _restore(self, key: str, chosen: Mapping[str, Any], model_only: bool) -> CheckpointRecord:
         started = self.clock()
-        manifest = Manifest.from_bytes(chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}")
+        manifest = Manifest.from_bytes(
+            chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
+        )
         storage = open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
         destination: Destination | None = None
         places: Places = {}
@@ -164,7 +168,9 @@ class Restorer:
     def _mark(self, chosen: Mapping[str, Any], error: Exception) -> None:
         """Remember the damage in the directory, so that nothing tries this checkpoint first again."""
         try:
-            storage = open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
+            storage = (
+                open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
+            )
             marks.mark_damaged(storage, str(chosen["id"]), str(error))
         except HoldfastError as problem:
             log.warning("could not mark %s as damaged: %s", chosen["id"], problem)
@@ -201,4 +207,6 @@ def _missing_is_damage(storage: Storage, manifest: Manifest, error: Exception) -
 def _as_restore_failure(error: Exception, id: str) -> Exception:
     if isinstance(error, HoldfastError):
         return error
-    return RestoreFailedError(f"restoring {id} broke off, the state is undefined now: {type(error).__name__}: {error}")
+    return RestoreFailedError(
+        f"restoring {id} broke off, the state is undefined now: {type(error).__name__}: {error}"
+    )

@@ -96,7 +96,9 @@ class JobRunner:
             try:
                 self.after_commit(record)
             except HoldfastError as error:
-                log.warning("cleaning up after step %d failed and will be tried again: %s", job.info.step, error)
+                log.warning(
+                    "cleaning up after step %d failed and will be tried again: %s", job.info.step, error
+                )
 
     def _run(self, job: Job) -> CheckpointRecord:
         receipt = self._write(job)
@@ -168,7 +170,10 @@ class JobRunner:
 
     def _tell(self, job: Job, record: CheckpointRecord | None, failure: BaseException | None) -> None:
         """Give every rank the outcome, and see that they have it before the key goes."""
-        document = {"error": "" if failure is None else f"{failure}", "record": record and record_to_json(record)}
+        document = {
+            "error": "" if failure is None else f"{failure}",
+            "record": record and record_to_json(record),
+        }
         self.channel.broadcast(f"{job.key}/outcome", canonical_bytes(document), 0)
         try:
             self.channel.gather(f"{job.key}/ack", b"1", ACKNOWLEDGE_SECS)
@@ -213,6 +218,8 @@ def _record_from(raw: bytes) -> CheckpointRecord:
 
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
-    failure = SaveFailedError(f"the checkpoint of step {job.info.step} was not saved: {error or type(error).__name__}")
+    failure = SaveFailedError(
+        f"the checkpoint of step {job.info.step} was not saved: {error or type(error).__name__}"
+    )
     failure.__cause__ = error
     return failure

@@ -43,8 +43,8 @@ def probe_shared(
         except NotFoundError:
             if clock() >= deadline:
                 problem = StorageError(
-                    f"rank {channel.rank} does not see the file that rank 0 wrote to {storage.uri}: every node "
-                    "must see the same checkpoint directory; give a shared path or a URI"
+                    f"rank {channel.rank} does not see the file that rank 0 wrote to {storage.uri}: every "
+                    "node must see the same checkpoint directory; give a shared path or a URI"
                 )
                 break
         sleep(0.5)

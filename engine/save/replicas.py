@@ -28,5 +28,5 @@ def replica_digests(captured: Captured, held: Sequence[Chunk]) -> dict[str, str]
         with torch.no_grad():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digests[f"{name} {list(boxes[name].offsets)}"] = bytes_digest(memoryview(raw))
+        digests[f"{name} {list(boxes[name].offsets)}"] = bytes_digest(memoryview(raw))  # type: ignore[arg-type]
     return digests

@@ -116,7 +116,9 @@ class Saver:
             return
         thread.join(timeout)
         if thread.is_alive():
-            raise TimeoutError(f"the save of step {self._handle.step if self._handle else '?'} is still running")
+            raise TimeoutError(
+                f"the save of step {self._handle.step if self._handle else '?'} is still running"
+            )
         self._thread = None
 
     @property
@@ -257,4 +259,3 @@ def mesh_description(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         if mesh is not None:
             return {"names": list(mesh.mesh_dim_names or ()), "shape": list(mesh.shape)}
     return {"names": [], "shape": []}
-

@@ -30,7 +30,9 @@ def write_rank(
     Raises: StorageError of any kind; the storage has removed the file that failed.
     """
     storage.make_dir(attempt)
-    files = [_write_shard(storage, attempt, arena, slot, secs, clock) for slot in (arena.slots if arena else ())]
+    files = [
+        _write_shard(storage, attempt, arena, slot, secs, clock) for slot in (arena.slots if arena else ())
+    ]
     index = ShardIndex(attempt, rank, world_size, tuple(files), dict(local))
     raw = index.to_bytes()
     started = clock()

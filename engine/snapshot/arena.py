@@ -21,6 +21,7 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,7 +100,8 @@ class Arena:
     def release(self) -> None:
         """Give the memory back. Views of it must be gone or never used again."""
         if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.buffer.data_ptr())
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            cudart.cudaHostUnregister(self.buffer.data_ptr())
             self._pinned = False
         del self.memory, self.buffer
         # The map itself goes with its last view; closing it here would raise while one is alive.
@@ -159,7 +161,8 @@ def _prefault(pages: mmap.mmap, skip: int, length: int) -> None:
 
 def _pin(buffer: torch.Tensor) -> bool:
     """Register memory with CUDA. A refusal (a locked-memory limit) is logged: copies still work, slower."""
-    status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    status = cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
     if int(status) != 0:
         log.warning("CUDA could not pin the snapshot buffer (error %s); copies will be slower", status)
         return False

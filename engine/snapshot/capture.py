@@ -76,11 +76,13 @@ class StateCapture:
                     f"the state key {name!r} cannot be used: keys are plain names without dots, other than "
                     f"{RNG_KEY!r} and {PER_RANK_PREFIX!r}"
                 )
-            if not (hasattr(state[name], "state_dict") or isinstance(state[name], torch.Tensor | dict | list)):
+            if not (
+                hasattr(state[name], "state_dict") or isinstance(state[name], torch.Tensor | dict | list)
+            ):
                 raise UnsavableValueError(
-                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are modules, optimizers, "
-                    "objects with state_dict and load_state_dict, tensors, dicts or lists: what can be restored "
-                    "in place"
+                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are modules, "
+                    "optimizers, objects with state_dict and load_state_dict, tensors, dicts or lists: what "
+                    "can be restored in place"
                 )
         for name in per_rank:
             if name not in state or isinstance(state[name], nn.Module | Optimizer):
@@ -102,7 +104,9 @@ class StateCapture:
         # First out, last in: state_dict() of other objects may draw random numbers.
         rng_state = rng.capture()
         fixed = self._capture_fixed()
-        captured = Captured(dict(fixed.tensors), fixed.fixed, fixed.guarded, fixed.generation, dict(fixed.aliases))
+        captured = Captured(
+            dict(fixed.tensors), fixed.fixed, fixed.guarded, fixed.generation, dict(fixed.aliases)
+        )
         for module in self._modules.values():
             module.collect_values(captured)
         for optimizer in self._optimizers.values():
@@ -121,8 +125,9 @@ class StateCapture:
 
     def _capture_fixed(self) -> Captured:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""
-        seen = [*self._modules.values(), *self._optimizers.values()]
-        if self._fixed.generation and all(entry.unchanged() for entry in seen):
+        unchanged = self._fixed.generation > 0
+        unchanged = unchanged and all(module.unchanged() for module in self._modules.values())
+        if unchanged and all(optimizer.unchanged() for optimizer in self._optimizers.values()):
             return self._fixed
         self.refresh()
         tensors, aliases = self.fixed_tensors()
@@ -149,8 +154,10 @@ class StateCapture:
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """(tensors, aliases) of modules and optimizers as last walked, tied ones once."""
         tensors: dict[str, torch.Tensor] = {}
-        for entry in (*self._modules.values(), *self._optimizers.values()):
-            tensors.update(entry.tensors)
+        for module in self._modules.values():
+            tensors.update(module.tensors)
+        for optimizer in self._optimizers.values():
+            tensors.update(optimizer.tensors)
         aliases = _take_ties_out(self._modules.values(), tensors)
         return tensors, aliases
 
@@ -179,7 +186,10 @@ class ModuleCapture:
             else:
                 self._extra[name] = value
         self._slots = _slots(module)
-        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
         self.identities = {f"{key}.{canonical(module, name)}": id(tensor) for name, tensor in named}
 
     def unchanged(self) -> bool:
@@ -265,7 +275,9 @@ class OptimizerCapture:
         """Add the groups' hyperparameters, and counters that are not tensors."""
         groups = []
         for group, names in zip(self.optimizer.param_groups, self.group_names(), strict=True):
-            groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": names})
+            groups.append(
+                {**{key: value for key, value in group.items() if key != "params"}, "params": names}
+            )
         document: dict[str, Any] = {"param_groups": groups}
         if self._counters:
             document["counters"] = {path: entry.get(name) for path, entry, name in self._counters}

@@ -40,8 +40,8 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device=device)
-        self._event = torch.cuda.Event()
+        self._stream = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def copy(self, pairs: Sequence[Pair]) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -60,7 +60,7 @@ class CudaStream:
 
     @property
     def done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 class Copier:
@@ -75,7 +75,9 @@ class Copier:
         self._stream = stream
         self._in_flight = False
         self._hooks = (
-            [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers] if stream else []
+            [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+            if stream
+            else []
         )
 
     def copy(self, eager: Sequence[Pair], overlapped: Sequence[Pair]) -> None:
@@ -112,9 +114,11 @@ def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
     """Copy each source into its destination, in one call for all of them."""
     if pairs:
         with torch.no_grad():
-            # Underscored, but what torch's own optimizers are built on; a test notices when it moves. One
-            # call instead of one per tensor: with 10,000 small ones the calls would cost more than the copies.
-            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs], non_blocking=non_blocking)
+            # Underscored, but what torch's own optimizers are built on; a test notices when it moves. With
+            # 10,000 small tensors, one call for each would cost more than the copies.
+            torch._foreach_copy_(
+                [to for to, _ in pairs], [source for _, source in pairs], non_blocking=non_blocking
+            )
 
 
 def overlap_stream(

@@ -123,7 +123,13 @@ def _part(chunk: Chunk, position: int, dim: int, start: int, length: int) -> Par
     offsets, sizes = list(chunk.offsets), list(chunk.sizes)
     offsets[dim] += start
     sizes[dim] = length
-    return Part(position, dim, start, length, Chunk(chunk.name, chunk.dtype, chunk.shape, tuple(offsets), tuple(sizes)))
+    return Part(
+        position,
+        dim,
+        start,
+        length,
+        Chunk(chunk.name, chunk.dtype, chunk.shape, tuple(offsets), tuple(sizes)),
+    )
 
 
 def _check_coverage(holders: dict[Chunk, list[tuple[int, int]]]) -> None:
