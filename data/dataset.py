@@ -26,7 +26,7 @@ INCOMPLETE = "incomplete"
 SPLITS = ("train", "val")
 _MAX_DESCRIPTION_BYTES = 64 << 20
 _SHARD_NAME = re.compile(
-    r"(?P<family>(?:.*[_.-])?)(?P<split>" + "|".join(SPLITS) + r")(?:[_.-]?\d+)?\.(?P<kind>bin|npy)"
+    r"(?!\.)(?P<family>(?:.*[_.-])?)(?P<split>" + "|".join(SPLITS) + r")(?:[_.-]?\d+)?\.(?P<kind>bin|npy)"
 )
 
 

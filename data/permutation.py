@@ -21,8 +21,8 @@ ROUNDS = 8
 MAX_SIZE = 1 << 62
 
 # Luby and Rackoff need four rounds of a good function; tiny halves mix worse, so there are eight rounds, and
-# the network is never smaller than 2 x 4 bits however small the range.
-_MIN_HALF_BITS = 4
+# the network is never smaller than 2 x 3 bits however small the range.
+_MIN_HALF_BITS = 3
 
 
 class Permutation:

@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if flags.out and is_uri(flags.out):
             raise DataError(
-                f"--out {redact(flags.out)} is a URI: datasets are memory-mapped, so they are written to local folders"
+                f"--out {redact(flags.out)} is a URI: datasets are memory-mapped, so it must be a folder"
             )
         dataset, reading = _prepare_with_bar(flags, out)
     except DataError as error:
@@ -186,7 +186,10 @@ def _prepare_with_bar(flags: Flags, out: Path) -> tuple[Dataset, Reading]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # In a log file the bar would be one line, at the end.
+    hidden = not console.is_terminal
+    with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"tokenizing {redact(flags.source)}", total=None)
         return prepare(
             flags.source,

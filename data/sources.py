@@ -10,7 +10,7 @@ import io
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
@@ -110,18 +110,17 @@ def _local(path: str) -> list[SourceFile]:
 
 def _stdlib() -> list[SourceFile]:
     """The running Python's standard library: its `.py` files, without the packages installed beside it."""
-    files = _local_folder(sysconfig.get_path("stdlib"))
-    installed = ("site-packages/", "dist-packages/")
-    return [file for file in files if file.name.endswith(".py") and not file.name.startswith(installed)]
+    files = _local_folder(sysconfig.get_path("stdlib"), without=("site-packages", "dist-packages"))
+    return [file for file in files if file.name.endswith(".py")]
 
 
-def _local_folder(root: str) -> list[SourceFile]:
-    """All files below `root`, without hidden ones and caches."""
+def _local_folder(root: str, without: Sequence[str] = ()) -> list[SourceFile]:
+    """All files below `root`, without hidden ones, caches and the folders called `without`."""
     filesystem = fsspec.filesystem("file")
     found = []
     # os.walk rather than fsspec's find, which follows links between folders round and round.
     for folder, folders, names in os.walk(root, onerror=_raise):
-        folders[:] = [name for name in folders if not _is_skipped(name)]
+        folders[:] = [name for name in folders if not _is_skipped(name) and name not in without]
         for name in names:
             path = os.path.join(folder, name)
             if not _is_skipped(name) and os.path.isfile(path):
