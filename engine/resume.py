@@ -1,0 +1,182 @@
+"""`python -m engine.resume`: carries a run on, on any number of ranks, with the checkpoint's own flags.
+
+It launches `engine.train --resume ...` through torch's elastic launcher, in this process. Torch is not loaded
+before everything that the user may have got wrong has been looked at.
+
+Exit status: 0, 2 when the user has to do something, 1 when a worker failed otherwise, 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from data.batch import split_batch
+from data.errors import DataError
+from engine.catalog.listing import read_index, read_manifest
+from engine.errors import ConfigError, HoldfastError, SelectorError
+from engine.parallel.mesh import MeshShape
+from engine.run.cli import gives, parse, resolve
+from engine.run.config import TrainConfig, complete
+from engine.run.console import readable_bytes
+from engine.run.reads import plan_reads
+from engine.run.start import Restart, Start, find_start
+from engine.storage.open import open_storage
+
+USER_ERROR = 2
+PROGRAM = "engine.resume"
+
+LAUNCHER_FLAGS = (
+    "nnodes",
+    "node_rank",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "rdzv_conf",
+    "master_addr",
+    "master_port",
+    "local_addr",
+    "max_restarts",
+    "monitor_interval",
+)
+"""Flags of torchrun that are handed to it as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for. `train` are the flags for engine.train, `launcher` those for torchrun."""
+
+    ranks: int | None
+    selector: str
+    dry_run: bool
+    nodes: int
+    launcher: tuple[str, ...]
+    train: tuple[str, ...]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        request = read_flags(sys.argv[1:] if argv is None else argv)
+        session = parse((*request.train, "--resume", request.selector), prog=PROGRAM)
+        start = find_start(session, directory_given=gives(request.train, "checkpoint_dir"), restart=Restart())
+        mesh = check(request, session, start)
+        if request.dry_run:
+            dry_run(session, start, mesh)
+            return 0
+    except (HoldfastError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(f"{start.sentence}, on {mesh.world_size} rank{'s' * (mesh.world_size > 1)}", flush=True)
+    return launch(request, start, mesh.world_size)
+
+
+def read_flags(argv: Sequence[str]) -> Request:
+    """Sort the flags: ours, torchrun's, and the rest, which is engine.train's. Raises ConfigError."""
+    parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False, add_help=True)
+    parser.add_argument("--reshard", type=int, metavar="N", help="ranks over all nodes (default: as saved)")
+    parser.add_argument("--from", dest="selector", default="latest", help="checkpoint (default: latest)")
+    parser.add_argument("--dry_run", action="store_true", help="print what each rank would read, and exit")
+    launcher = parser.add_argument_group("torchrun's own flags, handed through")
+    for flag in LAUNCHER_FLAGS:
+        launcher.add_argument(f"--{flag}")
+    parser.epilog = "Any other flag is engine.train's and beats the checkpoint's configuration."
+    given, rest = parser.parse_known_args([_with_underscores(argument) for argument in argv])
+    if any(argument.split("=")[0] == "--resume" for argument in rest):
+        raise ConfigError("engine.resume takes --from SELECTOR in place of --resume")
+    if given.reshard is not None and given.reshard < 1:
+        raise ConfigError(f"--reshard is {given.reshard}, but must be at least 1")
+    passed = [
+        f"--{flag}={getattr(given, flag)}" for flag in LAUNCHER_FLAGS if getattr(given, flag) is not None
+    ]
+    return Request(
+        given.reshard, given.selector, given.dry_run, _nodes(given.nnodes), tuple(passed), tuple(rest)
+    )
+
+
+def check(request: Request, session: TrainConfig, start: Start) -> MeshShape:
+    """The ranks to launch, as a mesh. What the workers would refuse is refused here already."""
+    if start.selector is None or start.world_size is None:
+        where = open_storage(start.checkpoint_dir, session.storage_mapping).uri
+        raise SelectorError(f"{where} holds no checkpoint to resume: start a run with engine.train")
+    ranks = request.ranks or start.world_size
+    if ranks % request.nodes:
+        raise ConfigError(
+            f"{ranks} ranks do not divide over {request.nodes} nodes: {ranks} = {request.nodes} x "
+            f"{ranks // request.nodes} + {ranks % request.nodes}; make --reshard a multiple of {request.nodes}"
+        )
+    config = complete(resolve((*request.train, "--resume", request.selector), start.stored, session))
+    split_batch(config.global_batch, ranks)
+    return MeshShape.split(ranks, config.dp_replicate)
+
+
+def dry_run(session: TrainConfig, start: Start, mesh: MeshShape) -> None:
+    """Print which shards and how many bytes each rank would read."""
+    storage = open_storage(start.home, session.storage_mapping)
+    manifest = read_manifest(storage, start.name)
+    indexes = [read_index(storage, manifest, rank, name=start.name) for rank in range(manifest.world_size)]
+    total = readable_bytes(manifest.total_bytes)
+    print(f"{start.sentence}: {total}, saved by {manifest.world_size} ranks, to be read by {mesh.world_size}")
+    for rank in range(mesh.world_size):
+        reads = plan_reads(indexes, mesh, rank)
+        files = ", ".join(f"{read.file} {readable_bytes(read.read_bytes)}" for read in reads)
+        read, wanted = sum(item.read_bytes for item in reads), sum(item.wanted_bytes for item in reads)
+        print(f"rank {rank} reads {read:,} bytes for {wanted:,} bytes of state: {files}")
+
+
+def launch(request: Request, start: Start, ranks: int) -> int:
+    """Run the workers under torch's elastic launcher until they end; returns the exit status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        torchrun.main(launch_arguments(request, start, ranks))
+    except ChildFailedError as error:
+        # torchrun makes 1 of any failure; a worker's 2 means that it printed a sentence for the user.
+        return USER_ERROR if any(f.exitcode == USER_ERROR for f in error.failures.values()) else 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def launch_arguments(request: Request, start: Start, ranks: int) -> list[str]:
+    """torchrun's command line. The directory that the checkpoint was found in goes with it."""
+    nproc = ranks // request.nodes
+    train = (*request.train, f"--checkpoint_dir={start.checkpoint_dir}", f"--resume={start.selector}")
+    return [*request.launcher, f"--nproc_per_node={nproc}", "-m", "engine.train", *train]
+
+
+def _nodes(flag: str | None) -> int:
+    """How many nodes there will be at most: torchrun also takes MIN:MAX."""
+    try:
+        nodes = int((flag or "1").split(":")[-1])
+    except ValueError:
+        nodes = 0
+    if nodes < 1:
+        raise ConfigError(f"--nnodes is {flag}, but must be a number of nodes, or MIN:MAX")
+    return nodes
+
+
+def _with_underscores(argument: str) -> str:
+    """--dry-run=x-y -> --dry_run=x-y"""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one sentence like every other error, not a usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainer: configuration, start rules, the loop, preemption and events."""

@@ -1,0 +1,104 @@
+"""Ranks fail and stop together: an error of one before training, or a signal to one, reaches all.
+
+Uses the default process group, from the main thread only. The engine's background saves never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import PeerFailedError
+from engine.run.preemption import SIGNALS
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """A signal asked some rank to stop, and all ranks know. Not an error: the way out of the program."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What the ranks said in one reduction: the sum of a number, who was signalled, whether any must stop."""
+
+    total: float
+    signum: int | None
+    stop: bool
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Agreement among `world_size` ranks; alone, everything is agreed at once.
+
+    `signum` tells which signal this rank has had, if any.
+    """
+
+    rank: int
+    world_size: int
+    signum: Callable[[], int | None]
+    failed: bool = False
+    """Whether the last `together` failed, so that rank 0 can speak for all."""
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank, and come back only when it worked on all of them.
+
+        Collective. The rank that failed raises its own error, the others PeerFailedError with its text; all
+        raise Stopped when one was signalled.
+        """
+        result, error = self._attempt(action)
+        outcomes = self._gather((None if error is None else str(error) or repr(error), self.signum()))
+        self.failed = any(failure is not None for failure, _ in outcomes)
+        if error is not None:
+            raise error
+        for rank, (failure, _) in enumerate(outcomes):
+            if failure is not None:
+                raise PeerFailedError(f"rank {rank}: {failure}")
+        for _, signum in outcomes:
+            if signum is not None:
+                raise Stopped(signum)
+        assert result is not None
+        return result[0]
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and hand its result to every rank; errors and signals as in `together`."""
+        result = self.together(action if self.rank == 0 else lambda: None)
+        if self.world_size == 1:
+            assert result is not None
+            return result
+        box: list[Any] = [result]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def vote(self, value: torch.Tensor, *, stop: bool = False) -> Vote:
+        """Add up a float64 scalar over the ranks, and with it who must stop: one packed reduction."""
+        signum = self.signum()
+        flags = [float(signum == one) for one in SIGNALS] + [float(stop)]
+        packed = torch.cat([value.reshape(1), value.new_tensor(flags)])
+        if self.world_size > 1:
+            dist.all_reduce(packed)
+        total, *votes, stops = packed.tolist()
+        # SIGTERM, the last, wins: whoever sent it is about to take the machine away.
+        agreed = [one for one, count in zip(SIGNALS, votes, strict=True) if count > 0]
+        return Vote(total, agreed[-1] if agreed else None, stops > 0)
+
+    def _attempt(self, action: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
+        try:
+            return (action(),), None
+        except Exception as error:  # a bug of one rank must not leave the others waiting either
+            return None, error
+
+    def _gather(self, mine: tuple[str | None, int | None]) -> list[tuple[str | None, int | None]]:
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone

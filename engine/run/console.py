@@ -1,0 +1,74 @@
+"""What rank 0 tells the person at the terminal: one line now and then, and one for every checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from engine.run.events import Event
+
+PROGRESS_SECS = 1.0
+
+
+class Console:
+    """Prints on rank 0, and nowhere else."""
+
+    def __init__(
+        self, *, speaks: bool, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._speaks, self._out, self._clock = speaks, out, clock
+        self._shown_at = float("-inf")
+
+    def say(self, line: str) -> None:
+        """Print a line at once."""
+        if self._speaks:
+            print(line, file=self._out or sys.stdout, flush=True)
+
+    def progress(self, event: Event, last_step: int, *, force: bool = False) -> None:
+        """A line for a `step` event, at most one a second unless `force`."""
+        now = self._clock()
+        if not force and now - self._shown_at < PROGRESS_SECS:
+            return
+        self._shown_at = now
+        self.say(
+            f"step {event['step']}/{last_step} | loss {event['loss']:.4f} | lr {event['lr']:.2e} | "
+            f"{event['step_secs'] * 1e3:.0f} ms | {event['step_tokens'] / event['step_secs']:,.0f} tokens/s"
+        )
+
+    def checkpoint(self, event: Event) -> None:
+        """A line for what became of a save or a restore."""
+        line = checkpoint_line(event)
+        if line:
+            self.say(line)
+
+
+def checkpoint_line(event: Event) -> str | None:
+    """The line for an event of the engine, None for one that says nothing new to a person."""
+    step, reasons = event.get("step"), ", ".join(event.get("reasons") or ())
+    why = f" ({reasons})" if reasons else ""
+    match event.get("event"):
+        case "save_committed":
+            size, secs = readable_bytes(event.get("bytes")), event.get("secs")
+            took = f" in {secs:.2f} s" if secs is not None else ""
+            blocked = event.get("blocked_secs")
+            waited = f", training waited {blocked:.2f} s" if blocked is not None else ""
+            where = f" -> {event['path']}" if event.get("path") else ""
+            return f"checkpoint: step {step}{why} committed, {size}{took}{waited}{where}"
+        case "save_failed":
+            return f"checkpoint: step {step}{why} FAILED: {event.get('cause')}"
+        case "restored":
+            return f"restored: step {step}{' from ' + str(event['path']) if event.get('path') else ''}"
+    return None
+
+
+def readable_bytes(count: float | None) -> str:
+    """1,490,000,000 -> '1.49 GB'; decimal units, as disks are sold."""
+    if count is None:
+        return "unknown size"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

@@ -1,0 +1,105 @@
+"""`--on_event`: runs a command for each event, off the training's path.
+
+The command is the user's own; it may hang, fail or be slow, and none of that may reach the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+
+from engine.run.events import Event, encode
+
+log = logging.getLogger(__name__)
+
+QUEUE_EVENTS = 256
+COMMAND_SECS = 60.0
+"""A command that takes longer is killed: those behind it wait."""
+_SHOWN_BYTES = 500
+
+Runner = Callable[[str, bytes], None]
+
+
+def run_command(command: str, line: bytes, *, timeout_secs: float = COMMAND_SECS) -> None:
+    """Run a shell command with `line` on its standard input; whatever goes wrong is logged.
+
+    Its output is dropped, but for standard error when it fails. It runs in a session of its own, so that a
+    Ctrl+C meant for the training does not stop the mail about it.
+    """
+    try:
+        process = subprocess.Popen(
+            command,
+            shell=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        log.warning("--on_event could not start: %s", error)
+        return
+    try:
+        _, complaint = process.communicate(line, timeout=timeout_secs)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        log.warning("--on_event took longer than %g s and was killed", timeout_secs)
+        return
+    if process.returncode != 0:
+        shown = complaint[-_SHOWN_BYTES:].decode(errors="replace").strip()
+        log.warning("--on_event ended with %d: %s", process.returncode, shown or "no word on standard error")
+
+
+class EventHook:
+    """Hands events to a command one after the other, in a thread of its own.
+
+    The queue is bounded: events that arrive while it is full are dropped and counted, never waited for.
+    """
+
+    def __init__(self, command: str, *, run: Runner = run_command, capacity: int = QUEUE_EVENTS) -> None:
+        self._command, self._run = command, run
+        self._queue: queue.Queue[bytes | None] = queue.Queue(capacity)
+        self._dropped = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="on-event", daemon=True)
+        self._thread.start()
+
+    def submit(self, event: Event) -> None:
+        """Queue an event; returns at once."""
+        if self._closed:
+            return
+        try:
+            self._queue.put_nowait(encode(event))
+        except queue.Full:
+            self._dropped += 1
+            if self._dropped == 1:
+                log.warning("--on_event is slower than the events: some are dropped")
+
+    def close(self, timeout_secs: float) -> bool:
+        """Let the command see what is queued, for `timeout_secs` at most; whether it saw everything."""
+        self._closed = True
+        try:
+            self._queue.put(None, timeout=timeout_secs)
+        except queue.Full:
+            log.warning(
+                "--on_event did not finish in time: %d events were not passed on", self._queue.qsize()
+            )
+            return False
+        self._thread.join(timeout_secs)
+        if self._thread.is_alive():
+            log.warning(
+                "--on_event did not finish in time: %d events were not passed on", self._queue.qsize()
+            )
+        return not self._thread.is_alive() and self._dropped == 0
+
+    def _serve(self) -> None:
+        while (line := self._queue.get()) is not None:
+            try:
+                self._run(self._command, line)
+            except Exception:
+                log.exception("--on_event failed")

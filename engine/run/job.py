@@ -1,0 +1,147 @@
+"""What one run is made of: data, model, optimizer and schedule, built alike on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import BatchSplit, fit_micro_batch, split_batch
+from data.errors import DataError
+from data.loader import TokenLoader
+from engine.errors import ConfigError
+from engine.parallel.mesh import build_mesh
+from engine.parallel.parallelize import build_model
+from engine.run.config import TrainConfig
+from engine.run.lr import LrSchedule, LrShape
+from engine.run.schedule import last_step
+from engine.run.setup import World
+from engine.run.start import Start
+from model.config import GPT2Config
+from model.gpt2 import GPT2
+from model.init import init_weights
+from model.optim import decay_groups
+
+
+@dataclass(slots=True)
+class Job:
+    """Everything that a step touches. `parameters` are the sharded ones, also after an evaluation."""
+
+    config: TrainConfig
+    world: World
+    device: torch.device
+    split: BatchSplit
+    loader: TokenLoader
+    val_loader: TokenLoader | None
+    model: nn.Module
+    parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    schedule: LrSchedule
+    last_step: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, over all ranks."""
+        return self.config.global_batch * self.loader.seq_len
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; random number generators are added by the engine."""
+        return {
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "loader": self.loader,
+            "schedule": self.schedule,
+        }
+
+    def apply_flags(self) -> None:
+        """After a restore, put the flags' hyperparameters back: an explicit flag beats the checkpoint's."""
+        for group, fresh in zip(self.optimizer.param_groups, _hyperparameters(self.config), strict=True):
+            group.update(fresh)
+
+
+def open_data(config: TrainConfig, world: World) -> tuple[TokenLoader, TokenLoader | None]:
+    """The loaders of the training and, for evaluations, of the validation split. Raises DataError."""
+    assert config.seq_len is not None, "complete() comes first"
+
+    def loader(split: str, steps_per_epoch: int | None) -> TokenLoader:
+        assert config.seq_len is not None
+        return TokenLoader(
+            config.data,
+            split=split,
+            seq_len=config.seq_len,
+            global_batch=config.global_batch,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+            steps_per_epoch=steps_per_epoch,
+            allow_data_change=config.allow_data_change,
+        )
+
+    train = loader("train", config.steps_per_epoch)
+    if not config.eval_freq:
+        return train, None
+    try:
+        return train, loader("val", None)
+    except DataError as error:
+        raise ConfigError(f"{error}; or train without validation: --eval_freq 0") from error
+
+
+def check_data(config: TrainConfig, start: Start, loader: TokenLoader) -> None:
+    """Raises ConfigError when the checkpoint was trained on other data, before anything is restored."""
+    if start.fingerprint in (None, loader.fingerprint) or config.allow_data_change:
+        return
+    raise ConfigError(
+        f"--data {config.data} is not what the checkpoint was made from ({start.stored.get('data')}): "
+        f"fingerprint {loader.fingerprint}, in the checkpoint {start.fingerprint} (tokenizer, length, "
+        "digest over the shards); restore the data, or accept the change with --allow_data_change"
+    )
+
+
+def build_job(
+    config: TrainConfig,
+    world: World,
+    device: torch.device,
+    loaders: tuple[TokenLoader, TokenLoader | None],
+) -> Job:
+    """Build model, optimizer and schedule. Collective. ConfigError for numbers that do not fit together."""
+    loader, val_loader = loaders
+    rows = split_batch(config.global_batch, world.world_size).rows
+    split = split_batch(config.global_batch, world.world_size, fit_micro_batch(rows, config.micro_batch))
+    last = last_step(config.max_steps, config.num_epochs, loader.steps_per_epoch)
+    shape = LrShape(config.lr, config.final_lr, config.warmup_steps, config.lr_decay_steps or last)
+    model = build_model(
+        _model_maker(config, loader.vocab_size),
+        lambda module: init_weights(module, config.seed),
+        device=device,
+        mesh=build_mesh(device.type, world.world_size, config.dp_replicate),
+        bf16=config.bf16,
+        compile=config.compile,
+    )
+    groups = decay_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return Job(
+        config=config,
+        world=world,
+        device=device,
+        split=split,
+        loader=loader,
+        val_loader=val_loader,
+        model=model,
+        parameters=[parameter for group in groups for parameter in group["params"]],
+        optimizer=optimizer,
+        schedule=LrSchedule(optimizer, shape),
+        last_step=last,
+    )
+
+
+def _model_maker(config: TrainConfig, vocab_size: int) -> Callable[[], nn.Module]:
+    shape = GPT2Config.preset(config.model, vocab_size=vocab_size, dropout=config.dropout)
+    return lambda: GPT2(shape)
+
+
+def _hyperparameters(config: TrainConfig) -> list[dict[str, Any]]:
+    """By parameter group, in the order of `decay_groups`."""
+    return [{"weight_decay": decay, "betas": config.betas} for decay in (config.weight_decay, 0.0)]

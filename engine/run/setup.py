@@ -1,0 +1,99 @@
+"""This process among the ranks: process group, device, seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import ConfigError, CoordinationError
+from engine.snapshot import rng
+
+COLLECTIVE_SECS = 1800
+"""A rank may compile, or wait for a slow disk, for a long time; one that died is torchrun's to notice."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Where this process stands. Without torchrun: one rank, no process group."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> World:
+        """Read what torchrun sets; ConfigError for half of it."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        given = [name for name in names if name in environ]
+        if not given:
+            return cls()
+        if len(given) < len(names):
+            absent = ", ".join(name for name in names if name not in environ)
+            raise ConfigError(f"{', '.join(given)} is set but {absent} is not: start ranks with torchrun")
+        return cls(*(int(environ[name]) for name in names))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
+        return self.rank == 0
+
+
+def join(world: World, *, cuda: bool) -> None:
+    """Form the default process group: gloo for CPU tensors, and NCCL for CUDA tensors if `cuda`.
+
+    Raises CoordinationError when the ranks do not find each other. Does nothing without torchrun.
+    """
+    if "RANK" not in os.environ:
+        return
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_SECS))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise CoordinationError(f"rank {world.rank} could not join the other ranks: {error}") from error
+
+
+def leave() -> None:
+    """Dissolve the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """The device of this rank, made current where it is a CUDA device.
+
+    Raises ConfigError when there is no CUDA, or fewer devices than ranks on this node.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cpu" or (wanted == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ConfigError("--device cuda, but torch finds no CUDA device here; give --device cpu")
+    devices = torch.cuda.device_count()
+    if world.local_world_size > devices:
+        raise ConfigError(
+            f"{world.local_world_size} ranks on this node but {devices} CUDA devices: start {devices} ranks, "
+            "or give --device cpu"
+        )
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def seed_everything(seed: int, world: World, *, deterministic: bool, device: torch.device) -> None:
+    """Give every generator of this rank a stream of its own: ranks that share one drop the same units."""
+    if device.type == "cuda":
+        # TF32 where the user computes in float32: same exponent range, and what everybody trains with.
+        torch.set_float32_matmul_precision("high")
+        if deterministic:
+            # cuBLAS promises equal bits only with a fixed workspace, and reads this when it starts.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # Filling every new tensor would only help to find reads of uninitialised memory.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    rng.derive(seed, 0, world.rank)

@@ -1,0 +1,198 @@
+"""Where a run begins: at step 0, or at which checkpoint, with whose configuration. Imports no torch.
+
+Rank 0 asks, and hands the answer to the others; `engine.resume` asks before it launches anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.catalog.listing import Listed, committed, list_checkpoints, read_manifest
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import by_loss, by_sequence
+from engine.catalog.select import Selector, choose, parse_selector
+from engine.errors import ConfigError, NotFoundError, SelectorError
+from engine.format.manifest import Manifest
+from engine.run.config import TrainConfig
+from engine.storage.base import Storage
+from engine.storage.open import open_storage
+from engine.storage.split import split_uri
+
+LAUNCH_KEY = "launch"
+"""In a stored configuration: the torchrun that wrote it, so that its restarted workers know their own."""
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The answer. `selector` is None for a start from step 0; `stored` is the checkpoint's configuration."""
+
+    checkpoint_dir: str
+    selector: str | None = None
+    home: str = ""
+    """Address of the directory that the checkpoint lies in, and its name there."""
+    name: str = ""
+    sentence: str = ""
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int | None = None
+    fingerprint: str | None = None
+    """Of the dataset that the checkpoint was trained on."""
+    best_val_loss: float | None = None
+    """The lowest among the committed checkpoints of the directory; None for a new run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """What torchrun says about this incarnation of the worker."""
+
+    count: int = 0
+    launch: str | None = None
+    """Identifies one torchrun and all its restarts; None when that cannot be told."""
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Restart:
+        """Read TORCHELASTIC_RESTART_COUNT and TORCHELASTIC_RUN_ID."""
+        count = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        launch = environ.get("TORCHELASTIC_RUN_ID")
+        # "none" is torchrun's default outside --standalone: every launch would have it.
+        return cls(int(count) if count.isdecimal() else 0, None if launch in (None, "", "none") else launch)
+
+
+def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) -> Start:
+    """Decide where to begin, from the flags and from what the directory holds.
+
+    Args:
+        config: the flags over the defaults.
+        directory_given: whether `--checkpoint_dir` was among the flags. If not, a checkpoint given by path is
+            carried on in the directory where it lies.
+
+    Raises:
+        SelectorError: nothing answers to `--resume`; the message lists what there is.
+        ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
+        StorageError: the directory could not be listed, which is not the same as an empty one.
+    """
+    options = config.storage_mapping
+    selector = None if config.resume is None else parse_selector(config.resume)
+    if selector is not None and selector.kind == "path" and restart.count == 0:
+        return _start_at_path(selector, config, directory_given)
+    storage = open_storage(config.checkpoint_dir, options)
+    listed = look(storage)
+    records = committed(listed)
+    if restart.count > 0 and records:
+        manifest = read_manifest(storage, by_sequence(records)[-1].id)
+        if _is_own(manifest, restart):
+            sentence = (
+                f"restarted by torchrun (restart {restart.count}): resuming latest, step {manifest.step}"
+            )
+            return _resumed(config, "latest", sentence, manifest, records)
+    if selector is not None and selector.kind == "path":
+        return _start_at_path(selector, config, directory_given)
+    if selector is None or _is_fresh(selector, listed, restart):
+        if selector is None:
+            if not config.new_run:
+                refuse_to_mix(listed, storage.uri)
+            return Start(config.checkpoint_dir, sentence="starting from step 0")
+        return Start(
+            config.checkpoint_dir, sentence=f"{storage.uri} holds no checkpoint: starting fresh from step 0"
+        )
+    record = pick(listed, selector, storage.uri)
+    manifest = read_manifest(storage, record.id)
+    sentence = f"resuming {config.resume}, step {record.step}, from {record.path}"
+    return _resumed(config, selector.text, sentence, manifest, records)
+
+
+def look(storage: Storage) -> list[Listed]:
+    """Every attempt in the directory; none when there is no directory yet. An outage raises StorageError."""
+    try:
+        return list_checkpoints(storage)
+    except NotFoundError:
+        return []
+
+
+def pick(listed: Sequence[Listed], selector: Selector, uri: str) -> CheckpointRecord:
+    """The committed checkpoint that is meant; SelectorError says what else lies there, and why not that."""
+    try:
+        return choose(committed(listed), selector)
+    except SelectorError as error:
+        unusable = [
+            f"{item.id} is {item.status} ({item.reason})" for item in listed if item.status != "committed"
+        ]
+        more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
+        where = f" In {uri}"
+        rest = f", {'; '.join(unusable[:_SHOWN])}{more}" if unusable else " nothing else lies"
+        raise SelectorError(f"{error}.{where}{rest}") from None
+
+
+def refuse_to_mix(listed: Sequence[Listed], uri: str) -> None:
+    """Raises ConfigError when a run would start among the checkpoints of another one."""
+    there = [item for item in listed if item.status != "partial"]
+    if not there:
+        return
+    steps = [item.step for item in there if item.step is not None]
+    upto = f", up to step {max(steps)}" if steps else ""
+    raise ConfigError(
+        f"{uri} holds {len(there)} checkpoint{'s' * (len(there) > 1)}{upto}: carry that run on with "
+        "--resume latest, start another one beside it with --new_run, or give another --checkpoint_dir"
+    )
+
+
+def _is_fresh(selector: Selector, listed: Sequence[Listed], restart: Restart) -> bool:
+    """Whether `latest` means step 0. Damage never does; attempts without a commit only after a restart."""
+    if selector.kind != "latest":
+        return False
+    return not listed or (restart.count > 0 and all(item.status == "partial" for item in listed))
+
+
+def _is_own(manifest: Manifest, restart: Restart) -> bool:
+    """Whether this launch committed it: one that never saved may not take up another run."""
+    theirs = manifest.config.get(LAUNCH_KEY)
+    return restart.launch is None or theirs is None or theirs == restart.launch
+
+
+def _start_at_path(selector: Selector, config: TrainConfig, directory_given: bool) -> Start:
+    parent, name = split_uri(selector.text)
+    storage = open_storage(parent, config.storage_mapping)
+    try:
+        manifest = read_manifest(storage, name)
+    except NotFoundError as error:
+        raise _no_checkpoint_at(selector.text, config) from error
+    directory = config.checkpoint_dir if directory_given else parent
+    records = committed(look(open_storage(directory, config.storage_mapping)))
+    sentence = f"resuming step {manifest.step} from {storage.uri}/{name}"
+    start = _resumed(config, selector.text, sentence, manifest, records)
+    return replace(start, checkpoint_dir=directory, home=parent, name=name)
+
+
+def _no_checkpoint_at(path: str, config: TrainConfig) -> SelectorError:
+    inside = open_storage(path, config.storage_mapping)
+    if look(inside):
+        return SelectorError(
+            f"{inside.uri} is a directory of checkpoints, not one of them: "
+            f"give --checkpoint_dir {inside.uri} --resume latest"
+        )
+    return SelectorError(
+        f"no checkpoint lies at {inside.uri}: it has no manifest; "
+        "`python -m engine.checkpoints list DIR` shows what there is"
+    )
+
+
+def _resumed(
+    config: TrainConfig, selector: str, sentence: str, manifest: Manifest, records: Sequence[CheckpointRecord]
+) -> Start:
+    loader = manifest.objects.get("loader")
+    lowest = by_loss(records)[:1]
+    return Start(
+        checkpoint_dir=config.checkpoint_dir,
+        selector=selector,
+        home=config.checkpoint_dir,
+        name=manifest.id,
+        sentence=sentence,
+        stored=dict(manifest.config),
+        world_size=manifest.world_size,
+        fingerprint=loader.get("fingerprint") if isinstance(loader, Mapping) else None,
+        best_val_loss=lowest[0].val_loss if lowest else None,
+    )

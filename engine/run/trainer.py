@@ -1,0 +1,202 @@
+"""The training loop, and how it is set up and taken down."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import torch
+
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import Retention
+from engine.checkpointer import Checkpointer
+from engine.errors import SelectorError
+from engine.run.agreement import Agreement, Stopped
+from engine.run.cli import gives, resolve
+from engine.run.config import TrainConfig, complete, to_json
+from engine.run.console import Console
+from engine.run.events import MetricsLog
+from engine.run.hook import EventHook
+from engine.run.job import Job, build_job, check_data, open_data
+from engine.run.preemption import Preemption, grace_within
+from engine.run.recorder import Recorder, log_directory
+from engine.run.saves import Saves
+from engine.run.schedule import BestLoss, StepEnd, due, save_reasons
+from engine.run.setup import World, choose_device, seed_everything
+from engine.run.start import LAUNCH_KEY, Restart, Start, find_start
+from engine.run.step import evaluate, train_step
+
+
+def train(
+    argv: Sequence[str], session: TrainConfig, agreement: Agreement, preemption: Preemption, world: World
+) -> None:
+    """Set a run up as the flags say, train to its end or to a signal, and leave a checkpoint behind.
+
+    Collective; the process group exists already. What goes wrong before the first step is raised on all.
+
+    Raises:
+        HoldfastError, DataError: with a sentence for the user.
+        Stopped: a signal came before the first step.
+    """
+    restart = Restart.from_environ()
+    start = agreement.from_first(
+        lambda: find_start(session, directory_given=gives(argv, "checkpoint_dir"), restart=restart)
+    )
+    config = agreement.together(lambda: configure(argv, session, start))
+    console = Console(speaks=world.is_first)
+    console.say(start.sentence)
+    job = _build(config, start, agreement, world)
+    recorder = Recorder(console, BestLoss(start.best_val_loss))
+    try:
+        with agreement.together(lambda: _open_checkpointer(config, job, recorder, restart)) as ckpt:
+            agreement.together(lambda: _open_records(config, recorder) if world.is_first else None)
+            record = agreement.together(lambda: _restore(ckpt, start, job))
+            saves = Saves(ckpt, recorder, config.max_save_failures)
+            _Loop(job, agreement, preemption, recorder, saves, record).run()
+    finally:
+        # After the engine's last event, which is that of the final save.
+        recorder.close()
+
+
+def configure(argv: Sequence[str], session: TrainConfig, start: Start) -> TrainConfig:
+    """The run's final configuration: explicit flags over the checkpoint's over the defaults."""
+    session = dataclasses.replace(session, checkpoint_dir=start.checkpoint_dir)
+    return complete(resolve(argv, start.stored, session) if start.selector is not None else session)
+
+
+def _build(config: TrainConfig, start: Start, agreement: Agreement, world: World) -> Job:
+    device = agreement.together(lambda: choose_device(config.device, world))
+    seed_everything(config.seed, world, deterministic=config.deterministic, device=device)
+    loaders = agreement.together(lambda: open_data(config, world))
+    agreement.together(lambda: check_data(config, start, loaders[0]))
+    return agreement.together(lambda: build_job(config, world, device, loaders))
+
+
+def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restart: Restart) -> Checkpointer:
+    return Checkpointer(
+        config.checkpoint_dir,
+        job.state(),
+        retention=Retention(rolling=config.keep_checkpoints, best=1, epochs=True),
+        config={**to_json(config), LAUNCH_KEY: restart.launch},
+        busy=config.save_policy,
+        check_replicas=config.check_replicas,
+        seed=config.seed,
+        storage_options=config.storage_mapping,
+        on_event=recorder.from_engine if job.world.is_first else None,
+    )
+
+
+def _open_records(config: TrainConfig, recorder: Recorder) -> None:
+    hook = None if config.on_event is None else EventHook(config.on_event)
+    recorder.open(MetricsLog(log_directory(config)), hook)
+
+
+def _restore(ckpt: Checkpointer, start: Start, job: Job) -> CheckpointRecord | None:
+    if start.selector is None:
+        return None
+    record = ckpt.restore(start.selector)
+    if record is None:
+        raise SelectorError(
+            f"{start.selector} was there a moment ago and is gone from {start.checkpoint_dir}"
+        )
+    job.apply_flags()
+    return record
+
+
+class _Loop:
+    """Steps, evaluations and saves, from the record (None: step 0) to the last step or a signal."""
+
+    def __init__(
+        self,
+        job: Job,
+        agreement: Agreement,
+        preemption: Preemption,
+        recorder: Recorder,
+        saves: Saves,
+        record: CheckpointRecord | None,
+    ) -> None:
+        self.job, self.agreement, self.preemption = job, agreement, preemption
+        self.recorder, self.saves = recorder, saves
+        self.step = record.step if record else 0
+        self.tokens = record.tokens if record else 0
+        if record is not None:
+            saves.already_saved(record.step)
+
+    def run(self) -> None:
+        config, say = self.job.config, self.recorder.console.say
+        if self.step >= self.job.last_step:
+            say(
+                f"nothing left to do: the run ends at step {self.job.last_step}; --max_steps takes it further"
+            )
+            return
+        self.preemption.allow(grace_within(config.grace_secs))
+        signum = None
+        while self.step < self.job.last_step and signum is None:
+            signum = self._one_step()
+        self.agreement.together(self.saves.settle)
+        if signum is not None:
+            say(f"stopped by signal {signum} after step {self.step}, now saved; --resume latest carries on")
+        else:
+            say(f"done: step {self.step}, {self.tokens:,} tokens")
+
+    def _one_step(self) -> int | None:
+        """One step and what follows from it; the signal that ends the run, if one came."""
+        began = time.perf_counter()
+        result = train_step(self.job, self.agreement, stop=self.saves.must_stop)
+        self.step += 1
+        self.tokens += self.job.step_tokens
+        self._report(result.loss, result.lr, time.perf_counter() - began)
+        if result.vote.stop:
+            self.agreement.together(self._stop)
+        signum, metrics = result.vote.signum, {"train_loss": result.loss}
+        improved = False
+        if signum is None and due(self.step, self.job.config.eval_freq):
+            signum, improved = self._evaluate(metrics)
+        self.saves.poll()
+        end = StepEnd(
+            step=self.step,
+            closed_epoch=self.job.loader.position == 0,
+            improved=improved,
+            signalled=signum is not None,
+            last=self.step == self.job.last_step,
+        )
+        reasons = save_reasons(end, self.job.config.checkpoint_freq)
+        if reasons:
+            self.saves.save(
+                self.step, epoch=self.job.loader.epoch, tokens=self.tokens, metrics=metrics, reasons=reasons
+            )
+        return signum
+
+    def _report(self, loss: float, lr: float, secs: float) -> None:
+        event = {
+            "event": "step",
+            "step": self.step,
+            "loss": loss,
+            "tokens": self.tokens,
+            "step_secs": secs,
+            "lr": lr,
+        }
+        last = self.job.last_step
+        self.recorder.step({**event, "step_tokens": self.job.step_tokens}, last, force=self.step == last)
+
+    def _stop(self) -> None:
+        if self.saves.must_stop:
+            raise self.saves.reason_to_stop()
+
+    def _evaluate(self, metrics: dict[str, float]) -> tuple[int | None, bool]:
+        """The signal that broke it off, if any, and whether the loss is the lowest yet; fills `metrics`."""
+        began = time.perf_counter()
+        loss, signum = evaluate(self.job, self.agreement)
+        if loss is None:
+            return signum, False
+        # Rank 0 alone knows which saves have committed, so it alone can say what is best.
+        mine = float(self.job.world.is_first and self.recorder.improves(loss))
+        verdict = torch.tensor(mine, dtype=torch.float64, device=self.job.device)
+        best = self.agreement.vote(verdict).total > 0
+        self.recorder.evaluated(self.step, loss, best=best, secs=time.perf_counter() - began)
+        metrics["val_loss"] = loss
+        return None, best
+
+
+__all__ = ["Stopped", "configure", "train"]
