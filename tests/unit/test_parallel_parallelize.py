@@ -75,13 +75,24 @@ def test_bf16_computes_low_and_keeps_parameters_and_gradients_in_float32() -> No
     assert not torch.is_autocast_enabled("cpu"), "a failing forward pass left autocast on"
 
 
+class NoBlocks(nn.Module):
+    """A model that names no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
 def test_a_model_without_blocks_is_taken_whole() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     with torch.device("meta"):
-        model = nn.Linear(2, 3)
+        model = NoBlocks()
     built = parallelize(
-        model, None, lambda m: m.reset_parameters(), device=CPU, compile=True, compile_backend=counter
+        model, None, lambda m: m.linear.reset_parameters(), device=CPU, compile=True, compile_backend=counter
     )
     assert built(torch.ones(1, 2)).shape == (1, 3)
     assert counter.frame_count == 1
