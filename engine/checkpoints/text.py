@@ -10,8 +10,8 @@ _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
 def size(count: int) -> str:
     """A number of bytes in decimal units: 1.49 GB."""
     value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5 or unit == "PB":
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
