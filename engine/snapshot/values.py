@@ -18,7 +18,7 @@ import torch
 from engine.errors import DamagedError, UnsavableValueError
 
 Json = Any
-_MAX_DEPTH = 48
+_MAX_DEPTH = 48  # JSON containers; a manifest may nest 64, and puts a few around a value
 
 
 def encode(value: object, path: str, tensors: dict[str, torch.Tensor]) -> Json:
@@ -37,16 +37,20 @@ def _encode(value: object, path: str, tensors: dict[str, torch.Tensor], depth: i
             raise UnsavableValueError(f"{path}: two tensors have the same name; rename one of the keys")
         tensors[path] = value
         return {"$tensor": path}
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, str):
+        _check_text(value, path)
+        return value
+    if value is None or isinstance(value, bool):
         return value
     if type(value) is int:
-        if not -(2**63) <= value < 2**63:
+        if not -(2**63) < value < 2**63:
             raise UnsavableValueError(f"{path}: the integer {value} does not fit into 64 bits")
         return value
     if type(value) is float:
         return value if math.isfinite(value) else {"$float": str(value)}
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        items = [_encode(item, f"{path}.{i}", tensors, depth + 1) for i, item in enumerate(value)]
+        levels = 1 if isinstance(value, list) else 2
+        items = [_encode(item, f"{path}.{i}", tensors, depth + levels) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if type(value) in (dict, collections.OrderedDict, collections.Counter, collections.defaultdict):
         return _encode_dict(value, path, tensors, depth)  # type: ignore[arg-type]
@@ -59,6 +63,9 @@ def _encode(value: object, path: str, tensors: dict[str, torch.Tensor], depth: i
 def _encode_dict(
     value: Mapping[object, object], path: str, tensors: dict[str, torch.Tensor], depth: int
 ) -> Json:
+    for key in value:
+        if isinstance(key, str):
+            _check_text(key, path)
     plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain and not isinstance(value, collections.Counter):
         return {str(k): _encode(v, f"{path}.{k}", tensors, depth + 1) for k, v in value.items()}
@@ -69,7 +76,15 @@ def _encode_dict(
                 f"{path}: the key {key!r} is a {type(key).__name__}; keys must be text or integers"
             )
     kind = "$counter" if isinstance(value, collections.Counter) else "$items"
-    return {kind: [[k, _encode(v, f"{path}.{k}", tensors, depth + 1)] for k, v in value.items()]}
+    return {kind: [[k, _encode(v, f"{path}.{k}", tensors, depth + 3)] for k, v in value.items()]}
+
+
+def _check_text(text: str, path: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UnsavableValueError(f"{path}: {text[:40]!a} is not Unicode text") from None
 
 
 def decode(value: Json, tensor: Callable[[str], torch.Tensor]) -> Any:
