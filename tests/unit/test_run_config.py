@@ -1,0 +1,227 @@
+"""Flags: their set, their limits, and which of flag, checkpoint and default wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from engine.errors import ConfigError
+from engine.run.cli import gives, parse, resolve
+from engine.run.config import LOCKED, SESSION, TrainConfig, check_locked, complete, from_json, to_json
+
+FLAGS = set(
+    "model data seed dropout seq_len global_batch micro_batch lr min_lr warmup_steps lr_decay_steps weight_decay "
+    "betas grad_clip max_steps num_epochs steps_per_epoch eval_freq eval_batches checkpoint_freq keep_checkpoints "
+    "checkpoint_dir storage_options save_policy max_save_failures check_replicas resume new_run list_checkpoints "
+    "allow_data_change device dp_replicate bf16 compile deterministic log_dir on_event grace_secs".split()
+)
+
+PROMISED_DEFAULTS = {
+    "dropout": 0.0,
+    "lr": 6e-4,
+    "warmup_steps": 100,
+    "lr_decay_steps": None,
+    "checkpoint_freq": 250,
+    "keep_checkpoints": 10,
+    "checkpoint_dir": "./checkpoints",
+    "max_save_failures": 3,
+    "device": "auto",
+    "resume": None,
+}
+
+
+def test_the_set_of_flags() -> None:
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == FLAGS
+
+
+@pytest.mark.parametrize(("flag", "value"), PROMISED_DEFAULTS.items(), ids=str)
+def test_promised_defaults(flag: str, value: object) -> None:
+    assert getattr(TrainConfig(), flag) == value
+
+
+def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in FLAGS:
+        assert f"--{flag} " in shown or f"--{flag}," in shown
+    undocumented = [f.name for f in dataclasses.fields(TrainConfig) if f"{f.name}: " in (TrainConfig.__doc__ or "")]
+    assert undocumented == []
+
+
+def test_underscores_and_dashes_are_the_same() -> None:
+    assert parse(["--max-steps", "7", "--eval_freq=3"]) == parse(["--max_steps=7", "--eval-freq", "3"])
+
+
+def test_storage_options_add_up() -> None:
+    config = parse(["--storage_options", "key=a", "--storage_options=secret=b=c"])
+    assert config.storage_mapping == {"key": "a", "secret": "b=c"}
+
+
+def test_a_storage_option_without_a_value_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError, match="entry 2") as refused:
+        _ = TrainConfig(storage_options=("a=b", "hunter2")).storage_mapping
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("min_lr", -1e-9),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("betas", (0.9, 1.0)),
+        ("global_batch", 0),
+        ("micro_batch", 0),
+        ("seq_len", 0),
+        ("max_steps", 0),
+        ("num_epochs", 0),
+        ("steps_per_epoch", 0),
+        ("eval_freq", -1),
+        ("eval_batches", 0),
+        ("checkpoint_freq", -1),
+        ("keep_checkpoints", 0),
+        ("max_save_failures", -1),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("warmup_steps", -1),
+        ("weight_decay", float("nan")),
+        ("grad_clip", -1.0),
+        ("dp_replicate", 0),
+        ("grace_secs", 0.0),
+        ("checkpoint_dir", ""),
+        ("device", "tpu"),
+        ("save_policy", "drop"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_work_is_named_with_its_flag(flag: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"--{flag} is ") as refused:
+        TrainConfig(**{flag: value})
+    assert repr(value) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("max_steps", "10"), ("max_steps", 1.5), ("bf16", 1), ("lr", True), ("model", 3), ("betas", (0.9,))],
+    ids=str,
+)
+def test_a_value_of_another_type_is_refused(flag: str, value: Any) -> None:
+    """A stored configuration is JSON from a file, which nobody has checked."""
+    with pytest.raises(ConfigError, match=f"--{flag} is "):
+        TrainConfig(**{flag: value})
+
+
+def test_the_command_line_says_it_in_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"^--lr is -1\.0, but must be above 0$"):
+        parse(["--lr=-1"])
+
+
+def test_an_unknown_flag_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--chekpoint_dir=x"])
+    assert ended.value.code == 2
+    assert "--checkpoint_dir" in capsys.readouterr().err
+
+
+def test_other_ranks_say_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        parse(["--chekpoint_dir=x"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_stored_form_is_json_and_comes_back() -> None:
+    config = TrainConfig(betas=(0.8, 0.99), seq_len=64, lr=1e-3, max_steps=5, dropout=0.1)
+    stored = json.loads(json.dumps(to_json(config)))
+    assert from_json(stored, TrainConfig()) == config
+
+
+@pytest.mark.parametrize("flag", SESSION)
+def test_what_belongs_to_an_invocation_is_neither_stored_nor_read(flag: str) -> None:
+    """A command out of a checkpoint would be code that its author chose; storage options hold credentials."""
+    values: dict[str, Any] = {"storage_options": ("a=b",), "new_run": True, "list_checkpoints": True}
+    values |= {"allow_data_change": True, "on_event": "rm -rf /", "checkpoint_dir": "/else", "resume": "best"}
+    assert flag not in to_json(TrainConfig(**{flag: values[flag]}))
+    assert getattr(from_json({flag: values[flag]}, TrainConfig()), flag) == getattr(TrainConfig(), flag)
+
+
+def test_a_later_versions_configuration_can_be_read() -> None:
+    assert from_json({"flag_of_the_future": 1, "lr": 1e-3}, TrainConfig()).lr == 1e-3
+
+
+def test_a_stored_value_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the checkpoint's configuration cannot be used: --max_steps is 'x'"):
+        from_json({"max_steps": "x"}, TrainConfig())
+
+
+STORED = to_json(TrainConfig(model="nano", seq_len=64, lr=1e-3, micro_batch=4, max_steps=10))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], {"model": "nano", "lr": 1e-3, "micro_batch": 4, "max_steps": 10, "dropout": 0.0}),
+        (["--lr=2e-3"], {"lr": 2e-3, "micro_batch": 4}),
+        (["--lr=6e-4"], {"lr": 6e-4}),
+        (["--max_steps=20", "--dropout=0.1"], {"max_steps": 20, "dropout": 0.1, "seq_len": 64}),
+        (["--resume=best", "--checkpoint_dir=/d"], {"resume": "best", "checkpoint_dir": "/d", "lr": 1e-3}),
+        (["--seq_len=64", "--model=nano"], {"seq_len": 64}),
+    ],
+    ids=str,
+)
+def test_flag_beats_checkpoint_beats_default(argv: list[str], expected: dict[str, object]) -> None:
+    """The third row gives the default's value explicitly: it still beats the checkpoint's."""
+    config = resolve(argv, STORED, parse(argv))
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("flag", LOCKED)
+def test_what_would_make_it_another_run_is_refused_with_both_values(flag: str) -> None:
+    now: dict[str, Any] = {"model": "gpt2"}
+    value = now.get(flag, 777)
+    stored = from_json(STORED, TrainConfig())
+    with pytest.raises(ConfigError, match=f"--{flag} {value} ") as refused:
+        check_locked(dataclasses.replace(stored, **{flag: value}), stored)
+    assert f"(checkpoint: {getattr(stored, flag)})" in str(refused.value)
+    assert "--new_run" in str(refused.value)
+
+
+def test_locked_flags_are_checked_on_the_way() -> None:
+    with pytest.raises(ConfigError, match=r"--seed 5 \(checkpoint: 1337\)"):
+        resolve(["--seed=5"], STORED, parse(["--seed=5"]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "given"),
+    [([], False), (["--checkpoint_dir=/d"], True), (["--checkpoint-dir", "./checkpoints"], True)],
+    ids=str,
+)
+def test_whether_a_flag_was_given(argv: list[str], given: bool) -> None:
+    assert gives(argv, "checkpoint_dir") is given
+
+
+def test_resume_and_new_run_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="one of the two"):
+        TrainConfig(resume="latest", new_run=True)
+
+
+def test_the_floor_of_the_rate_is_a_tenth_unless_given() -> None:
+    assert TrainConfig(lr=1e-3).final_lr == pytest.approx(1e-4)
+    assert TrainConfig(lr=1e-3, min_lr=0.0).final_lr == 0.0
+
+
+def test_defaults_that_depend_on_the_model() -> None:
+    assert complete(TrainConfig(model="nano")).seq_len == 256
+    assert complete(TrainConfig(model="nano", seq_len=32)).seq_len == 32
+    with pytest.raises(ConfigError, match="--seq_len 257 is longer than the 256 tokens of --model nano"):
+        complete(TrainConfig(model="nano", seq_len=257))
+    with pytest.raises(ConfigError, match="'gpt5'.*gpt2-xl"):
+        complete(TrainConfig(model="gpt5"))
