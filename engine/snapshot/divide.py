@@ -44,14 +44,15 @@ def divide(held: Sequence[Sequence[Chunk]]) -> list[list[Part]]:
     holders: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
     for rank, chunks in enumerate(held):
         for position, chunk in enumerate(chunks):
-            if prod(chunk.sizes) or not prod(chunk.shape):
-                holders[chunk].append((rank, position))
+            holders[chunk].append((rank, position))
     _check_coverage(holders)
 
     loads = [0] * len(held)
     parts: list[list[Part]] = [[] for _ in held]
     shared: dict[tuple[int, ...], list[Chunk]] = defaultdict(list)
     for chunk, places in holders.items():
+        if not prod(chunk.sizes) and prod(chunk.shape):
+            continue  # an empty local shard
         if len(places) == 1:
             rank, position = places[0]
             loads[rank] += chunk.chunk_bytes
@@ -87,7 +88,7 @@ def _divide_group(
                 room += quotas[order[turn]]
             last = turn + 1 == len(order)
             # Half a row over is nearer to the quota than half a row under.
-            take = rows - start if last else min(rows - start, max(1, round(room / max(1, row_bytes))))
+            take = rows - start if last else min(rows - start, max(1, round(room / (row_bytes or 1))))
             rank = order[turn]
             part = _part(chunk, place[chunk][rank], dim, start, take)
             parts[rank].append(part)
@@ -111,15 +112,16 @@ def _fill(ranks: tuple[int, ...], loads: list[int], total_bytes: int) -> dict[in
 
 def _rows(chunk: Chunk) -> tuple[int, int, int]:
     """(dimension, rows, bytes a row) along which a box can be cut and its parts stay contiguous."""
-    for dim, size in enumerate(chunk.sizes):
-        if size != 1:
-            return dim, max(1, size), chunk.chunk_bytes // max(1, size)
+    if chunk.chunk_bytes:
+        for dim, size in enumerate(chunk.sizes):
+            if size != 1:
+                return dim, size, chunk.chunk_bytes // size
     return 0, 1, chunk.chunk_bytes
 
 
 def _part(chunk: Chunk, position: int, dim: int, start: int, length: int) -> Part:
-    if not chunk.sizes or length == chunk.sizes[dim]:
-        return Part(position, dim, 0, length, chunk)
+    if not chunk.sizes or not chunk.chunk_bytes or length == chunk.sizes[dim]:
+        return Part(position, dim, 0, chunk.sizes[dim] if chunk.sizes else 1, chunk)
     offsets, sizes = list(chunk.offsets), list(chunk.sizes)
     offsets[dim] += start
     sizes[dim] = length
