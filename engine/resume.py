@@ -108,7 +108,7 @@ def check(request: Request, session: TrainConfig, start: Start) -> MeshShape:
     if ranks % request.nodes:
         raise ConfigError(
             f"{ranks} ranks do not divide over {request.nodes} nodes: {ranks} = {request.nodes} x "
-            f"{ranks // request.nodes} + {ranks % request.nodes}; make --reshard a multiple of {request.nodes}"
+            f"{ranks // request.nodes} + {ranks % request.nodes}; change --reshard or --nnodes"
         )
     config = complete(resolve((*request.train, "--resume", request.selector), start.stored, session))
     split_batch(config.global_batch, ranks)

@@ -70,12 +70,9 @@ class Agreement:
 
     def from_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and hand its result to every rank; errors and signals as in `together`."""
-        result = self.together(action if self.rank == 0 else lambda: None)
-        if self.world_size == 1:
-            assert result is not None
-            return result
-        box: list[Any] = [result]
-        dist.broadcast_object_list(box, src=0)
+        box: list[Any] = [self.together(action if self.rank == 0 else lambda: None)]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
     def vote(self, value: torch.Tensor, *, stop: bool = False) -> Vote:

@@ -12,12 +12,46 @@ from engine.errors import ConfigError
 from engine.run.cli import gives, parse, resolve
 from engine.run.config import LOCKED, SESSION, TrainConfig, check_locked, complete, from_json, to_json
 
-FLAGS = set(
-    "model data seed dropout seq_len global_batch micro_batch lr min_lr warmup_steps lr_decay_steps weight_decay "
-    "betas grad_clip max_steps num_epochs steps_per_epoch eval_freq eval_batches checkpoint_freq keep_checkpoints "
-    "checkpoint_dir storage_options save_policy max_save_failures check_replicas resume new_run list_checkpoints "
-    "allow_data_change device dp_replicate bf16 compile deterministic log_dir on_event grace_secs".split()
-)
+FLAGS = {
+    "model",
+    "data",
+    "seed",
+    "dropout",
+    "seq_len",
+    "global_batch",
+    "micro_batch",
+    "lr",
+    "min_lr",
+    "warmup_steps",
+    "lr_decay_steps",
+    "weight_decay",
+    "betas",
+    "grad_clip",
+    "max_steps",
+    "num_epochs",
+    "steps_per_epoch",
+    "eval_freq",
+    "eval_batches",
+    "checkpoint_freq",
+    "keep_checkpoints",
+    "checkpoint_dir",
+    "storage_options",
+    "save_policy",
+    "max_save_failures",
+    "check_replicas",
+    "resume",
+    "new_run",
+    "list_checkpoints",
+    "allow_data_change",
+    "device",
+    "dp_replicate",
+    "bf16",
+    "compile",
+    "deterministic",
+    "log_dir",
+    "on_event",
+    "grace_secs",
+}
 
 PROMISED_DEFAULTS = {
     "dropout": 0.0,
@@ -49,7 +83,9 @@ def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for flag in FLAGS:
         assert f"--{flag} " in shown or f"--{flag}," in shown
-    undocumented = [f.name for f in dataclasses.fields(TrainConfig) if f"{f.name}: " in (TrainConfig.__doc__ or "")]
+    undocumented = [
+        f.name for f in dataclasses.fields(TrainConfig) if f"{f.name}: " in (TrainConfig.__doc__ or "")
+    ]
     assert undocumented == []
 
 
@@ -158,7 +194,9 @@ def test_a_later_versions_configuration_can_be_read() -> None:
 
 
 def test_a_stored_value_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ConfigError, match="the checkpoint's configuration cannot be used: --max_steps is 'x'"):
+    with pytest.raises(
+        ConfigError, match="the checkpoint's configuration cannot be used: --max_steps is 'x'"
+    ):
         from_json({"max_steps": "x"}, TrainConfig())
 
 
@@ -223,5 +261,5 @@ def test_defaults_that_depend_on_the_model() -> None:
     assert complete(TrainConfig(model="nano", seq_len=32)).seq_len == 32
     with pytest.raises(ConfigError, match="--seq_len 257 is longer than the 256 tokens of --model nano"):
         complete(TrainConfig(model="nano", seq_len=257))
-    with pytest.raises(ConfigError, match="'gpt5'.*gpt2-xl"):
+    with pytest.raises(ConfigError, match=r"'gpt5'.*gpt2-xl"):
         complete(TrainConfig(model="gpt5"))

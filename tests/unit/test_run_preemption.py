@@ -30,7 +30,7 @@ INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
     ids=str,
 )
 def test_what_a_signal_means(signals: list[tuple[int, float]], verdicts: list[str]) -> None:
-    """torchrun delivers a signal twice within 0.1 s; only one 2 s or more after the first is meant as another."""
+    """torchrun delivers a signal twice within 0.1 s; another one is meant from 2 s after the first on."""
     request = Request(grace_secs=25.0)
     assert [request.receive(signum, now) for signum, now in signals] == verdicts
     assert request.signum == signals[0][0], "the first one names the kind"
@@ -78,12 +78,20 @@ class Harness:
         self.thread.start()
 
     def deliver(self, *arrivals: tuple[int, float]) -> None:
-        """Deliver signals at given times, each after the one before was taken in; then hang up."""
+        """Deliver signals at given times, each after the one before was taken in."""
         for signum, at in arrivals:
             self.now = at
             os.write(self.write_fd, bytes([signum]))
             if signum in (INT, TERM):
                 assert self.request.taken.acquire(timeout=10.0)
+
+    def ends(self) -> None:
+        """The watching ends by itself."""
+        self.thread.join(10.0)
+        assert not self.thread.is_alive()
+        os.close(self.write_fd)
+
+    def hang_up(self) -> None:
         os.close(self.write_fd)
         self.thread.join(10.0)
         assert not self.thread.is_alive()
@@ -97,12 +105,14 @@ def harness() -> Harness:
 def test_one_signal_sets_the_flag_and_ends_nothing(harness: Harness) -> None:
     assert harness.preemption.signum is None
     harness.deliver((TERM, 100.0), (TERM, 100.1))
+    harness.hang_up()
     assert harness.preemption.signum == TERM
     assert harness.left == []
 
 
 def test_a_second_signal_leaves_at_once(harness: Harness) -> None:
     harness.deliver((INT, 100.0), (TERM, 103.0))
+    harness.ends()
     ((code, why),) = harness.left
     assert code == 128 + INT
     assert "second signal" in why
@@ -110,12 +120,14 @@ def test_a_second_signal_leaves_at_once(harness: Harness) -> None:
 
 def test_other_signals_mean_nothing(harness: Harness) -> None:
     harness.deliver((int(signal.SIGCHLD), 100.0))
+    harness.hang_up()
     assert harness.preemption.signum is None
 
 
 def test_the_deadline_ends_the_process_whatever_it_is_doing() -> None:
     harness = Harness(grace_secs=0.0)
     harness.deliver((TERM, 100.0))
+    harness.ends()
     ((code, why),) = harness.left
     assert code == 128 + TERM
     assert "grace" in why
@@ -141,7 +153,12 @@ ctypes.CDLL(None).sleep(60)
 def test_a_main_thread_that_is_stuck_in_c_does_not_stop_the_way_out() -> None:
     """A Python handler alone would wait for the call to return: here the pipe and the thread do the work."""
     ran = subprocess.run(
-        [sys.executable, "-c", BLOCKED_IN_C, "0.2"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=30
+        [sys.executable, "-c", BLOCKED_IN_C, "0.2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
     )
     assert ran.returncode == 128 + TERM
     assert "grace time" in ran.stderr
@@ -165,7 +182,9 @@ def test_without_torchrun_a_process_follows_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parents", "killed"), [([7, 7], False), ([7, 1], True), ([1, 1], False)], ids=["lives", "died", "is process 1"]
+    ("parents", "killed"),
+    [([7, 7], False), ([7, 1], True), ([1, 1], False)],
+    ids=["lives", "died", "is process 1"],
 )
 def test_a_launcher_that_died_just_before_is_noticed(parents: list[int], killed: bool) -> None:
     calls: list[tuple[int, int]] = []
