@@ -13,7 +13,7 @@ WINDOW_BYTES = 16 << 20
 """Bytes of a shard that are written at a time; a multiple of every block and page size in use."""
 
 OnWindow = Callable[[int, int], None]
-"""Called with a byte range [begin, end) of the file, before that range is written."""
+"""Called with a byte range [begin, end) of the file before it is written, possibly from several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class WriteStats:
-    """How a shard was written. Seconds are wall-clock; those spent in `on_window` are not counted."""
+    """How a shard was written. Seconds are wall-clock; those spent in `on_window` are part of writing."""
 
     bytes: int
     write_secs: float
@@ -152,8 +152,8 @@ class Storage(ABC):
 
         `padded` is contiguous bytes. For direct I/O its address is a multiple of 4096 and its length
         `file_bytes` rounded up to one; anything else is written through the page cache.
-        `on_window(begin, end)` is called for consecutive ranges before they are written, so that the
-        caller digests them while they are in the CPU's cache. AlreadyExistsError if the name is taken.
+        `on_window(begin, end)` is called once for every range before it is written, in any order, so that
+        the caller digests it while it is in the CPU's cache. AlreadyExistsError if the name is taken.
         After any error, and when `cancel` is set, nothing is left under the name.
         """
 

@@ -1,0 +1,248 @@
+"""The write loop of shards: direct, fallen back to buffered, short, interrupted, failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from engine.errors import (
+    AlreadyExistsError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+)
+from engine.storage.base import WINDOW_BYTES
+from engine.storage.direct import windows
+from engine.storage.local import LocalStorage
+from engine.storage.system import System
+from tests.storage.buffers import padded, pattern
+from tests.storage.systems import FailsAt, NoDirect, ScriptedWrites, StrictDirect
+
+SIZE = 2 * WINDOW_BYTES + 12_345
+ROUNDED = 2 * WINDOW_BYTES + 16_384
+DATA = pattern(SIZE)
+
+
+def write(tmp_path: Path, system: System, data: bytes = DATA) -> str:
+    stats = LocalStorage(tmp_path, system=system).write_shard("shard", padded(data), len(data))
+    written = (tmp_path / "shard").read_bytes()
+    assert len(written) == len(data)
+    assert written == data
+    return stats.method
+
+
+def nothing_left(tmp_path: Path) -> bool:
+    return list(tmp_path.iterdir()) == []
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_direct_writes_whole_sectors_only(tmp_path: Path) -> None:
+    system = StrictDirect()
+    assert write(tmp_path, system) == "direct"
+    assert (system.direct_bytes, system.buffered_bytes) == (ROUNDED, 0)
+
+
+def test_the_real_file_system(tmp_path: Path) -> None:
+    assert write(tmp_path, System()) in ("direct", "buffered")
+
+
+def test_direct_flag_is_really_set(tmp_path: Path) -> None:
+    """Against a file system that has it; the flag must be gone again where the fallback writes."""
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    import fcntl
+
+    try:
+        System().set_direct(fd, True)
+    except OSError:
+        pytest.skip("the temporary directory's file system has no O_DIRECT")
+    assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    with pytest.raises(OSError, match="Invalid"):
+        os.pwrite(fd, b"odd", 1)
+    System().set_direct(fd, False)
+    assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    assert os.pwrite(fd, b"odd", 1) == 3
+    os.close(fd)
+
+
+def test_fallback_where_the_flag_is_refused(tmp_path: Path) -> None:
+    assert write(tmp_path, NoDirect()) == "buffered"
+
+
+@pytest.mark.parametrize("refuse_at", [0, WINDOW_BYTES, 2 * WINDOW_BYTES])
+def test_fallback_where_the_first_direct_write_is_refused(tmp_path: Path, refuse_at: int) -> None:
+    system = StrictDirect(refuse_at)
+    assert write(tmp_path, system) == "buffered"
+    assert (system.direct_bytes, system.buffered_bytes) == (refuse_at, SIZE - refuse_at)
+
+
+def test_tail_without_padding_is_written_buffered(tmp_path: Path) -> None:
+    system = StrictDirect()
+    view = padded(DATA)[:SIZE]
+    LocalStorage(tmp_path, system=system).write_shard("shard", view, SIZE)
+    assert (tmp_path / "shard").read_bytes() == DATA
+    assert system.buffered_bytes == SIZE % 4096
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("piece", [4096, 100_000, 5 << 20])
+def test_short_writes(tmp_path: Path, direct: bool, piece: int) -> None:
+    """Each call writes at most `piece` bytes; of a direct one, possibly not whole sectors."""
+    system = ScriptedWrites(lambda _, size: min(size, piece), direct=direct)
+    data = pattern(WINDOW_BYTES + 12_345) if piece == 4096 else DATA
+    write(tmp_path, system, data)
+    assert system.calls >= len(data) // piece
+
+
+def test_short_direct_write_at_odd_length_goes_on_buffered(tmp_path: Path) -> None:
+    system = ScriptedWrites(lambda call, _: 10_000 if call == 0 else None)
+    assert write(tmp_path, system) == "buffered"
+    assert system.buffered_bytes == WINDOW_BYTES - 8192
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_interrupted_writes_are_repeated(tmp_path: Path, direct: bool) -> None:
+    system = ScriptedWrites(
+        lambda call, _: InterruptedError(errno.EINTR, "signal") if call % 2 == 0 else None, direct=direct
+    )
+    assert write(tmp_path, system) == ("direct" if direct else "buffered")
+    assert system.calls == 6
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("nth", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (errno.ENOSPC, StorageFullError, "disk is full"),
+        (errno.EDQUOT, StorageFullError, "quota"),
+        (errno.EIO, StorageError, "input/output error"),
+        (errno.EROFS, StorageDeniedError, "read-only"),
+    ],
+)
+def test_failing_write_leaves_nothing(
+    tmp_path: Path, direct: bool, nth: int, code: int, kind: type[StorageError], words: str
+) -> None:
+    before = open_descriptors()
+    system = ScriptedWrites(lambda call, _: OSError(code, "bad") if call == nth else None, direct=direct)
+    with pytest.raises(kind, match=words) as raised:
+        write(tmp_path, system)
+    assert raised.value.errno == code
+    assert str(tmp_path / "shard") in str(raised.value)
+    assert nothing_left(tmp_path)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_disk_that_fills_up_in_the_middle_of_a_write(tmp_path: Path, direct: bool) -> None:
+    """The kernel answers with a short write first, and with ENOSPC only when asked again."""
+
+    def fill(call: int, size: int) -> int | OSError | None:
+        return (None, 12_000)[call] if call < 2 else OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(StorageFullError):
+        write(tmp_path, ScriptedWrites(fill, direct=direct))
+    assert nothing_left(tmp_path)
+
+
+def test_a_disk_that_writes_nothing_does_not_hang(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="input/output"):
+        write(tmp_path, ScriptedWrites(lambda *_: 0))
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["fallocate", "ftruncate", "fsync", "close", "set_direct"])
+def test_failing_call_leaves_nothing(tmp_path: Path, call: str) -> None:
+    with pytest.raises(StorageFullError, match="shard"):
+        write(tmp_path, FailsAt(call, errno.ENOSPC))
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("call", ["sync_range", "drop_cache"])
+def test_failing_write_back_leaves_nothing(tmp_path: Path, call: str) -> None:
+    class Buffered(FailsAt, NoDirect):
+        pass
+
+    with pytest.raises(StorageError, match="shard"):
+        write(tmp_path, Buffered(call, errno.EIO))
+    assert nothing_left(tmp_path)
+
+
+def test_failure_to_create(tmp_path: Path) -> None:
+    with pytest.raises(StorageDeniedError, match="no permission"):
+        write(tmp_path, FailsAt("create", errno.EACCES))
+
+
+def test_existing_file_survives(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(b"older")
+    with pytest.raises(AlreadyExistsError):
+        write(tmp_path, System())
+    assert (tmp_path / "shard").read_bytes() == b"older"
+
+
+def test_a_failed_close_is_not_repeated(tmp_path: Path) -> None:
+    """After close has failed the descriptor may already be another thread's file."""
+    closed: list[int] = []
+
+    class FailingClose(System):
+        def close(self, fd: int) -> None:
+            closed.append(fd)
+            super().close(fd)
+            raise OSError(errno.EIO, "close")
+
+    with pytest.raises(StorageError):
+        write(tmp_path, FailingClose())
+    assert len(closed) == 1
+
+
+def test_cancel_between_windows(tmp_path: Path) -> None:
+    cancel = threading.Event()
+    seen: list[int] = []
+
+    def on_window(begin: int, end: int) -> None:
+        seen.append(begin)
+        if begin:
+            cancel.set()
+
+    class InTurn(System):
+        write_threads = 1
+
+    with pytest.raises(StorageError, match=f"byte {2 * WINDOW_BYTES}"):
+        LocalStorage(tmp_path, system=InTurn()).write_shard(
+            "shard", padded(DATA), SIZE, on_window=on_window, cancel=cancel
+        )
+    assert seen == [0, WINDOW_BYTES]
+    assert nothing_left(tmp_path)
+
+
+def test_one_window_is_digested_while_another_is_written(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=30)
+    met = []
+
+    def on_window(begin: int, end: int) -> None:
+        if begin < 2 * WINDOW_BYTES:  # the first two; one after the other they would never meet
+            both.wait()
+            met.append(begin)
+
+    LocalStorage(tmp_path).write_shard("shard", padded(DATA), SIZE, on_window=on_window)
+    assert sorted(met) == [0, WINDOW_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("total", "window", "expected"),
+    [
+        (0, 10, []),
+        (1, 10, [(0, 1)]),
+        (10, 10, [(0, 10)]),
+        (11, 10, [(0, 10), (10, 11)]),
+        (30, 10, [(0, 10), (10, 20), (20, 30)]),
+    ],
+)
+def test_windows(total: int, window: int, expected: list[tuple[int, int]]) -> None:
+    assert windows(total, window) == expected
