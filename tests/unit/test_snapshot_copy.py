@@ -1,0 +1,221 @@
+"""The copy into the arena, and what waits for it. The device stream is a fake: no device is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from engine.snapshot import copy as copy_module
+from engine.snapshot.copy import Copier, Pair, copy_pairs, overlap_stream
+from engine.snapshot.guard import state_device, why_unguarded
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+
+
+class FakeStream:
+    """A stream whose copies happen when the test says so; notes every call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.waiting: list[Pair] = []
+
+    def copy(self, pairs: Sequence[Pair]) -> None:
+        self.calls.append("copy")
+        self.waiting = list(pairs)
+
+    def guard_compute(self) -> None:
+        self.calls.append("guard")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+        self.run()
+
+    @property
+    def done(self) -> bool:
+        return not self.waiting
+
+    def run(self) -> None:
+        copy_pairs(self.waiting, non_blocking=False)
+        self.waiting = []
+
+
+def optimizer() -> torch.optim.Optimizer:
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    return torch.optim.SGD([parameter], lr=1.0)
+
+
+def test_many_tensors_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *a, **k: calls.append(len(a[0])) or real(*a, **k))
+    pairs = [(torch.zeros(3), torch.full((3,), float(n))) for n in range(1000)]
+    copy_pairs(pairs, non_blocking=False)
+    assert calls == [1000]
+    assert all(bool((to == n).all()) for n, (to, _) in enumerate(pairs))
+
+
+def test_nothing_to_copy_is_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *a, **k: pytest.fail("called"))
+    copy_pairs([], non_blocking=False)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(24.0).view(4, 6)[:, ::2],
+        torch.tensor(3.0),
+        torch.zeros(0, 3),
+        torch.arange(6).to(torch.bfloat16),
+        torch.arange(6).to(torch.float8_e4m3fn),
+        torch.tensor([True, False]),
+        torch.arange(5).to(torch.uint16),
+        torch.ones(3, requires_grad=True),
+        torch.ones(4).expand(3, 4),
+    ],
+    ids=lambda t: f"{t.dtype}-{list(t.shape)}".replace("torch.", ""),
+)
+def test_any_layout_and_dtype(source: torch.Tensor) -> None:
+    to = torch.zeros(source.shape, dtype=source.dtype)
+    copy_pairs([(to, source)], non_blocking=False)
+    assert bits(to) == bits(source)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_without_a_stream_everything_is_copied_at_once() -> None:
+    one, two = torch.zeros(2), torch.zeros(2)
+    owner = optimizer()
+    copier = Copier(None, [owner])
+    copier.copy([(one, torch.ones(2))], [(two, torch.ones(2))])
+    assert one.tolist() == two.tolist() == [1, 1]
+    copier.finish()
+    copier.guard()
+    assert not owner._optimizer_step_pre_hooks
+
+
+def test_eager_pairs_are_copied_before_copy_returns() -> None:
+    stream = FakeStream()
+    buffer, weight = torch.zeros(1), torch.zeros(1)
+    Copier(stream, []).copy([(buffer, torch.ones(1))], [(weight, torch.ones(1))])
+    assert buffer.item() == 1
+    assert weight.item() == 0
+    assert stream.calls == ["copy"]
+
+
+def test_a_step_waits_for_the_copy_on_the_device_only() -> None:
+    stream, owner = FakeStream(), optimizer()
+    copier = Copier(stream, [owner])
+    owner.step()
+    assert stream.calls == [], "no snapshot, nothing to wait for"
+    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    owner.step()
+    assert stream.calls == ["copy", "guard"]
+    owner.step()
+    assert stream.calls == ["copy", "guard", "guard"], "still being copied"
+    stream.run()
+    owner.step()
+    owner.step()
+    assert stream.calls == ["copy", "guard", "guard", "guard"], "done: later steps are free"
+
+
+def test_guard_is_for_changes_outside_the_optimizer() -> None:
+    stream = FakeStream()
+    copier = Copier(stream, [])
+    copier.guard()
+    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    copier.guard()
+    assert stream.calls == ["copy", "guard"]
+
+
+def test_the_writer_waits_until_the_arena_is_filled() -> None:
+    stream = FakeStream()
+    to = torch.zeros(1)
+    copier = Copier(stream, [])
+    copier.copy([], [(to, torch.ones(1))])
+    copier.finish()
+    assert to.item() == 1
+    assert stream.calls == ["copy", "finish"]
+
+
+def test_the_writer_still_waits_after_a_step_has_been_held_back() -> None:
+    """A guard that finds the copy unfinished must not make `finish` return at once."""
+    stream, owner, to = FakeStream(), optimizer(), torch.zeros(1)
+    copier = Copier(stream, [owner])
+    copier.copy([], [(to, torch.ones(1))])
+    owner.step()
+    copier.finish()
+    assert to.item() == 1
+
+
+def test_removed_hooks_are_gone() -> None:
+    stream, owner = FakeStream(), optimizer()
+    copier = Copier(stream, [owner])
+    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    copier.remove()
+    owner.step()
+    assert stream.calls == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "reason", "answer"),
+    [
+        (False, CUDA, None, "overlap is switched off"),
+        ("auto", CPU, None, "the state is in host memory"),
+        ("auto", CUDA, "an optimizer's step is compiled", "an optimizer's step is compiled"),
+    ],
+)
+def test_when_copies_do_not_overlap(
+    setting: bool | str, device: torch.device, reason: str | None, answer: str
+) -> None:
+    assert overlap_stream(setting, device, lambda: reason) == (None, answer)
+
+
+def test_when_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = FakeStream()
+    monkeypatch.setattr(copy_module, "CudaStream", lambda device: stream)
+    assert overlap_stream("auto", CUDA, lambda: None) == (stream, "copies overlap with training")
+
+
+def guarded_state() -> dict[str, object]:
+    model = nn.Linear(2, 2)
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+
+def test_a_state_whose_optimizers_own_all_trainable_parameters_can_be_guarded() -> None:
+    assert why_unguarded(guarded_state()) is None
+    state = guarded_state()
+    state["average"] = nn.Linear(2, 2).requires_grad_(False)
+    assert why_unguarded(state) is None, "a frozen average changes outside of steps, and is copied at once"
+
+
+def test_a_trainable_parameter_without_optimizer_cannot_be_guarded() -> None:
+    state = guarded_state()
+    state["head"] = nn.Linear(2, 1)
+    assert why_unguarded(state) == "head.weight is trainable but belongs to no optimizer in the state"
+
+
+def test_a_captured_step_cannot_be_guarded() -> None:
+    model = nn.Linear(2, 2)
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), capturable=True)}
+    assert why_unguarded(state) == "an optimizer's step is captured in a CUDA graph"
+
+
+def test_a_compiled_step_cannot_be_guarded() -> None:
+    state = guarded_state()
+    owner = state["optimizer"]
+    assert isinstance(owner, torch.optim.Optimizer)
+    owner.step = torch.compile(owner.step, backend="eager")  # type: ignore[method-assign]
+    assert why_unguarded(state) == "an optimizer's step is compiled"
+
+
+def test_the_device_is_that_of_the_first_parameters() -> None:
+    assert state_device({"values": {"a": 1}}) == CPU
+    assert state_device({"model": nn.Linear(1, 1, device="meta")}).type == "meta"
