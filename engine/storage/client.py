@@ -43,6 +43,8 @@ class StoreClient:
             raise
         except Exception as error:
             raise remote_error(error, "open", self.uri, self._redactor.scrub) from None
+        if hasattr(fs, "retries"):
+            fs.retries = 1  # s3fs loops around its client's tries: three nested loops outlast any deadline
         self.fs: fsspec.AbstractFileSystem = fs
         self._root = str(root).rstrip("/")
 

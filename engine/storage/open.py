@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 from engine.errors import ConfigError
@@ -10,6 +11,9 @@ from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.redact import redact_uri
 from engine.storage.split import is_uri
+
+_ONE_SLASH = re.compile(r"(?:s3a?|gc?s|az|abfss?|file|memory):/(?!/)")
+"""A slip that would otherwise make a local directory of that name: noticed only when it is missed."""
 
 _LOCAL_SCHEMES = ("file", "local")
 
@@ -30,6 +34,9 @@ def open_storage(
     if not address:
         raise ConfigError("the checkpoint directory is empty: give a path or a URI")
     scheme, _, rest = address.partition("://")
+    if _ONE_SLASH.match(address):
+        meant = redact_uri(address.replace(":/", "://", 1))
+        raise ConfigError(f"a slash is missing in the address: write {meant}")
     if not is_uri(address):
         storage: Storage = LocalStorage(address)
     elif scheme in _LOCAL_SCHEMES:

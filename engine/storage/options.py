@@ -13,7 +13,7 @@ _CREDENTIALS = ("key", "secret", "token", "password", "username", "user", "accou
 _S3_DEADLINES = {
     "connect_timeout": 10,
     "read_timeout": 60,
-    "retries": {"mode": "standard", "total_max_attempts": 4},
+    "retries": {"mode": "standard", "total_max_attempts": 3},
 }
 
 
@@ -35,8 +35,8 @@ def client_options(scheme: str, options: Mapping[str, object]) -> dict[str, Any]
         target[last] = _convert(last, value)
     if scheme in ("s3", "s3a"):
         converted["config_kwargs"] = {**_S3_DEADLINES, **converted.get("config_kwargs", {})}
-    # A cached listing hides what other ranks wrote, and a shared instance carries another run's options.
-    return {**converted, "use_listings_cache": False, "skip_instance_cache": True}
+    # A remembered listing hides what other ranks wrote.
+    return {**converted, "use_listings_cache": False}
 
 
 def _convert(name: str, value: object) -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 HIDDEN = "***"
 
@@ -56,7 +56,9 @@ SECRET_VARIABLES = (
 """Environment variables from which clients take their secrets."""
 
 _SHORTEST_SECRET = 4
-_USERINFO = re.compile(r"(?<=://)[^/@\s'\"]*@")
+# With a colon up to the last "@", since secrets with a "/" or "@" in them get pasted as they are. Azure's
+# container@account is an address, not a user.
+_USERINFO = re.compile(r"(?<=://)(?:[^/@\s'\"]*:[^\s'\"]*|(?<!abfs://)(?<!abfss://)[^/@\s'\"]+)@")
 _QUERY = re.compile(r"(?<=://)([^\s'\"?]*)\?[^\s'\"]*")
 
 
@@ -97,12 +99,10 @@ def _shown(name: str, value: object) -> object:
 
 
 def _secrets_of_uri(uri: str) -> Iterator[str]:
-    parts = urlsplit(uri)
-    userinfo, separator, _ = parts.netloc.rpartition("@")
-    if separator:
-        for part in userinfo.split(":", 1):
+    for userinfo in _USERINFO.findall(uri):
+        for part in userinfo.rstrip("@").split(":", 1):
             yield from {part, unquote(part)}
-    for _, value in parse_qsl(parts.query):
+    for _, value in parse_qsl(uri.partition("?")[2]):
         yield value
 
 

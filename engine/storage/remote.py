@@ -157,8 +157,8 @@ class FsspecStorage(Storage):
         return WriteStats(file_bytes, time.monotonic() - begun - callback_secs, 0.0, "upload")
 
     def make_dir(self, path: str = "") -> None:
+        full = self._client.full(path)
         if not self._client.is_object_store:
-            full = self._client.full(path)
             self._client.do("create", path, lambda: self._fs.makedirs(full, exist_ok=True))
         elif not path:
             self.list_dir()  # a missing bucket or wrong credentials show here, before training starts

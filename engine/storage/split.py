@@ -34,4 +34,4 @@ def split_uri(target: str | os.PathLike[str]) -> tuple[str, str]:
 
 def join_uri(parent: str, name: str) -> str:
     """The inverse of `split_uri`."""
-    return f"{parent.rstrip('/')}/{name}"
+    return f"{parent}{name}" if parent.endswith("/") else f"{parent}/{name}"

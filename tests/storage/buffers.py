@@ -1,0 +1,23 @@
+"""Buffers as the arena hands them over, with contents that show where every byte came from."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+
+PAGE = 4096
+
+
+@functools.lru_cache(maxsize=4)
+def pattern(size: int) -> bytes:
+    """`size` bytes in which no two 4 KiB blocks are alike."""
+    blocks = (number.to_bytes(8, "little") * (PAGE // 8) for number in range(-(-size // PAGE)))
+    return b"".join(blocks)[:size]
+
+
+def padded(data: bytes) -> memoryview:
+    """`data` at a page boundary, followed by 0xEE up to the next one: padding must not reach a file."""
+    rounded = max(-(-len(data) // PAGE), 1) * PAGE
+    arena = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    arena[:] = data + b"\xee" * (rounded - len(data))
+    return memoryview(arena)[: -(-len(data) // PAGE) * PAGE]
