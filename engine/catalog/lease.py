@@ -152,7 +152,7 @@ class Lease:
             self._thread.join()
         try:
             self.check()
-        except LeaseLostError:
+        except (LeaseLostError, NotFoundError):  # another run's now, or the whole directory is gone
             return
         with self._lock:
             if not self._info.released:

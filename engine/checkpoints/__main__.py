@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from engine.checkpoints.arguments import parse
+from engine.checkpoints.text import printable
 from engine.errors import HoldfastError
 
 EXIT_BAD_INPUT = 2
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         sys.stdout.flush()
     except HoldfastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:  # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

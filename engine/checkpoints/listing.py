@@ -54,7 +54,7 @@ def as_json(item: Listed, serving: Roles, storage: Storage) -> dict[str, Any]:
 def as_text(listed: list[Listed], serving: Roles, now: float) -> str:
     """A table, and below it why some are not committed. `now`: Unix time."""
     lines = [text.table(_HEADER, [_row(item, serving, now) for item in listed], _RIGHT)]
-    lines += [f"{item.id}: {item.reason}" for item in listed if item.reason]
+    lines += [f"{item.id}: {text.printable(item.reason)}" for item in listed if item.reason]
     return "\n".join(lines)
 
 

@@ -20,16 +20,18 @@ _RUN_ID = "prune"
 def run(arguments: argparse.Namespace) -> int:
     """Decide, say so, and remove what is surplus. DirectoryHeldError while a live run writes there."""
     storage = open_directory(arguments)
+    listed = list_checkpoints(storage)
+    if not listed:  # and no lease is left in a place where nothing was
+        print(f"no checkpoints in {storage.uri}")
+        return 0
     if arguments.dry_run:
-        listed = list_checkpoints(storage)
         _say(_decide(storage, listed, arguments), "would go")
         for item in _abandoned(listed):
             print(f"would go  {item.id}  {text.size(item.bytes)}  {item.reason}")
         return 0
-    list_checkpoints(storage)  # a directory that is not there is an error before a lease is left in it
     with Lease.acquire(storage, run_id=_RUN_ID) as lease:
         lease.start_heartbeat()
-        listed = list_checkpoints(storage)
+        listed = list_checkpoints(storage)  # again: now it stays as it is
         decisions = _decide(storage, listed, arguments)
         _say(decisions, "goes")
         for item in _abandoned(listed):

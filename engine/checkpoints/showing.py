@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     records = committed(listed)
     serving = roles(records, run_policy(storage, records)).get(name, ())
     if arguments.json:
-        print(json.dumps(as_json(manifest, item, serving, storage), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(manifest, item, serving, storage), indent=2))
     else:
         print("\n".join(as_text(manifest, item, serving, storage)))
     return 0
@@ -68,18 +68,20 @@ def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
         "software": _pairs(manifest.software) or "-",
     }
     width = max(map(len, facts))
-    yield from (f"{name.ljust(width)}  {value}" for name, value in facts.items())
+    yield from (f"{name.ljust(width)}  {text.printable(value)}" for name, value in facts.items())
     yield from _section("tensors", _tensor_table(manifest.tensors))
     yield from _section("aliases", _lines(manifest.aliases))
     yield from _section("shards", _shard_table(manifest))
     yield from _section("objects", "\n".join(sorted(manifest.objects)))
-    yield from _section("config", _lines(manifest.config))
+    yield from _section(
+        "config", _lines({name: json.dumps(value) for name, value in manifest.config.items()})
+    )
 
 
 def _section(title: str, body: str) -> Iterator[str]:
     if body:
         yield f"\n{title}"
-        yield from (f"  {line}" for line in body.splitlines())
+        yield from (f"  {text.printable(line)}" for line in body.split("\n"))
 
 
 def _tensor_table(tensors: Mapping[str, TensorInfo]) -> str:

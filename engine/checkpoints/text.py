@@ -32,6 +32,11 @@ def rate(count: int, secs: float) -> str:
     return f"{size(round(count / secs))}/s" if secs > 0 else "-"
 
 
+def printable(text: str) -> str:
+    """Text from a file, fit for a terminal: control characters are spelled out, not obeyed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
     """Columns under their headers, two spaces apart; those numbered in `right` are aligned to the right.
 

@@ -65,9 +65,9 @@ def report(result: VerifyResult, item: Listed) -> Iterator[str]:
     """The lines about one checkpoint."""
     speed = f"{text.size(result.bytes)} in {result.secs:.2f} s, {text.rate(result.bytes, result.secs)}"
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
-    yield from (f"  {damage.sentence}" for damage in result.damage)
+    yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":
-        yield f"  nothing is wrong with it, but it is listed as damaged: {item.reason}"
+        yield f"  nothing is wrong with it, but it is listed as damaged: {text.printable(item.reason)}"
 
 
 def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -267,9 +268,19 @@ def test_heartbeats_count_up(world: World, storage: RecordingStorage) -> None:
 def test_release_stands_against_a_late_heartbeat(world: World, storage: RecordingStorage) -> None:
     lease = world.acquire(storage)
     lease.release()
+    storage.calls.clear()
     lease.heartbeat()
+    assert storage.calls == []
     stored = LeaseInfo.from_bytes(storage.read_bytes(lease_name(1), max_bytes=9999), 1, what="lease")
     assert stored.released
+
+
+def test_releasing_in_a_directory_that_is_gone_is_fine(world: World, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lease = world.acquire(LocalStorage(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    lease.release()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_thread_beats_goes_on_after_a_failure_and_ends_with_release(
@@ -329,6 +340,7 @@ def test_taking_over_buries_unfinished_attempts_and_nothing_else(
     assert storage.calls.index("publish lease-00000002") < storage.calls.index(
         f"rename {ATTEMPT} dead-{ATTEMPT}"
     )
+    assert not [call for call in storage.calls if COMMITTED in call], "never out of sight, not even briefly"
 
 
 def test_a_commit_that_beat_the_takeover_is_kept(world: World, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from engine.catalog import marks
 from engine.catalog.lease import Lease
 from engine.catalog.listing import committed, list_checkpoints
 from engine.catalog.process import ProcessIdentity
-from engine.catalog.reaper import reap, reap_abandoned
+from engine.catalog.reaper import delete_attempt, reap, reap_abandoned
 from engine.catalog.retention import Decision, Retention, surplus
 from engine.errors import LeaseLostError, StorageUnavailableError
 from engine.storage.base import Storage
@@ -167,3 +167,12 @@ def test_an_attempt_committed_since_the_listing_stays(tmp_path: Path) -> None:
     lease = take_lease(LocalStorage(tmp_path / "elsewhere"))
     assert reap_abandoned(CommitsMeanwhile(tmp_path), lease=lease).removed == ()
     assert attempt in names(tmp_path)
+
+
+def test_a_failed_attempt_goes_unless_it_was_committed_after_all(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    failed = write_checkpoint(tmp_path, sequence=1, commit=False)
+    whole = write_checkpoint(tmp_path, sequence=2)
+    assert delete_attempt(storage, failed) is True
+    assert delete_attempt(storage, whole) is False
+    assert names(tmp_path) == {whole}

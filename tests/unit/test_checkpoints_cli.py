@@ -19,11 +19,13 @@ import pytest
 
 from engine.catalog import marks
 from engine.catalog.lease import Lease
+from engine.catalog.listing import list_checkpoints
 from engine.catalog.process import ProcessIdentity
 from engine.checkpoints import text
 from engine.checkpoints.__main__ import main
 from engine.checkpoints.arguments import _parser
 from engine.storage.local import LocalStorage
+from engine.storage.open import open_storage
 from tests.damaged.corpus import write_case
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -181,6 +183,15 @@ def test_show_takes_a_directory_or_a_checkpoint_as_path_or_uri(
     assert named.out.startswith(f"checkpoint  {directory / id_of(2)}\n")
 
 
+def test_a_renamed_checkpoint_is_known_by_its_manifest(run: Program, directory: Path) -> None:
+    (directory / id_of(2)).rename(directory / "mine")
+    shown = run("show", directory / "mine").out
+    assert f"checkpoint  {directory / 'mine'}\n" in shown
+    assert re.search(r"^step +20$", shown, re.MULTILINE)
+    assert run("verify", directory / "mine").out.startswith("ok       mine")
+    run("list", directory / "mine").refused("is one checkpoint")
+
+
 def test_show_takes_a_relative_path(run: Program, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(directory / id_of(2))
     assert f"{directory / id_of(2)}\n" in run("show", ".").out
@@ -207,6 +218,13 @@ def test_show_says_what_the_manifest_says(run: Program, directory: Path) -> None
         assert re.search(f"^{line}$", shown, re.MULTILINE), (line, shown)
 
 
+def test_what_a_manifest_says_cannot_drive_the_terminal(run: Program, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, config={"note\x1b[2J": "a\x1b]0;b\nc"}, software={"x": "\x9b1m"})
+    shown = run("show", tmp_path).out
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
+    assert r"note\x1b[2J" in shown
+
+
 def test_show_as_json(run: Program, directory: Path) -> None:
     shown = run("show", directory, "--select", "best", "--json").json
     assert shown["path"] == str(directory / id_of(2))
@@ -227,6 +245,13 @@ def test_a_selector_without_an_answer_lists_what_there_is(
 ) -> None:
     ran = run("show", directory, "--select", selector)
     ran.refused(selector, "There is: step:60 (latest); step:50 (backup)", "0 damaged and 1 partial")
+
+
+def test_what_cannot_be_used_is_counted_only_where_there_is_some(run: Program, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    ran = run("show", tmp_path, "--select", "backup")
+    ran.refused("There is: step:10 (latest)")
+    assert "Besides" not in ran.err
 
 
 def test_a_selector_that_is_none(run: Program, directory: Path) -> None:
@@ -371,6 +396,8 @@ def test_prune_takes_over_from_a_dead_run(run: Program, directory: Path) -> None
 def test_prune_of_nowhere_leaves_nothing_there(run: Program, tmp_path: Path) -> None:
     run("prune", tmp_path / "nowhere").refused(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
+    assert run("prune", tmp_path).out == f"no checkpoints in {tmp_path}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -425,6 +452,31 @@ def test_the_command_line_does_not_grow_by_accident() -> None:
     }
 
 
+def test_on_a_store(run: Program) -> None:
+    """The same commands by URI, where nothing can be renamed and there are no directories."""
+    root = "memory://holdfast-cli-test/run"
+    storage = open_storage(root)
+    for sequence in (1, 2, 3):
+        write_checkpoint(storage, sequence=sequence, rows=4)
+    write_checkpoint(storage, sequence=4, rows=4, commit=False)
+
+    entries = run("list", root, "--json").json["checkpoints"]
+    assert [entry["status"] for entry in entries] == ["committed"] * 3 + ["partial"]
+    assert [entry["path"] for entry in entries] == [f"{root}/{id_of(n)}" for n in (1, 2, 3, 4)]
+    assert run("show", entries[0]["path"]).out.startswith(f"checkpoint  {root}/{id_of(1)}\n")
+    assert run("verify", root).code == 0
+    assert run("hold", f"{root}/{id_of(1)}").code == 0
+    storage.publish(f"{id_of(2)}/shard-00000.json", b"{}", exclusive=False)
+    assert run("verify", f"{root}/{id_of(2)}").code == 1
+    assert run("prune", root, "--rolling=0").code == 0
+    assert [(item.id, item.status) for item in list_checkpoints(storage)] == [
+        (id_of(1), "committed"),
+        (id_of(2), "damaged"),
+        (id_of(3), "committed"),
+        (id_of(4), "partial"),  # a sleeping writer might still commit it: not before a minute has passed
+    ]
+
+
 @pytest.mark.parametrize(
     ("count", "shown"),
     [
@@ -469,7 +521,7 @@ def test_listing_loads_nothing_heavy(directory: Path) -> None:
         "import sys\n"
         "from engine.checkpoints.__main__ import main\n"
         f"assert main(['list', {str(directory)!r}]) == 0\n"
-        "heavy = {'torch', 'numpy', 'fsspec', 'rich', 'tyro', 'asyncio', 'concurrent', 'multiprocessing'}\n"
+        "heavy = {'torch', 'numpy', 'fsspec', 'rich', 'tyro', 'asyncio', 'multiprocessing'}\n"
         "sys.exit(str(sorted(heavy & sys.modules.keys())) if heavy & sys.modules.keys() else 0)\n"
     )
     ran = process("-c", code)
