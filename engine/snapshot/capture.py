@@ -30,6 +30,8 @@ from engine.snapshot import rng, values
 
 RNG_KEY = "rng"
 PER_RANK_PREFIX = "per_rank"
+EXTRA_STATE = "_extra_state"
+"""The last part of the name of what a module's get_extra_state() returns."""
 
 
 @dataclass(slots=True)
@@ -181,11 +183,16 @@ class ModuleCapture:
         self._extra: dict[str, Any] = {}
         # state_dict() brings FSDP2 back to its sharded parameters before it reads them.
         for name, value in get_model_state_dict(module).items():
-            if isinstance(value, torch.Tensor):
+            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
+            if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE:
                 self.tensors[f"{key}.{name}"] = value.detach()
             else:
                 self._extra[name] = value
         self._slots = _slots(module)
+        self._children = [
+            (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
+        ]
+        self._sizes = _sizes(module)
         named = [
             *module.named_parameters(remove_duplicate=False),
             *module.named_buffers(remove_duplicate=False),
@@ -198,7 +205,9 @@ class ModuleCapture:
         FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
         back to the same DTensor, whose memory is what was captured.
         """
-        if self._extra:
+        if self._extra or any(len(holder) != size for holder, size in self._sizes):
+            return False
+        if any(holder.get(name) is not child for holder, name, child in self._children):
             return False
         with torch.no_grad():
             for holder, name, seen, pointer in self._slots:
@@ -231,10 +240,13 @@ class OptimizerCapture:
         self.tensors: dict[str, torch.Tensor] = {}
         self._names = parameter_names(module, optimizer)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._states: list[tuple[torch.Tensor, Any]] = []
         self._entries: list[tuple[dict[str, Any], str, Any, int]] = []
         self._counters: list[tuple[str, dict[str, Any], str]] = []
         for parameter, name in self._names.items():
             entry: dict[str, Any] = optimizer.state.get(parameter, {})
+            if entry:
+                self._states.append((parameter, entry))
             for field_name, value in entry.items():
                 if isinstance(value, torch.Tensor):
                     self.tensors[f"{key}.state.{name}.{field_name}"] = value.detach()
@@ -250,7 +262,11 @@ class OptimizerCapture:
         for group, seen in zip(groups, self._groups, strict=True):
             if len(group["params"]) != len(seen) or any(map(operator.is_not, group["params"], seen)):
                 return False
-        if sum(map(len, self.optimizer.state.values())) != len(self._entries) + len(self._counters):
+        state = self.optimizer.state
+        if sum(map(len, state.values())) != len(self._entries) + len(self._counters):
+            return False
+        # load_state_dict() gives every parameter a new entry and leaves the old ones as they were.
+        if any(state.get(parameter) is not entry for parameter, entry in self._states):
             return False
         with torch.no_grad():
             return all(
@@ -351,6 +367,14 @@ def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor | 
                 if name not in child._non_persistent_buffers_set:
                     slots.append((child._buffers, name, buffer, _pointer(buffer)))
     return slots
+
+
+def _sizes(module: nn.Module) -> list[tuple[Mapping[str, Any], int]]:
+    """How many parameters, buffers and children every module has: what was added later shows in it."""
+    holders = [
+        holder for child in module.modules() for holder in (child._parameters, child._buffers, child._modules)
+    ]
+    return [(holder, len(holder)) for holder in holders]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
