@@ -153,17 +153,15 @@ def test_a_checkpoint_asked_for_by_name_is_not_replaced_by_another(trained: Run)
     assert_refused(ran, "step-00000006")
 
 
-@pytest.mark.parametrize("harm", ["truncated", "bit", "not json", "empty"])
-def test_a_corrupt_manifest_is_damage_not_absence(trained: Run, harm: str) -> None:
+def test_a_corrupt_manifest_is_damage_not_absence(trained: Run) -> None:
     manifest = directory_of(trained, 12) / "manifest.json"
     raw = manifest.read_bytes()
     flipped = bytearray(raw)
     flipped[len(raw) // 2] ^= 1
-    manifest.write_bytes(
-        {"truncated": raw[:-9], "bit": bytes(flipped), "not json": b"{]", "empty": b""}[harm]
-    )
-    status = {c["path"].rstrip("/").rsplit("/", 1)[-1]: c["status"] for c in trained.listing()}
-    assert status[manifest.parent.name] == "damaged"
+    for harm in (raw[:-9], b"{]", b"", bytes(flipped)):
+        manifest.write_bytes(harm)
+        status = {Path(c["path"]).name: c["status"] for c in trained.listing()}
+        assert status[manifest.parent.name] == "damaged", harm[-40:]
     train(trained, resume="latest", max_steps=10).ok()
     assert trained.restored_step() == 9
     assert manifest.exists()
