@@ -51,7 +51,7 @@ def divide(held: Sequence[Sequence[Chunk]]) -> list[list[Part]]:
     parts: list[list[Part]] = [[] for _ in held]
     shared: dict[tuple[int, ...], list[Chunk]] = defaultdict(list)
     for chunk, places in holders.items():
-        if not prod(chunk.sizes) and prod(chunk.shape):
+        if 0 in chunk.sizes and 0 not in chunk.shape:
             continue  # an empty local shard
         if len(places) == 1:
             rank, position = places[0]

@@ -18,17 +18,22 @@ from engine.format.json import canonical_bytes
 from engine.format.layout import Chunk, ShardLayout, plan_files
 from engine.snapshot.arena import Arena
 from engine.snapshot.capture import Captured
-from engine.snapshot.copy import Pair
+from engine.snapshot.copy import Batch, Pair
 from engine.snapshot.divide import Part
 
 Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
+BATCH_BYTES = 64 << 20
+"""Copies are made in batches of about so much: small against the whole, large against a call's cost."""
+
+
 @dataclass(slots=True)
 class _Copy:
-    """One standing order: rows of a held box into a view of the arena."""
+    """One standing order: rows of a held box into a view of the arena that ends at byte `end` of it."""
 
     to: torch.Tensor
+    end: int
     held: int
     dim: int
     start: int
@@ -52,6 +57,7 @@ class Snapshot:
         self._held: list[Held] = []
         self._generation = -1
         self._signature: Signature = ()
+        self._held_digest = ""
         self._planned_digest = ""
         self._orders: list[_Copy] = []
         self.arena: Arena | None = None
@@ -72,10 +78,12 @@ class Snapshot:
                 Held(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
                 for held in self._held
             ]
-            return False
-        self._held = held_chunks(captured.tensors)
-        self._generation, self._signature = captured.generation, signature
-        return plan_digest(self.held) != self._planned_digest
+        else:
+            self._held = held_chunks(captured.tensors)
+            self._held_digest = plan_digest(self.held)
+            self._generation, self._signature = captured.generation, signature
+        # Also when nothing has changed since the last look: the plan for it may have failed.
+        return self._held_digest != self._planned_digest
 
     def adopt(self, parts: Sequence[Part]) -> None:
         """Take a new plan: lay out the files and the arena for the parts that this rank writes.
@@ -91,9 +99,17 @@ class Snapshot:
                 part = by_box[placed.chunk.name, placed.chunk.offsets]
                 view = self.arena.view(slot, placed)
                 self._orders.append(
-                    _Copy(view, part.held, part.dim, part.start, part.length, placed.chunk.name)
+                    _Copy(
+                        view,
+                        slot.begin + placed.end,
+                        part.held,
+                        part.dim,
+                        part.start,
+                        part.length,
+                        placed.chunk.name,
+                    )
                 )
-        self._planned_digest = plan_digest(self.held)
+        self._planned_digest = self._held_digest
 
     def forget_plan(self) -> None:
         """Give the arena back; the next save plans anew."""
@@ -104,16 +120,29 @@ class Snapshot:
             self.arena.release()
             self.arena = None
 
-    def pairs(self, overlaps: Callable[[str, torch.Tensor], bool]) -> tuple[list[Pair], list[Pair]]:
-        """The copies of this snapshot: (to make before `save` returns, may overlap with training)."""
-        eager: list[Pair] = []
+    def copies(self, overlaps: Callable[[str, torch.Tensor], bool]) -> tuple[list[Batch], list[Pair]]:
+        """The copies of this snapshot: (to make before `save` returns, may overlap with training).
+
+        The first are in arena order, in batches, so that writing can begin before all of them are made.
+        """
+        batches: list[Batch] = []
+        pairs: list[Pair] = []
         overlapped: list[Pair] = []
+        batch_bytes = 0
         for order in self._orders:
             source = self._held[order.held].tensor
             if source.ndim and source.shape[order.dim] != order.length:
                 source = source.narrow(order.dim, order.start, order.length)
-            (overlapped if overlaps(order.name, source) else eager).append((order.to, source))
-        return eager, overlapped
+            if overlaps(order.name, source):
+                overlapped.append((order.to, source))
+                continue
+            pairs.append((order.to, source))
+            batch_bytes += order.to.nbytes
+            if batch_bytes >= BATCH_BYTES:
+                batches.append(Batch(tuple(pairs), order.end))
+                pairs, batch_bytes = [], 0
+        batches.append(Batch(tuple(pairs), self.arena.size_bytes if self.arena else 0))
+        return batches, overlapped
 
 
 def plan_digest(held: Sequence[Chunk]) -> str:
