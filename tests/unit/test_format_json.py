@@ -45,7 +45,7 @@ def test_round_trip(value: object) -> None:
     ("value", "raw"),
     [
         ({"b": 1, "a": [1, 2.5, None, True]}, b'{"a":[1,2.5,null,true],"b":1}'),
-        ("ü\n\"", '"ü\\n\\""'.encode()),
+        ('ü\n"', '"ü\\n\\""'.encode()),
         ((1, (2,)), b"[1,[2]]"),
         ({}, b"{}"),
         (1e300, b"1e+300"),

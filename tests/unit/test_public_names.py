@@ -32,7 +32,9 @@ def test_engine_exports_exactly_these() -> None:
 
 
 def test_star_import_gives_exactly_these() -> None:
-    code = "before = set(globals())\nfrom engine import *\nprint(*sorted(set(globals()) - before - {'before'}))"
+    code = (
+        "before = set(globals())\nfrom engine import *\nprint(*sorted(set(globals()) - before - {'before'}))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert set(ran.stdout.split()) == NAMES
 
