@@ -139,7 +139,7 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
     """Group the pieces of one file into windows on block boundaries, in file order.
 
     Flat pieces are cut at window ends, so that no block is read twice on their account; others stay whole.
-    Pieces less than a block apart share a window: the block between them is read anyway.
+    Pieces in the same or in adjoining blocks share a window.
     """
     windows: list[Window] = []
     waiting: list[Piece] = []
@@ -150,7 +150,7 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
             limit = begin + most_bytes
             joins = (
                 bool(waiting)
-                and rest.begin <= end
+                and rest.begin - rest.begin % block_bytes <= end
                 and (rest.end <= limit or (rest.flat and rest.begin < limit))
             )
             if not joins:
