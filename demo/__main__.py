@@ -19,10 +19,10 @@ from demo.table import compare, render
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS_BEFORE, RANKS_AFTER = 2, 4
-STEPS = 60
-SAVE_EVERY = 10
-KILL_AFTER = STEPS // 2 + 3
-"""The kill comes after this step, a few steps past a checkpoint, so that some work is lost and done again."""
+STEPS = 120
+SAVE_EVERY = 20
+KILL_AFTER = STEPS // 2 + 13
+"""The kill comes after this step, some steps past a checkpoint, so that work is lost and done again."""
 TOLERANCE = 1e-4
 PATIENCE_SECS = 600.0
 OURS = "holdfast-demo"
