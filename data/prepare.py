@@ -148,8 +148,7 @@ class Flags:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: byte-pair encoding, 50,257 tokens. bytes: 257 tokens."""
     val_fraction: float = 0.01
-    """Share of the tokens for validation: whole documents spread over the source, or its end where it is a
-    few long documents."""
+    """Share of the tokens for validation: whole documents, spread over the source where it has many."""
     shard_tokens: int = 100_000_000
     """Most tokens in one shard file."""
     workers: int | None = None

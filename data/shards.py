@@ -108,7 +108,7 @@ def _check_header(path: Path, head: bytes, size: int) -> Shard:
             f"shard {path} has format version {version}; version {VERSION} (uint16 tokens) is supported"
         )
     expected = HEADER_BYTES + tokens * TOKEN_BYTES
-    if tokens < 0 or size != expected:
+    if size != expected:
         raise ShardError(
             f"shard {path} is {'truncated' if size < expected else 'damaged'}: its header says {tokens:,} "
             f"tokens ({expected:,} bytes), the file has {size:,} bytes; download or prepare it again"

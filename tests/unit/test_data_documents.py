@@ -48,6 +48,10 @@ def test_the_last_place_to_cut_is_taken() -> None:
     assert texts_of(list(cut_text(["one two three"], 8))) == ["one two", " three"]
     assert texts_of(list(cut_text(["one  \n two"], 8))) == ["one  \n", " two"]
     assert texts_of(list(cut_text(["a" * 9 + " b"], 4))) == ["aaaa", "aaaa", "a b"]
+    assert texts_of(list(cut_text(["one two three"], 7))) == ["one two", " three"]
+    # Python counts \x1c as white space, GPT-2's pattern does not: it stays with the space before it.
+    assert texts_of(list(cut_text(["aaaa \x1cbbbb"], 8))) == ["aaaa", " \x1cbbbb"]
+    assert texts_of(list(cut_text(["a cd ", "e"], 4))) == ["a cd", " e"]  # decided by what comes later
     far = "x " + "y" * 20_000  # further back than one search window
     assert texts_of(list(cut_text([far], 10_000)))[0] == "x"
 

@@ -280,6 +280,12 @@ def test_the_smallest_dataset_is_one_batch(tmp_path: Path) -> None:
     assert train.epoch == 1
 
 
+def test_a_sequence_needs_the_token_after_it(tmp_path: Path) -> None:
+    write(tmp_path / "train.bin", 0, BATCH * SEQ_LEN)
+    with pytest.raises(BatchError, match=r"24 tokens in 1 shard.* give 5 sequences"):
+        loader(tmp_path)
+
+
 def test_missing_data(tmp_path: Path) -> None:
     with pytest.raises(DatasetNotFoundError, match="does not exist"):
         loader(tmp_path / "missing")

@@ -54,6 +54,14 @@ def test_documents_are_encoded_in_order_each_after_an_end_of_text(tmp_path: Path
     )
 
 
+def test_a_long_document_is_one_document(tmp_path: Path) -> None:
+    text = "word " * 250_000  # more than two pieces
+    (tmp_path / "long.txt").write_text(text)
+    prepare(str(tmp_path / "long.txt"), tmp_path / "out", Recipe("bytes", val_fraction=0.25))
+    assert tokens(tmp_path / "out", "train") + tokens(tmp_path / "out", "val") == [256, *text.encode()]
+    assert open_dataset(tmp_path / "out").tokens("val") == (len(text) + 1 + 3) // 4
+
+
 def test_the_loader_reads_it(tmp_path: Path, source: Path) -> None:
     prepare(str(source), tmp_path / "out", Recipe("bytes", val_fraction=0.1))
     loader = TokenLoader(tmp_path / "out", seq_len=16, global_batch=4)
