@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HoldfastError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print(f"{start.sentence}, on {mesh.world_size} rank{'s' * (mesh.world_size > 1)}", flush=True)
     return launch(request, start, mesh.world_size)
 

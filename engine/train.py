@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from engine.errors import ConfigError, HoldfastError
@@ -59,6 +60,11 @@ def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) ->
         return 128 + stopped.signum
     except (HoldfastError, DataError) as error:
         return _refuse(error, agreed=agreement.failed)
+    except Exception:
+        traceback.print_exc()
+        # At once: the interpreter would wait for the thread of a save that waits for a rank that is dead.
+        sys.stdout.flush()
+        os._exit(1)
     return 0
 
 

@@ -48,11 +48,11 @@ class Agreement:
     failed: bool = False
     """Whether the last `together` failed, so that rank 0 can speak for all."""
 
-    def together(self, action: Callable[[], T]) -> T:
+    def together(self, action: Callable[[], T], *, heed_signals: bool = True) -> T:
         """Run `action` on every rank, and come back only when it worked on all of them.
 
-        Collective. The rank that failed raises its own error, the others PeerFailedError with its text; all
-        raise Stopped when one was signalled.
+        Collective. The rank that failed raises its own error, the others PeerFailedError with its text. All
+        raise Stopped when one was signalled, unless the signal has been answered already.
         """
         result, error = self._attempt(action)
         outcomes = self._gather((None if error is None else str(error) or repr(error), self.signum()))
@@ -63,7 +63,7 @@ class Agreement:
             if failure is not None:
                 raise PeerFailedError(f"rank {rank}: {failure}")
         for _, signum in outcomes:
-            if signum is not None:
+            if heed_signals and signum is not None:
                 raise Stopped(signum)
         assert result is not None
         return result[0]

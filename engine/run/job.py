@@ -47,6 +47,16 @@ class Job:
         """Tokens per optimizer step, over all ranks."""
         return self.config.global_batch * self.loader.seq_len
 
+    def describe(self) -> str:
+        """One line on what is trained, and how the batch is divided."""
+        millions = sum(parameter.numel() for parameter in self.parameters) / 1e6
+        return (
+            f"{self.config.model}, {millions:.1f} M parameters, on {self.device.type}; global batch "
+            f"{self.config.global_batch} = {self.world.world_size} ranks x {self.split.accumulation} x "
+            f"{self.split.micro_batch} sequences of {self.loader.seq_len}; {self.last_step} steps, "
+            f"{self.loader.steps_per_epoch} an epoch"
+        )
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; random number generators are added by the engine."""
         return {

@@ -75,30 +75,27 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
         StorageError: the directory could not be listed, which is not the same as an empty one.
     """
-    options = config.storage_mapping
     selector = None if config.resume is None else parse_selector(config.resume)
-    if selector is not None and selector.kind == "path" and restart.count == 0:
-        return _start_at_path(selector, config, directory_given)
-    storage = open_storage(config.checkpoint_dir, options)
+    path = selector.text if selector is not None and selector.kind == "path" else None
+    if path is not None and not directory_given:
+        config = replace(config, checkpoint_dir=split_uri(path)[0])
+    storage = open_storage(config.checkpoint_dir, config.storage_mapping)
     listed = look(storage)
     records = committed(listed)
     if restart.count > 0 and records:
         manifest = read_manifest(storage, by_sequence(records)[-1].id)
         if _is_own(manifest, restart):
-            sentence = (
-                f"restarted by torchrun (restart {restart.count}): resuming latest, step {manifest.step}"
-            )
+            sentence = f"restart {restart.count} by torchrun: resuming latest, step {manifest.step}"
             return _resumed(config, "latest", sentence, manifest, records)
-    if selector is not None and selector.kind == "path":
-        return _start_at_path(selector, config, directory_given)
-    if selector is None or _is_fresh(selector, listed, restart):
-        if selector is None:
-            if not config.new_run:
-                refuse_to_mix(listed, storage.uri)
-            return Start(config.checkpoint_dir, sentence="starting from step 0")
-        return Start(
-            config.checkpoint_dir, sentence=f"{storage.uri} holds no checkpoint: starting fresh from step 0"
-        )
+    if path is not None:
+        return _start_at_path(path, config, records)
+    if selector is None:
+        if not config.new_run:
+            refuse_to_mix(listed, storage.uri)
+        return Start(config.checkpoint_dir, sentence="starting from step 0")
+    if _is_fresh(selector, listed, restart):
+        sentence = f"{storage.uri} holds no checkpoint: starting fresh from step 0"
+        return Start(config.checkpoint_dir, sentence=sentence)
     record = pick(listed, selector, storage.uri)
     manifest = read_manifest(storage, record.id)
     sentence = f"resuming {config.resume}, step {record.step}, from {record.path}"
@@ -153,18 +150,15 @@ def _is_own(manifest: Manifest, restart: Restart) -> bool:
     return restart.launch is None or theirs is None or theirs == restart.launch
 
 
-def _start_at_path(selector: Selector, config: TrainConfig, directory_given: bool) -> Start:
-    parent, name = split_uri(selector.text)
+def _start_at_path(path: str, config: TrainConfig, records: Sequence[CheckpointRecord]) -> Start:
+    parent, name = split_uri(path)
     storage = open_storage(parent, config.storage_mapping)
     try:
         manifest = read_manifest(storage, name)
     except NotFoundError as error:
-        raise _no_checkpoint_at(selector.text, config) from error
-    directory = config.checkpoint_dir if directory_given else parent
-    records = committed(look(open_storage(directory, config.storage_mapping)))
+        raise _no_checkpoint_at(path, config) from error
     sentence = f"resuming step {manifest.step} from {storage.uri}/{name}"
-    start = _resumed(config, selector.text, sentence, manifest, records)
-    return replace(start, checkpoint_dir=directory, home=parent, name=name)
+    return replace(_resumed(config, path, sentence, manifest, records), home=parent, name=name)
 
 
 def _no_checkpoint_at(path: str, config: TrainConfig) -> SelectorError:

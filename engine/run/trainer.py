@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from data.errors import DataError
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
-from engine.errors import SelectorError
+from engine.errors import HoldfastError, SelectorError
 from engine.run.agreement import Agreement, Stopped
 from engine.run.cli import gives, resolve
 from engine.run.config import TrainConfig, complete, to_json
@@ -26,6 +29,10 @@ from engine.run.schedule import BestLoss, StepEnd, due, save_reasons
 from engine.run.setup import World, choose_device, seed_everything
 from engine.run.start import LAUNCH_KEY, Restart, Start, find_start
 from engine.run.step import evaluate, train_step
+
+log = logging.getLogger(__name__)
+
+CRASH_WAIT_SECS = 10.0
 
 
 def train(
@@ -47,9 +54,10 @@ def train(
     console = Console(speaks=world.is_first)
     console.say(start.sentence)
     job = _build(config, start, agreement, world)
+    console.say(job.describe())
     recorder = Recorder(console, BestLoss(start.best_val_loss))
     try:
-        with agreement.together(lambda: _open_checkpointer(config, job, recorder, restart)) as ckpt:
+        with _closing(agreement.together(lambda: _open_checkpointer(config, job, recorder, restart))) as ckpt:
             agreement.together(lambda: _open_records(config, recorder) if world.is_first else None)
             record = agreement.together(lambda: _restore(ckpt, start, job))
             saves = Saves(ckpt, recorder, config.max_save_failures)
@@ -57,6 +65,28 @@ def train(
     finally:
         # After the engine's last event, which is that of the final save.
         recorder.close()
+
+
+@contextmanager
+def _closing(ckpt: Checkpointer) -> Iterator[Checkpointer]:
+    """Close it at the end; after a crash, wait for the save in flight only as long as it may still commit.
+
+    A crash is most often that of a collective whose other end has died. The save in flight then waits for the
+    dead rank until a deadline of its own, long after torchrun wants this process to be gone.
+    """
+    try:
+        yield ckpt
+    except (HoldfastError, DataError, Stopped) as error:
+        ckpt.__exit__(type(error), error, error.__traceback__)
+        raise
+    except Exception:
+        try:
+            ckpt.wait(CRASH_WAIT_SECS)
+        except (HoldfastError, TimeoutError) as error:
+            log.error("%s", error)
+        raise
+    else:
+        ckpt.close()
 
 
 def configure(argv: Sequence[str], session: TrainConfig, start: Start) -> TrainConfig:
@@ -126,15 +156,13 @@ class _Loop:
     def run(self) -> None:
         config, say = self.job.config, self.recorder.console.say
         if self.step >= self.job.last_step:
-            say(
-                f"nothing left to do: the run ends at step {self.job.last_step}; --max_steps takes it further"
-            )
+            say(f"nothing left to do: the run ends at step {self.job.last_step}, see --max_steps")
             return
         self.preemption.allow(grace_within(config.grace_secs))
         signum = None
         while self.step < self.job.last_step and signum is None:
             signum = self._one_step()
-        self.agreement.together(self.saves.settle)
+        self.agreement.together(self.saves.settle, heed_signals=False)
         if signum is not None:
             say(f"stopped by signal {signum} after step {self.step}, now saved; --resume latest carries on")
         else:
@@ -148,7 +176,7 @@ class _Loop:
         self.tokens += self.job.step_tokens
         self._report(result.loss, result.lr, time.perf_counter() - began)
         if result.vote.stop:
-            self.agreement.together(self._stop)
+            self.agreement.together(self._stop, heed_signals=False)
         signum, metrics = result.vote.signum, {"train_loss": result.loss}
         improved = False
         if signum is None and due(self.step, self.job.config.eval_freq):

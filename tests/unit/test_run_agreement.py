@@ -89,6 +89,10 @@ def test_a_signal_before_the_first_step_stops_all(among: Among, mine: int | None
     assert stopped.value.signum == TERM
 
 
+def test_a_signal_that_was_answered_stops_nothing(among: Among) -> None:
+    assert among(signum=TERM).together(lambda: 7, heed_signals=False) == 7
+
+
 def test_an_error_outranks_a_signal(among: Among) -> None:
     """torchrun sends SIGTERM to the rest when one rank ends: the reason must still be told."""
     with pytest.raises(ConfigError):

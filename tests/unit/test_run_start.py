@@ -143,6 +143,12 @@ def test_a_restarted_worker_takes_up_its_own_latest(three: Path, flags: dict[str
     assert "restart 2" in start.sentence
 
 
+def test_a_restarted_worker_looks_where_its_path_pointed(three: Path, tmp_path: Path) -> None:
+    (path,) = three.glob("step-00000010-*")
+    start = begin(tmp_path / "not given", restart=OURS, resume=str(path), given=False)
+    assert (start.checkpoint_dir, start.selector) == (str(three), "latest")
+
+
 def test_a_restarted_worker_that_never_saved_does_what_its_flags_say(three: Path) -> None:
     """Otherwise a run that was refused, or sent to step 10, would take up another run after its restart."""
     with pytest.raises(ConfigError, match="--new_run"):
