@@ -31,6 +31,8 @@ class SaveInfo:
     mesh: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     software: Mapping[str, str] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+    """The ids that were merged into this one."""
 
 
 def check_receipts(receipts: list[Receipt], attempt: str) -> tuple[ShardReceipt, ...]:
@@ -124,6 +126,7 @@ def commit(
         id=info.attempt,
         sequence=sequence,
         parent=parent,
+        parents=info.parents,
         step=info.step,
         epoch=info.epoch,
         tokens=info.tokens,
