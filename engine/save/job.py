@@ -28,6 +28,7 @@ from engine.save.handle import SaveHandle
 from engine.save.receipt import Receipt
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
+from engine.snapshot.filling import Filling
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,14 @@ class Job:
 
     key: prefix of this save's keys in the store, unique to it.
     problem: what already failed on this rank in the training thread; its receipt carries it.
-    finish_copy: waits until the arena holds the whole snapshot.
+    filling: how far the arena holds the snapshot; writing follows it.
     """
 
     key: str
     info: SaveInfo
     handle: SaveHandle
     arena: Arena | None
-    finish_copy: Callable[[], None]
+    filling: Filling
     local: Mapping[str, Any]
     objects: Mapping[str, Any]
     aliases: Mapping[str, str]
@@ -134,13 +135,11 @@ class JobRunner:
         try:
             if job.problem is not None:
                 raise job.problem
-            started = self.clock()
-            job.finish_copy()
-            job.secs["copy_wait"] = self.clock() - started
             shard = write_rank(
                 self.storage,
                 job.info.attempt,
                 job.arena,
+                job.filling,
                 rank=rank,
                 world_size=self.channel.world_size,
                 local=job.local,

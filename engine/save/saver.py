@@ -29,6 +29,7 @@ from engine.save.plan import agree_on_plan
 from engine.save.replicas import replica_digests
 from engine.snapshot.capture import Captured, StateCapture
 from engine.snapshot.copy import Copier
+from engine.snapshot.filling import Filling
 from engine.snapshot.snapshot import Snapshot
 
 Busy = Literal["wait", "skip"]
@@ -93,20 +94,20 @@ class Saver:
         self.on_event({"event": "save_started", "step": info.step, "reasons": list(info.reasons)})
         self._plan(key, moment)
         planned = self.clock()
-        self._copy(moment)
         mesh = mesh_description(moment.captured.tensors)
         info = replace(info, attempt=self._attempt(info.step), world_size=self.channel.world_size, mesh=mesh)
         job = self._job(key, info, moment, started)
-        now = self.clock()
-        job.secs.update(wait=waited - started, capture=planned - waited, copy=now - planned)
-        job.blocked_secs = now - started
-        if moment.problem is None:
-            self._announce_snapshot(job)
+        job.secs.update(wait=waited - started, capture=planned - waited)
+        # Started before the copy: it writes each part of the arena as soon as that is filled.
         self._start(job)
+        if moment.problem is None:
+            self._copy(moment, job)
+        job.blocked_secs = self.clock() - started
         if moment.problem is not None:
             # The caller gets the cause at once and in its own class: nobody need be told of it again.
             job.handle.mark_told()
             raise moment.problem
+        self._announce_snapshot(job, self.clock() - planned)
         return job.handle
 
     def wait(self, timeout: float | None = None) -> None:
@@ -195,16 +196,18 @@ class Saver:
             self.snapshot.forget_plan()
             moment.problem = error
 
-    def _copy(self, moment: _Moment) -> None:
-        if moment.problem is not None:
-            return
+    def _copy(self, moment: _Moment, job: Job) -> None:
         guarded = moment.captured.guarded
         try:
-            eager, overlapped = self.snapshot.pairs(
+            eager, overlapped = self.snapshot.copies(
                 lambda name, source: name in guarded and source.device.type != "cpu"
             )
-            self.copier.copy(eager, overlapped)
-        except RuntimeError as error:
+            self.copier.copy(eager, overlapped, job.filling)
+        except BaseException as error:
+            # The background thread waits for the copy: it must hear of this whatever it is.
+            job.filling.fail(error)
+            if not isinstance(error, Exception):
+                raise
             moment.problem = error
 
     def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
@@ -217,7 +220,7 @@ class Saver:
             info=info,
             handle=SaveHandle(info.step),
             arena=self.snapshot.arena,
-            finish_copy=self.copier.finish,
+            filling=Filling(self.copier.finish),
             local=captured.local,
             objects=captured.shared,
             aliases=captured.aliases,
@@ -228,14 +231,18 @@ class Saver:
             problem=moment.problem,
         )
 
-    def _announce_snapshot(self, job: Job) -> None:
+    def _announce_snapshot(self, job: Job, copy_secs: float) -> None:
         self.on_event(
             {
                 "event": "save_snapshotted",
                 "step": job.info.step,
                 "blocked_secs": job.blocked_secs,
                 "bytes": job.arena.file_bytes if job.arena else 0,
-                "secs_by_cause": {cause: round(value, 6) for cause, value in job.secs.items()},
+                "secs_by_cause": {
+                    "wait": round(job.secs["wait"], 6),
+                    "capture": round(job.secs["capture"], 6),
+                    "copy": round(copy_secs, 6),
+                },
             }
         )
 

@@ -97,6 +97,7 @@ class StateCapture:
         self._modules: dict[str, ModuleCapture] = {}
         self._optimizers: dict[str, OptimizerCapture] = {}
         self._fixed = Captured()
+        self._walked_since = True
 
     def capture(self) -> Captured:
         """The state as it is now. Tensors are live: copy them before training goes on.
@@ -127,7 +128,7 @@ class StateCapture:
 
     def _capture_fixed(self) -> Captured:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""
-        unchanged = self._fixed.generation > 0
+        unchanged = not self._walked_since
         unchanged = unchanged and all(module.unchanged() for module in self._modules.values())
         if unchanged and all(optimizer.unchanged() for optimizer in self._optimizers.values()):
             return self._fixed
@@ -141,10 +142,13 @@ class StateCapture:
             self._fixed.generation + 1,
             aliases,
         )
+        self._walked_since = False
         return self._fixed
 
     def refresh(self) -> None:
         """Walk every module and optimizer anew."""
+        # What was kept for `capture` may be of another walk: a restore gives optimizers their state.
+        self._walked_since = True
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
                 self._modules[key] = ModuleCapture(key, entry)

@@ -9,13 +9,24 @@ makes the compute stream wait for the copy's event: the device waits, the CPU do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
+from engine.snapshot.filling import Filling
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(destination in the arena, source) of equal shape and dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Copies that belong together; when they are made, the arena is filled up to byte `end`."""
+
+    pairs: tuple[Pair, ...]
+    end: int
 
 
 class CopyStream(Protocol):
@@ -80,14 +91,23 @@ class Copier:
             else []
         )
 
-    def copy(self, eager: Sequence[Pair], overlapped: Sequence[Pair]) -> None:
-        """Copy `eager` before returning, and `overlapped` too unless there is a side stream."""
-        if self._stream is None:
-            copy_pairs([*eager, *overlapped], non_blocking=False)
+    def copy(self, eager: Sequence[Batch], overlapped: Sequence[Pair], filling: Filling) -> None:
+        """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
+
+        Without overlapped copies `filling` advances batch by batch, so that writing starts meanwhile.
+        """
+        if overlapped:
+            copy_pairs([pair for batch in eager for pair in batch.pairs], non_blocking=False)
+            if self._stream is None:
+                copy_pairs(overlapped, non_blocking=False)
+            else:
+                self._stream.copy(overlapped)
+                self._in_flight = True
+            filling.advance(eager[-1].end)
             return
-        copy_pairs(eager, non_blocking=False)
-        self._stream.copy(overlapped)
-        self._in_flight = True
+        for batch in eager:
+            copy_pairs(batch.pairs, non_blocking=False)
+            filling.advance(batch.end)
 
     def finish(self) -> None:
         """Wait, on the CPU, until everything has been copied. For the thread that writes the arena."""
