@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,47 +14,6 @@ import pytest
 from engine.errors import ConfigError
 from engine.run.cli import gives, parse, resolve
 from engine.run.config import LOCKED, SESSION, TrainConfig, check_locked, complete, from_json, to_json
-
-FLAGS = {
-    "model",
-    "data",
-    "seed",
-    "dropout",
-    "seq_len",
-    "global_batch",
-    "micro_batch",
-    "lr",
-    "min_lr",
-    "warmup_steps",
-    "lr_decay_steps",
-    "weight_decay",
-    "betas",
-    "grad_clip",
-    "max_steps",
-    "num_epochs",
-    "steps_per_epoch",
-    "eval_freq",
-    "eval_batches",
-    "checkpoint_freq",
-    "keep_checkpoints",
-    "checkpoint_dir",
-    "storage_options",
-    "save_policy",
-    "max_save_failures",
-    "check_replicas",
-    "resume",
-    "new_run",
-    "list_checkpoints",
-    "allow_data_change",
-    "device",
-    "dp_replicate",
-    "bf16",
-    "compile",
-    "deterministic",
-    "log_dir",
-    "on_event",
-    "grace_secs",
-}
 
 PROMISED_DEFAULTS = {
     "dropout": 0.0,
@@ -67,26 +29,29 @@ PROMISED_DEFAULTS = {
 }
 
 
-def test_the_set_of_flags() -> None:
-    assert {field.name for field in dataclasses.fields(TrainConfig)} == FLAGS
-
-
 @pytest.mark.parametrize(("flag", "value"), PROMISED_DEFAULTS.items(), ids=str)
 def test_promised_defaults(flag: str, value: object) -> None:
     assert getattr(TrainConfig(), flag) == value
 
 
-def test_every_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_has_a_help_text() -> None:
+    """The string after a field is what --help shows."""
+    (body,) = [
+        node.body for node in ast.parse(inspect.getsource(TrainConfig)).body if isinstance(node, ast.ClassDef)
+    ]
+    silent = [
+        ast.unparse(field.target)
+        for field, after in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and not (isinstance(after, ast.Expr) and ast.unparse(after.value))
+    ]
+    assert silent == []
+
+
+def test_help_ends_well_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(["--help"])
     assert ended.value.code == 0
-    shown = capsys.readouterr().out
-    for flag in FLAGS:
-        assert f"--{flag} " in shown or f"--{flag}," in shown
-    undocumented = [
-        f.name for f in dataclasses.fields(TrainConfig) if f"{f.name}: " in (TrainConfig.__doc__ or "")
-    ]
-    assert undocumented == []
+    assert "Peak learning rate." in capsys.readouterr().out
 
 
 def test_underscores_and_dashes_are_the_same() -> None:
