@@ -22,9 +22,11 @@ from engine.restore import optimizer as optimizers
 from engine.restore.fit import Fit, match, report
 from engine.snapshot import rng, values
 from engine.snapshot.capture import (
+    EXTRA_STATE,
     PER_RANK_PREFIX,
     RNG_KEY,
     StateCapture,
+    canonical,
     per_rank_name,
     plain_value,
 )
@@ -42,7 +44,8 @@ class Destination:
         seed: for the random streams of a rank that did not exist when the checkpoint was taken.
         model_only: modules and nothing else.
     Attributes:
-        tensors: what to read, saved name -> destination of that global shape and dtype.
+        tensors: what to read, by a name of the destination; of the saved global shape and dtype.
+        sources: the saved name of each.
         fit: how the checkpoint's tensors match the state's.
     """
 
@@ -66,16 +69,18 @@ class Destination:
         self._same_world = manifest.world_size == world_size
         self._without_state: dict[str, set[str]] = {}
         self._extra: dict[str, torch.Tensor] = {}
+        self._made_state: list[Optimizer] = []
         self.model_only = model_only
-        self._prepare_optimizers()
-        live, live_aliases = self._live()
-        self.fit = self._match(live, live_aliases)
-        self.tensors: dict[str, torch.Tensor] = {
-            saved: live[name] for name, saved in self.fit.matched.items()
-        }
-        if not model_only:
+        try:
+            self._prepare_optimizers()
+            live, live_aliases = self._live()
+            self.fit = self._match(live, live_aliases)
             self._add_values()
-        self.tensors.update(self._extra)
+        except Exception:
+            self.abandon()
+            raise
+        self.tensors = {name: live[name] for name in self.fit.matched} | self._extra
+        self.sources = dict(self.fit.matched) | {name: name for name in self._extra}
 
     def check(self, what: str) -> None:
         """Raise StateMismatchError with every difference; nothing has been changed yet."""
@@ -88,28 +93,53 @@ class Destination:
             saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
             saved |= {name.partition(".")[0] for name in (*self._manifest.tensors, *self._manifest.aliases)}
             missing += [f"{key} (all of it)" for key in self._capture.state if key not in saved]
+            lines += self._value_differences(saved)
         fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines))
         if not fit.exact:
             raise StateMismatchError(report(fit, what))
 
+    def abandon(self) -> None:
+        """Nothing will be read: leave optimizers without the state that was made to read into."""
+        for optimizer in self._made_state:
+            optimizer.state.clear()
+
     def finish(self) -> None:
         """Hand every object its values, after all tensors were read. Generators come last."""
+        for key, entry in self._capture.state.items():
+            if isinstance(entry, nn.Module) and key in self._manifest.objects:
+                _set_extra_state(entry, self._document(key))
         if self.model_only:
             return
         for key, capture in self._capture.optimizers.items():
             optimizers.drop_state(capture, self._without_state[key])
             optimizers.apply_groups(capture, self._document(key))
         for key, entry in self._capture.state.items():
-            if isinstance(entry, Optimizer):
+            if isinstance(entry, nn.Module | Optimizer):
                 continue
-            if isinstance(entry, nn.Module):
-                if key in self._manifest.objects:
-                    entry.load_state_dict(self._document(key), strict=False)
-            elif key in self._capture.per_rank:
+            if key in self._capture.per_rank:
                 _hand_over(entry, self._per_rank_value(key))
             else:
                 _hand_over(entry, self._document(key))
         self._finish_rng()
+
+    def _value_differences(self, saved: set[str]) -> list[str]:
+        """One sentence for each plain entry that cannot take what was saved under its key."""
+        lines = []
+        for key, entry in self._capture.state.items():
+            if isinstance(entry, nn.Module | Optimizer) or key not in saved:
+                continue
+            own = key in self._capture.per_rank
+            local = self._locals[self._rank if self._same_world else 0]
+            if key not in (local if own else self._manifest.objects):
+                lines.append(
+                    f"{key}: saved as {'equal on all ranks' if own else 'per rank'}, "
+                    f"{'declared per_rank' if own else 'not declared per_rank'} here"
+                )
+            elif not hasattr(entry, "reshard") or self._same_world:
+                lines += _kind_difference(
+                    key, entry, (local if own else self._manifest.objects)[key], self._manifest
+                )
+        return lines
 
     def _prepare_optimizers(self) -> None:
         self._capture.refresh()
@@ -122,7 +152,8 @@ class Destination:
             )
             if any(name not in absent for names in capture.group_names() for name in names):
                 module = self._capture.state[capture.owner]
-                optimizers.ensure_state(module, capture.optimizer)
+                if optimizers.ensure_state(module, capture.optimizer):
+                    self._made_state.append(capture.optimizer)
         self._capture.refresh()
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -159,7 +190,11 @@ class Destination:
         return match(infos, aliases, saved, self._manifest.aliases)
 
     def _add_values(self) -> None:
-        """Tensors of objects that are neither module nor optimizer, and of this rank alone."""
+        """Tensors inside of values: extra state, hyperparameters, other objects, this rank's own."""
+        for key in self._capture.modules:
+            self._add_tensors(self._manifest.objects.get(key), None, key)
+        if self.model_only:
+            return
         for key, entry in self._capture.state.items():
             if isinstance(entry, nn.Module | Optimizer):
                 continue
@@ -171,7 +206,7 @@ class Destination:
                     self._require_reshard(key, entry)
             else:
                 self._add_tensors(self._manifest.objects.get(key), entry, key)
-        for key in (*self._capture.modules, *self._capture.optimizers):
+        for key in self._capture.optimizers:
             self._add_tensors(self._manifest.objects.get(key), None, key)
         if self._same_world:
             self._add_tensors(self._locals[self._rank].get(RNG_KEY), None, "")
@@ -194,8 +229,6 @@ class Destination:
         if entry is not None:
             values.encode(plain_value(entry), path, live)
         for name in names:
-            if name in self._manifest.aliases or name in self.tensors:
-                continue
             info = self._manifest.tensors.get(name)
             if info is None:
                 raise DamagedError(f"{self._manifest.id} refers to the tensor {name}, which it does not list")
@@ -209,7 +242,7 @@ class Destination:
         return values.decode(self._manifest.objects[key], self._tensor)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        found = self.tensors.get(self._manifest.aliases.get(name, name))
+        found = self._extra.get(name)
         if found is None:
             raise DamagedError(f"{self._manifest.id} refers to the tensor {name}, which was not read")
         return found
@@ -233,6 +266,35 @@ class Destination:
                 self._manifest.step,
             )
         rng.derive(self._seed, self._manifest.step, self._rank)
+
+
+def _kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> list[str]:
+    """Why `document` cannot fill a plain tensor, list or dict in place, in a sentence; else nothing."""
+    tensor = document.get("$tensor") if isinstance(document, dict) and len(document) == 1 else None
+    info = manifest.tensors.get(tensor) if isinstance(tensor, str) else None
+    if isinstance(entry, torch.Tensor):
+        here = TensorInfo(from_torch(entry.dtype, key), tuple(entry.shape))
+        if info == here:
+            return []
+        was = f"{info.dtype} {list(info.shape)}" if info else "another kind of value"
+        return [f"{key}: saved as {was}, here {here.dtype} {list(here.shape)}"]
+    if isinstance(entry, list) and not isinstance(document, list):
+        return [f"{key}: a list here, saved as another kind of value"]
+    odd = isinstance(document, dict) and any(form in document for form in ("$tensor", "$float", "$tuple"))
+    if isinstance(entry, dict) and (odd or not isinstance(document, dict)):
+        return [f"{key}: a dict here, saved as another kind of value"]
+    return []
+
+
+def _set_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give submodules what their get_extra_state() returned, under canonical names."""
+    for name, child in module.named_modules():
+        prefix = canonical(module, name) if name else ""
+        key = f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
+        # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
+        has_some = type(child).get_extra_state is not nn.Module.get_extra_state
+        if has_some and key in saved:
+            child.set_extra_state(saved[key])
 
 
 def _hand_over(entry: Any, value: Any) -> None:

@@ -35,21 +35,26 @@ def match(
     saved: Mapping[str, TensorInfo],
     saved_aliases: Mapping[str, str],
 ) -> Fit:
-    """Match by name; a tensor with several names (tied weights) matches under any of them."""
+    """Match by name; a tensor with several names (tied weights) matches under any of them.
+
+    Weights that were tied when saved and are apart now match the same saved tensor.
+    """
     names: dict[str, list[str]] = {name: [name] for name in live}
     for alias, name in live_aliases.items():
         names[name].append(alias)
     matched: dict[str, str] = {}
     missing, mismatched = [], []
+    used = set()
     for name, candidates in names.items():
         found = next((saved_aliases.get(c, c) for c in candidates if saved_aliases.get(c, c) in saved), None)
         if found is None:
             missing.append(name)
-        elif saved[found] != live[name]:
+            continue
+        used.add(found)
+        if saved[found] != live[name]:
             mismatched.append(f"{name}: saved as {_describe(saved[found])}, here {_describe(live[name])}")
         else:
             matched[name] = found
-    used = set(matched.values()) | {line.split(":", 1)[0] for line in mismatched}
     unexpected = tuple(name for name in saved if name not in used)
     return Fit(matched, tuple(missing), unexpected, tuple(mismatched))
 

@@ -15,15 +15,18 @@ from engine.errors import DamagedError
 from engine.snapshot.capture import OptimizerCapture
 
 
-def ensure_state(module: nn.Module, optimizer: Optimizer) -> None:
+def ensure_state(module: nn.Module, optimizer: Optimizer) -> bool:
     """Create the state tensors of a fresh optimizer, as a step with zero gradients leaves them.
 
     DCP's `get_optimizer_state_dict` does it, with a learning rate of zero; it discards gradients and does
     nothing when there are some, so they are put aside meanwhile.
+    Returns: whether it did; an optimizer that has state keeps it.
     """
-    if not any(optimizer.state.values()):
-        with _gradients_aside(optimizer):
-            get_optimizer_state_dict(module, optimizer)
+    if any(optimizer.state.values()):
+        return False
+    with _gradients_aside(optimizer):
+        get_optimizer_state_dict(module, optimizer)
+    return True
 
 
 @contextmanager

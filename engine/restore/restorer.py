@@ -122,17 +122,23 @@ class Restorer:
             destination.check(f"the checkpoint {storage.describe(manifest.id)}")
         except Exception as error:
             problem = _missing_is_damage(storage, manifest, error)
-        all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
+        try:
+            all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
+        except HoldfastError:
+            if destination is not None:
+                destination.abandon()
+            raise
         assert destination is not None
         self.undefined = True
         stats = None
         try:
+            wanted = {name: places[saved] for name, saved in destination.sources.items()}
             slices = plan_slices(
                 destination.tensors,
-                manifest.tensors,
-                {name: [placed.chunk for _, placed in found] for name, found in places.items()},
+                {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
+                {name: [placed.chunk for _, placed in found] for name, found in wanted.items()},
             )
-            stats = read_slices(storage, manifest.id, slices, places)
+            stats = read_slices(storage, manifest.id, slices, wanted)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:

@@ -376,6 +376,19 @@ def test_no_change_of_structure_goes_unnoticed(
     assert second.shared == fresh.shared
 
 
+def test_a_walk_in_between_does_not_hide_a_change() -> None:
+    """A restore walks the state anew, after which everything looks unchanged since that walk."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    capture = StateCapture({"model": model, "optimizer": optimizer}, (), 0)
+    first = capture.capture()
+    train(model, optimizer)
+    capture.refresh()
+    second = capture.capture()
+    assert second.generation > first.generation
+    assert len(live(second, "optimizer.")) == 12
+
+
 def test_an_optimizer_that_makes_its_state_at_the_first_step_is_noticed() -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
