@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from engine.snapshot import copy as copy_module
-from engine.snapshot.copy import Copier, Pair, copy_pairs, overlap_stream
+from engine.snapshot.copy import Batch, Copier, Pair, copy_pairs, overlap_stream
+from engine.snapshot.filling import Filling
 from engine.snapshot.guard import state_device, why_unguarded
 
 CPU = torch.device("cpu")
@@ -47,6 +48,10 @@ def optimizer() -> torch.optim.Optimizer:
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.ones(2)
     return torch.optim.SGD([parameter], lr=1.0)
+
+
+def batch(*pairs: Pair) -> list[Batch]:
+    return [Batch(pairs, 8)]
 
 
 def test_many_tensors_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +99,7 @@ def test_without_a_stream_everything_is_copied_at_once() -> None:
     one, two = torch.zeros(2), torch.zeros(2)
     owner = optimizer()
     copier = Copier(None, [owner])
-    copier.copy([(one, torch.ones(2))], [(two, torch.ones(2))])
+    copier.copy(batch((one, torch.ones(2))), [(two, torch.ones(2))], Filling())
     assert one.tolist() == two.tolist() == [1, 1]
     copier.finish()
     copier.guard()
@@ -104,7 +109,7 @@ def test_without_a_stream_everything_is_copied_at_once() -> None:
 def test_eager_pairs_are_copied_before_copy_returns() -> None:
     stream = FakeStream()
     buffer, weight = torch.zeros(1), torch.zeros(1)
-    Copier(stream, []).copy([(buffer, torch.ones(1))], [(weight, torch.ones(1))])
+    Copier(stream, []).copy(batch((buffer, torch.ones(1))), [(weight, torch.ones(1))], Filling())
     assert buffer.item() == 1
     assert weight.item() == 0
     assert stream.calls == ["copy"]
@@ -115,7 +120,7 @@ def test_a_step_waits_for_the_copy_on_the_device_only() -> None:
     copier = Copier(stream, [owner])
     owner.step()
     assert stream.calls == [], "no snapshot, nothing to wait for"
-    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
     owner.step()
     assert stream.calls == ["copy", "guard"]
     owner.step()
@@ -130,7 +135,7 @@ def test_guard_is_for_changes_outside_the_optimizer() -> None:
     stream = FakeStream()
     copier = Copier(stream, [])
     copier.guard()
-    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
     copier.guard()
     assert stream.calls == ["copy", "guard"]
 
@@ -139,7 +144,7 @@ def test_the_writer_waits_until_the_arena_is_filled() -> None:
     stream = FakeStream()
     to = torch.zeros(1)
     copier = Copier(stream, [])
-    copier.copy([], [(to, torch.ones(1))])
+    copier.copy(batch(), [(to, torch.ones(1))], Filling())
     copier.finish()
     assert to.item() == 1
     assert stream.calls == ["copy", "finish"]
@@ -149,16 +154,48 @@ def test_the_writer_still_waits_after_a_step_has_been_held_back() -> None:
     """A guard that finds the copy unfinished must not make `finish` return at once."""
     stream, owner, to = FakeStream(), optimizer(), torch.zeros(1)
     copier = Copier(stream, [owner])
-    copier.copy([], [(to, torch.ones(1))])
+    copier.copy(batch(), [(to, torch.ones(1))], Filling())
     owner.step()
     copier.finish()
     assert to.item() == 1
 
 
+def test_writing_may_begin_before_the_last_batch_is_copied() -> None:
+    reached = []
+
+    class Noting(Filling):
+        def advance(self, reached_bytes: int) -> None:
+            super().advance(reached_bytes)
+            reached.append((reached_bytes, first.item(), second.item()))
+
+    first, second = torch.zeros(1), torch.zeros(1)
+    batches = [Batch(((first, torch.ones(1)),), 4), Batch(((second, torch.ones(1)),), 8)]
+    Copier(None, []).copy(batches, [], Noting())
+    assert reached == [(4, 1, 0), (8, 1, 1)]
+
+
+def test_with_overlapped_copies_the_writer_waits_for_the_device() -> None:
+    stream, to = FakeStream(), torch.zeros(1)
+    copier = Copier(stream, [])
+    filling = Filling(copier.finish)
+    copier.copy(batch(), [(to, torch.ones(1))], filling)
+    filling.wait_until(8)
+    assert to.item() == 1
+
+
+def test_a_copy_that_fails_reaches_the_writer() -> None:
+    filling = Filling()
+    filling.advance(4)
+    filling.wait_until(4)
+    filling.fail(RuntimeError("no more"))
+    with pytest.raises(RuntimeError, match="no more"):
+        filling.wait_until(8)
+
+
 def test_removed_hooks_are_gone() -> None:
     stream, owner = FakeStream(), optimizer()
     copier = Copier(stream, [owner])
-    copier.copy([], [(torch.zeros(1), torch.ones(1))])
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
     copier.remove()
     owner.step()
     assert stream.calls == ["copy"]
