@@ -151,6 +151,15 @@ class Checkpointer:
         )
         return saver.save(info)
 
+    def prepare(self) -> None:
+        """Take the memory for snapshots now instead of in the first `save`. Optional.
+
+        Worth a call once the state has its final structure: after a restore, or after the first optimizer
+        step. Bringing the pages in takes up to seconds; it goes on in the background. Every rank calls it.
+        Raises: StateError; MemoryBudgetError; CoordinationError.
+        """
+        self._require_saver().prepare()
+
     def restore(self, selector: str = "latest", *, model_only: bool = False) -> CheckpointRecord | None:
         """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
 

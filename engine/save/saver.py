@@ -21,6 +21,7 @@ from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
+from engine.parallel.agreement import all_agree
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
@@ -72,6 +73,7 @@ class Saver:
     clock: Callable[[], float] = time.monotonic
     number: int = 0
     """How many saves were asked for, the same on every rank."""
+    prepared: int = 0
     _handle: SaveHandle | None = None
     _thread: threading.Thread | None = None
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -109,6 +111,19 @@ class Saver:
             raise moment.problem
         self._announce_snapshot(job, self.clock() - planned)
         return job.handle
+
+    def prepare(self) -> None:
+        """Plan and take the arena now, so that the first save need not. Every rank calls it.
+
+        Raises: what `save` would raise for this state; every rank then raises.
+        """
+        self.prepared += 1
+        key = f"prepare/{self.prepared}"
+        self.wait()
+        moment = self._look()
+        moment.planning = True
+        self._plan(key, moment)
+        all_agree(self.channel, key, moment.problem, self.timeout_secs)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save in flight, whatever its outcome. Raises TimeoutError."""
@@ -199,6 +214,8 @@ class Saver:
     def _copy(self, moment: _Moment, job: Job) -> None:
         guarded = moment.captured.guarded
         try:
+            if self.snapshot.arena is not None:
+                self.snapshot.arena.wait_ready()
             eager, overlapped = self.snapshot.copies(
                 lambda name, source: name in guarded and source.device.type != "cpu"
             )

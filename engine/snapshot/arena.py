@@ -18,8 +18,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import mmap
-import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
+_PREFAULT_SLICE_BYTES = 64 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it.
 
 
@@ -60,7 +61,10 @@ def place_files(layouts: Sequence[ShardLayout]) -> tuple[FileSlot, ...]:
 
 
 class Arena:
-    """A prefaulted, page-aligned host buffer that holds this rank's shard files.
+    """A page-aligned host buffer that holds this rank's shard files.
+
+    Its pages are brought in by a background thread, because that can take seconds where the kernel first has
+    to make huge pages; `wait_ready` before the first copy.
 
     Args:
         layouts: the files, headers included.
@@ -76,16 +80,25 @@ class Arena:
         check_budget(self.size_bytes, budget_bytes, available_bytes())
         log.info("taking %.1f MB of host memory for snapshots", self.size_bytes / 1e6)
         self._map, self._skip = _map_pages(self.size_bytes)
+        self._stop = False
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes, offset=self._skip)
         self.memory = memoryview(self._map)[self._skip : self._skip + self.size_bytes]
-        self._pinned = pin and _pin(self.buffer)
+        self._pinned = False
         for slot in self.slots:
             header = slot.layout.header
             self.memory[slot.begin : slot.begin + len(header)] = header
+        self._prefaulting = threading.Thread(
+            target=self._prefault, args=(pin,), name="holdfast-prefault", daemon=True
+        )
+        self._prefaulting.start()
+
+    def wait_ready(self) -> None:
+        """Return once every page is there, and pinned if that was asked for."""
+        self._prefaulting.join()
 
     @property
     def pinned(self) -> bool:
-        """Whether CUDA copies to this memory without a bounce buffer."""
+        """Whether CUDA copies to this memory without a bounce buffer. Only after `wait_ready`."""
         return self._pinned
 
     def view(self, slot: FileSlot, placed: PlacedChunk) -> torch.Tensor:
@@ -99,6 +112,8 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back. Views of it must be gone or never used again."""
+        self._stop = True
+        self.wait_ready()
         if self._pinned:
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             cudart.cudaHostUnregister(self.buffer.data_ptr())
@@ -106,6 +121,29 @@ class Arena:
         del self.memory, self.buffer
         # The map itself goes with its last view; closing it here would raise while one is alive.
         del self._map
+
+
+    def _prefault(self, pin: bool) -> None:
+        prefault(self.buffer.data_ptr(), self.size_bytes, lambda: self._stop)
+        self._pinned = pin and not self._stop and _pin(self.buffer)
+
+
+def prefault(address: int, size_bytes: int, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Have every page of [address, address + size_bytes) present, `address` being on a page boundary.
+
+    Nothing may write to them meanwhile: where the kernel has no MADV_POPULATE_WRITE (before 5.14), a byte of
+    each page is written back as it is.
+    """
+    # Not mmap.madvise, which keeps the GIL meanwhile.
+    libc = ctypes.CDLL(None, use_errno=True)
+    for offset in range(0, size_bytes, _PREFAULT_SLICE_BYTES):
+        length = min(_PREFAULT_SLICE_BYTES, _round_up(size_bytes - offset, PAGE_BYTES))
+        begin = address + offset
+        if stopped():
+            return
+        if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
+            for page in range(begin, begin + length, PAGE_BYTES):
+                ctypes.memmove(page, page, 1)
 
 
 def available_bytes() -> int:
@@ -132,7 +170,7 @@ def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> N
 
 
 def _map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map, advise and prefault. Returns the map and the offset of its first huge-page boundary."""
+    """Map and advise. Returns the map and the offset of its first huge-page boundary."""
     length = max(PAGE_BYTES, size_bytes)
     huge = length >= HUGE_PAGE_BYTES
     pages = mmap.mmap(
@@ -146,17 +184,7 @@ def _map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
             pages.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             log.info("no huge pages for the snapshot (%s); writing it will take about a third longer", error)
-    _prefault(pages, skip, length)
     return pages, skip
-
-
-def _prefault(pages: mmap.mmap, skip: int, length: int) -> None:
-    """Have every page present before the first copy. Touches only what is used, not the slack."""
-    try:
-        pages.madvise(_MADV_POPULATE_WRITE, skip, _round_up(length, PAGE_BYTES))
-    except (OSError, ValueError):
-        for offset in range(skip, skip + length, os.sysconf("SC_PAGESIZE")):
-            pages[offset] = 0
 
 
 def _pin(buffer: torch.Tensor) -> bool:

@@ -115,7 +115,16 @@ def test_every_page_is_present_before_the_first_copy(populate: bool, monkeypatch
     if not populate:
         monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", -1)  # an older kernel refuses it
     arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
+    arena.wait_ready()
     assert resident_pages(arena.buffer.data_ptr(), arena.size_bytes) == arena.size_bytes // PAGE_BYTES
+
+
+def test_prefaulting_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", -1)
+    arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
+    arena.wait_ready()
+    slot = arena.slots[0]
+    assert bytes(arena.padded(slot)[: len(slot.layout.header)]) == slot.layout.header
 
 
 def test_no_huge_pages_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
