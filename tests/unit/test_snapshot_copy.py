@@ -17,6 +17,10 @@ CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
 
+NOTHING = [Batch((), 0)]
+"""No eager copies: as a snapshot gives them, the last batch always reaches the arena's end."""
+
+
 class FakeStream:
     """A stream whose copies happen when the test says so; notes every call."""
 
@@ -104,6 +108,38 @@ def test_without_a_stream_everything_is_copied_at_once() -> None:
     copier.finish()
     copier.guard()
     assert not owner._optimizer_step_pre_hooks
+
+
+class Noting(Filling):
+    """Notes how far the arena was said to be filled, and what it really held then."""
+
+    def __init__(self, arena: torch.Tensor) -> None:
+        super().__init__()
+        self._arena = arena
+        self.seen: list[tuple[int, list[float]]] = []
+
+    def advance(self, reached_bytes: int) -> None:
+        self.seen.append((reached_bytes, self._arena.tolist()))
+        super().advance(reached_bytes)
+
+
+def test_the_writer_hears_of_each_batch_after_it_was_copied() -> None:
+    arena = torch.zeros(3)
+    filling = Noting(arena)
+    batches = [Batch(((arena[n : n + 1], torch.ones(1)),), 4 * n + 4) for n in range(3)]
+    Copier(None, []).copy(batches, [], filling)
+    assert filling.seen == [(4, [1, 0, 0]), (8, [1, 1, 0]), (12, [1, 1, 1])]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_with_overlapped_copies_the_writer_starts_when_all_have_been_started(streamed: bool) -> None:
+    """They lie between the eager ones: nothing before the end of the arena is whole until then."""
+    arena = torch.zeros(2)
+    stream = FakeStream() if streamed else None
+    filling = Noting(arena)
+    copier = Copier(stream, [])
+    copier.copy([Batch(((arena[:1], torch.ones(1)),), 8)], [(arena[1:], torch.ones(1))], filling)
+    assert filling.seen == [(8, [1, 0 if streamed else 1])]
 
 
 def test_eager_pairs_are_copied_before_copy_returns() -> None:

@@ -25,9 +25,9 @@ def taken(snapshot: Snapshot, capture: StateCapture, folder: Path) -> dict[str, 
     """Take one snapshot on one rank, and read it as any safetensors reader would."""
     if snapshot.prepare(capture.capture()):
         snapshot.adopt(divide([snapshot.held])[0])
-    eager, overlapped = snapshot.pairs(lambda name, source: False)
+    batches, overlapped = snapshot.copies(lambda name, source: False)
     assert not overlapped
-    copy_pairs(eager, non_blocking=False)
+    copy_pairs([pair for batch in batches for pair in batch.pairs], non_blocking=False)
     found: dict[str, torch.Tensor] = {}
     assert snapshot.arena is not None
     for slot in snapshot.arena.slots:
@@ -167,7 +167,8 @@ def test_replicas_copy_only_their_rows() -> None:
     other = [chunk for chunk in snapshot.held if not chunk.name.startswith("per_rank")]
     parts = divide([[*other, whole("per_rank.0", 900)], snapshot.held])[1]
     snapshot.adopt(parts)
-    eager, _ = snapshot.pairs(lambda name, source: False)
+    (batch,), _ = snapshot.copies(lambda name, source: False)
+    eager = batch.pairs
     assert sum(to.numel() for to, _ in eager if to.shape[-1:] == (6,)) < model.weight.numel()
     for to, source in eager:
         assert to.shape == source.shape
@@ -179,9 +180,30 @@ def test_only_what_may_overlap_does() -> None:
     captured = capture.capture()
     snapshot.prepare(captured)
     snapshot.adopt(divide([snapshot.held])[0])
-    eager, overlapped = snapshot.pairs(lambda name, source: name in captured.guarded)
+    (batch,), overlapped = snapshot.copies(lambda name, source: name in captured.guarded)
     assert len(overlapped) == len(captured.guarded) == 8
-    assert len(eager) == 3, "the generators"
+    assert len(batch.pairs) == 3, "the generators"
+
+
+def test_batches_fill_the_arena_from_its_beginning_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to `end` of each batch everything is there, padding and headers apart: writing may begin."""
+    monkeypatch.setattr(snapshot_module, "BATCH_BYTES", 1000)
+    snapshot, capture = fresh({"values": [torch.ones(100 + n) for n in range(12)]})
+    snapshot.prepare(capture.capture())
+    snapshot.adopt(divide([snapshot.held])[0])
+    assert snapshot.arena is not None
+    batches, _ = snapshot.copies(lambda name, source: False)
+    assert len(batches) > 4
+    assert batches[-1].end == snapshot.arena.size_bytes
+    base, reached = snapshot.arena.buffer.data_ptr(), 0
+    for batch in batches:
+        ends = [to.data_ptr() + to.nbytes - base for to, _ in batch.pairs]
+        assert all(to.data_ptr() - base >= reached for to, _ in batch.pairs)
+        assert max(ends, default=0) <= batch.end
+        reached = batch.end
+    filled = sorted((to.data_ptr() - base, to.nbytes) for batch in batches for to, _ in batch.pairs)
+    (slot,) = snapshot.arena.slots
+    assert filled == [(p.begin, p.end - p.begin) for p in slot.layout.chunks]
 
 
 def test_over_budget_there_is_no_plan_and_no_memory_taken() -> None:
@@ -227,8 +249,9 @@ def test_a_second_snapshot_allocates_nothing_of_the_datas_size(monkeypatch: pyte
     with torch.profiler.profile(profile_memory=True) as profiler:
         tracemalloc.start()
         assert snapshot.prepare(capture.capture()) is False
-        eager, _ = snapshot.pairs(lambda name, source: False)
-        copy_pairs(eager, non_blocking=False)
+        batches, _ = snapshot.copies(lambda name, source: False)
+        for batch in batches:
+            copy_pairs(batch.pairs, non_blocking=False)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     taken_by_torch = max((event.self_cpu_memory_usage for event in profiler.events() or []), default=0)
