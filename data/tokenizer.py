@@ -74,7 +74,7 @@ class Gpt2Tokenizer:
         self._encoding = tiktoken.Encoding(
             name="gpt2",
             pat_str=GPT2_PATTERN,
-            mergeable_ranks=_read_ranks(ranks_file),
+            mergeable_ranks=gpt2_ranks(ranks_file),
             special_tokens={"<|endoftext|>": self.eot_token},
             explicit_n_vocab=self.vocab_size,
         )
@@ -116,15 +116,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     raise DataError(f"unknown tokenizer {name!r}: choose one of {', '.join(TOKENIZERS)}")
 
 
-def _check_length(text: str) -> None:
-    if len(text) > MAX_TEXT_CHARS:
-        raise DataError(
-            f"a text of {len(text):,} characters is too long to encode at once (limit {MAX_TEXT_CHARS:,}): "
-            "cut it with data.documents.cut_text"
-        )
-
-
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def gpt2_ranks(path: Path = GPT2_RANKS) -> dict[bytes, int]:
+    """The rank of each of GPT-2's tokens but end of text. ShardError when the file is not what it should be."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -139,3 +132,11 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         )
     pairs = (line.split() for line in raw.splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in pairs}
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_TEXT_CHARS:
+        raise DataError(
+            f"a text of {len(text):,} characters is too long to encode at once (limit {MAX_TEXT_CHARS:,}): "
+            "cut it with data.documents.cut_text"
+        )
