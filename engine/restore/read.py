@@ -7,6 +7,7 @@ state's size, and a byte that fails its check never reaches a tensor.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,10 +117,12 @@ def _run(worker: _Worker, plan: Sequence[tuple[str, Window]], threads: int) -> N
             yield entry
 
     def work() -> None:
-        buffer = torch.empty(0, dtype=torch.uint8)
+        buffer = _page_aligned(WINDOW_BYTES)
         try:
             for name, window in next_window():
-                buffer = worker.load(name, window, buffer)
+                if buffer.numel() < window.end - window.begin:
+                    buffer = _page_aligned(window.end - window.begin)
+                worker.load(name, window, buffer)
         except BaseException:
             stop.set()
             raise
@@ -135,6 +138,12 @@ def _run(worker: _Worker, plan: Sequence[tuple[str, Window]], threads: int) -> N
             future.result()
 
 
+def _page_aligned(size_bytes: int) -> torch.Tensor:
+    """A buffer of bytes on a page boundary, which direct reads need."""
+    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class _Worker:
     """Loads windows; shared by the reader threads."""
@@ -145,12 +154,9 @@ class _Worker:
     files: Mapping[str, ShardFile]
     readers: Mapping[str, Reader]
 
-    def load(self, name: str, window: Window, buffer: torch.Tensor) -> torch.Tensor:
-        """Read, verify, copy out. Returns the buffer, larger if it had to grow."""
-        length = window.end - window.begin
-        if buffer.numel() < length:
-            buffer = torch.empty(max(length, WINDOW_BYTES), dtype=torch.uint8)
-        raw = buffer[:length]
+    def load(self, name: str, window: Window, buffer: torch.Tensor) -> None:
+        """Read, verify, copy out."""
+        raw = buffer[: window.end - window.begin]
         view = memoryview(raw.numpy())  # type: ignore[arg-type]
         shard = self.files[name]
         self.readers[name].read_into(window.begin, view)
@@ -159,7 +165,6 @@ class _Worker:
             _copy_out(
                 piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice]
             )
-        return buffer
 
     def _verify(self, shard: ShardFile, window: Window, view: memoryview) -> None:
         first = window.begin // shard.block_bytes

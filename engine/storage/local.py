@@ -14,6 +14,7 @@ from engine.format.names import safe_relative
 from engine.storage import direct, durable
 from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
 from engine.storage.failures import mapped
+from engine.storage.reading import LocalReader
 from engine.storage.system import System
 
 
@@ -91,7 +92,7 @@ class LocalStorage(Storage):
             if not stat.S_ISREG(found.st_mode):
                 os.close(fd)
                 raise DamagedError(f"{where} is not a regular file: it was not written by Holdfast")
-        return _LocalReader(fd, found.st_size, where)
+        return LocalReader(fd, found.st_size, where)
 
     def write_file(self, path: str, data: bytes) -> None:
         with mapped("write", self.describe(path)):
@@ -174,40 +175,6 @@ class LocalStorage(Storage):
 
     def _sizes(self, directory: str) -> dict[str, int]:
         return {entry.name: entry.bytes or 0 for entry in self.list_dir(directory) if not entry.is_dir}
-
-
-class _LocalReader(Reader):
-    """An open descriptor; preadv takes its offset along, so threads share it, and releases the GIL."""
-
-    def __init__(self, fd: int, file_bytes: int, where: str) -> None:
-        self._fd = fd
-        self._file_bytes = file_bytes
-        self._where = where
-
-    @property
-    def file_bytes(self) -> int:
-        return self._file_bytes
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        flat = memoryview(view).cast("B")
-        position = 0
-        with mapped("read", self._where):
-            while position < len(flat):
-                try:
-                    count = os.preadv(self._fd, [flat[position:]], offset + position)
-                except InterruptedError:
-                    continue
-                if count == 0:
-                    raise DamagedError(
-                        f"{self._where} is truncated: it ends at byte {offset + position},"
-                        f" and bytes up to {offset + len(flat)} are needed"
-                    )
-                position += count
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 def _entry(item: os.DirEntry[str]) -> Entry | None:

@@ -1,0 +1,133 @@
+"""Reading ranges: from the page cache, past it, and where the file system knows neither."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from engine.errors import DamagedError
+from engine.storage import reading
+from engine.storage.local import LocalStorage
+from tests.storage.buffers import pattern
+
+SIZE = 3 * reading.LEAST_DIRECT_BYTES + 1234
+DATA = pattern(SIZE)
+
+
+class Calls:
+    """Stands in for os.preadv: notes (direct, flags) of each call, and answers as told."""
+
+    def __init__(self, cached_bytes: int, refuse: frozenset[str] = frozenset()) -> None:
+        self.cached_bytes = cached_bytes
+        self.refuse = refuse
+        self.seen: list[str] = []
+
+    def __call__(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        kind = "direct" if is_direct(fd) else "cached" if flags & os.RWF_NOWAIT else "plain"
+        self.seen.append(kind)
+        if kind in self.refuse:
+            raise OSError(errno.EOPNOTSUPP, "no")
+        (view,) = buffers
+        if kind == "cached":
+            if offset >= self.cached_bytes:
+                raise BlockingIOError(errno.EAGAIN, "not cached")
+            view = view[: self.cached_bytes - offset]
+        if kind == "direct":
+            assert offset % 4096 == len(view) % 4096 == 0
+        found = DATA[offset : offset + len(view)]
+        view[: len(found)] = found
+        return len(found)
+
+
+def is_direct(fd: int) -> bool:
+    flags = Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+    return bool(int(flags, 8) & os.O_DIRECT)
+
+
+def aligned(length: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, length))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    (tmp_path / "shard").write_bytes(DATA)
+    return LocalStorage(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cached_bytes", "refuse", "expected"),
+    [
+        (SIZE, frozenset(), ["cached", "plain"]),
+        (0, frozenset(), ["cached", "direct", "plain"]),
+        (8192, frozenset(), ["cached", "cached", "direct", "plain"]),
+        (0, frozenset({"cached"}), ["cached", "plain"]),
+        (0, frozenset({"direct"}), ["cached", "direct", "plain"]),
+    ],
+    ids=["warm", "cold", "partly cold", "no RWF_NOWAIT", "no O_DIRECT"],
+)
+def test_large_reads_take_what_is_cached_and_read_the_rest_direct(
+    storage: LocalStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    cached_bytes: int,
+    refuse: frozenset[str],
+    expected: list[str],
+) -> None:
+    calls = Calls(cached_bytes, refuse)
+    view = aligned(SIZE)
+    with storage.open_reader("shard") as reader:
+        monkeypatch.setattr(os, "preadv", calls)
+        reader.read_into(0, view)
+    assert bytes(view) == DATA
+    assert calls.seen == expected
+
+
+@pytest.mark.parametrize(
+    ("offset", "skip", "length"),
+    [(0, 0, 4096), (1, 0, SIZE - 1), (4096, 8, SIZE - 4096)],
+    ids=["small", "odd offset", "odd address"],
+)
+def test_what_direct_reads_cannot_do_goes_through_the_cache(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, offset: int, skip: int, length: int
+) -> None:
+    calls = Calls(0)
+    view = aligned(SIZE + 4096)[skip : skip + length]
+    with storage.open_reader("shard") as reader:
+        monkeypatch.setattr(os, "preadv", calls)
+        reader.read_into(offset, view)
+    assert bytes(view) == DATA[offset : offset + length]
+    assert calls.seen == ["plain"]
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_real_file_reads_the_same_warm_and_cold(
+    storage: LocalStorage, tmp_path: Path, warm: bool
+) -> None:
+    fd = os.open(tmp_path / "shard", os.O_RDONLY)
+    os.fsync(fd)
+    if not warm:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    view = aligned(SIZE)
+    with storage.open_reader("shard") as reader:
+        (tmp_path / "shard").unlink()
+        reader.read_into(0, view)
+    assert bytes(view) == DATA
+
+
+def test_a_truncated_file_is_damage_also_when_read_direct(storage: LocalStorage) -> None:
+    view = aligned(SIZE + 8192)
+    with storage.open_reader("shard") as reader, pytest.raises(DamagedError, match=f"ends at byte {SIZE}"):
+        reader.read_into(0, view)
+
+
+def test_both_descriptors_are_closed(storage: LocalStorage) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    reader = storage.open_reader("shard")
+    reader.close()
+    reader.close()
+    assert set(os.listdir("/proc/self/fd")) <= before
