@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -63,6 +64,7 @@ def s3_environment() -> Iterator[dict[str, str]]:
     """Environment variables for a fresh moto server with one empty bucket."""
     boto3 = pytest.importorskip("boto3")
     server_module = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request, else
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
