@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,7 @@ from engine.format.manifest import REASONS, ShardReceipt
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
+from engine.restore.wanted import Wanted
 from engine.save.commit import SaveInfo, commit, software_versions
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
@@ -160,20 +161,33 @@ class Checkpointer:
         """
         self._require_saver().prepare()
 
-    def restore(self, selector: str = "latest", *, model_only: bool = False) -> CheckpointRecord | None:
+    def restore(
+        self,
+        selector: str = "latest",
+        *,
+        model_only: bool = False,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        strict: bool = True,
+    ) -> CheckpointRecord | None:
         """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
 
         Args:
             selector: "latest", "backup", "best", "epoch:3", "step:250", an id, a path or a URI.
             model_only: restore the modules, leave everything else as it is.
+            include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys; what
+                is left out keeps its live value.
+            strict: False loads what matches into a changed architecture, fills the first rows of tensors
+                that have grown, and logs everything missing, unexpected and different in one message.
         Returns: its record; None when `latest` finds nothing at all.
         Raises: SelectorError; StateMismatchError, before anything was changed; DamagedError; StorageError;
             RestoreFailedError.
         """
         if self._saver is not None:
             self._saver.wait()
-        record = self._restorer.restore(selector, model_only=model_only)
-        if record is not None and not model_only:
+        wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
+        record = self._restorer.restore(selector, wanted)
+        if record is not None and wanted.everything:
             self._parent = record.id
         return record
 
@@ -280,7 +294,8 @@ class Checkpointer:
             self._timeout_secs,
             self._publish,
             self._clean_up,
-            self._on_job_event,
+            self._listener,
+            self._on_outcome,
         )
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return Saver(
@@ -321,9 +336,12 @@ class Checkpointer:
         if self._lease is not None:
             reap_abandoned(self._storage, lease=self._lease)
 
-    def _on_job_event(self, event: dict[str, Any]) -> None:
-        self.failed_saves = 0 if event["event"] == "save_committed" else self.failed_saves + 1
-        self._listener(event)
+    def _on_outcome(self, record: CheckpointRecord | None) -> None:
+        if record is None:
+            self.failed_saves += 1
+        else:
+            self.failed_saves = 0
+            self.last_committed = record
 
     def _require_saver(self) -> Saver:
         if self._closed:

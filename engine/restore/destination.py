@@ -19,12 +19,14 @@ from engine.dcp.dtypes import from_torch, to_torch
 from engine.errors import DamagedError, StateError, StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.restore import optimizer as optimizers
-from engine.restore.fit import Fit, match, report
+from engine.restore.fit import Fit, match, report, summary
+from engine.restore.wanted import Wanted
 from engine.snapshot import rng, values
 from engine.snapshot.capture import (
     EXTRA_STATE,
     PER_RANK_PREFIX,
     RNG_KEY,
+    OptimizerCapture,
     StateCapture,
     canonical,
     per_rank_name,
@@ -42,9 +44,10 @@ class Destination:
         manifest: the checkpoint's.
         locals_: each saved rank's rank-local JSON.
         seed: for the random streams of a rank that did not exist when the checkpoint was taken.
-        model_only: modules and nothing else.
+        wanted: the part of it to restore, and whether it has to fit exactly.
     Attributes:
-        tensors: what to read, by a name of the destination; of the saved global shape and dtype.
+        tensors: what to read, by a name of the destination; of the saved dtype and global shape, or of one
+            with more rows.
         sources: the saved name of each.
         fit: how the checkpoint's tensors match the state's.
     """
@@ -58,7 +61,7 @@ class Destination:
         rank: int,
         world_size: int,
         seed: int,
-        model_only: bool,
+        wanted: Wanted,
     ) -> None:
         self._capture = capture
         self._manifest = manifest
@@ -70,7 +73,11 @@ class Destination:
         self._without_state: dict[str, set[str]] = {}
         self._extra: dict[str, torch.Tensor] = {}
         self._made_state: list[Optimizer] = []
-        self.model_only = model_only
+        self._wanted = wanted
+        keys = [key for key in capture.state if wanted.takes_key(key)]
+        self._keys = [
+            key for key in keys if not wanted.model_only or isinstance(capture.state[key], nn.Module)
+        ]
         try:
             self._prepare_optimizers()
             live, live_aliases = self._live()
@@ -79,24 +86,27 @@ class Destination:
         except Exception:
             self.abandon()
             raise
-        self.tensors = {name: live[name] for name in self.fit.matched} | self._extra
-        self.sources = dict(self.fit.matched) | {name: name for name in self._extra}
+        self.sources = dict(self.fit.matched)
+        if not wanted.strict:
+            self.sources |= self.fit.grown
+        self.tensors = {name: live[name] for name in self.sources} | self._extra
+        self.sources |= {name: name for name in self._extra}
 
     def check(self, what: str) -> None:
-        """Raise StateMismatchError with every difference; nothing has been changed yet."""
+        """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet."""
         lines = list(self.fit.mismatched)
         missing = list(self.fit.missing)
-        if not self.model_only:
-            for key, capture in self._capture.optimizers.items():
-                if key in self._manifest.objects:
-                    lines += optimizers.group_differences(capture, self._document(key))
-            saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
-            saved |= {name.partition(".")[0] for name in (*self._manifest.tensors, *self._manifest.aliases)}
-            missing += [f"{key} (all of it)" for key in self._capture.state if key not in saved]
-            lines += self._value_differences(saved)
-        fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines))
-        if not fit.exact:
+        for key, capture in self._optimizers():
+            if key in self._manifest.objects:
+                lines += optimizers.group_differences(capture, self._document(key))
+        saved = self._saved_keys()
+        missing += [f"{key} (all of it)" for key in self._keys if key not in saved]
+        lines += self._value_differences(saved)
+        fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines), self.fit.grown)
+        if self._wanted.strict and not fit.exact:
             raise StateMismatchError(report(fit, what))
+        if not fit.exact and self._rank == 0:
+            log.warning("%s", summary(fit, what))
 
     def abandon(self) -> None:
         """Nothing will be read: leave optimizers without the state that was made to read into."""
@@ -105,28 +115,46 @@ class Destination:
 
     def finish(self) -> None:
         """Hand every object its values, after all tensors were read. Generators come last."""
-        for key, entry in self._capture.state.items():
+        for key in self._keys:
+            entry = self._capture.state[key]
             if isinstance(entry, nn.Module) and key in self._manifest.objects:
                 _set_extra_state(entry, self._document(key))
-        if self.model_only:
-            return
-        for key, capture in self._capture.optimizers.items():
-            optimizers.drop_state(capture, self._without_state[key])
-            optimizers.apply_groups(capture, self._document(key))
-        for key, entry in self._capture.state.items():
-            if isinstance(entry, nn.Module | Optimizer):
+        for key, capture in self._optimizers():
+            if key in self._manifest.objects:
+                optimizers.drop_state(capture, self._without_state[key])
+                optimizers.apply_groups(capture, self._document(key))
+        saved = self._saved_keys()
+        for key, entry in self._others():
+            if key not in saved:
                 continue
             if key in self._capture.per_rank:
                 _hand_over(entry, self._per_rank_value(key))
             else:
                 _hand_over(entry, self._document(key))
-        self._finish_rng()
+        if self._takes_rng():
+            self._finish_rng()
+
+    def _optimizers(self) -> list[tuple[str, OptimizerCapture]]:
+        return [(key, capture) for key, capture in self._capture.optimizers.items() if key in self._keys]
+
+    def _others(self) -> list[tuple[str, Any]]:
+        """The wanted entries that are neither module nor optimizer."""
+        entries = [(key, self._capture.state[key]) for key in self._keys]
+        return [(key, entry) for key, entry in entries if not isinstance(entry, nn.Module | Optimizer)]
+
+    def _takes_rng(self) -> bool:
+        return not self._wanted.model_only and self._wanted.takes_key(RNG_KEY)
+
+    def _saved_keys(self) -> set[str]:
+        """Every state key that the checkpoint has something for."""
+        saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
+        return saved | {n.partition(".")[0] for n in (*self._manifest.tensors, *self._manifest.aliases)}
 
     def _value_differences(self, saved: set[str]) -> list[str]:
         """One sentence for each plain entry that cannot take what was saved under its key."""
         lines = []
-        for key, entry in self._capture.state.items():
-            if isinstance(entry, nn.Module | Optimizer) or key not in saved:
+        for key, entry in self._others():
+            if key not in saved:
                 continue
             own = key in self._capture.per_rank
             local = self._locals[self._rank if self._same_world else 0]
@@ -143,12 +171,10 @@ class Destination:
 
     def _prepare_optimizers(self) -> None:
         self._capture.refresh()
-        if self.model_only:
-            return
         saved = {*self._manifest.tensors, *self._manifest.aliases}
-        for key, capture in self._capture.optimizers.items():
+        for key, capture in self._optimizers():
             absent = self._without_state[key] = optimizers.parameters_without_state(
-                capture, dict.fromkeys(saved)
+                capture, saved, self._manifest.objects.get(key) or {}
             )
             if any(name not in absent for names in capture.group_names() for name in names):
                 module = self._capture.state[capture.owner]
@@ -158,46 +184,41 @@ class Destination:
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors, aliases = self._capture.fixed_tensors()
-        if self.model_only:
-            keys = tuple(f"{key}." for key in self._capture.modules)
-            kept = {name: tensor for name, tensor in tensors.items() if name.startswith(keys)}
-            return kept, {alias: name for alias, name in aliases.items() if name in kept}
+        kept = {name: tensor for name, tensor in tensors.items() if self._takes(name)}
+        aliases = {alias: name for alias, name in aliases.items() if name in kept}
         for key, absent in self._without_state.items():
             prefix = f"{key}.state."
-            for name in list(tensors):
+            for name in list(kept):
                 if name.startswith(prefix) and name.removeprefix(prefix).rpartition(".")[0] in absent:
-                    del tensors[name]
-        return tensors, aliases
+                    del kept[name]
+        return kept, aliases
+
+    def _takes(self, name: str) -> bool:
+        """Whether a tensor of a module or optimizer is wanted, live or saved."""
+        if self._wanted.model_only and name.partition(".")[0] not in self._capture.modules:
+            return False
+        return self._wanted.takes(name)
 
     def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Fit:
         infos = {name: TensorInfo(from_torch(t.dtype, name), tuple(t.shape)) for name, t in live.items()}
         fixed = {*self._capture.modules, *self._capture.optimizers}
-        if self.model_only:
-            fixed = set(self._capture.modules)
         # A key that the state lacks altogether is unexpected; a generic object's tensors match themselves.
-        generic = set() if self.model_only else {key for key in self._capture.state if key not in fixed}
+        generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
         # Tensors inside values (a learning rate that is one) are read for those values.
         inside = {name for key in fixed for name in values.tensor_names(self._manifest.objects.get(key))}
         saved = {
             name: info
             for name, info in self._manifest.tensors.items()
-            if name not in inside
-            and (
-                (key := name.partition(".")[0]) in fixed
-                or not (self.model_only or key in generic or key == PER_RANK_PREFIX)
-            )
+            if name not in inside and name.partition(".")[0] not in generic and self._takes(name)
         }
         return match(infos, aliases, saved, self._manifest.aliases)
 
     def _add_values(self) -> None:
         """Tensors inside of values: extra state, hyperparameters, other objects, this rank's own."""
-        for key in self._capture.modules:
-            self._add_tensors(self._manifest.objects.get(key), None, key)
-        if self.model_only:
-            return
-        for key, entry in self._capture.state.items():
-            if isinstance(entry, nn.Module | Optimizer):
-                continue
+        for key in self._keys:
+            if isinstance(self._capture.state[key], nn.Module | Optimizer):
+                self._add_tensors(self._manifest.objects.get(key), None, key)
+        for key, entry in self._others():
             if key in self._capture.per_rank:
                 if self._same_world:
                     name = per_rank_name(self._rank, key)
@@ -206,9 +227,7 @@ class Destination:
                     self._require_reshard(key, entry)
             else:
                 self._add_tensors(self._manifest.objects.get(key), entry, key)
-        for key in self._capture.optimizers:
-            self._add_tensors(self._manifest.objects.get(key), None, key)
-        if self._same_world:
+        if self._same_world and self._takes_rng():
             self._add_tensors(self._locals[self._rank].get(RNG_KEY), None, "")
 
     def _require_reshard(self, key: str, entry: Any) -> None:

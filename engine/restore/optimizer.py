@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,13 +42,18 @@ def _gradients_aside(optimizer: Optimizer) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def parameters_without_state(capture: OptimizerCapture, saved: Mapping[str, object]) -> set[str]:
+def parameters_without_state(
+    capture: OptimizerCapture, saved: Iterable[str], document: Mapping[str, Any]
+) -> set[str]:
     """The parameters that had no optimizer state when the checkpoint was taken (before a first step, frozen).
 
-    `saved`: all saved tensor names, aliases included.
+    Args:
+        saved: all saved tensor names, aliases included.
+        document: the optimizer's saved values; state that is not a tensor is among them.
     """
     prefix = f"{capture.key}.state."
     with_state = {name.removeprefix(prefix).rpartition(".")[0] for name in saved if name.startswith(prefix)}
+    with_state |= {name.rpartition(".")[0] for name in document.get("counters", ())}
     return {name for names in capture.group_names() for name in names if name not in with_state}
 
 

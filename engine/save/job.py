@@ -71,6 +71,7 @@ class JobRunner:
     Args:
         commit_attempt: rank 0's commit: publishes the manifest and returns the record.
         after_commit: rank 0's retention; its failure is logged and fails no save.
+        on_outcome: told every save's record, or None when it failed, before anybody who waits for it.
     """
 
     storage: Storage
@@ -79,6 +80,7 @@ class JobRunner:
     publish: Callable[[Job, tuple[Any, ...]], CheckpointRecord]
     after_commit: Callable[[CheckpointRecord], None]
     on_event: Callable[[dict[str, Any]], None]
+    on_outcome: Callable[[CheckpointRecord | None], None]
     clock: Callable[[], float] = time.monotonic
 
     def run(self, job: Job) -> None:
@@ -88,9 +90,11 @@ class JobRunner:
         except BaseException as error:
             failure = _as_failure(job, error)
             log.error("%s", failure)
+            self.on_outcome(None)
             self._emit(job, "save_failed", cause=str(error) or type(error).__name__)
             job.handle.set_failure(failure)
             return
+        self.on_outcome(record)
         self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
         job.handle.set_record(record)
         if self.channel.rank == 0:
