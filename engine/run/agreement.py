@@ -75,6 +75,13 @@ class Agreement:
             dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values. Collective."""
+        box = torch.tensor(value, dtype=torch.int64)
+        if self.world_size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box.item())
+
     def vote(self, value: torch.Tensor, *, stop: bool = False) -> Vote:
         """Add up a float64 scalar over the ranks, and with it who must stop: one packed reduction."""
         signum = self.signum()

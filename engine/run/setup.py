@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import ConfigError, CoordinationError
 from engine.snapshot import rng
@@ -51,9 +53,14 @@ def join(world: World, *, cuda: bool) -> None:
     """
     if "RANK" not in os.environ:
         return
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=COLLECTIVE_SECS)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_SECS))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        if world.local_world_size == world.world_size:
+            # torchrun 2.13 keeps one store through all restarts, so that ranks would find the addresses of
+            # their dead predecessors. Across nodes the agents' counts differ: there it stays as it is.
+            store = PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise CoordinationError(f"rank {world.rank} could not join the other ranks: {error}") from error
 

@@ -47,6 +47,8 @@ def train(
         Stopped: a signal came before the first step.
     """
     restart = Restart.from_environ()
+    # Across nodes only the agent that saw the failure counts it, and rank 0 may belong to another.
+    restart = dataclasses.replace(restart, count=agreement.highest(restart.count))
     start = agreement.from_first(
         lambda: find_start(session, directory_given=gives(argv, "checkpoint_dir"), restart=restart)
     )

@@ -156,6 +156,18 @@ def test_one_reduction_carries_everything(
     assert calls == [4]
 
 
+def test_the_highest_value_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart that only one node's agent has counted is a restart of all ranks."""
+
+    def all_reduce(box: torch.Tensor, op: object) -> None:
+        assert op == dist.ReduceOp.MAX
+        box.clamp_(min=2)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    assert Agreement(0, 4, lambda: None).highest(0) == 2
+    assert alone().highest(1) == 1
+
+
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
