@@ -42,7 +42,7 @@ def plan_slices(
     """What to read to fill `tensors` (plain or DTensor) in place. No collective.
 
     Args:
-        tensors: destinations by saved name; shapes must be those of `infos`.
+        tensors: destinations by name. One may have more rows than was saved: those are left as they are.
         infos: dtype and global shape of each saved tensor.
         chunks: the saved chunks of each tensor that together cover it.
     """
@@ -50,10 +50,11 @@ def plan_slices(
         {
             name: TensorStorageMetadata(
                 TensorProperties(dtype=to_torch(infos[name].dtype)),
-                torch.Size(infos[name].shape),
+                # The destination's own: the planner would refuse a tensor that has grown.
+                tensor.shape,
                 [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks[name]],
             )
-            for name in tensors
+            for name, tensor in tensors.items()
         }
     )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

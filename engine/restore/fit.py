@@ -16,12 +16,14 @@ class Fit:
 
     matched: live name -> saved name. missing: live, not saved. unexpected: saved, not live.
     mismatched: one sentence for each that is in both but differs.
+    grown: live name -> saved name of those among them that only have more rows here than when saved.
     """
 
     matched: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    grown: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -43,6 +45,7 @@ def match(
     for alias, name in live_aliases.items():
         names[name].append(alias)
     matched: dict[str, str] = {}
+    grown: dict[str, str] = {}
     missing, mismatched = [], []
     used = set()
     for name, candidates in names.items():
@@ -53,15 +56,31 @@ def match(
         used.add(found)
         if saved[found] != live[name]:
             mismatched.append(f"{name}: saved as {_describe(saved[found])}, here {_describe(live[name])}")
+            if _has_grown(saved[found], live[name]):
+                grown[name] = found
         else:
             matched[name] = found
     unexpected = tuple(name for name in saved if name not in used)
-    return Fit(matched, tuple(missing), unexpected, tuple(mismatched))
+    return Fit(matched, tuple(missing), unexpected, tuple(mismatched), grown)
 
 
 def report(fit: Fit, what: str) -> str:
-    """One message with every difference, the first of each kind spelled out."""
+    """One message with every difference, the first of each kind spelled out: why nothing was restored."""
     parts = [f"{what} does not fit the state it is to be restored into; nothing was changed"]
+    parts += differences(fit)
+    parts.append("Build the same model as the saved run, or choose another checkpoint")
+    return "\n".join(parts)
+
+
+def summary(fit: Fit, what: str) -> str:
+    """One message on a restore that took what fitted."""
+    parts = [f"from {what}: {len(fit.matched)} tensors loaded, {len(fit.grown)} filled as far as they go"]
+    return "\n".join(parts + differences(fit))
+
+
+def differences(fit: Fit) -> list[str]:
+    """A paragraph for each kind of difference there is."""
+    parts = []
     for title, lines in (
         ("different", fit.mismatched),
         ("missing in the checkpoint", fit.missing),
@@ -69,8 +88,7 @@ def report(fit: Fit, what: str) -> str:
     ):
         if lines:
             parts.append(f"  {title} ({len(lines)}):\n" + _lines(lines))
-    parts.append("Build the same model as the saved run, or choose another checkpoint")
-    return "\n".join(parts)
+    return parts
 
 
 def _lines(lines: Sequence[str]) -> str:
@@ -78,6 +96,11 @@ def _lines(lines: Sequence[str]) -> str:
     if len(lines) > _SHOWN:
         shown.append(f"    … and {len(lines) - _SHOWN} more")
     return "\n".join(shown)
+
+
+def _has_grown(saved: TensorInfo, live: TensorInfo) -> bool:
+    same_rows = saved.dtype == live.dtype and len(saved.shape) == len(live.shape) > 0
+    return same_rows and saved.shape[1:] == live.shape[1:] and saved.shape[0] < live.shape[0]
 
 
 def _describe(info: TensorInfo) -> str:

@@ -34,6 +34,7 @@ from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint
 from engine.restore.destination import Destination
 from engine.restore.read import read_slices
+from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
@@ -64,7 +65,7 @@ class Restorer:
     _number: int = 0
     _passed_over: set[str] = field(default_factory=set)
 
-    def restore(self, selector: str, *, model_only: bool = False) -> CheckpointRecord | None:
+    def restore(self, selector: str, wanted: Wanted) -> CheckpointRecord | None:
         """Restore what the selector means, in place. None when `latest` finds nothing at all.
 
         Every rank calls it at the same point.
@@ -81,7 +82,7 @@ class Restorer:
             if chosen is None:
                 return None
             try:
-                return self._restore(key, chosen, model_only)
+                return self._restore(key, chosen, wanted)
             except (DamagedError, NotFoundError) as error:
                 id = str(chosen["id"])
                 gone = isinstance(error, NotFoundError)
@@ -106,7 +107,7 @@ class Restorer:
             "manifest": choice.manifest.to_bytes().decode("utf-8"),
         }
 
-    def _restore(self, key: str, chosen: Mapping[str, Any], model_only: bool) -> CheckpointRecord:
+    def _restore(self, key: str, chosen: Mapping[str, Any], wanted: Wanted) -> CheckpointRecord:
         started = self.clock()
         manifest = Manifest.from_bytes(
             chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
@@ -118,7 +119,7 @@ class Restorer:
         try:
             indexes = read_indexes(storage, manifest)
             places = chunk_places(manifest, indexes)
-            destination = self._destination(manifest, indexes, model_only)
+            destination = self._destination(manifest, indexes, wanted)
             destination.check(f"the checkpoint {storage.describe(manifest.id)}")
         except Exception as error:
             problem = _missing_is_damage(storage, manifest, error)
@@ -132,13 +133,13 @@ class Restorer:
         self.undefined = True
         stats = None
         try:
-            wanted = {name: places[saved] for name, saved in destination.sources.items()}
+            found = {name: places[saved] for name, saved in destination.sources.items()}
             slices = plan_slices(
                 destination.tensors,
                 {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
-                {name: [placed.chunk for _, placed in found] for name, found in wanted.items()},
+                {name: [placed.chunk for _, placed in held] for name, held in found.items()},
             )
-            stats = read_slices(storage, manifest.id, slices, wanted)
+            stats = read_slices(storage, manifest.id, slices, found)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
@@ -160,7 +161,7 @@ class Restorer:
         )
         return record
 
-    def _destination(self, manifest: Manifest, indexes: list[ShardIndex], model_only: bool) -> Destination:
+    def _destination(self, manifest: Manifest, indexes: list[ShardIndex], wanted: Wanted) -> Destination:
         return Destination(
             self.capture,
             manifest,
@@ -168,7 +169,7 @@ class Restorer:
             rank=self.channel.rank,
             world_size=self.channel.world_size,
             seed=self.seed,
-            model_only=model_only,
+            wanted=wanted,
         )
 
     def _mark(self, chosen: Mapping[str, Any], error: Exception) -> None:

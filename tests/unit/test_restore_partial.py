@@ -1,0 +1,135 @@
+"""Restoring part of a checkpoint, or into another architecture."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Checkpointer
+from engine.errors import StateMismatchError
+from engine.restore.wanted import Wanted
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "takes"),
+    [
+        (Wanted(), "model.a", True),
+        (Wanted(include=("model.a*",)), "model.ab", True),
+        (Wanted(include=("model.a*",)), "model.b", False),
+        (Wanted(exclude=("*.b",)), "model.b", False),
+        (Wanted(include=("model.*",), exclude=("*.b",)), "model.b", False),
+        (Wanted(include=("model.*",), exclude=("*.b",)), "model.c", True),
+    ],
+)
+def test_names(wanted: Wanted, name: str, takes: bool) -> None:
+    assert wanted.takes(name) is takes
+
+
+@pytest.mark.parametrize(
+    ("wanted", "takes"),
+    [
+        (Wanted(), True),
+        (Wanted(include=("model.*",)), False),
+        (Wanted(include=("optimizer.*",)), True),
+        (Wanted(include=("optimizer",)), True),
+        (Wanted(include=("optimizer.state.a.*",)), False),
+        (Wanted(exclude=("optimizer*",)), False),
+    ],
+)
+def test_keys(wanted: Wanted, takes: bool) -> None:
+    assert wanted.takes_key("optimizer") is takes
+
+
+class Net(nn.Module):
+    def __init__(self, rows: int, hidden: int = 4, extra: bool = False, fill: float = 0.0) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, 3)
+        self.body = nn.Linear(3, hidden)
+        if extra:
+            self.head = nn.Linear(hidden, 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(fill)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    net = Net(rows=5, fill=1.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
+    net.embedding.weight.sum().backward()
+    optimizer.step()
+    with Checkpointer(tmp_path, {"model": net, "optimizer": optimizer, "extra": {"n": 7}}) as ckpt:
+        ckpt.save(3).result()
+    return tmp_path
+
+
+def restore(saved: Path, net: nn.Module, **how: object) -> dict[str, object]:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.25)
+    extra: dict[str, object] = {"n": 0}
+    state = {"model": net, "optimizer": optimizer, "extra": extra}
+    with Checkpointer(saved, state, read_only=True) as ckpt:
+        assert ckpt.restore("latest", **how) is not None  # type: ignore[arg-type]
+    return {"lr": optimizer.param_groups[0]["lr"], "state": len(optimizer.state), **extra}
+
+
+def test_model_only_leaves_everything_else_alone(saved: Path) -> None:
+    net = Net(rows=5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert restore(saved, net, model_only=True) == {"lr": 0.25, "state": 0, "n": 0}
+    assert float(net.body.weight.detach().min()) == 1.0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_include_and_exclude_choose_by_name(saved: Path) -> None:
+    net = Net(rows=5)
+    assert restore(saved, net, include=["model.*", "extra"], exclude=["*.bias"]) == {
+        "lr": 0.25,
+        "state": 0,
+        "n": 7,
+    }
+    assert float(net.body.weight.detach().min()) == 1.0
+    assert float(net.body.bias.detach().max()) == 0.0
+
+
+def test_what_is_excluded_need_not_fit(saved: Path) -> None:
+    net = Net(rows=5, hidden=9)
+    restore(saved, net, include=["model.embedding.*"])
+    assert float(net.embedding.weight.detach().max()) != 0.0
+
+
+def test_a_grown_vocabulary_is_filled_and_the_rest_stays_initialised(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    net = Net(rows=8, hidden=2, extra=True, fill=-2.0)
+    with caplog.at_level(logging.WARNING, logger="engine"):
+        restore(saved, net, model_only=True, strict=False)
+    weight = net.embedding.weight.detach()
+    assert bool((weight[:5] != -2.0).all())
+    assert bool((weight[5:] == -2.0).all())
+    assert bool((net.body.weight.detach() == -2.0).all()), "other shapes are not touched"
+    message = caplog.text
+    for part in (
+        "model.embedding.weight: saved as F32 [5, 3], here F32 [8, 3]",
+        "model.body.weight",
+        "model.head",
+    ):
+        assert part in message
+    assert "0 tensors loaded, 1 filled" in message
+
+
+def test_a_strict_restore_that_does_not_fit_changes_nothing(saved: Path) -> None:
+    net = Net(rows=8)
+    with pytest.raises(StateMismatchError, match="saved as F32 \\[5, 3\\], here F32 \\[8, 3\\]"):
+        restore(saved, net)
+    assert all(bool((parameter == 0).all()) for parameter in net.parameters())
+
+
+def test_a_shrunk_tensor_is_not_filled(saved: Path) -> None:
+    net = Net(rows=3)
+    restore(saved, net, model_only=True, strict=False)
+    assert bool((net.embedding.weight.detach() == 0).all())
