@@ -105,7 +105,14 @@ class Checkpointer:
         if not read_only:
             self._take_directory()
         self._restorer = Restorer(
-            self._storage, capture, self._channel, seed, timeout_secs, storage_options, self._listener
+            self._storage,
+            capture,
+            self._channel,
+            seed,
+            timeout_secs,
+            storage_options,
+            self._listener,
+            read_only,
         )
         self._saver = (
             None

@@ -21,9 +21,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A checkpoint to restore. `target` is the directory or URI to open it at, "" for the run's own."""
+    """A checkpoint to restore.
+
+    `target` is the directory or URI to open it at, "" for the run's own; `name` its directory there, which
+    a copy may have renamed.
+    """
 
     target: str
+    name: str
     record: CheckpointRecord
     manifest: Manifest
 
@@ -57,7 +62,7 @@ def choose_checkpoint(
     record = choose(records, selector)
     if selector.kind == "latest":
         _tell_walk_back(listed, record)
-    return Choice("", record, read_manifest(storage, record.id))
+    return Choice("", record.id, record, read_manifest(storage, record.id))
 
 
 def _at_path(text: str, options: Mapping[str, str] | None) -> Choice:
@@ -70,7 +75,7 @@ def _at_path(text: str, options: Mapping[str, str] | None) -> Choice:
             f"{text} is not a checkpoint: it has no manifest.json. Give the directory of one checkpoint "
             "(…/step-00000250-1f0c9a3e), or a selector such as latest"
         ) from error
-    return Choice(os.fspath(parent), from_manifest(manifest, storage.uri, name=name), manifest)
+    return Choice(os.fspath(parent), name, from_manifest(manifest, storage.uri, name=name), manifest)
 
 
 def _nothing_whole(storage: Storage, listed: list[Listed], passed_over: Collection[str]) -> str:

@@ -60,6 +60,7 @@ class Restorer:
     timeout_secs: float
     storage_options: Mapping[str, str] | None
     on_event: Callable[[dict[str, Any]], None]
+    read_only: bool = False
     clock: Callable[[], float] = time.monotonic
     undefined: bool = False
     _number: int = 0
@@ -103,6 +104,7 @@ class Restorer:
             return None
         return {
             "target": choice.target,
+            "name": choice.name,
             "id": choice.record.id,
             "manifest": choice.manifest.to_bytes().decode("utf-8"),
         }
@@ -112,17 +114,18 @@ class Restorer:
         manifest = Manifest.from_bytes(
             chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
         )
+        name = str(chosen["name"])
         storage = open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
         destination: Destination | None = None
         places: Places = {}
         problem: Exception | None = None
         try:
-            indexes = read_indexes(storage, manifest)
+            indexes = read_indexes(storage, manifest, name)
             places = chunk_places(manifest, indexes)
             destination = self._destination(manifest, indexes, wanted)
-            destination.check(f"the checkpoint {storage.describe(manifest.id)}")
+            destination.check(f"the checkpoint {storage.describe(name)}")
         except Exception as error:
-            problem = _missing_is_damage(storage, manifest, error)
+            problem = _missing_is_damage(storage, name, error)
         try:
             all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
         except HoldfastError:
@@ -139,15 +142,15 @@ class Restorer:
                 {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
                 {name: [placed.chunk for _, placed in held] for name, held in found.items()},
             )
-            stats = read_slices(storage, manifest.id, slices, found)
+            stats = read_slices(storage, name, slices, found)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
-            problem = _as_restore_failure(_missing_is_damage(storage, manifest, error), manifest.id)
+            problem = _as_restore_failure(_missing_is_damage(storage, name, error), manifest.id)
         all_agree(self.channel, f"{key}/read", problem, self.timeout_secs)
         assert stats is not None
         self.undefined = False
-        record = from_manifest(manifest, storage.uri)
+        record = from_manifest(manifest, storage.uri, name=name)
         self.on_event(
             {
                 "event": "restored",
@@ -174,19 +177,25 @@ class Restorer:
 
     def _mark(self, chosen: Mapping[str, Any], error: Exception) -> None:
         """Remember the damage in the directory, so that nothing tries this checkpoint first again."""
+        if self.read_only:
+            return
         try:
             storage = (
                 open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
             )
-            marks.mark_damaged(storage, str(chosen["id"]), str(error))
+            marks.mark_damaged(storage, str(chosen["name"]), str(error))
         except HoldfastError as problem:
             log.warning("could not mark %s as damaged: %s", chosen["id"], problem)
 
 
-def read_indexes(storage: Storage, manifest: Manifest) -> list[ShardIndex]:
-    """Every rank's index, checked against the manifest. Raises DamagedError, NotFoundError, StorageError."""
+def read_indexes(storage: Storage, manifest: Manifest, name: str) -> list[ShardIndex]:
+    """Every rank's index in the directory `name`, checked against the manifest.
+
+    Raises: DamagedError, NotFoundError, StorageError.
+    """
     with ThreadPoolExecutor(min(_INDEX_THREADS, manifest.world_size)) as pool:
-        return list(pool.map(lambda rank: read_index(storage, manifest, rank), range(manifest.world_size)))
+        ranks = range(manifest.world_size)
+        return list(pool.map(lambda rank: read_index(storage, manifest, rank, name=name), ranks))
 
 
 def chunk_places(manifest: Manifest, indexes: list[ShardIndex]) -> Places:
@@ -204,10 +213,13 @@ def chunk_places(manifest: Manifest, indexes: list[ShardIndex]) -> Places:
     return places
 
 
-def _missing_is_damage(storage: Storage, manifest: Manifest, error: Exception) -> Exception:
+def _missing_is_damage(storage: Storage, name: str, error: Exception) -> Exception:
     """A file that is gone while the manifest stands is damage; gone with its manifest, it was retired."""
-    if isinstance(error, NotFoundError) and storage.exists(f"{manifest.id}/{MANIFEST}"):
-        return DamagedError(f"{storage.describe(manifest.id)} lacks a file that its manifest lists: {error}")
+    try:
+        if isinstance(error, NotFoundError) and storage.exists(f"{name}/{MANIFEST}"):
+            return DamagedError(f"{storage.describe(name)} lacks a file that its manifest lists: {error}")
+    except HoldfastError as outage:
+        return outage
     return error
 
 
