@@ -134,16 +134,13 @@ class FsspecStorage(Storage):
             raise ValueError(f"{file_bytes} bytes are to be written from a buffer of {len(view)}")
         self._refuse_taken(safe_relative(path))
         where = self.describe(path)
-        begun, callback_secs = time.monotonic(), 0.0
+        begun = time.monotonic()
 
         def prepare(begin: int, end: int) -> None:
-            nonlocal callback_secs
             if cancel is not None and cancel.is_set():
                 raise StorageError(f"writing {where} was given up at byte {begin}: the save was cancelled")
             if on_window is not None:
-                entered = time.monotonic()
                 on_window(begin, end)
-                callback_secs += time.monotonic() - entered
 
         try:
             upload(self._client, path, view, prepare)
@@ -154,7 +151,7 @@ class FsspecStorage(Storage):
             with contextlib.suppress(Exception):
                 self._fs.rm_file(self._client.full(path))
             raise
-        return WriteStats(file_bytes, time.monotonic() - begun - callback_secs, 0.0, "upload")
+        return WriteStats(file_bytes, time.monotonic() - begun, 0.0, "upload")
 
     def make_dir(self, path: str = "") -> None:
         full = self._client.full(path)

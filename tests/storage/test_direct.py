@@ -18,7 +18,7 @@ from engine.errors import (
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.direct import windows
 from engine.storage.local import LocalStorage
-from engine.storage.system import System
+from engine.storage.system import SYNC_WRITE, System
 from tests.storage.buffers import padded, pattern
 from tests.storage.systems import FailsAt, NoDirect, ScriptedWrites, StrictDirect
 
@@ -172,6 +172,45 @@ def test_failing_write_back_leaves_nothing(tmp_path: Path, call: str) -> None:
     with pytest.raises(StorageError, match="shard"):
         write(tmp_path, Buffered(call, errno.EIO))
     assert nothing_left(tmp_path)
+
+
+def test_buffered_windows_are_flushed_as_they_go(tmp_path: Path) -> None:
+    """At most two windows are dirty at any time, and none stays in the page cache."""
+    events: list[tuple[str, int]] = []
+
+    class Watching(NoDirect):
+        def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
+            events.append(("write", offset))
+            return super().pwrite(fd, view, offset)
+
+        def sync_range(self, fd: int, begin: int, size: int, how: int) -> None:
+            events.append(("start" if how == SYNC_WRITE else "wait", begin))
+            super().sync_range(fd, begin, size, how)
+
+        def drop_cache(self, fd: int, begin: int, size: int) -> None:
+            events.append(("drop", begin))
+            super().drop_cache(fd, begin, size)
+
+        def fsync(self, fd: int) -> None:
+            events.append(("fsync", 0))
+            super().fsync(fd)
+
+    assert write(tmp_path, Watching()) == "buffered"
+    first, second, third = 0, WINDOW_BYTES, 2 * WINDOW_BYTES
+    assert events == [
+        ("write", first),
+        ("start", first),
+        ("write", second),
+        ("start", second),
+        ("wait", first),
+        ("drop", first),
+        ("write", third),
+        ("start", third),
+        ("wait", second),
+        ("drop", second),
+        ("fsync", 0),
+        ("drop", 0),
+    ]
 
 
 def test_failure_to_create(tmp_path: Path) -> None:
