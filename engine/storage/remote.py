@@ -271,8 +271,12 @@ class FsspecStorage(Storage):
             self._fs.pipe_file(full, data, mode="create")
 
     def _probe_exclusive(self) -> bool:
-        """Whether a second create-only PUT of one name is refused, tried on an object of its own."""
-        name = f"probe-{secrets.token_hex(8)}{TMP_SUFFIX}"
+        """Whether a second create-only PUT of one name is refused, tried on an object of its own.
+
+        Not one of the probes that a run which takes a directory over sweeps up: swept between the two
+        PUTs, this one would say that the store ignores the precondition.
+        """
+        name = f"create-only-{secrets.token_hex(8)}{TMP_SUFFIX}"
         full = self._client.full(name)
         try:
             for _ in range(2):
