@@ -88,6 +88,8 @@ def _configure_logging() -> None:
     """Warnings of every rank and the news of rank 0, on standard error. Only programs configure logging."""
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
+    # The console has a line for a failed save; without this every rank would say it once more.
+    handler.addFilter(lambda record: record.name != "engine.save.job" or record.levelno < logging.ERROR)
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
     for name in ("engine", "data"):
         logger = logging.getLogger(name)

@@ -40,14 +40,18 @@ class Saves:
         self._fatal: HoldfastError | None = None
         self._saved_step: int | None = None
 
-    @property
     def must_stop(self) -> bool:
-        """Whether this rank knows that training cannot go on."""
-        return self._fatal is not None or self._saver.failed_saves >= self._max_failures
+        """Whether this rank knows that training cannot go on; notes a save that has failed meanwhile.
 
-    def poll(self) -> None:
-        """Note a save that has failed meanwhile; never waits."""
+        Ask right before a vote and nowhere else: a failure that only some ranks know of by then is told to
+        all of them alike by the next save.
+        """
         self._note(self._saver.poll)
+        return self._fatal is not None or self._too_many
+
+    @property
+    def _too_many(self) -> bool:
+        return self._saver.failed_saves >= self._max_failures
 
     def save(
         self, step: int, *, epoch: int, tokens: int, metrics: Mapping[str, float], reasons: tuple[str, ...]
@@ -57,6 +61,8 @@ class Saves:
             return
         if not may_skip(reasons):
             self._note(self._saver.wait)
+            if self._too_many:  # the same on all ranks: nothing is in flight
+                return
         self._recorder.announce_save(step, reasons, metrics)
 
         def start() -> None:
@@ -69,8 +75,9 @@ class Saves:
             else:
                 self._saved_step = step
 
-        # The first call may only have brought the news of an earlier failure; it did not save then.
-        if not self._note(start):
+        # The first call may only have brought the news of an earlier failure; it did not save then. It brings
+        # them on all ranks alike, so all of them try again, or none.
+        if not self._note(start) and not self._too_many:
             self._note(start)
 
     def already_saved(self, step: int) -> None:
@@ -85,6 +92,7 @@ class Saves:
 
     def reason_to_stop(self) -> HoldfastError:
         """The error that ends the run, in a sentence with what to do."""
+        self._note(self._saver.poll)
         if self._fatal is not None:
             return self._fatal
         count = self._saver.failed_saves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,8 @@ class StepResult:
     vote: Vote
 
 
-def train_step(job: Job, agreement: Agreement, *, stop: bool) -> StepResult:
-    """Take the next batch and one optimizer step. `stop`: this rank can not go on after it.
+def train_step(job: Job, agreement: Agreement, *, must_stop: Callable[[], bool]) -> StepResult:
+    """Take the next batch and one optimizer step. `must_stop`: whether this rank has to end the run.
 
     Collective. Loss and votes travel in one reduction, which is also the step's only wait for the device.
     """
@@ -37,7 +38,7 @@ def train_step(job: Job, agreement: Agreement, *, stop: bool) -> StepResult:
     lr = job.schedule.advance()
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    vote = agreement.vote(loss / job.world.world_size, stop=stop)
+    vote = agreement.vote(loss / job.world.world_size, stop=must_stop())
     return StepResult(vote.total, lr, vote)
 
 

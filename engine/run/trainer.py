@@ -173,7 +173,7 @@ class _Loop:
     def _one_step(self) -> int | None:
         """One step and what follows from it; the signal that ends the run, if one came."""
         began = time.perf_counter()
-        result = train_step(self.job, self.agreement, stop=self.saves.must_stop)
+        result = train_step(self.job, self.agreement, must_stop=self.saves.must_stop)
         self.step += 1
         self.tokens += self.job.step_tokens
         self._report(result.loss, result.lr, time.perf_counter() - began)
@@ -183,7 +183,6 @@ class _Loop:
         improved = False
         if signum is None and due(self.step, self.job.config.eval_freq):
             signum, improved = self._evaluate(metrics)
-        self.saves.poll()
         end = StepEnd(
             step=self.step,
             closed_epoch=self.job.loader.position == 0,
@@ -211,7 +210,7 @@ class _Loop:
         self.recorder.step({**event, "step_tokens": self.job.step_tokens}, last, force=self.step == last)
 
     def _stop(self) -> None:
-        if self.saves.must_stop:
+        if self.saves.must_stop():
             raise self.saves.reason_to_stop()
 
     def _evaluate(self, metrics: dict[str, float]) -> tuple[int | None, bool]:

@@ -100,6 +100,22 @@ def test_news_of_an_earlier_failure_does_not_cost_this_save() -> None:
     assert saver.calls == ["save 3 interval", "save 3 interval"]
 
 
+def test_a_final_save_is_not_begun_after_one_failure_too_many() -> None:
+    saver = FakeSaver({"wait": [failed()]})
+    saver.failed_saves = 3
+    save(saves_of(saver), 3, "final")
+    assert saver.calls == ["wait"]
+
+
+def test_but_not_when_that_was_one_too_many() -> None:
+    saver = FakeSaver({"save": [failed(), None]})
+    saver.failed_saves = 1
+    saves = saves_of(saver, 0)
+    save(saves, 3, "interval")
+    assert saver.calls == ["save 3 interval"]
+    assert saves.must_stop()
+
+
 @pytest.mark.parametrize(
     ("maximum", "failures", "stops"),
     [(3, 0, False), (3, 2, False), (3, 3, True), (0, 0, False), (0, 1, True), (1, 1, True)],
@@ -107,15 +123,13 @@ def test_news_of_an_earlier_failure_does_not_cost_this_save() -> None:
 def test_training_goes_on_until_there_are_too_many(maximum: int, failures: int, stops: bool) -> None:
     saver = FakeSaver({"poll": [failed()]})
     saves = saves_of(saver, maximum)
-    saves.poll()
     saver.failed_saves = failures
-    assert saves.must_stop is stops
+    assert saves.must_stop() is stops
 
 
 def test_the_last_word_names_count_cause_and_way_out() -> None:
     saver = FakeSaver({"poll": [failed()]})
     saves = saves_of(saver)
-    saves.poll()
     saver.failed_saves = 3
     said = str(saves.reason_to_stop())
     assert "3 saves in a row failed" in said
@@ -124,7 +138,9 @@ def test_the_last_word_names_count_cause_and_way_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "provoke", [lambda saves: saves.poll(), lambda saves: save(saves, 3, "interval")], ids=["poll", "save"]
+    "provoke",
+    [lambda saves: saves.must_stop(), lambda saves: save(saves, 3, "interval")],
+    ids=["poll", "save"],
 )
 @pytest.mark.parametrize(
     "error",
@@ -136,7 +152,7 @@ def test_some_errors_end_the_run_at_once(provoke: Callable[[Saves], None], error
     saver = FakeSaver({"poll": [error], "save": [error]})
     saves = saves_of(saver)
     provoke(saves)
-    assert saves.must_stop
+    assert saves.must_stop()
     assert saves.reason_to_stop() is (error if isinstance(error, StateError) else error.__cause__)
 
 
