@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
 from engine.save.commit import SaveInfo, commit, software_versions
+from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.probe import probe_shared
@@ -89,7 +89,7 @@ class Checkpointer:
         self._config = dict(config or {})
         canonical_bytes(self._config)
         self._retention = retention
-        self._listener = on_event or _ignore
+        self._listener = _guarded(on_event)
         self._timeout_secs = timeout_secs
         self._ranks = connect_ranks(timeout_secs)
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
@@ -119,7 +119,7 @@ class Checkpointer:
             if read_only
             else self._make_saver(capture, busy, check_replicas, memory_budget_bytes, overlap)
         )
-        atexit.register(self._at_exit)
+        self._forget_at_exit = call_at_exit(self._at_exit)
 
     def save(
         self,
@@ -233,7 +233,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._at_exit)
+        self._forget_at_exit()
         saver = self._saver
         try:
             if saver is not None:
@@ -374,5 +374,14 @@ def _check_arguments(busy: str, timeout_secs: float, overlap: bool | str) -> Non
         raise ConfigError(f"overlap is {overlap!r}: it must be 'auto' or False")
 
 
-def _ignore(event: dict[str, Any]) -> None:
-    pass
+def _guarded(listener: Listener | None) -> Listener:
+    """A listener's own failure is logged: on one rank alone it must not stop a save that all ranks are in."""
+
+    def call(event: dict[str, Any]) -> None:
+        if listener is not None:
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener failed on %s", event["event"])
+
+    return call
