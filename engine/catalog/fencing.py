@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from engine.errors import AlreadyExistsError, NotFoundError
-from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name, parse_lease
+from engine.format.names import (
+    DEAD_PREFIX,
+    MANIFEST,
+    PROBE_PREFIX,
+    TMP_SUFFIX,
+    parse_attempt_name,
+    parse_lease,
+)
 from engine.storage.base import Storage
 
 
 def fence(storage: Storage, epoch: int) -> None:
-    """Rename attempts without a manifest to dead-*, and remove leases older than `epoch`."""
+    """Rename attempts without a manifest to dead-*, and remove old leases and probe files."""
     tree = storage.list_tree()
     for name, files in tree.items():
         if parse_attempt_name(name) is None or MANIFEST in files:
@@ -16,8 +23,9 @@ def fence(storage: Storage, epoch: int) -> None:
         if not _bury(storage, name):
             break
     for name in tree.get("", {}):
-        older = parse_lease(name)
-        if older is not None and older < epoch:
+        # A crash while a lease was written leaves lease-00000001.1f0c9a3e.tmp.
+        older = parse_lease(name.partition(".")[0] if name.endswith(TMP_SUFFIX) else name)
+        if (older is not None and older < epoch) or name.startswith(PROBE_PREFIX):
             storage.delete_file(name)
     storage.sync_dir("")
 

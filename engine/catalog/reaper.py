@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine.catalog.lease import STALE_SECS, Lease
 from engine.catalog.retention import Decision
 from engine.errors import StorageError
-from engine.format.names import DEAD_PREFIX, HELD, MANIFEST, parse_attempt_name
+from engine.format.names import DEAD_PREFIX, HELD, MANIFEST, TMP_SUFFIX, parse_attempt_name
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,10 @@ def reap_abandoned(storage: Storage, *, lease: Lease, current: Collection[str] =
     abandoned = []
     for name, files in storage.list_tree().items():
         dead = name.startswith(DEAD_PREFIX)
-        if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is None or MANIFEST in files:
+        if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is None:
+            continue
+        if MANIFEST in files:
+            _remove_temporaries(storage, name, files)
             continue
         if dead or (name not in current and settled):
             abandoned.append(name)
@@ -63,6 +66,16 @@ def _retire(storage: Storage, name: str) -> bool:
     storage.sync_dir(name)
     storage.delete_tree(name)
     return True
+
+
+def _remove_temporaries(storage: Storage, name: str, files: Iterable[str]) -> None:
+    """Remove what publishing left beside the manifest: it has two names until the temporary one is gone."""
+    for file in files:
+        if file.startswith(MANIFEST) and file.endswith(TMP_SUFFIX):
+            try:
+                storage.delete_file(f"{name}/{file}")
+            except StorageError as error:
+                log.warning("could not remove %s/%s/%s: %s", storage.uri, name, file, error)
 
 
 def _clear(storage: Storage, name: str) -> bool:

@@ -21,6 +21,9 @@ DEAD_PREFIX = "dead-"
 TMP_SUFFIX = ".tmp"
 """End of a file's name while it is not whole yet; one that a crash left behind may be removed."""
 
+PROBE_PREFIX = "probe-"
+"""Begins the name of the file by which ranks see that they share a directory."""
+
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4096
 

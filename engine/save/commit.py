@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -10,11 +11,20 @@ from typing import Any
 
 from engine.catalog.lease import Lease
 from engine.catalog.record import CheckpointRecord, from_manifest
-from engine.errors import NotFoundError, PeerFailedError, ReplicaMismatchError, SaveFailedError
+from engine.errors import (
+    DamagedError,
+    NotFoundError,
+    PeerFailedError,
+    ReplicaMismatchError,
+    SaveFailedError,
+    StorageError,
+)
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
 from engine.save.receipt import Receipt, disagreements, failures
 from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +130,8 @@ def commit(
 ) -> CheckpointRecord:
     """Publish the manifest. From here on the checkpoint is listed.
 
-    Raises: LeaseLostError when another run has taken the directory over; StorageError.
+    Raises: LeaseLostError when another run has taken the directory over; StorageError; SaveFailedError when
+        the storage lost the manifest.
     """
     manifest = Manifest(
         id=info.attempt,
@@ -146,7 +157,28 @@ def commit(
     if lease is not None:
         lease.check()
     storage.publish(f"{info.attempt}/{MANIFEST}", raw, exclusive=True)
+    _see_manifest(storage, f"{info.attempt}/{MANIFEST}", raw)
     return from_manifest(manifest, storage.uri, raw=raw)
+
+
+def _see_manifest(storage: Storage, path: str, raw: bytes) -> None:
+    """Read the manifest back: a storage that reports success and loses it must not count as committed.
+
+    Raises: SaveFailedError when it is definitely not there as written. An outage proves nothing: the
+    storage has confirmed the manifest before.
+    """
+    try:
+        found = storage.read_bytes(path, max_bytes=len(raw))
+    except (NotFoundError, DamagedError):
+        found = b""
+    except StorageError as error:
+        log.warning("%s could not be read back, but was reported written: %s", storage.describe(path), error)
+        return
+    if found != raw:
+        raise SaveFailedError(
+            f"{storage.describe(path)} was reported written, but is not there as written: this storage "
+            "loses data. Test it with `python -m engine.checkpoints selftest`, or use another one"
+        )
 
 
 def software_versions(**more: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from engine.errors import NotFoundError, StorageError
+from engine.format.names import PROBE_PREFIX
 from engine.parallel.agreement import rank0_decides
 from engine.parallel.coordination import Channel
 from engine.storage.base import Storage
@@ -26,7 +27,7 @@ def probe_shared(
     """
     if channel.world_size == 1:
         return
-    path = f"probe-{nonce}"
+    path = f"{PROBE_PREFIX}{nonce}"
 
     def write() -> bool:
         storage.publish(path, nonce.encode(), exclusive=False)
