@@ -47,17 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROGRAM, description="Look after a directory of checkpoints.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, target: str, help: str, *more: _Parser) -> _Parser:
+    def command(name: str, target: str, help: str, *more: _Parser, nargs: int | str | None = None) -> _Parser:
         parents = [common, *more]
         added = commands.add_parser(name, help=help, description=help, parents=parents, allow_abbrev=False)
-        added.add_argument("target", metavar=target, help=_TARGETS[target])
+        added.add_argument("target", metavar=target, nargs=nargs, help=_TARGETS[target])
         return added
 
     command("list", "DIR", "what a directory holds, and what each checkpoint serves as", json)
     show = command("show", "DIR_OR_CKPT", "one checkpoint's manifest", json)
-    show.add_argument(
-        "--select", default="latest", help="latest, backup, best, epoch:N, step:N or an id (default: latest)"
-    )
+    show.add_argument("--select", default="latest", help=_SELECT)
     verify = command(
         "verify", "DIR_OR_CKPT", "check every block against its digest; exit code 1 on damage", json
     )
@@ -71,13 +69,43 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--best", type=_count, metavar="N", default=1, help="keep the N best (default: 1)")
     prune.add_argument("--no_epochs", action="store_true", help="do not keep those that closed an epoch")
     prune.add_argument("--dry_run", action="store_true", help="only say what would happen")
+    export = command("export", "DIR_OR_CKPT", "write a checkpoint for another tool")
+    export.add_argument("--to", required=True, metavar="TARGET", help=_NEW)
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("hf", "torch", "dcp"),
+        help="hf: what transformers loads; torch: one .pt; dcp: a stock DCP directory",
+    )
+    export.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="convert the model's weights (default: as they are)"
+    )
+    export.add_argument("--model_only", action="store_true", help="leave the optimizer and the rest out")
+    export.add_argument("--select", default="latest", help=_SELECT)
+    imported = command("import", "SRC", "commit another tool's checkpoint as one of ours")
+    imported.add_argument("--to", required=True, metavar="DIR", help=_TARGETS["DIR"])
+    imported.add_argument(
+        "--trust_pickle", action="store_true", help="load objects even if that runs code of their author's"
+    )
+    merge = command("merge", "CKPT", "average the weights of checkpoints into a new one", nargs="+")
+    merge.add_argument("--to", required=True, metavar="DIR", help=_TARGETS["DIR"])
+    merge.add_argument(
+        "--weights",
+        type=_numbers,
+        metavar="W,W,...",
+        help="one for each; their ratios matter (default: equal)",
+    )
+    command("diff", "CKPT", "compare two checkpoints' tensors; exit code 1 if they differ", json, nargs=2)
     return parser
 
 
+_SELECT = "latest, backup, best, epoch:N, step:N or an id (default: latest)"
+_NEW = "what to write: a path or URI that does not exist yet"
 _TARGETS = {
     "DIR": "checkpoint directory: a path or an fsspec URI",
     "CKPT": "one checkpoint in its directory: a path or URI",
     "DIR_OR_CKPT": "checkpoint directory, or one checkpoint in it: a path or URI",
+    "SRC": "a safetensors file or directory, a stock DCP directory, or a .pt file: a path or URI",
 }
 
 
@@ -87,6 +115,13 @@ def _option(text: str) -> tuple[str, str]:
         # Without the text itself: it may well be a secret.
         raise argparse.ArgumentTypeError("give each option as KEY=VALUE")
     return key, value
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,1,2") from None
 
 
 def _count(text: str) -> int:

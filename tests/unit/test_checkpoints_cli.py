@@ -449,6 +449,10 @@ def test_the_command_line_does_not_grow_by_accident() -> None:
         "hold": {"--storage_options"},
         "release": {"--storage_options"},
         "prune": {"--storage_options", "--rolling", "--best", "--no_epochs", "--dry_run"},
+        "export": {"--storage_options", "--to", "--format", "--dtype", "--model_only", "--select"},
+        "import": {"--storage_options", "--to", "--trust_pickle"},
+        "merge": {"--storage_options", "--to", "--weights"},
+        "diff": {"--storage_options", "--json"},
     }
 
 

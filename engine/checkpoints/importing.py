@@ -1,0 +1,26 @@
+"""`import`: another tool's checkpoint as a committed one of ours."""
+
+from __future__ import annotations
+
+import argparse
+
+from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Commit it, print where, and what its user should know about it."""
+    from engine.convert.importing import import_checkpoint
+
+    with cleaning_up_on_sigterm(), meter("import") as bar:
+        record, notes = import_checkpoint(
+            arguments.target,
+            arguments.to,
+            storage_options=dict(arguments.storage_options),
+            trust_pickle=arguments.trust_pickle,
+            on_total=bar.on_total,
+            progress=bar.progress,
+        )
+    print(f"{arguments.target} is imported as {record.path}")
+    for note in notes:
+        print(f"  note: {note}")
+    return 0

@@ -1,0 +1,12 @@
+"""Checkpoints from and to other tools: export, import, merge, compare. Off the training path.
+
+    checkpoint   a committed checkpoint, opened for a long read          (tensors, contents)
+    staging      a target that appears whole, or not at all
+    hf, torch_file, dcp_directory                                        what export writes
+    incoming     a foreign checkpoint as a tree of tensors and values    (pt_in, dcp_in, safetensors_in)
+    recognise    which part of that tree is model, optimizer, progress
+    publish      a new committed checkpoint from a draft                 (adopt, merge)
+
+Everything streams: a few tens of MB of tensors are in memory at a time, or one tensor where it has to be
+transposed or pickled whole.
+"""

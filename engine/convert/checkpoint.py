@@ -1,0 +1,173 @@
+"""A committed checkpoint, opened for a long read: every block is verified, retention cannot pull it away."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+
+from engine.catalog.listing import read_index, read_manifest
+from engine.convert.tensors import row_spans
+from engine.dcp.dtypes import to_torch
+from engine.dcp.load import Slice
+from engine.errors import NotFoundError
+from engine.format.index import ShardIndex
+from engine.format.layout import Chunk
+from engine.format.manifest import Manifest, TensorInfo
+from engine.restore.read import read_slices
+from engine.restore.restorer import Places, chunk_places
+from engine.storage.base import Reader, Storage
+
+_INDEX_THREADS = 8
+_SPARE_FILES = 64
+
+
+class CheckpointTensors:
+    """The tensors of one checkpoint, by their names in its manifest. A context manager.
+
+    On a local directory every shard is opened at once: a file that is open can be read to its end, even if
+    retention removes the checkpoint meanwhile. A store cannot promise that: there the read ends with one
+    error that says so.
+
+    Raises: NotFoundError when it is gone; DamagedError, from here or from `windows`; StorageError.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self._name = name
+        self._readers = _HeldReaders(storage)
+        try:
+            with self._explained():
+                self.manifest = read_manifest(storage, name)
+                self.indexes = _read_indexes(storage, self.manifest, name)
+                self.places: Places = chunk_places(self.manifest, self.indexes)
+                if storage.is_local:
+                    files = [file.file for index in self.indexes for file in index.files]
+                    self._readers.hold([f"{name}/{file}" for file in files])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def uri(self) -> str:
+        """Printable address of the checkpoint."""
+        return self._storage.describe(self._name)
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's directory."""
+        return self._name
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Every stored tensor; aliases are not among them."""
+        return self.manifest.tensors
+
+    def windows(self, name: str) -> Iterator[torch.Tensor]:
+        """Consecutive rows of a tensor; see `TensorSource`. `name` may be an alias."""
+        name = self.manifest.aliases.get(name, name)
+        info = self.infos[name]
+        dtype = to_torch(info.dtype)
+        for begin, end in row_spans(info.shape, dtype.itemsize):
+            yield self._read(name, info.shape, dtype, begin, end)
+
+    def close(self) -> None:
+        """Let go of the files. May be called twice."""
+        self._readers.close()
+
+    def __enter__(self) -> CheckpointTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, begin: int, end: int
+    ) -> torch.Tensor:
+        sizes = (end - begin, *shape[1:]) if shape else ()
+        offsets = (begin, *(0 for _ in shape[1:])) if shape else ()
+        out = torch.empty(sizes, dtype=dtype)
+        if not out.numel():
+            return out
+        slices = []
+        for number, (_, placed) in enumerate(self.places[name]):
+            piece = _slice(number, placed.chunk, offsets, sizes, out)
+            if piece is not None:
+                slices.append(piece)
+        with self._explained():
+            # The reading room needs nothing of a storage but its open files and their names.
+            read_slices(cast(Storage, self._readers), self._name, slices, self.places)
+        return out
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{self.uri} is not there, or was removed while it was read ({error}): put a checkpoint on "
+                "hold before a long read (`python -m engine.checkpoints hold`), then start again"
+            ) from error
+
+
+class _HeldReaders:
+    """A storage's readers, each opened once and kept."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._held: dict[str, Reader] = {}
+
+    def hold(self, paths: list[str]) -> None:
+        """Open these files now."""
+        _allow_open_files(len(paths) + _SPARE_FILES)
+        for path in paths:
+            self._held[path] = self._storage.open_reader(path)
+
+    @contextlib.contextmanager
+    def open_reader(self, path: str) -> Iterator[Reader]:
+        """The reader of a file; it stays open when the context ends."""
+        if path not in self._held:
+            self._held[path] = self._storage.open_reader(path)
+        yield self._held[path]
+
+    def describe(self, path: str) -> str:
+        return self._storage.describe(path)
+
+    def close(self) -> None:
+        for reader in self._held.values():
+            reader.close()
+        self._held.clear()
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's own limit, as far as it may; where it may not, opening says so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _read_indexes(storage: Storage, manifest: Manifest, name: str) -> list[ShardIndex]:
+    with ThreadPoolExecutor(min(_INDEX_THREADS, manifest.world_size)) as pool:
+        ranks = range(manifest.world_size)
+        return list(pool.map(lambda rank: read_index(storage, manifest, rank, name=name), ranks))
+
+
+def _slice(
+    number: int, chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...], out: torch.Tensor
+) -> Slice | None:
+    """What of the box at `offsets` lies in the chunk, and where in `out`, which is that box; or None."""
+    begins = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
+    ends = [min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+    lengths = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    if any(length <= 0 for length in lengths) or not math.prod(chunk.sizes):
+        return None
+    within = tuple(begin - origin for begin, origin in zip(begins, chunk.offsets, strict=True))
+    box: Any = tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, offsets, strict=True))
+    return Slice(chunk.name, number, within, lengths, out[box] if box else out)

@@ -1,0 +1,68 @@
+"""What of a checkpoint belongs to its modules, what to its optimizers, what to neither. Pure.
+
+The manifest does not say it in so many words: names begin with their state key, an optimizer's JSON has
+groups of parameters, and a value's tensors are referred to from its JSON. What is left are modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import StateError
+from engine.format.manifest import Manifest
+from engine.snapshot.capture import PER_RANK_PREFIX
+from engine.snapshot.values import tensor_names
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """State keys by kind.
+
+    modules: key -> {name in the module: name in the checkpoint}, tied weights under all of their names.
+    optimizers: key -> parameter name -> field ("exp_avg") -> name in the checkpoint.
+    """
+
+    modules: Mapping[str, Mapping[str, str]]
+    optimizers: Mapping[str, Mapping[str, Mapping[str, str]]]
+
+
+def contents_of(manifest: Manifest) -> Contents:
+    """Sort the tensors of a checkpoint by what they belong to."""
+    optimizers: dict[str, dict[str, dict[str, str]]] = {
+        key: {} for key, value in manifest.objects.items() if is_optimizer(value)
+    }
+    modules: dict[str, dict[str, str]] = {}
+    values = {name for value in manifest.objects.values() for name in tensor_names(value)}
+    for name in (*manifest.tensors, *manifest.aliases):
+        key, _, rest = name.partition(".")
+        if key == PER_RANK_PREFIX or not rest or name in values:
+            continue
+        if key not in optimizers:
+            modules.setdefault(key, {})[rest] = manifest.aliases.get(name, name)
+        elif rest.startswith("state."):
+            parameter, _, field = rest.removeprefix("state.").rpartition(".")
+            optimizers[key].setdefault(parameter, {})[field] = manifest.aliases.get(name, name)
+    return Contents(modules, optimizers)
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a shared value is what capturing an optimizer leaves: groups, counters, and nothing else."""
+    return (
+        isinstance(value, dict)
+        and value.keys() <= {"param_groups", "counters"}
+        and isinstance(value.get("param_groups"), list)
+    )
+
+
+def main_module(contents: Contents, what: str) -> str:
+    """The key of the one model: "model", or the only one there is. StateError otherwise."""
+    if "model" in contents.modules:
+        return "model"
+    if len(contents.modules) == 1:
+        return next(iter(contents.modules))
+    there = ", ".join(sorted(contents.modules)) or "none at all"
+    raise StateError(
+        f"{what} has no state key 'model', and not exactly one module ({there}): save the model as 'model'"
+    )

@@ -1,0 +1,107 @@
+"""Stock DCP directories as a tree."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.convert.pt_in import refused
+from engine.convert.state_tree import TensorRef
+from engine.convert.tensors import windows_of
+from engine.dcp.dtypes import from_torch
+from engine.dcp.stock_read import StockDirectory
+from engine.errors import UnsavableValueError
+from engine.format.manifest import TensorInfo
+
+_MODEL = "model."
+
+
+class DcpTensors:
+    """The tensors of a directory, by flattened name."""
+
+    def __init__(self, directory: StockDirectory) -> None:
+        self._directory = directory
+        self._infos: dict[str, TensorInfo] = {}
+        for name, tensor in directory.tensors.items():
+            try:
+                self._infos[name] = TensorInfo(from_torch(tensor.dtype, name), tensor.shape)
+            except UnsavableValueError:
+                continue  # complex numbers: no model of ours has them
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def windows(self, name: str) -> Iterator[torch.Tensor]:
+        """See `TensorSource`. Boxes that are whole rows, in order, stream; others are put together first."""
+        tensor = self._directory.tensors[name]
+        rows = tensor.shape[1:]
+        ordered = [offsets for offsets, _ in tensor.chunks] == sorted(offsets for offsets, _ in tensor.chunks)
+        if tensor.shape and ordered and all(sizes[1:] == rows for _, sizes in tensor.chunks):
+            for _, chunk in self._directory.chunks(name):
+                if chunk.numel() or not math.prod(tensor.shape):
+                    yield from windows_of(chunk)
+            return
+        out = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for offsets, chunk in self._directory.chunks(name):
+            box: Any = tuple(slice(b, b + size) for b, size in zip(offsets, chunk.shape, strict=True))
+            out[box].copy_(chunk)
+        yield from windows_of(out)
+
+
+def open_dcp(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], DcpTensors]:
+    """(tree, tensors) of a directory.
+
+    Raises: StateError when one of its values cannot be loaded without running code and `trust_pickle` is not
+        given; DamagedError; OSError.
+    """
+    directory = StockDirectory.open(path)
+    tensors = DcpTensors(directory)
+    tree: dict[str, Any] = {}
+    for name, info in tensors.infos.items():
+        _put(tree, _path(directory, name), TensorRef(name, info))
+    for name in directory.values:
+        _put(tree, _path(directory, name), _value(directory, name, trust_pickle))
+    return _lists(tree), tensors
+
+
+def _value(directory: StockDirectory, name: str, trust_pickle: bool) -> Any:
+    def load(raw: io.BytesIO) -> Any:
+        return torch.load(raw, map_location="cpu", weights_only=False)
+
+    try:
+        return directory.value(name, load if trust_pickle else None)
+    except pickle.UnpicklingError as error:
+        raise refused(directory.folder / name, error) from error
+
+
+def _path(directory: StockDirectory, name: str) -> tuple[str | int, ...]:
+    """Where an item stood in the nested state. Without a record of that, names are a model's."""
+    recorded = directory.paths.get(name)
+    if recorded is not None and len(recorded) > 1:
+        return recorded
+    return ("model", name.removeprefix(_MODEL)) if name.startswith(_MODEL) else (name,)
+
+
+def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
+    for step in path[:-1]:
+        inner = tree.setdefault(step, {})
+        if not isinstance(inner, dict):
+            return
+        tree = inner
+    tree[path[-1]] = value
+
+
+def _lists(value: Any) -> Any:
+    """Dicts whose keys are 0, 1, 2, ... as numbers were lists."""
+    if not isinstance(value, dict):
+        return value
+    if value and all(type(key) is int for key in value):
+        return [_lists(value[key]) for key in sorted(value)]
+    return {key: _lists(item) for key, item in value.items()}

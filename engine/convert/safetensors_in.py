@@ -1,0 +1,95 @@
+"""Safetensors files of other tools: a single file, or a directory with one or with several and an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.convert.safetensors_out import INDEX, SINGLE
+from engine.convert.state_tree import TensorRef
+from engine.convert.tensors import row_spans
+from engine.dcp.dtypes import to_torch
+from engine.errors import DamagedError
+from engine.format.json import parse_bounded
+from engine.format.layout import HeaderEntry, header_bytes, parse_header
+from engine.format.manifest import TensorInfo
+from engine.format.names import safe_name
+
+_FIRST_BYTES = 8
+_MAX_JSON_BYTES = 64 << 20
+
+
+class SafetensorsFiles:
+    """The tensors of some files, by name."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._entries: dict[str, tuple[Path, HeaderEntry]] = {}
+        for file in files:
+            for name, entry in _read_header(file).items():
+                if name in self._entries:
+                    raise DamagedError(f"{file} and {self._entries[name][0]} both hold a tensor {name!r}")
+                self._entries[name] = file, entry
+        self._infos = {name: TensorInfo(e.dtype, e.sizes) for name, (_, e) in self._entries.items()}
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def windows(self, name: str) -> Iterator[torch.Tensor]:
+        """See `TensorSource`."""
+        file, entry = self._entries[name]
+        dtype = to_torch(entry.dtype)
+        with open(file, "rb") as opened:
+            opened.seek(entry.begin)
+            for begin, end in row_spans(entry.sizes, dtype.itemsize):
+                sizes = (end - begin, *entry.sizes[1:]) if entry.sizes else ()
+                out = torch.empty(sizes, dtype=dtype)
+                raw = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+                if opened.readinto(raw) != len(raw):
+                    raise DamagedError(f"{file} is truncated: it ends inside {name}")
+                yield out
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, Any], SafetensorsFiles]:
+    """(tree, tensors) of a file or directory; `config` is what `config.json` beside it says.
+
+    Raises: DamagedError; OSError.
+    """
+    folder = path if path.is_dir() else path.parent
+    tensors = SafetensorsFiles(_files(path))
+    config = folder / "config.json"
+    refs = {name: TensorRef(name, info) for name, info in tensors.infos.items()}
+    return {"model": refs, "config": _read_json(config) if config.exists() else {}}, tensors
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if (path / SINGLE).exists():
+        return [path / SINGLE]
+    weight_map = _read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise DamagedError(f"{path / INDEX} does not say which tensor lies in which file")
+    return [path / safe_name(file) for file in sorted(set(weight_map.values()))]
+
+
+def _read_header(file: Path) -> dict[str, HeaderEntry]:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        first = opened.read(_FIRST_BYTES)
+        raw = first + opened.read(header_bytes(first, size, what=str(file)) - _FIRST_BYTES)
+    return parse_header(raw, size, what=str(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES)
+    except json.JSONDecodeError as error:
+        raise DamagedError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{file} is not a JSON object")
+    return found
