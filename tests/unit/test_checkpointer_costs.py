@@ -1,0 +1,187 @@
+"""What one save costs, counted instead of timed: bytes, allocations, copies, walks, collectives."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engine import Checkpointer
+from engine.dcp import held as held_module
+from engine.snapshot import capture as capture_module
+from engine.snapshot.arena import Arena
+from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
+from tests.support.training import model, train
+
+State = dict[str, Any]
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ControlledStorage:
+    made = ControlledStorage(tmp_path / "run")
+    use(monkeypatch, made)
+    return made
+
+
+def training_state(width: int = 400) -> State:
+    network = model(width=width)
+    state = {"model": network, "optimizer": torch.optim.AdamW(network.parameters())}
+    train(network, state["optimizer"])
+    return state
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[int]:
+    """Append to the list with each call of `where.name`."""
+    calls: list[int] = []
+    real: Callable[..., Any] = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+def header_size(shard: Path) -> int:
+    """The safetensors header with its length bytes, as the file itself says."""
+    with open(shard, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_a_save_writes_the_shard_the_index_and_the_manifest_and_nothing_else(
+    storage: ControlledStorage,
+) -> None:
+    state = training_state()
+    with Checkpointer("ignored", state) as checkpointer:
+        before = storage.written.copy()
+        record = checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        written = storage.written - before
+    assert record is not None
+    folder = Path(storage.root) / record.id
+    assert dict(written) == {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert set(written) == {"shard-00000.safetensors", "shard-00000.json", "manifest.json"}
+    tensors = [t for entry in state["optimizer"].state.values() for t in entry.values()]
+    tensors += [*state["model"].state_dict().values()]
+    data = sum(t.numel() * t.element_size() for t in tensors)
+    generators = 5056 + 8 * (625 + 624)
+    header = header_size(folder / "shard-00000.safetensors")
+    assert written["shard-00000.safetensors"] == header + data + generators
+
+
+def test_a_save_is_one_write_of_each_file(storage: ControlledStorage) -> None:
+    with Checkpointer("ignored", training_state()) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        before = storage.calls.copy()
+        checkpointer.save(2).result(DEADLINE_SECS)
+        checkpointer.wait()
+        assert dict(storage.calls - before) == {"write_shard": 1, "write_file": 1, "publish": 1}
+
+
+def test_the_arena_is_taken_once(storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = counted(monkeypatch, Arena, "__init__")
+    state = training_state()
+    with Checkpointer("ignored", state) as checkpointer:
+        addresses = set()
+        for step in range(1, 4):
+            checkpointer.save(step).result(DEADLINE_SECS)
+            assert checkpointer._saver is not None
+            arena = checkpointer._saver.snapshot.arena
+            assert arena is not None
+            addresses.add(arena.buffer.data_ptr())
+            train(*state.values())
+    assert len(addresses) == len(taken) == 1
+
+
+def test_nothing_is_walked_or_planned_when_nothing_changed(
+    storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = counted(monkeypatch, capture_module, "get_model_state_dict")
+    plans = counted(monkeypatch, held_module.DefaultSavePlanner, "create_local_plan")
+    state = training_state()
+    with Checkpointer("ignored", state) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        assert walks
+        assert plans
+        walks.clear()
+        plans.clear()
+        for step in (2, 3):
+            train(*state.values())
+            checkpointer.save(step).result(DEADLINE_SECS)
+        assert not walks
+        assert not plans
+
+
+def test_the_data_is_copied_once_into_memory_that_is_there(storage: ControlledStorage) -> None:
+    """Between `save` and the commit neither Python nor torch allocates anything of the data's size."""
+    state = training_state(width=20_000)  # 1.6 MB of parameters and moments
+    with Checkpointer("ignored", state) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        data = sum(path.stat().st_size for path in Path(storage.root).glob("*/shard-00000.safetensors"))
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            tracemalloc.start()
+            checkpointer.save(2).result(DEADLINE_SECS)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        by_torch = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events() or [])
+    assert data > 3_000_000
+    assert peak < data / 10
+    assert by_torch < data / 10
+
+
+def test_each_tensor_is_copied_once(storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    real = torch._foreach_copy_
+
+    def noting(to: list[torch.Tensor], source: list[torch.Tensor], **more: Any) -> None:
+        copied.extend(t.nbytes for t in to)
+        real(to, source, **more)
+
+    state = training_state()
+    with Checkpointer("ignored", state) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        monkeypatch.setattr(torch, "_foreach_copy_", noting)
+        record = checkpointer.save(2).result(DEADLINE_SECS)
+    assert record is not None
+    shard = Path(storage.root) / record.id / "shard-00000.safetensors"
+    assert sum(copied) == shard.stat().st_size - header_size(shard), "every byte of the file but its header"
+
+
+@pytest.mark.parametrize(
+    "operation", ["broadcast_object_list", "all_reduce", "all_gather_object", "barrier", "gather_object"]
+)
+def test_no_collective_on_one_process(
+    operation: str, storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, operation, lambda *args, **kwargs: pytest.fail(f"{operation} was called"))
+    state = training_state()
+    with Checkpointer("ignored", state) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.restore("latest")
+
+
+def test_the_time_to_check_ten_thousand_tensors_is_a_few_calls_each(storage: ControlledStorage) -> None:
+    """Counted in Python calls, which is what it costs: the identity check is one flat pass."""
+    network = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(2_000)])
+    with Checkpointer("ignored", {"model": network}) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        assert checkpointer._saver is not None
+        capture = checkpointer._saver.capture
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(count)
+        try:
+            unchanged = all(module.unchanged() for module in capture.modules.values())
+        finally:
+            sys.setprofile(None)
+    assert unchanged
+    assert calls <= 2 * 2_000 + 50
