@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -111,19 +113,37 @@ def test_an_outage_is_never_an_empty_listing() -> None:
             assert len(pauses) == 2
 
 
+@contextmanager
+def counted_requests(storage: Storage) -> Iterator[list[str]]:
+    """The names of the requests that the block sends."""
+    assert isinstance(storage, FsspecStorage)
+    storage.exists("x")  # connects
+    sent: list[str] = []
+    events = storage._fs.s3.meta.events
+    events.register("before-call.s3", lambda model, **_: sent.append(model.name), unique_id="counted")
+    try:
+        yield sent
+    finally:
+        events.unregister("before-call.s3", unique_id="counted")
+
+
 def test_one_listing_request_for_a_tree(s3_server: S3Server, storage: Storage) -> None:
     for step in range(5):
         for name in ("manifest.json", "shard-00000.json"):
             storage.write_file(f"step-{step}/{name}", b"{}")
-    calls: list[str] = []
-    assert isinstance(storage, FsspecStorage)
-    events = storage._fs.s3.meta.events
-    events.register("before-call.s3", lambda model, **_: calls.append(model.name), unique_id="counting")
-    try:
+    with counted_requests(storage) as requests:
         assert len(storage.list_tree()) == 6
-        assert calls == ["ListObjectsV2"]
-        calls.clear()
+    assert requests == ["ListObjectsV2"]
+    with counted_requests(storage) as requests:
         storage.read_bytes("step-0/manifest.json", max_bytes=100)
-        assert calls == ["GetObject"]
-    finally:
-        events.unregister("before-call.s3", unique_id="counting")
+    assert requests == ["GetObject"]
+
+
+def test_upload_is_completed_once(storage: Storage) -> None:
+    with counted_requests(storage) as requests:
+        storage.write_shard("shard", padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS)
+    upload = [name for name in requests if name not in ("HeadObject", "ListObjectsV2")]
+    assert upload == ["CreateMultipartUpload", *["UploadPart"] * 3, "CompleteMultipartUpload"]
+    with counted_requests(storage) as requests:
+        storage.write_shard("small", padded(b"x"), 1)
+    assert [name for name in requests if name not in ("HeadObject", "ListObjectsV2")] == ["PutObject"]

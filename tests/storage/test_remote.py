@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,50 @@ def test_probe_runs_once(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch
     assert storage.supports_exclusive_create
     assert storage.supports_exclusive_create
     assert len(calls) == 2
+
+
+def test_client_that_remembers_listings(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems keep a cache of their own, whatever they are told."""
+    remembered: dict[tuple[str, str], Any] = {}
+
+    def caching(name: str) -> Callable[..., Any]:
+        real = getattr(storage._fs, name)
+
+        def cached(path: str, **options: Any) -> Any:
+            if (name, path) not in remembered:
+                remembered[name, path] = real(path, **options)
+            return remembered[name, path]
+
+        return cached
+
+    for name in ("ls", "find", "info"):
+        monkeypatch.setattr(storage._fs, name, caching(name))
+    monkeypatch.setattr(storage._fs, "invalidate_cache", lambda *_: remembered.clear())
+    for size in (1, 2):
+        storage.write_file("a", b"x" * size)
+        assert storage.list_dir()[0].bytes == size
+        assert storage.list_tree() == {"": {"a": size}}
+        assert storage.size("a") == size
+    storage.delete_file("a")
+    assert not storage.exists("a")
+
+
+def test_memory_creation_is_one_step(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's memory:// looks whether the name is free, and then takes it: nobody may come in between."""
+    assert storage.supports_exclusive_create
+    real = storage._fs.pipe_file
+    met = threading.Barrier(2)
+
+    def pipe_file(*args: Any, **options: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(0.2)
+            pytest.fail("two callers create at the same time")
+        real(*args, **options)
+
+    monkeypatch.setattr(storage._fs, "pipe_file", pipe_file)
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(storage.publish, name, b"1", exclusive=True) for name in "ab"]:
+            done.result()
 
 
 def test_too_large_to_appear_at_once(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
