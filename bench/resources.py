@@ -1,0 +1,181 @@
+"""CPU time, memory and written bytes of this process, its threads and its children, from /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SAMPLE_SECS = 0.01
+
+
+def thread_ids() -> frozenset[int]:
+    """The threads of this process."""
+    return frozenset(int(name) for name in os.listdir("/proc/self/task"))
+
+
+def descendants(pid: int | None = None) -> list[int]:
+    """Process ids of the children of a process (this one), and theirs."""
+    found = []
+    for child in _children(os.getpid() if pid is None else pid):
+        found += [child, *descendants(child)]
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    children = []
+    with contextlib.suppress(OSError):  # a process or thread that has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", encoding="ascii") as file:
+                children += [int(child) for child in file.read().split()]
+    return children
+
+
+@dataclass(frozen=True, slots=True)
+class CpuReading:
+    """CPU seconds so far: of the whole process, of its training threads, of its children."""
+
+    process: float
+    training: float
+    children: float
+
+
+class CpuMeter:
+    """Tells the CPU time of saves from that of training.
+
+    Training runs on the threads that existed before any mode was opened (main, OpenMP, autograd, gloo).
+    Whatever else uses CPU works for the save: threads that came later, also those that have ended, and
+    child processes. Within the call of `save` the training threads work for it, too.
+
+    Kernel threads that write back dirty pages belong to no process: buffered writers look cheaper than they
+    are.
+    """
+
+    def __init__(self, training: Iterable[int]) -> None:
+        self._training = sorted(training)
+
+    def read(self) -> CpuReading:
+        """Now. Differences of two readings are what counts."""
+        return CpuReading(
+            process=time.process_time(),
+            training=sum(_thread_secs(thread) for thread in self._training),
+            children=_children_secs(),
+        )
+
+
+def saving_secs(begin: CpuReading, returned: CpuReading, end: CpuReading) -> float:
+    """CPU seconds of a save: everything until its call returned, then all but the training threads. Pure."""
+    call = returned.process - begin.process
+    after = (end.process - returned.process) - (end.training - returned.training)
+    return max(0.0, call + after + end.children - begin.children)
+
+
+def total_secs(begin: CpuReading, end: CpuReading) -> float:
+    """CPU seconds of everything between two readings. Pure."""
+    return end.process - begin.process + end.children - begin.children
+
+
+def _thread_secs(thread: int) -> float:
+    """CPU seconds of a thread of this process; 0 when it has ended."""
+    try:
+        with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[0]) / 1e9
+    except (OSError, IndexError, ValueError):
+        # Coarser, but known to every kernel.
+        return sum(_ticks(f"/proc/self/task/{thread}/stat")[:2]) / os.sysconf("SC_CLK_TCK")
+
+
+def _children_secs() -> float:
+    """CPU seconds of all children, those that have ended included."""
+    ended = os.times()
+    ticks = sum(sum(_ticks(f"/proc/{child}/stat")) for child in descendants())
+    return ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _ticks(path: str) -> list[int]:
+    """User and system time, and the same of children that have ended, in clock ticks; see proc(5)."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return [int(field) for field in file.read().rpartition(")")[2].split()[11:15]]
+    except OSError:
+        return [0, 0, 0, 0]
+
+
+def written_bytes() -> int:
+    """Bytes that this process and its living children have caused to be written to storage."""
+    total = 0
+    for pid in (os.getpid(), *descendants()):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/io", encoding="ascii") as file:
+            fields = dict(line.split(": ") for line in file.read().splitlines())
+            total += int(fields["write_bytes"])
+    return total
+
+
+def memory_bytes() -> int:
+    """Anonymous and shared memory of this process and its children; shared pages count once.
+
+    Pages of files, which the kernel can drop at any time, do not count.
+    """
+    return sum(_process_bytes(pid) for pid in (os.getpid(), *descendants()))
+
+
+def _process_bytes(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file.read().splitlines()[1:])
+    except OSError:  # it has just ended
+        return 0
+    if "Pss_Anon" in fields:
+        return _kilobytes(fields["Pss_Anon"]) + _kilobytes(fields["Pss_Shmem"])
+    return _kilobytes(fields["Pss"])
+
+
+def _kilobytes(text: str) -> int:
+    return int(text.split()[0]) * 1024
+
+
+def settle_memory() -> None:
+    """Free what can be freed, so that the next reading shows what is really held."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """The highest `memory_bytes` within a `with` block, sampled on a thread.
+
+    Reading it walks page tables, which disturbs what runs: never used in a window that is timed.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="bench-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak_bytes = max(self.peak_bytes, memory_bytes())
+
+    def _sample(self) -> None:
+        while not self._stop.wait(SAMPLE_SECS):
+            self.peak_bytes = max(self.peak_bytes, memory_bytes())
+
+
+def sync_file_system(directory: str | os.PathLike[str]) -> None:
+    """Wait until the file system of `directory` has written everything, deletions included."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+            raise OSError(ctypes.get_errno(), "syncfs failed", os.fspath(directory))
+    finally:
+        os.close(fd)
