@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine import errors
-from engine.errors import HoldfastError, PeerFailedError
+from engine.errors import HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
 
@@ -30,23 +30,29 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
 def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_secs: float) -> None:
     """Return when no rank has a problem; otherwise raise on every rank.
 
-    A rank with a problem raises its own; the others raise that of the lowest rank that has one, in the same
-    class if it is Holdfast's own, else a PeerFailedError. Raises LateRanksError, too.
+    The problem of the lowest rank that has one is everybody's, in the same class if it is Holdfast's own,
+    else a PeerFailedError: ranks that raised different kinds would go different ways and wait for each
+    other. A LateRanksError reaches every rank, too.
     """
     note = canonical_bytes({"value": None, "error": problem and _describe(problem)})
-    notes = channel.gather(f"{key}/all", note, timeout_secs)
+    try:
+        notes = channel.gather(f"{key}/all", note, timeout_secs)
+    except LateRanksError as late:
+        channel.broadcast(f"{key}/verdict", canonical_bytes({"value": None, "error": _describe(late)}), 0)
+        raise
     verdict = b""
     if notes is not None:
-        documents = [(rank, parse_canonical(raw, what="a note")["error"]) for rank, raw in enumerate(notes)]
-        failed = [(rank, error) for rank, error in documents if error is not None]
-        first = (
-            failed[0][1] | {"rank": failed[0][0], "ranks": [rank for rank, _ in failed]} if failed else None
-        )
+        errors_by_rank = [parse_canonical(raw, what="a note")["error"] for raw in notes]
+        first = next((error | {"rank": rank} for rank, error in enumerate(errors_by_rank) if error), None)
         verdict = canonical_bytes({"value": None, "error": first})
     raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs)
-    if problem is not None:
-        raise problem
-    _open(raw)
+    try:
+        _open(raw)
+    except HoldfastError as common:
+        # This rank's own words, where they say the same.
+        if problem is not None and type(problem) is type(common):
+            raise problem from None
+        raise common from problem
 
 
 def _describe(error: Exception) -> dict[str, Any]:

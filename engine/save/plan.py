@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import PeerFailedError, StateError
+from engine.errors import LateRanksError, PeerFailedError, StateError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
@@ -29,7 +29,11 @@ def agree_on_plan(
         together; LateRanksError.
     """
     offer = {"error": str(problem) if problem else "", "held": [chunk_to_json(chunk) for chunk in held]}
-    offers = channel.gather(f"{key}/held", canonical_bytes(offer), timeout_secs)
+    try:
+        offers = channel.gather(f"{key}/held", canonical_bytes(offer), timeout_secs)
+    except LateRanksError as late:
+        channel.scatter(f"{key}/plan", _refusals(channel.world_size, str(late), "peer"), timeout_secs)
+        raise
     answers = None
     tensors: dict[str, TensorInfo] = {}
     if offers is not None:
@@ -56,8 +60,7 @@ def _answers(offers: list[bytes]) -> tuple[list[bytes], dict[str, TensorInfo]]:
         except StateError as error:
             errors, kind = [str(error)], "state"
     if plans is None:
-        refusal = canonical_bytes({"error": "; ".join(errors), "kind": kind, "parts": []})
-        return [refusal] * len(offers), {}
+        return _refusals(len(offers), "; ".join(errors), kind), {}
     tensors = {chunk.name: TensorInfo(chunk.dtype, chunk.shape) for held in chunks for chunk in held}
     answers = [
         {
@@ -68,6 +71,11 @@ def _answers(offers: list[bytes]) -> tuple[list[bytes], dict[str, TensorInfo]]:
         for parts in plans
     ]
     return [canonical_bytes(answer) for answer in answers], tensors
+
+
+def _refusals(world_size: int, error: str, kind: str) -> list[bytes]:
+    """The same answer to every rank: there is no plan."""
+    return [canonical_bytes({"error": error, "kind": kind, "parts": []})] * world_size
 
 
 def _chunk(value: list[Any]) -> Chunk:

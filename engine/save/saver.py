@@ -123,7 +123,11 @@ class Saver:
         moment = self._look()
         moment.planning = True
         self._plan(key, moment)
-        all_agree(self.channel, key, moment.problem, self.timeout_secs)
+        try:
+            all_agree(self.channel, key, moment.problem, self.timeout_secs)
+        except HoldfastError:
+            self.snapshot.forget_plan()  # a plan that one rank could not take is none
+            raise
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save in flight, whatever its outcome. Raises TimeoutError."""
@@ -172,7 +176,9 @@ class Saver:
             raise failure
         moment = self._look()
         # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
-        moment.planning = moment.changed or moment.problem is not None
+        # After a failed save some rank may have none: it ran out of memory, or was refused.
+        failed = self._handle is not None and self._handle.failed()
+        moment.planning = moment.changed or moment.problem is not None or failed
         self._announce(key, "go", replan=moment.planning)
         return "go", moment
 
