@@ -1,15 +1,19 @@
-"""A worker that dies and is restarted, and saves that keep failing: through the real programs."""
+"""Workers that die and are restarted, saves that keep failing, and what a resume says it will read."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from demo.job import torchrun
-from tests.e2e.harness import TINY, Run, flags
+from tests.e2e.harness import TINY, Run, flags, program
 
 
 def command(run: Run, nproc: int, *launcher: str, **given: Any) -> list[str]:
@@ -58,3 +62,15 @@ def test_zero_stops_at_the_first(new_run: Callable[[str], Run]) -> None:
     assert job.wait(90.0) == 2
     assert [event["step"] for event in run.events("save_failed")] == [1]
     assert "1 save in a row failed" in job.output()
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(1, 1), (3, 1), (2, 2)])
+def test_the_dry_run_foretells_the_bytes(
+    undisturbed_2: Run, tmp_path: Path, ranks: int, replicas: int
+) -> None:
+    run = undisturbed_2.copy_to(tmp_path / "again")
+    args = ("--from=step:3", f"--reshard={ranks}", f"--dp_replicate={replicas}")
+    shown = program("engine.resume", f"--checkpoint_dir={run.checkpoints}", "--dry_run", *args).ok().stdout
+    (foretold,) = re.findall(r"^rank 0 reads ([0-9,]+) bytes", shown, re.MULTILINE)
+    run.resume(*args, max_steps=4)
+    assert run.events("restored")[-1]["bytes"] == int(foretold.replace(",", ""))
