@@ -49,14 +49,18 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
     try:
         _open(raw)
     except HoldfastError as common:
-        # This rank's own words, where they say the same.
-        if problem is not None and type(problem) is type(common):
+        if problem is not None and (type(problem) is type(common) or _is_of(raw, channel.rank)):
             raise problem from None
         raise common from problem
 
 
 def _describe(error: Exception) -> dict[str, Any]:
     return {"kind": type(error).__name__, "message": str(error) or type(error).__name__}
+
+
+def _is_of(raw: bytes, rank: int) -> bool:
+    """Whether the verdict is this rank's own problem."""
+    return bool(parse_canonical(raw, what="an agreement")["error"].get("rank") == rank)
 
 
 def _open(raw: bytes) -> Any:

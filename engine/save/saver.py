@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.errors import SaveFailedError, StateError
+from engine.errors import HoldfastError, SaveFailedError, StateError
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo

@@ -90,9 +90,12 @@ class Snapshot:
 
         Raises: MemoryBudgetError when the arena would exceed its budget; there is no plan then.
         """
-        self.forget_plan()
-        self.layouts = plan_files(self._rank, [part.chunk for part in parts])
-        self.arena = Arena(self.layouts, pin=self._pin, budget_bytes=self._budget_bytes)
+        layouts = plan_files(self._rank, [part.chunk for part in parts])
+        if self.arena is None or layouts != self.layouts:
+            self.forget_plan()
+            self.layouts = layouts
+            self.arena = Arena(layouts, pin=self._pin, budget_bytes=self._budget_bytes)
+        self._orders = []
         by_box = {(part.chunk.name, part.chunk.offsets): part for part in parts}
         for slot in self.arena.slots:
             for placed in slot.layout.chunks:
