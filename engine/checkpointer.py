@@ -270,8 +270,8 @@ class Checkpointer:
             reap_abandoned(self._storage, lease=self._lease)
             return {}
 
-        rank0_decides(self._channel, "start/lease", take, self._timeout_secs)
         try:
+            rank0_decides(self._channel, "start/lease", take, self._timeout_secs)
             problem: Exception | None = None
             try:
                 probe_shared(self._storage, self._channel, self._ranks.run_id, self._timeout_secs)
@@ -280,7 +280,7 @@ class Checkpointer:
             all_agree(self._channel, "start/probe", problem, self._timeout_secs)
         except HoldfastError:
             if self._lease is not None:
-                self._lease.release()
+                self._lease.give_back()
             raise
 
     def _make_saver(

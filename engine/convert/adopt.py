@@ -20,7 +20,7 @@ from engine.convert.state_tree import EXTRA, TensorRef
 from engine.convert.tensors import is_float, whole, windows_of
 from engine.errors import DamagedError, StateError
 from engine.format.manifest import TensorInfo
-from engine.snapshot.capture import RNG_KEY, per_rank_name
+from engine.snapshot.captured import RNG_KEY, per_rank_name
 from engine.snapshot.values import encode, tensor_names
 from model.config import PRESETS, GPT2Config
 

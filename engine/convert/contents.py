@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.errors import StateError
 from engine.format.manifest import Manifest
-from engine.snapshot.capture import PER_RANK_PREFIX
+from engine.snapshot.captured import PER_RANK_PREFIX
 from engine.snapshot.values import tensor_names
 
 

@@ -18,7 +18,7 @@ from engine.convert.tensors import converted
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, encode_metric
 from engine.format.manifest import Manifest, TensorInfo
-from engine.snapshot.capture import RNG_KEY
+from engine.snapshot.captured import RNG_KEY
 from engine.snapshot.values import decode, tensor_names
 
 MARKER = "holdfast"

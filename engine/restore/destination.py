@@ -22,16 +22,10 @@ from engine.restore import optimizer as optimizers
 from engine.restore.fit import Fit, match, report, summary
 from engine.restore.wanted import Wanted
 from engine.snapshot import rng, values
-from engine.snapshot.capture import (
-    EXTRA_STATE,
-    PER_RANK_PREFIX,
-    RNG_KEY,
-    OptimizerCapture,
-    StateCapture,
-    canonical,
-    per_rank_name,
-    plain_value,
-)
+from engine.snapshot.capture import StateCapture, plain_value
+from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
+from engine.snapshot.modules import EXTRA_STATE, canonical
+from engine.snapshot.optimizers import OptimizerCapture
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import Optimizer
 
 from engine.errors import DamagedError
-from engine.snapshot.capture import OptimizerCapture
+from engine.snapshot.optimizers import OptimizerCapture
 
 
 def ensure_state(module: nn.Module, optimizer: Optimizer) -> bool:

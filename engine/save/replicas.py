@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from engine.format.digest import bytes_digest
 from engine.format.layout import Chunk
-from engine.snapshot.capture import PER_RANK_PREFIX, Captured
+from engine.snapshot.captured import PER_RANK_PREFIX, Captured
 
 
 def replica_digests(captured: Captured, held: Sequence[Chunk]) -> dict[str, str]:

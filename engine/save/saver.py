@@ -28,7 +28,8 @@ from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.plan import agree_on_plan
 from engine.save.replicas import replica_digests
-from engine.snapshot.capture import Captured, StateCapture
+from engine.snapshot.capture import StateCapture
+from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Copier
 from engine.snapshot.filling import Filling
 from engine.snapshot.snapshot import Snapshot

@@ -122,7 +122,6 @@ class Arena:
         # The map itself goes with its last view; closing it here would raise while one is alive.
         del self._map
 
-
     def _prefault(self, pin: bool) -> None:
         prefault(self.buffer.data_ptr(), self.size_bytes, lambda: self._stop)
         self._pinned = pin and not self._stop and _pin(self.buffer)

@@ -13,52 +13,18 @@ a save only checks that the objects behind it are still the same ones (`unchange
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from engine.errors import UnsavableValueError
 from engine.snapshot import rng, values
-
-RNG_KEY = "rng"
-PER_RANK_PREFIX = "per_rank"
-EXTRA_STATE = "_extra_state"
-"""The last part of the name of what a module's get_extra_state() returns."""
-
-
-@dataclass(slots=True)
-class Captured:
-    """One moment's state of one rank.
-
-    tensors: every tensor once, by canonical name; DTensors stay DTensors. Not copied: live memory.
-    fixed: the names that belong to modules and optimizers: the same objects as in every capture of the
-        same `generation`. The others may be new objects each time.
-    guarded: the names that only an optimizer's step changes: its parameters and its state.
-    aliases: further names of tensors in `tensors` (tied weights), alias -> name.
-    shared: JSON of the values that are the same on all ranks, by state key.
-    local: JSON of this rank's own values, by state key.
-    """
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    fixed: frozenset[str] = frozenset()
-    guarded: frozenset[str] = frozenset()
-    generation: int = 0
-    aliases: dict[str, str] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
-    local: dict[str, Any] = field(default_factory=dict)
-
-
-def per_rank_name(rank: int, key: str) -> str:
-    """The prefix of the names of one rank's own tensors: they are never merged with another rank's."""
-    return f"{PER_RANK_PREFIX}.{rank:05d}.{key}"
+from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
+from engine.snapshot.modules import ModuleCapture, take_ties_out
+from engine.snapshot.optimizers import OptimizerCapture, owner_of
 
 
 class StateCapture:
@@ -164,7 +130,7 @@ class StateCapture:
             tensors.update(module.tensors)
         for optimizer in self._optimizers.values():
             tensors.update(optimizer.tensors)
-        aliases = _take_ties_out(self._modules.values(), tensors)
+        aliases = take_ties_out(self._modules.values(), tensors)
         return tensors, aliases
 
     @property
@@ -178,227 +144,6 @@ class StateCapture:
         return self._optimizers
 
 
-class ModuleCapture:
-    """The canonical names of a module's parameters and buffers, and the tensors behind them."""
-
-    def __init__(self, key: str, module: nn.Module) -> None:
-        self.key = key
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._extra: dict[str, Any] = {}
-        # state_dict() brings FSDP2 back to its sharded parameters before it reads them.
-        for name, value in get_model_state_dict(module).items():
-            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
-            if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE:
-                self.tensors[f"{key}.{name}"] = value.detach()
-            else:
-                self._extra[name] = value
-        self._slots = _slots(module)
-        self._children = [
-            (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
-        ]
-        self._sizes = _sizes(module)
-        named = [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-        self.identities = {f"{key}.{canonical(module, name)}": id(tensor) for name, tensor in named}
-
-    def unchanged(self) -> bool:
-        """Whether the same tensors stand in the same places: one pass of identity checks.
-
-        FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
-        back to the same DTensor, whose memory is what was captured.
-        """
-        if self._extra or any(len(holder) != size for holder, size in self._sizes):
-            return False
-        if any(holder.get(name) is not child for holder, name, child in self._children):
-            return False
-        with torch.no_grad():
-            for holder, name, seen, pointer in self._slots:
-                now = holder.get(name)
-                if now is not seen and (isinstance(now, DTensor) or not isinstance(seen, DTensor)):
-                    return False
-                if _pointer(seen) != pointer:
-                    return False
-        return True
-
-    def collect_values(self, captured: Captured) -> None:
-        """Add this module's extra state: what of its state dict is not a tensor."""
-        if self._extra:
-            captured.shared[self.key] = values.encode(self._extra, self.key, captured.tensors)
-
-
-class OptimizerCapture:
-    """The canonical names of an optimizer's state and groups.
-
-    State tensors are called `<key>.state.<parameter>.<name>`. What is not a tensor (hyperparameters by
-    group, counters) is read anew at each save: a few numbers that schedules change. An optimizer before
-    its first step has no state, and none is made for it: not every optimizer's first step from zeros
-    equals its first step from nothing.
-    """
-
-    def __init__(self, key: str, owner: str, module: nn.Module, optimizer: Optimizer) -> None:
-        self.key = key
-        self.owner = owner
-        self.optimizer = optimizer
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._names = parameter_names(module, optimizer)
-        self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        self._states: list[tuple[torch.Tensor, Any]] = []
-        self._entries: list[tuple[dict[str, Any], str, Any, int]] = []
-        self._counters: list[tuple[str, dict[str, Any], str]] = []
-        for parameter, name in self._names.items():
-            entry: dict[str, Any] = optimizer.state.get(parameter, {})
-            if entry:
-                self._states.append((parameter, entry))
-            for field_name, value in entry.items():
-                if isinstance(value, torch.Tensor):
-                    self.tensors[f"{key}.state.{name}.{field_name}"] = value.detach()
-                    self._entries.append((entry, field_name, value, _pointer(value)))
-                else:
-                    self._counters.append((f"{name}.{field_name}", entry, field_name))
-
-    def unchanged(self) -> bool:
-        """Whether every parameter and state tensor is still the same object in the same memory."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self._groups):
-            return False
-        for group, seen in zip(groups, self._groups, strict=True):
-            if len(group["params"]) != len(seen) or any(map(operator.is_not, group["params"], seen)):
-                return False
-        state = self.optimizer.state
-        if sum(map(len, state.values())) != len(self._entries) + len(self._counters):
-            return False
-        # load_state_dict() gives every parameter a new entry and leaves the old ones as they were.
-        if any(state.get(parameter) is not entry for parameter, entry in self._states):
-            return False
-        with torch.no_grad():
-            return all(
-                entry.get(name) is seen and _pointer(seen) == pointer
-                for entry, name, seen, pointer in self._entries
-            )
-
-    def guarded(self, modules: Mapping[str, ModuleCapture]) -> list[str]:
-        """The names of everything that only this optimizer's step changes."""
-        parameters = (f"{self.owner}.{name}" for name in self._names.values())
-        return [*self.tensors, *(name for name in parameters if name in modules[self.owner].tensors)]
-
-    def group_names(self) -> list[list[str]]:
-        """The canonical parameter names of each group, in order."""
-        return [[self._names[parameter] for parameter in group] for group in self._groups]
-
-    def named_parameters(self) -> Iterable[tuple[torch.Tensor, str]]:
-        """The optimizer's parameters with their canonical names, in group order."""
-        return self._names.items()
-
-    def collect_values(self, captured: Captured) -> None:
-        """Add the groups' hyperparameters, and counters that are not tensors."""
-        groups = []
-        for group, names in zip(self.optimizer.param_groups, self.group_names(), strict=True):
-            groups.append(
-                {**{key: value for key, value in group.items() if key != "params"}, "params": names}
-            )
-        document: dict[str, Any] = {"param_groups": groups}
-        if self._counters:
-            document["counters"] = {path: entry.get(name) for path, entry, name in self._counters}
-        captured.shared[self.key] = values.encode(document, self.key, captured.tensors)
-
-
-def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[torch.Tensor, str]:
-    """The canonical name of each of the optimizer's parameters, in group order.
-
-    Raises: UnsavableValueError for a parameter that the module does not have.
-    """
-    # Brings FSDP2 back to its sharded parameters, which are the ones the optimizer holds.
-    saved = get_model_state_dict(module)
-    by_identity = {parameter: canonical(module, name) for name, parameter in module.named_parameters()}
-    names: dict[torch.Tensor, str] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for position, parameter in enumerate(group["params"]):
-            name = by_identity.get(parameter)
-            if name is None or name not in saved:
-                raise UnsavableValueError(
-                    f"parameter {position} of the optimizer's group {number} is not in the module; build the "
-                    "optimizer after the module was sharded, and hand over the module it belongs to"
-                )
-            names[parameter] = name
-    return names
-
-
-def canonical(module: nn.Module, name: str) -> str:
-    """A parameter's name without the wrappers of DDP and torch.compile, as DCP's state dicts have it."""
-    parts = []
-    current: Any = module
-    for part in name.split("."):
-        wrapped = isinstance(current, DistributedDataParallel) and part == "module"
-        if not wrapped and part != "_orig_mod":
-            parts.append(part)
-        current = getattr(current, part)
-    return ".".join(parts)
-
-
-def owner_of(optimizer: Optimizer, state: Mapping[str, Any], key: str) -> str:
-    """The state key of the module whose parameters the optimizer holds.
-
-    Raises: UnsavableValueError when the state has none.
-    """
-    for owner, module in state.items():
-        if not isinstance(module, nn.Module):
-            continue
-        get_model_state_dict(module)
-        own = {id(parameter) for parameter in module.parameters()}
-        if all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            return owner
-    raise UnsavableValueError(
-        f"{key}: the state holds no module with this optimizer's parameters; add the module to the state, "
-        "and build the optimizer after the module was sharded"
-    )
-
-
 def plain_value(entry: Any) -> Any:
     """What is saved of an entry that is neither module nor optimizer."""
     return entry.state_dict() if hasattr(entry, "state_dict") else entry
-
-
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor | None, int]]:
-    """(holder, key, tensor, pointer) for every parameter and persistent buffer."""
-    slots: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
-    with torch.no_grad():
-        for child in module.modules():
-            for name, parameter in child._parameters.items():
-                slots.append((child._parameters, name, parameter, _pointer(parameter)))
-            for name, buffer in child._buffers.items():
-                if name not in child._non_persistent_buffers_set:
-                    slots.append((child._buffers, name, buffer, _pointer(buffer)))
-    return slots
-
-
-def _sizes(module: nn.Module) -> list[tuple[Mapping[str, Any], int]]:
-    """How many parameters, buffers and children every module has: what was added later shows in it."""
-    holders = [
-        holder for child in module.modules() for holder in (child._parameters, child._buffers, child._modules)
-    ]
-    return [(holder, len(holder)) for holder in holders]
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    """The address of the local memory. To be called without gradients: `to_local` then makes no view."""
-    if tensor is None:
-        return 0
-    return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
-
-
-def _take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Keep each tied parameter under its first name only. Returns the other names, alias -> name.
-
-    By identity of the parameter: by address would miss ties on a rank whose local shard is empty.
-    """
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    for module in modules:
-        for name, identity in module.identities.items():
-            if name in tensors and first.setdefault(identity, name) != name:
-                aliases[name] = first[identity]
-    for alias in aliases:
-        del tensors[alias]
-    return aliases

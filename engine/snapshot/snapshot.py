@@ -17,7 +17,7 @@ from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes
 from engine.format.layout import Chunk, ShardLayout, plan_files
 from engine.snapshot.arena import Arena
-from engine.snapshot.capture import Captured
+from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Batch, Pair
 from engine.snapshot.divide import Part
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from engine import Checkpointer
 from engine.dcp import held as held_module
-from engine.snapshot import capture as capture_module
+from engine.snapshot import modules, optimizers
 from engine.snapshot.arena import Arena
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.training import model, train
@@ -99,7 +99,8 @@ def test_the_arena_is_taken_once(storage: ControlledStorage, monkeypatch: pytest
 def test_nothing_is_walked_or_planned_when_nothing_changed(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walks = counted(monkeypatch, capture_module, "get_model_state_dict")
+    walks = counted(monkeypatch, modules, "get_model_state_dict")
+    monkeypatch.setattr(optimizers, "get_model_state_dict", modules.get_model_state_dict)
     plans = counted(monkeypatch, held_module.DefaultSavePlanner, "create_local_plan")
     state = training_state()
     with Checkpointer("ignored", state) as checkpointer:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from engine.errors import UnsavableValueError
-from engine.snapshot import capture as capture_module
-from engine.snapshot.capture import Captured, StateCapture, per_rank_name
+from engine.snapshot import modules, optimizers
+from engine.snapshot.capture import StateCapture
+from engine.snapshot.captured import Captured, per_rank_name
 
 
 def mlp() -> nn.Sequential:
@@ -247,13 +248,14 @@ class Walks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = capture_module.get_model_state_dict
+        real = modules.get_model_state_dict
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(capture_module, "get_model_state_dict", counted)
+        for module in (modules, optimizers):
+            monkeypatch.setattr(module, "get_model_state_dict", counted)
 
 
 @pytest.fixture

@@ -1,0 +1,38 @@
+"""One moment's state of one rank, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+RNG_KEY = "rng"
+PER_RANK_PREFIX = "per_rank"
+
+
+@dataclass(slots=True)
+class Captured:
+    """One moment's state of one rank.
+
+    tensors: every tensor once, by canonical name; DTensors stay DTensors. Not copied: live memory.
+    fixed: the names that belong to modules and optimizers: the same objects as in every capture of the
+        same `generation`. The others may be new objects each time.
+    guarded: the names that only an optimizer's step changes: its parameters and its state.
+    aliases: further names of tensors in `tensors` (tied weights), alias -> name.
+    shared: JSON of the values that are the same on all ranks, by state key.
+    local: JSON of this rank's own values, by state key.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
+    guarded: frozenset[str] = frozenset()
+    generation: int = 0
+    aliases: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
+
+
+def per_rank_name(rank: int, key: str) -> str:
+    """The prefix of the names of one rank's own tensors: they are never merged with another rank's."""
+    return f"{PER_RANK_PREFIX}.{rank:05d}.{key}"

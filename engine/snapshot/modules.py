@@ -1,0 +1,124 @@
+"""The tensors of a module under canonical names, and whether they are still the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from engine.snapshot import values
+from engine.snapshot.captured import Captured
+
+EXTRA_STATE = "_extra_state"
+"""The last part of the name of what a module's get_extra_state() returns."""
+
+
+class ModuleCapture:
+    """The canonical names of a module's parameters and buffers, and the tensors behind them."""
+
+    def __init__(self, key: str, module: nn.Module) -> None:
+        self.key = key
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._extra: dict[str, Any] = {}
+        # state_dict() brings FSDP2 back to its sharded parameters before it reads them.
+        for name, value in get_model_state_dict(module).items():
+            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
+            if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE:
+                self.tensors[f"{key}.{name}"] = value.detach()
+            else:
+                self._extra[name] = value
+        self._slots = _slots(module)
+        self._children = [
+            (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
+        ]
+        self._sizes = _sizes(module)
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        self.identities = {f"{key}.{canonical(module, name)}": id(tensor) for name, tensor in named}
+
+    def unchanged(self) -> bool:
+        """Whether the same tensors stand in the same places: one pass of identity checks.
+
+        FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
+        back to the same DTensor, whose memory is what was captured.
+        """
+        if self._extra or any(len(holder) != size for holder, size in self._sizes):
+            return False
+        if any(holder.get(name) is not child for holder, name, child in self._children):
+            return False
+        with torch.no_grad():
+            for holder, name, seen, pointer in self._slots:
+                now = holder.get(name)
+                if now is not seen and (isinstance(now, DTensor) or not isinstance(seen, DTensor)):
+                    return False
+                if pointer_of(seen) != pointer:
+                    return False
+        return True
+
+    def collect_values(self, captured: Captured) -> None:
+        """Add this module's extra state: what of its state dict is not a tensor."""
+        if self._extra:
+            captured.shared[self.key] = values.encode(self._extra, self.key, captured.tensors)
+
+
+def canonical(module: nn.Module, name: str) -> str:
+    """A parameter's name without the wrappers of DDP and torch.compile, as DCP's state dicts have it."""
+    parts = []
+    current: Any = module
+    for part in name.split("."):
+        wrapped = isinstance(current, DistributedDataParallel) and part == "module"
+        if not wrapped and part != "_orig_mod":
+            parts.append(part)
+        current = getattr(current, part)
+    return ".".join(parts)
+
+
+def take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Keep each tied parameter under its first name only. Returns the other names, alias -> name.
+
+    By identity of the parameter: by address would miss ties on a rank whose local shard is empty.
+    """
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for module in modules:
+        for name, identity in module.identities.items():
+            if name in tensors and first.setdefault(identity, name) != name:
+                aliases[name] = first[identity]
+    for alias in aliases:
+        del tensors[alias]
+    return aliases
+
+
+def pointer_of(tensor: torch.Tensor | None) -> int:
+    """The address of the local memory. To be called without gradients: `to_local` then makes no view."""
+    if tensor is None:
+        return 0
+    return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
+
+
+def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor | None, int]]:
+    """(holder, key, tensor, pointer) for every parameter and persistent buffer."""
+    slots: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
+    with torch.no_grad():
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                slots.append((child._parameters, name, parameter, pointer_of(parameter)))
+            for name, buffer in child._buffers.items():
+                if name not in child._non_persistent_buffers_set:
+                    slots.append((child._buffers, name, buffer, pointer_of(buffer)))
+    return slots
+
+
+def _sizes(module: nn.Module) -> list[tuple[Mapping[str, Any], int]]:
+    """How many parameters, buffers and children every module has: what was added later shows in it."""
+    holders = [
+        holder for child in module.modules() for holder in (child._parameters, child._buffers, child._modules)
+    ]
+    return [(holder, len(holder)) for holder in holders]
