@@ -100,7 +100,7 @@ class JobRunner:
         if self.channel.rank == 0:
             try:
                 self.after_commit(record)
-            except HoldfastError as error:
+            except Exception as error:
                 log.warning(
                     "cleaning up after step %d failed and will be tried again: %s", job.info.step, error
                 )

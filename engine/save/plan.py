@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import LateRanksError, PeerFailedError, StateError
+from engine.errors import PeerFailedError, StateError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
@@ -29,15 +29,17 @@ def agree_on_plan(
         together; LateRanksError.
     """
     offer = {"error": str(problem) if problem else "", "held": [chunk_to_json(chunk) for chunk in held]}
-    try:
-        offers = channel.gather(f"{key}/held", canonical_bytes(offer), timeout_secs)
-    except LateRanksError as late:
-        channel.scatter(f"{key}/plan", _refusals(channel.world_size, str(late), "peer"), timeout_secs)
-        raise
     answers = None
     tensors: dict[str, TensorInfo] = {}
-    if offers is not None:
-        answers, tensors = _answers(offers)
+    try:
+        offers = channel.gather(f"{key}/held", canonical_bytes(offer), timeout_secs)
+        if offers is not None:
+            answers, tensors = _answers(offers)
+    except Exception as error:
+        if channel.rank == 0:
+            cause = f"rank 0: {type(error).__name__}: {error}"
+            channel.scatter(f"{key}/plan", _refusals(channel.world_size, cause, "peer"), timeout_secs)
+        raise
     raw = channel.scatter(f"{key}/plan", answers, timeout_secs)
     if problem is not None:
         raise problem

@@ -1,0 +1,114 @@
+"""Receipts: they survive the wire, and say who failed and who differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.errors import DamagedError
+from engine.format.json import canonical_bytes, parse_canonical
+from engine.format.manifest import FileReceipt, ShardReceipt
+from engine.save.receipt import Receipt, disagreements, failures
+
+DIGEST = "0123456789abcdef" * 2
+
+
+def shard(rank: int = 0, files: int = 1) -> ShardReceipt:
+    names = [f"shard-{rank:05d}{f'-{part}' if part else ''}.safetensors" for part in range(files)]
+    return ShardReceipt(
+        rank,
+        tuple(FileReceipt(name, 4096 + part, DIGEST) for part, name in enumerate(names)),
+        FileReceipt(f"shard-{rank:05d}.json", 100, DIGEST),
+    )
+
+
+def receipt(rank: int = 0, **more: Any) -> Receipt:
+    return Receipt(rank, "step-00000001-aaaaaaaa", shard(rank), **more)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        receipt(),
+        receipt(3, shared={"loader": "a" * 32}, replicas={"model.w [0, 0]": "b" * 32}, secs={"write": 0.25}),
+        Receipt(1, "step-00000001-aaaaaaaa", shard(1, files=3)),
+        Receipt(1, "step-00000001-aaaaaaaa", shard(1, files=0)),
+        Receipt(2, "step-00000001-aaaaaaaa", error="StorageFullError: no space “left”"),
+    ],
+    ids=lambda r: f"rank{r.rank}-{r.error or len(r.shard.files)}",
+)
+def test_a_receipt_survives_the_wire(value: Receipt) -> None:
+    assert Receipt.from_bytes(value.to_bytes()) == value
+
+
+@pytest.mark.parametrize("arguments", [{}, {"shard": shard(), "error": "both"}])
+def test_either_a_shard_or_an_error(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="rank 5: a receipt has either"):
+        Receipt(5, "step-00000001-aaaaaaaa", **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shard": None},
+        {"shard": {"files": []}},
+        {"shard": {"files": [[1]], "index": ["i", 1, DIGEST]}},
+        {"surprise": 1},
+        {"attempt": ...},
+    ],
+    ids=repr,
+)
+def test_what_is_no_receipt_is_damage(change: dict[str, Any]) -> None:
+    document = parse_canonical(receipt().to_bytes(), what="the test") | change
+    raw = canonical_bytes({key: value for key, value in document.items() if value is not ...})
+    with pytest.raises(DamagedError):
+        Receipt.from_bytes(raw)
+
+
+def test_noise_is_damage() -> None:
+    with pytest.raises(DamagedError):
+        Receipt.from_bytes(b"noise")
+
+
+def test_failures_name_every_rank_with_its_cause() -> None:
+    receipts = [receipt(0), Receipt(1, "a", error="no space"), receipt(2), Receipt(3, "a", error="I/O")]
+    assert failures(receipts) == "rank 1: no space; rank 3: I/O"
+    assert failures([receipt(0), receipt(1)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("shared", "lines"),
+    [
+        ([{"a": "1"}, {"a": "1"}], []),
+        ([{}, {}], []),
+        ([{"a": "1"}, {"a": "2"}], ["a differs on rank 1"]),
+        ([{"a": "1"}, {"a": "2"}, {"a": "1"}, {"a": "3"}], ["a differs on rank 1, 3"]),
+        ([{"a": "1", "b": "1"}, {"a": "2", "b": "2"}], ["a differs on rank 1", "b differs on rank 1"]),
+        # A value that only some ranks have is a difference, too.
+        ([{"a": "1"}, {}], ["a differs on rank 1"]),
+        ([{}, {"a": "1"}], ["a differs on rank 1"]),
+    ],
+)
+def test_replicated_values_must_be_equal_and_everywhere(
+    shared: list[dict[str, str]], lines: list[str]
+) -> None:
+    found = disagreements([receipt(rank, shared=values) for rank, values in enumerate(shared)])
+    assert [line.partition(" from ")[0] for line in found] == lines
+
+
+@pytest.mark.parametrize(
+    ("replicas", "lines"),
+    [
+        ([{"w": "1"}, {"w": "1"}], []),
+        ([{"w": "1"}, {"w": "2"}], ["w differs on rank 1"]),
+        # A rank outside of a tensor's mesh has nothing to disagree with.
+        ([{}, {"w": "1"}, {"w": "1"}], []),
+        ([{}, {"w": "1"}, {"w": "2"}], ["w differs on rank 2"]),
+    ],
+)
+def test_replicated_tensors_must_be_equal_where_they_are(
+    replicas: list[dict[str, str]], lines: list[str]
+) -> None:
+    found = disagreements([receipt(rank, replicas=values) for rank, values in enumerate(replicas)])
+    assert [line.partition(" from ")[0] for line in found] == lines
