@@ -23,6 +23,7 @@ class Saver(Protocol):
         self, step: int, *, epoch: int, tokens: int, metrics: Mapping[str, float], reasons: tuple[str, ...]
     ) -> SaveHandle: ...
     def poll(self) -> None: ...
+    def prepare(self) -> None: ...
     def wait(self, timeout: float | None = None) -> None: ...
 
 
@@ -52,6 +53,10 @@ class Saves:
     @property
     def _too_many(self) -> bool:
         return self._saver.failed_saves >= self._max_failures
+
+    def prepare(self) -> None:
+        """Take the memory for snapshots, once the state has its structure. Every rank calls it."""
+        self._note(self._saver.prepare)
 
     def save(
         self, step: int, *, epoch: int, tokens: int, metrics: Mapping[str, float], reasons: tuple[str, ...]

@@ -152,6 +152,7 @@ class _Loop:
         self.recorder, self.saves = recorder, saves
         self.step = record.step if record else 0
         self.tokens = record.tokens if record else 0
+        self.prepared = False
         if record is not None:
             saves.already_saved(record.step)
 
@@ -179,6 +180,10 @@ class _Loop:
         self._report(result.loss, result.lr, time.perf_counter() - began)
         if result.vote.stop:
             self.agreement.together(self._stop, heed_signals=False)
+        if not self.prepared:
+            # The optimizer has its state now, so the snapshot's size is known.
+            self.saves.prepare()
+            self.prepared = True
         signum, metrics = result.vote.signum, {"train_loss": result.loss}
         improved = False
         if signum is None and due(self.step, self.job.config.eval_freq):
