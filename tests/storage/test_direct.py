@@ -213,6 +213,24 @@ def test_buffered_windows_are_flushed_as_they_go(tmp_path: Path) -> None:
     ]
 
 
+def test_nothing_more_is_written_after_a_failure(tmp_path: Path) -> None:
+    """The other windows wait in a queue: a full disk is not to be asked again for each of them."""
+    seen: list[int] = []
+
+    class OneThread(StrictDirect):
+        write_threads = 1
+
+    def fail(begin: int, end: int) -> None:
+        seen.append(begin)
+        raise ValueError("mine")
+
+    system = OneThread()
+    with pytest.raises(ValueError, match="mine"):
+        LocalStorage(tmp_path, system=system).write_shard("shard", padded(DATA), SIZE, on_window=fail)
+    assert seen == [0]
+    assert system.direct_bytes == 0
+
+
 def test_failure_to_create(tmp_path: Path) -> None:
     with pytest.raises(StorageDeniedError, match="no permission"):
         write(tmp_path, FailsAt("create", errno.EACCES))
