@@ -91,7 +91,7 @@ class JobRunner:
             failure = _as_failure(job, error)
             log.error("%s", failure)
             self.on_outcome(None)
-            self._emit(job, "save_failed", cause=str(error) or type(error).__name__)
+            self._emit(job, "save_failed", cause=_words(error))
             job.handle.set_failure(failure)
             return
         self.on_outcome(record)
@@ -174,7 +174,7 @@ class JobRunner:
     def _tell(self, job: Job, record: CheckpointRecord | None, failure: BaseException | None) -> None:
         """Give every rank the outcome, and see that they have it before the key goes."""
         document = {
-            "error": "" if failure is None else f"{failure}",
+            "error": "" if failure is None else _words(failure),
             "record": record and record_to_json(record),
         }
         self.channel.broadcast(f"{job.key}/outcome", canonical_bytes(document), 0)
@@ -222,7 +222,11 @@ def _record_from(raw: bytes) -> CheckpointRecord:
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
     failure = SaveFailedError(
-        f"the checkpoint of step {job.info.step} was not saved: {error or type(error).__name__}"
+        f"the checkpoint of step {job.info.step} was not saved: {_words(error)}"
     )
     failure.__cause__ = error
     return failure
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
