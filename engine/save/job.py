@@ -221,9 +221,7 @@ def _record_from(raw: bytes) -> CheckpointRecord:
 
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
-    failure = SaveFailedError(
-        f"the checkpoint of step {job.info.step} was not saved: {_words(error)}"
-    )
+    failure = SaveFailedError(f"the checkpoint of step {job.info.step} was not saved: {_words(error)}")
     failure.__cause__ = error
     return failure
 
