@@ -25,6 +25,7 @@ SESSION = (
     "checkpoint_dir",
     "resume",
     "new_run",
+    "init_from",
     "list_checkpoints",
     "storage_options",
     "on_event",
@@ -107,6 +108,8 @@ class TrainConfig:
     """Carry on from latest, backup, best, epoch:N, step:N, a path or a URI."""
     new_run: bool = False
     """Start from step 0 although the directory holds checkpoints."""
+    init_from: str | None = None
+    """Checkpoint (path or URI) whose weights a run that starts at step 0 takes over, as far as they fit."""
     list_checkpoints: bool = False
     """Print what the directory holds, and exit."""
     allow_data_change: bool = False
@@ -153,7 +156,7 @@ class TrainConfig:
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "grace_secs", 0 < self.grace_secs < math.inf, "above 0")
-        for name in ("data", "checkpoint_dir", "model"):
+        for name in ("data", "checkpoint_dir", "model", "init_from"):
             _require(self, name, getattr(self, name) != "", "not empty")
         if self.resume is not None and self.new_run:
             raise ConfigError(

@@ -61,7 +61,7 @@ def train(
     try:
         with _closing(agreement.together(lambda: _open_checkpointer(config, job, recorder, restart))) as ckpt:
             agreement.together(lambda: _open_records(config, recorder) if world.is_first else None)
-            record = agreement.together(lambda: _restore(ckpt, start, job))
+            record = agreement.together(lambda: _restore(ckpt, start, job, config.init_from))
             saves = Saves(ckpt, recorder, config.max_save_failures)
             _Loop(job, agreement, preemption, recorder, saves, record).run()
     finally:
@@ -124,8 +124,10 @@ def _open_records(config: TrainConfig, recorder: Recorder) -> None:
     recorder.open(MetricsLog(log_directory(config)), hook)
 
 
-def _restore(ckpt: Checkpointer, start: Start, job: Job) -> CheckpointRecord | None:
+def _restore(ckpt: Checkpointer, start: Start, job: Job, init_from: str | None) -> CheckpointRecord | None:
     if start.selector is None:
+        if init_from is not None:
+            _warm_start(ckpt, init_from, job)
         return None
     record = ckpt.restore(start.selector)
     if record is None:
@@ -134,6 +136,15 @@ def _restore(ckpt: Checkpointer, start: Start, job: Job) -> CheckpointRecord | N
         )
     job.apply_flags()
     return record
+
+
+def _warm_start(ckpt: Checkpointer, init_from: str, job: Job) -> None:
+    """Begin with another checkpoint's weights, as far as they fit; the run itself starts at step 0."""
+    record = ckpt.restore(init_from, model_only=True, strict=False)
+    if record is None:
+        raise SelectorError(f"--init_from {init_from}: there is no checkpoint; give the path or URI of one")
+    if job.world.is_first:
+        log.info("weights of step %d from %s", record.step, record.path)
 
 
 class _Loop:

@@ -150,6 +150,7 @@ def test_what_belongs_to_an_invocation_is_neither_stored_nor_read(flag: str) -> 
     """A command out of a checkpoint would be code that its author chose; storage options hold credentials."""
     values: dict[str, Any] = {"storage_options": ("a=b",), "new_run": True, "list_checkpoints": True}
     values |= {"allow_data_change": True, "on_event": "rm -rf /", "checkpoint_dir": "/else", "resume": "best"}
+    values["init_from"] = "/else/step-00000001-00000000"
     assert flag not in to_json(TrainConfig(**{flag: values[flag]}))
     assert getattr(from_json({flag: values[flag]}, TrainConfig()), flag) == getattr(TrainConfig(), flag)
 
