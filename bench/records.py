@@ -50,13 +50,20 @@ class TrainingWindow:
 
 @dataclass(frozen=True, slots=True)
 class IdleSave:
-    """One save with training idle. `cpu_secs` is all that the processes used meanwhile."""
+    """One save with training idle.
+
+    Attributes:
+        cpu_secs: all that the processes used meanwhile.
+        copied_secs: until the device had done all work that `save` gave it, where the state lies on a CUDA
+            device; None on CPU.
+    """
 
     row: str
     repeat: int
     save_secs: float
     stored_secs: float
     cpu_secs: float
+    copied_secs: float | None = None
     causes: dict[str, float] = field(default_factory=dict)
 
 
@@ -175,6 +182,7 @@ def merge_idle(ranks: Sequence[IdleSave]) -> IdleSave:
         save_secs=max(one.save_secs for one in ranks),
         stored_secs=max(one.stored_secs for one in ranks),
         cpu_secs=sum(one.cpu_secs for one in ranks),
+        copied_secs=_largest([one.copied_secs for one in ranks]),
         causes=ranks[0].causes,
     )
 

@@ -180,7 +180,7 @@ class Session:
         row = self.rows.get(item.row)
         if item.kind == "idle":
             assert row is not None
-            idle, save = run_idle(row, item.repeat, cpu, timeout_secs)
+            idle, save = run_idle(training, row, item.repeat, cpu, timeout_secs)
             ranks.raise_together(save.error)
             merged = merge_idle(ranks.gather(idle))
             measured.idle.append(merged)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bench.records import NONE, Growth, IdleSave, Measurements, Memory, TrainingWindow
+from bench.records import NONE, Growth, Measurements, Memory, TrainingWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class RowSummary:
         stored_training, stored_idle: seconds from `save` to stored.
         cpu: CPU seconds of the save itself; cpu_idle: of everything during an idle save.
         cpu_window: CPU seconds of the whole window beyond those of as many steps without a save.
-        copy_idle: seconds of the copy as the mode reports it, training idle.
+        copied_idle: seconds until the device had copied everything, training idle; CUDA only.
     """
 
     name: str
@@ -50,7 +50,7 @@ class RowSummary:
     cpu: Spread | None
     cpu_idle: Spread | None
     cpu_window: Spread | None
-    copy_idle: Spread | None
+    copied_idle: Spread | None
     memory: Memory | None
     growth: Growth | None
 
@@ -105,7 +105,7 @@ def _row(name: str, measured: Measurements, steps: dict[int, float], cpu: dict[i
         cpu=of(lambda window: window.cpu_secs),
         cpu_idle=Spread.of(save.cpu_secs for save in idle),
         cpu_window=of(lambda window: window.process_cpu_secs - len(window.step_secs) * cpu[window.repeat]),
-        copy_idle=Spread.of(secs for secs in map(_copy_secs, idle) if secs is not None),
+        copied_idle=Spread.of(save.copied_secs for save in idle if save.copied_secs is not None),
         memory=memory[0] if memory else None,
         growth=growth[0] if growth else None,
     )
@@ -148,13 +148,6 @@ def inflation(window: TrainingWindow, step_secs: float) -> float | None:
         taken.append(secs)
         begin += secs
     return sum(taken) / len(taken) / step_secs - 1 if taken else None
-
-
-def _copy_secs(save: IdleSave) -> float | None:
-    """Host seconds from the start of the copy to its end; on CUDA the end is waited for in the background."""
-    if "copy" not in save.causes:
-        return None
-    return save.causes["copy"] + save.causes.get("copy_wait", 0.0)
 
 
 def ratio(part: Spread | None, whole: Spread | None) -> float | None:

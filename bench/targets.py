@@ -84,7 +84,7 @@ def _resources(ours: RowSummary, summary: Summary) -> list[Verdict]:
 def _cuda(ours: RowSummary, summary: Summary) -> list[Verdict]:
     noise = summary.none_stream
     stream = ours.stream.middle * 1e3 if ours.stream else None
-    bandwidth = ratio(summary.copy_floor, ours.copy_idle)
+    bandwidth = ratio(summary.copy_floor, ours.copied_idle)
     slowed = 100 * ours.lost.middle / (5 * summary.step.middle) if ours.lost and summary.step else None
     return [
         # A tenth of a millisecond is what two events without anything between them can show.

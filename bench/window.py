@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from bench import ranks
 from bench.modes.base import Mode, Save
 from bench.modes.fsynced import save_and_flush
@@ -102,12 +104,18 @@ def run_window(
     return window, save
 
 
-def run_idle(row: Row, repeat: int, cpu: CpuMeter, timeout_secs: float) -> tuple[IdleSave, Save]:
+def run_idle(
+    training: Training, row: Row, repeat: int, cpu: CpuMeter, timeout_secs: float
+) -> tuple[IdleSave, Save]:
     """One save while nothing else runs. Collective."""
     begun_cpu = cpu.read()
     begun = time.perf_counter()
     save = row.save()
     returned = time.perf_counter()
+    copied_secs = None
+    if training.job.device.type == "cuda":
+        torch.cuda.synchronize(training.job.device)
+        copied_secs = time.perf_counter() - begun
     _outcome(save, timeout_secs)
     end_cpu = cpu.read()
     idle = IdleSave(
@@ -116,6 +124,7 @@ def run_idle(row: Row, repeat: int, cpu: CpuMeter, timeout_secs: float) -> tuple
         save_secs=returned - begun,
         stored_secs=save.ended_at - begun,
         cpu_secs=total_secs(begun_cpu, end_cpu),
+        copied_secs=copied_secs,
         causes=save.causes,
     )
     return idle, save

@@ -27,7 +27,8 @@ class Holdfast(Mode):
         )
 
     def save(self, number: int) -> Save:
-        save = self._saves[number] = Save(self.path(number))
+        save = Save(self.path(number))
+        self._saves = {number: save}
         self._checkpointer.save(number)
         return save
 
@@ -38,13 +39,13 @@ class Holdfast(Mode):
         self._checkpointer.close()
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        """Called on the background thread. A commit is announced the moment it is known on this rank."""
-        if event["event"] not in ("save_committed", "save_failed"):
+        """Called on the background thread, too. A commit is announced the moment this rank knows of it."""
+        save = self._saves.get(event.get("step", -1))
+        if save is None:
             return
-        save = self._saves.pop(event["step"])
-        save.causes = dict(event["secs_by_cause"])
+        save.causes.update(event.get("secs_by_cause", {}))
         if event["event"] == "save_failed":
             save.end(RuntimeError(event["cause"]))
-            return
-        save.path = Path(event["path"])
-        save.end()
+        elif event["event"] == "save_committed":
+            save.path = Path(event["path"])
+            save.end()

@@ -38,7 +38,7 @@ MEASURED = Measurements(
         window("none", 1, [2.0], process_cpu_secs=4.0),
         window("holdfast", 1, [2.5, 2.0], save_secs=0.3, stored_secs=2.0, cpu_secs=0.4, process_cpu_secs=9.0),
     ],
-    idle=[IdleSave("holdfast", 0, 0.1, 0.5, 0.3, {"copy": 0.02, "copy_wait": 0.03})],
+    idle=[IdleSave("holdfast", 0, 0.1, 0.5, 0.3, copied_secs=0.05)],
     floors=[Floor("copy", 0, 0.1, 100, "huge pages"), Floor("write", 0, 0.4, 100, "O_DIRECT")],
     memory=[Memory("holdfast", 110, 100, 100)],
     growth=[Growth("holdfast", 100, 10, 1000, 5, (500, 500))],
@@ -58,8 +58,8 @@ def test_figures_of_a_row() -> None:
     assert (row.blocked.low, row.blocked.high, row.blocked.samples) == (0.1, 0.3, 2)
     assert row.cpu_window is not None
     assert (row.cpu_window.low, row.cpu_window.high) == pytest.approx((6.5 - 3 * 2.1, 9.0 - 2 * 4.0))
-    assert row.copy_idle is not None
-    assert row.copy_idle.middle == pytest.approx(0.05)
+    assert row.copied_idle is not None
+    assert row.copied_idle.middle == 0.05
     assert row.stream is None
 
 

@@ -90,11 +90,11 @@ def test_what_was_not_measured_is_neither_reached_nor_missed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stream", "copy_idle", "lost", "reached"),
+    ("stream", "copied_idle", "lost", "reached"),
     [(0.0005, 0.11, 0.02, [True, True, True]), (0.005, 0.12, 0.03, [False, False, False])],
 )
-def test_bars_on_cuda(stream: float, copy_idle: float, lost: float, reached: list[bool]) -> None:
-    ours = dataclasses.replace(OURS, stream=one(stream), copy_idle=one(copy_idle), lost=one(lost))
+def test_bars_on_cuda(stream: float, copied_idle: float, lost: float, reached: list[bool]) -> None:
+    ours = dataclasses.replace(OURS, stream=one(stream), copied_idle=one(copied_idle), lost=one(lost))
     found = verdicts(summary(ours), FACTS, cuda=True)
     assert [verdict.reached for verdict in found[-3:]] == reached
 
