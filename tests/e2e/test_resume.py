@@ -27,31 +27,34 @@ def stop_with(run: Run, nproc: int | None, sig: signal.Signals, **given: object)
     return took
 
 
-@pytest.mark.parametrize("nproc", [None, 2], ids=["1 rank", "2 ranks"])
-def test_sigterm_saves_the_step_reached_and_the_rest_is_bit_for_bit(
-    nproc: int | None, new_run: Callable[[str], Run]
-) -> None:
-    """Dropout is on, so the random streams count too. Only the signal causes a save and ends the run."""
-    given = {"dropout": 0.1, "checkpoint_freq": 10_000}
+SIGNAL_ALONE_STOPS = {"checkpoint_freq": 10_000, "max_steps": 100_000}
+
+
+def test_sigterm_saves_the_step_reached_and_the_rest_is_bit_for_bit(new_run: Callable[[str], Run]) -> None:
+    """Dropout is on, so the random streams count too."""
     run = new_run("stopped")
-    assert stop_with(run, nproc, signal.SIGTERM, **given, max_steps=100_000) < 10.0
+    assert stop_with(run, None, signal.SIGTERM, dropout=0.1, **SIGNAL_ALONE_STOPS) < 10.0
 
     reached = max(run.losses())
     (checkpoint,) = run.listing()
     assert checkpoint["step"] == reached
     assert run.reasons() == {reached: ["signal"]}
 
-    run.train(nproc, resume="latest", max_steps=reached + 4)
+    run.train(None, resume="latest", max_steps=reached + 4)
     assert run.restored_step() == reached
-    whole = new_run("whole").train(nproc, **given, max_steps=reached + 4).losses()
+    whole = new_run("whole").train(None, dropout=0.1, checkpoint_freq=10_000, max_steps=reached + 4).losses()
     assert run.losses() == whole
     assert len(run.events("step")) == len(whole), "no step was done twice"
 
 
-def test_ctrl_c_saves_the_step_reached(new_run: Callable[[str], Run]) -> None:
+@pytest.mark.parametrize(("nproc", "sig"), [(2, signal.SIGTERM), (None, signal.SIGINT)], ids=str)
+def test_ranks_agree_on_the_step_that_a_signal_saves(
+    nproc: int | None, sig: signal.Signals, new_run: Callable[[str], Run]
+) -> None:
     run = new_run("stopped")
-    assert stop_with(run, None, signal.SIGINT, max_steps=100_000, checkpoint_freq=10_000) < 10.0
+    assert stop_with(run, nproc, sig, **SIGNAL_ALONE_STOPS) < 10.0
     assert run.reasons() == {max(run.losses()): ["signal"]}
+    assert run.committed() == [max(run.losses())]
 
 
 def test_the_end_of_a_run_is_a_checkpoint_too(undisturbed_2: Run) -> None:
@@ -65,17 +68,14 @@ def test_the_end_of_a_run_is_a_checkpoint_too(undisturbed_2: Run) -> None:
     }
 
 
-@pytest.mark.parametrize("nproc", [None, 2], ids=["1 rank", "2 ranks"])
-def test_stop_and_resume_latest_is_bit_for_bit(
-    nproc: int | None, request: pytest.FixtureRequest, new_run: Callable[[str], Run]
-) -> None:
-    undisturbed: Run = request.getfixturevalue("undisturbed_2" if nproc else "undisturbed_1")
+def test_stop_and_resume_latest_is_bit_for_bit(undisturbed_2: Run, new_run: Callable[[str], Run]) -> None:
+    """Two ranks; one alone is the case of the signal above."""
     run = new_run("stopped")
-    run.train(nproc, dropout=0.1, max_steps=5, checkpoint_freq=100)
-    run.train(nproc, resume="latest", max_steps=REFERENCE_STEPS)
+    run.train(2, dropout=0.1, max_steps=5, checkpoint_freq=100)
+    run.train(2, resume="latest", max_steps=REFERENCE_STEPS)
     assert run.restored_step() == 5
     assert min(run.losses_since_restore()) == 6
-    assert run.losses() == undisturbed.losses()
+    assert run.losses() == undisturbed_2.losses()
 
 
 def test_an_older_checkpoint_reproduces_the_original_and_starts_a_branch(
