@@ -65,14 +65,11 @@ class EventHook:
         self._command, self._run = command, run
         self._queue: queue.Queue[bytes | None] = queue.Queue(capacity)
         self._dropped = 0
-        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="on-event", daemon=True)
         self._thread.start()
 
     def submit(self, event: Event) -> None:
         """Queue an event; returns at once."""
-        if self._closed:
-            return
         try:
             self._queue.put_nowait(encode(event))
         except queue.Full:
@@ -82,7 +79,6 @@ class EventHook:
 
     def close(self, timeout_secs: float) -> bool:
         """Let the command see what is queued, for `timeout_secs` at most; whether it saw everything."""
-        self._closed = True
         try:
             self._queue.put(None, timeout=timeout_secs)
         except queue.Full:

@@ -29,7 +29,13 @@ def test_it_falls_between_warm_up_and_decay() -> None:
 
 @pytest.mark.parametrize(
     ("warmup", "decay", "step", "expected"),
-    [(0, 10, 1, pytest.approx(0.978, abs=1e-3)), (0, 1, 1, 0.1), (100, 20, 50, 0.5), (100, 20, 101, 0.1)],
+    [
+        (0, 10, 1, pytest.approx(0.978, abs=1e-3)),
+        (0, 1, 1, 0.1),
+        (100, 20, 50, 0.5),
+        (100, 20, 100, 1.0),
+        (100, 20, 101, 0.1),
+    ],
 )
 def test_odd_shapes(warmup: int, decay: int, step: int, expected: Any) -> None:
     """No warm-up; a decay that is over at once; a warm-up that outlasts the decay."""

@@ -61,6 +61,7 @@ def test_steps_go_to_the_log_and_not_to_the_command(desk: Desk) -> None:
         "tokens": 10,
         "step_secs": 0.5,
     }
+    assert "step_tokens" not in line, "that one is for the console"
     assert desk.commands == []
 
 
