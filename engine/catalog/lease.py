@@ -24,6 +24,7 @@ from engine.errors import (
     AlreadyExistsError,
     DamagedError,
     DirectoryHeldError,
+    HoldfastError,
     LeaseLostError,
     NotFoundError,
     StorageError,
@@ -98,7 +99,11 @@ class Lease:
                 if top is not None and not top.released:
                     log.info("took %s over from %s, which is gone", storage.uri, top.describe())
                 lease = cls(storage, info, clock, wall)
-                fence(storage, epoch)
+                try:
+                    fence(storage, epoch)
+                except HoldfastError:
+                    lease.give_back()
+                    raise
                 return lease
 
     @property
@@ -157,6 +162,13 @@ class Lease:
         with self._lock:
             if not self._info.released:
                 self._write(self._info.let_go())
+
+    def give_back(self) -> None:
+        """Release after a failed start, whose error is the one to report."""
+        try:
+            self.release()
+        except HoldfastError as error:
+            log.warning("the lease on %s could not be let go of: %s", self._storage.uri, error)
 
     def __enter__(self) -> Lease:
         return self
@@ -249,14 +261,28 @@ def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], s
     """Create the lease file; False when another run was first."""
     try:
         storage.publish(lease_name(info.epoch), info.to_bytes(), exclusive=True)
-    except AlreadyExistsError:
-        return False
+    except StorageError as error:
+        # The answer may have been lost, or belong to a repeated request, after the file was created.
+        if not _is_ours(storage, info, error):
+            if isinstance(error, AlreadyExistsError):
+                return False
+            raise
+        return True
     if storage.supports_exclusive_create:
         return True
     # Of several who overwrote each other, the last writer stands: wait for the others' writes, then look.
     sleep(settle_secs)
     written = _read(storage, info.epoch)
     return written is not None and written.same_holder(info)
+
+
+def _is_ours(storage: Storage, info: LeaseInfo, error: StorageError) -> bool:
+    """Whether the lease exists and is this one. What cannot be seen is not ours: `error` stands."""
+    try:
+        found = _read(storage, info.epoch)
+    except StorageError:
+        return False
+    return found is not None and found == info
 
 
 def _held_message(storage: Storage, top: LeaseInfo, me: ProcessIdentity, watch: _Watch, wall: float) -> str:

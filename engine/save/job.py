@@ -158,6 +158,11 @@ class JobRunner:
         started = self.clock()
         shards = check_receipts(receipts, job.info.attempt)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
+        if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
+            raise SaveFailedError(
+                f"rank 0 was not ready to commit within {self.timeout_secs:g} s; the other ranks count the "
+                "save as failed by now. Look at its log for a slow disk or a hang"
+            )
         record = self.publish(job, shards)
         job.secs["commit"] = self.clock() - started
         return record

@@ -48,6 +48,9 @@ def probe_shared(
                     "node must see the same checkpoint directory; give a shared path or a URI"
                 )
                 break
+        except StorageError as error:
+            problem = error  # raised below: rank 0 waits for this rank first
+            break
         sleep(0.5)
     channel.gather("start/probed", b"1", timeout_secs)
     if channel.rank == 0:

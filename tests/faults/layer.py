@@ -160,7 +160,9 @@ def refuses(error: Callable[[], Exception]) -> Act:
 
 def answer_lost(name: str, real: Callable[[], Any]) -> Any:
     """The operation is done, and reported as failed: the connection broke before the answer."""
-    real()
+    result = real()
+    if isinstance(result, Reader):
+        result.close()
     raise StorageUnavailableError(f"injected: connection reset after {name}")
 
 

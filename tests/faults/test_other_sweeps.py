@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.faults.layer import STORAGE_FAULTS, Act, fails_with, lost, swallowed
 from tests.faults.world import PATIENCE_SECS, World, job
 from tests.support.tiny_checkpoint import write_checkpoint
 
-OUTAGES = ("503", "reset", "denied", "EIO")
+OUTAGES = ("503", "reset", "denied", "EIO", "answer lost")
 
 
 def save_well(world: World, *steps: int) -> None:
@@ -77,7 +78,7 @@ def test_every_operation_of_a_restore_fails_once(
 def test_every_operation_of_a_start_fails_once(
     fault: str, faulty: int, root: Path, covered: Callable[[int], None]
 ) -> None:
-    """Taking the lease, fencing, clearing abandoned attempts, the probe: all ranks stop, the next start works."""
+    """Taking the lease, clearing abandoned attempts, the probe: all ranks stop, the next start works."""
     with job(root, 2) as world:
         save_well(world, 1, 2)
     k, fired = 0, True
@@ -86,13 +87,8 @@ def test_every_operation_of_a_start_fails_once(
         world = World(root, 2)
         target = world.ranks[faulty].asked
         target.arm(k, STORAGE_FAULTS[fault])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tests.faults.world.World", lambda *_: world)
-            try:
-                with job(root, 2):
-                    target.disarm()
-            except HoldfastError as error:
-                assert "injected" in str(error) or "rank" in str(error), error
+        with contextlib.suppress(HoldfastError), job(root, 2, world=world):
+            target.disarm()
         fired = bool(target.fired)
         assert set(committed_steps(root)) == {1, 2}
         with job(root, 2) as after:

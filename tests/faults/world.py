@@ -8,6 +8,7 @@ up what a real job would have waited.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +24,13 @@ from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
 from engine.parallel.coordination import Coordinator
+from engine.save.commit import confirm_files
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.faults.layer import FaultStorage, FaultSystem, Trigger
 
 TIMEOUT_SECS = 100.0
-PATIENCE_SECS = 60.0
+PATIENCE_SECS = 20.0
 """Bounds a test that hangs against every expectation."""
 ROWS = 48
 COLUMNS = 512
@@ -44,8 +46,9 @@ class MemoryStore:
         self._world_size = world_size
         self._changed = threading.Condition()
         self._data: dict[str, bytes] = {}
-        self._waiting: dict[object, tuple[int, float]] = {}
+        self._waiting: dict[object, tuple[int, float, list[str]]] = {}
         self._stuck: set[int] = set()
+        self._idle = set(range(world_size))
         self._released = threading.Event()
         self.elapsed_secs = 0.0
         self.dead = False
@@ -77,18 +80,20 @@ class MemoryStore:
         """Calls of `hang` hang again."""
         self._released = threading.Event()
 
-    @property
-    def stuck(self) -> bool:
-        return bool(self._stuck)
+    def begin(self) -> None:
+        """Every rank is about to do something."""
+        self._idle = set()
 
-    def wait_stuck(self) -> None:
+    def finish(self, rank: int) -> None:
+        """A rank has nothing more to say for now."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self.stuck, PATIENCE_SECS)
+            self._idle.add(rank)
+            self._changed.notify_all()
 
     def wait(self, rank: int, keys: list[str], timeout_secs: float) -> None:
         me = object()
         with self._changed:
-            self._waiting[me] = (rank, self.elapsed_secs + timeout_secs)
+            self._waiting[me] = (rank, self.elapsed_secs + timeout_secs, keys)
             self._changed.notify_all()
             try:
                 while not all(key in self._data for key in keys):
@@ -127,9 +132,12 @@ class MemoryStore:
             raise dist.DistNetworkError("connection reset by peer")
 
     def _nothing_can_come(self) -> bool:
-        if not self._stuck or self._released.is_set():
+        stuck = set() if self._released.is_set() else self._stuck
+        # One whose keys are there has only not woken up yet.
+        if any(all(key in self._data for key in keys) for _, _, keys in self._waiting.values()):
             return False
-        return self._stuck | {rank for rank, _ in self._waiting.values()} == set(range(self._world_size))
+        waiting = {rank for rank, _, _ in self._waiting.values()}
+        return stuck | waiting | self._idle == set(range(self._world_size))
 
     def _earliest(self) -> object:
         return min(self._waiting, key=lambda waiter: self._waiting[waiter][1])
@@ -210,6 +218,10 @@ class World:
         self._run_id = f"world-{_worlds}"
         self._make_storage = storage or self._local
 
+    def now(self) -> float:
+        """The job's clock: it moves on when a deadline passes."""
+        return time.monotonic() + self.store.elapsed_secs
+
     def _local(self, rank: Rank) -> Storage:
         return FaultStorage(LocalStorage(self.root, system=FaultSystem(rank.disk)), rank.asked)
 
@@ -223,7 +235,10 @@ class World:
                 results[rank.rank] = work(rank)
             except BaseException as error:
                 results[rank.rank] = error
+            finally:
+                self.store.finish(rank.rank)
 
+        self.store.begin()
         threads = [
             threading.Thread(target=run, args=(rank,), name=f"rank-{rank.rank}", daemon=True)
             for rank in self.ranks
@@ -246,6 +261,9 @@ class World:
                 **given,
             }
             rank.checkpointer = Checkpointer(self.root, rank.state, **arguments)
+            saver = rank.checkpointer._saver
+            if saver is not None:
+                saver.clock = saver.runner.clock = self.now
 
         raise_first(self.each(make))
 
@@ -303,15 +321,24 @@ def raise_first(outcomes: list[Any]) -> None:
             raise outcome
 
 
+def _confirm_at_once(*args: Any, clock: Callable[[], float], **given: Any) -> None:
+    """`confirm_files`, for which the time that it wants to sleep has passed."""
+    slept_secs = [0.0]
+
+    def sleep(secs: float) -> None:
+        slept_secs[0] += secs
+
+    confirm_files(*args, clock=lambda: clock() + slept_secs[0], sleep=sleep, **given)
+
+
 @contextmanager
-def job(
-    root: Path, world_size: int, *, storage: Callable[[Rank], Storage] | None = None, **given: Any
-) -> Iterator[World]:
-    """A running job; closed at the end whatever happened."""
-    world = World(root, world_size, storage)
+def job(root: Path, world_size: int, *, world: World | None = None, **given: Any) -> Iterator[World]:
+    """A running job; closed at the end whatever happened. `world`: one whose faults are set already."""
+    world = world or World(root, world_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.checkpointer.connect_ranks", lambda secs: _here.world.coordinator(_here.rank))
         patch.setattr("engine.checkpointer.open_storage", lambda *_: _here.world._make_storage(_here.rank))
+        patch.setattr("engine.save.job.confirm_files", _confirm_at_once)
         try:
             world.start(**given)
             yield world
