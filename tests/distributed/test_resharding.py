@@ -1,0 +1,282 @@
+"""Saved on one mesh, restored on another: model and optimizer come back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from engine import Checkpointer
+from tests.support.ranks import Ranks
+from tests.support.training import differences, photograph
+
+World = Callable[[int], Ranks]
+
+
+class Uneven(nn.Module):
+    """Sizes that no world size divides; fewer rows than ranks; ties; buffers; bf16; a scalar."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(13, 6)
+        self.block = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 6))
+        self.norm = nn.BatchNorm1d(6)
+        self.narrow = nn.Parameter(torch.randn(1, 6))
+        self.scale = nn.Parameter(torch.randn(()).view(1))
+        self.head = nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.block(self.embed(tokens)) * self.narrow)
+        return self.head(hidden) * self.scale
+
+
+def spread(how: str, seed: int, world_size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    network: nn.Module = Uneven(seed)
+    if how == "ddp":
+        network = DistributedDataParallel(network)
+    elif how in ("fsdp", "hsdp"):
+        shape = (2, world_size // 2) if how == "hsdp" else (world_size,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        assert isinstance(network, Uneven)
+        fully_shard(network.block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in network.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in network.parameters() if p.ndim <= 1], "lr": 0.02},
+        ],
+        lr=0.01,
+    )
+    return network, optimizer
+
+
+def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Steps on the same tokens on every rank."""
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        tokens = (torch.arange(20) * (step + 3)) % 13
+        loss = network(tokens).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def state_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": network, "optimizer": optimizer, "values": {"n": 3, "t": torch.arange(5)}}
+
+
+def whole(state: dict[str, Any]) -> dict[str, Any]:
+    """A photograph of the whole tensors, the same whatever the mesh and the wrappers."""
+    network = state["model"]
+    inner = network.module if isinstance(network, DistributedDataParallel) else network
+    taken = photograph({**state, "model": inner})
+    taken["optimizer"]["state"] = dict(sorted(taken["optimizer"]["state"].items()))
+    return taken
+
+
+def save(rank: int, world_size: int, how: str, directory: str, evaluate: bool = False) -> None:
+    network, optimizer = spread(how, seed=1, world_size=world_size)
+    train(network, optimizer, 2)
+    if evaluate:
+        network.eval()
+        with torch.no_grad():
+            network(torch.arange(8))
+        unsharded = [p for p in network.parameters() if not isinstance(p, DTensor)]
+        assert not isinstance(network, FSDPModule) or unsharded, (
+            "the evaluation should leave the root unsharded"
+        )
+        network.train()
+    state = state_of(network, optimizer)
+    with Checkpointer(directory, state) as checkpointer:
+        checkpointer.save(2).result(60)
+        again = checkpointer.save(3)  # by the standing plan
+        expected = whole(state)
+        again.result(60)
+    if rank == 0:
+        torch.save(expected, Path(directory) / "expected.pt")
+
+
+def restore(rank: int, world_size: int, how: str, directory: str) -> list[str]:
+    """What differs from what was saved, and from training that goes on without a restart."""
+    network, optimizer = spread(how, seed=2, world_size=world_size)
+    state = state_of(network, optimizer)
+    state["values"] = {}
+    with Checkpointer(directory, state, read_only=True) as checkpointer:
+        assert checkpointer.restore("latest") is not None
+    found = whole(state)
+    if isinstance(network, FSDPModule):
+        assert all(isinstance(p, DTensor) for p in network.parameters())
+    if rank:
+        return []
+    return differences(found, torch.load(Path(directory) / "expected.pt", weights_only=False))
+
+
+@pytest.fixture(scope="module")
+def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], str]:
+    """The directory of a checkpoint saved that way, made when first asked for."""
+    made: dict[tuple[str, int, bool], str] = {}
+
+    def get(how: str, world_size: int, evaluate: bool = False) -> str:
+        key = (how, world_size, evaluate)
+        if key not in made:
+            made[key] = str(tmp_path_factory.mktemp(f"{how}-{world_size}"))
+            world(world_size).run(save, how, made[key], evaluate)
+        return made[key]
+
+    return get
+
+
+Saved = Callable[..., str]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+def test_fsdp_to_fsdp(before: int, after: int, world: World, saved: Saved) -> None:
+    assert world(after).run(restore, "fsdp", saved("fsdp", before))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "before", "other", "after"),
+    [
+        ("hsdp", 4, "fsdp", 3),
+        ("hsdp", 4, "hsdp", 2),
+        ("hsdp", 2, "hsdp", 4),
+        ("fsdp", 3, "hsdp", 4),
+        ("ddp", 2, "fsdp", 3),
+        ("ddp", 3, "ddp", 2),
+        ("fsdp", 4, "ddp", 2),
+        ("hsdp", 4, "plain", 1),
+        ("plain", 1, "hsdp", 4),
+        ("ddp", 2, "plain", 1),
+        ("plain", 1, "ddp", 3),
+    ],
+)
+def test_any_mesh_to_any_mesh(
+    how: str, before: int, other: str, after: int, world: World, saved: Saved
+) -> None:
+    assert world(after).run(restore, other, saved(how, before))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("how", "before", "other", "after"),
+    [("fsdp", 2, "fsdp", 3), ("hsdp", 4, "plain", 1), ("ddp", 2, "fsdp", 2)],
+)
+def test_after_an_evaluation(
+    how: str, before: int, other: str, after: int, world: World, saved: Saved
+) -> None:
+    """A no-grad evaluation leaves FSDP2's root unsharded, with full plain tensors for parameters."""
+    assert world(after).run(restore, other, saved(how, before, True))[0] == []
+
+
+def go_on(rank: int, world_size: int, how: str, directory: str) -> list[str]:
+    """At the same world size a resumed run is the uninterrupted one, to the bit."""
+    network, optimizer = spread(how, 1, world_size)
+    train(network, optimizer, 2)
+    with Checkpointer(directory, state_of(network, optimizer)) as checkpointer:
+        checkpointer.save(2).result(60)
+        losses = train(network, optimizer, 3)
+        final = whole(state_of(network, optimizer))
+        checkpointer.wait()
+    other, other_optimizer = spread(how, 2, world_size)
+    with Checkpointer(directory, state_of(other, other_optimizer)) as checkpointer:
+        checkpointer.restore("latest")
+        again = train(other, other_optimizer, 3)
+    lines = [] if again == losses else [f"losses {again} instead of {losses}"]
+    return lines + differences(whole(state_of(other, other_optimizer)), final)
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 4), ("ddp", 2)])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    how: str, world_size: int, world: World, tmp_path: Path
+) -> None:
+    assert world(world_size).run(go_on, how, str(tmp_path)) == [[]] * world_size
+
+
+def bytes_written(rank: int, world_size: int, how: str, directory: str) -> int:
+    torch.manual_seed(0)
+    network: nn.Module = nn.Sequential(*[nn.Linear(64, 64) for _ in range(12)])
+    if how == "ddp":
+        network = DistributedDataParallel(network)
+    else:
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(network, mesh=mesh)
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    with Checkpointer(directory, {"model": network, "optimizer": optimizer}) as checkpointer:
+        record = checkpointer.save(1).result(60)
+        assert record is not None
+    return (Path(record.path) / f"shard-{rank:05d}.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("ddp", 2), ("ddp", 3), ("hsdp", 4)])
+def test_replicas_write_their_share_and_no_more(
+    how: str, world_size: int, world: World, tmp_path: Path
+) -> None:
+    sizes = world(world_size).run(bytes_written, how, str(tmp_path))
+    data = 3 * 12 * (64 * 64 + 64) * 4
+    assert max(sizes) / (sum(sizes) / world_size) <= 1.05
+    assert data <= sum(sizes) <= data + world_size * 60_000, "generators, headers and step counts"
+
+
+def stock(rank: int, world_size: int, directory: str) -> list[str]:
+    """Read the tensors of a checkpoint without Holdfast, into another sharding."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    (path,) = sorted(Path(directory).glob("step-00000003-*"))
+    network, _ = spread("fsdp", seed=2, world_size=world_size)
+    own = {f"model.{name}": value for name, value in network.state_dict().items()}
+    del own["model.head.weight"]  # tied: stored once
+    dcp.load(own, storage_reader=HuggingFaceStorageReader(str(path)))
+    found = photograph({"model": own})["model"]
+    expected = torch.load(Path(directory) / "expected.pt", weights_only=False)["model"]
+    return differences(found, {f"model.{n}": v for n, v in expected.items() if n != "head.weight"})
+
+
+@pytest.mark.parametrize(("how", "before"), [("fsdp", 3), ("hsdp", 4), ("ddp", 2)])
+def test_stock_dcp_reads_the_tensors_at_another_world_size(
+    how: str, before: int, world: World, saved: Saved
+) -> None:
+    assert world(2).run(stock, saved(how, before)) == [[], []]
+
+
+def random_numbers(
+    rank: int, world_size: int, directory: str, save_first: bool, step: int = 5
+) -> list[list[float]]:
+    with Checkpointer(directory, {"values": {}}, seed=9) as checkpointer:
+        if save_first:
+            torch.manual_seed(100 + rank)
+            checkpointer.save(step).result(60)
+        expected = torch.rand(3).tolist()
+        checkpointer.restore("latest")
+        return [expected, torch.rand(3).tolist()]
+
+
+def test_generators_come_back_to_their_ranks(world: World, tmp_path: Path) -> None:
+    found = world(3).run(random_numbers, str(tmp_path), True)
+    assert [before == after for before, after in found] == [True] * 3
+    assert len({str(numbers) for pair in found for numbers in pair}) == 3
+    again = world(3).run(random_numbers, str(tmp_path), False)
+    assert [after for _, after in again] == [after for _, after in found]
+
+
+def test_at_another_world_size_generators_are_derived(world: World, tmp_path: Path) -> None:
+    saved_by_two = world(2).run(random_numbers, str(tmp_path), True)
+    by_three = [after for _, after in world(3).run(random_numbers, str(tmp_path), False)]
+    again = [after for _, after in world(3).run(random_numbers, str(tmp_path), False)]
+    assert by_three == again, "from (seed, step, rank) alone"
+    streams = [*by_three, *(after for _, after in saved_by_two)]
+    assert len({str(numbers) for numbers in streams}) == 5, "no two ranks share a stream"
