@@ -117,7 +117,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def gpt2_ranks(path: Path = GPT2_RANKS) -> dict[bytes, int]:
-    """The rank of each of GPT-2's tokens but end of text. ShardError when the file is not what it should be."""
+    """The rank of each of GPT-2's tokens but end of text. ShardError when the file is not as it should be."""
     try:
         raw = path.read_bytes()
     except OSError as error:
