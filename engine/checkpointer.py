@@ -303,6 +303,7 @@ class Checkpointer:
             self._clean_up,
             self._listener,
             self._on_outcome,
+            self._remove_surplus,
         )
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return Saver(
@@ -337,11 +338,17 @@ class Checkpointer:
 
     def _clean_up(self, record: CheckpointRecord) -> None:
         """Retention, after a commit, by rank 0."""
+        self._remove_surplus()
+
+    def _remove_surplus(self) -> bool:
+        """Whether anything was removed. Never latest, backup or best."""
+        assert self._lease is not None
+        self._lease.check()
+        removed: tuple[str, ...] = ()
         if self._retention is not None:
             decisions = surplus(committed(self.list()), self._retention, held_ids(self._storage))
-            reap(self._storage, decisions)
-        if self._lease is not None:
-            reap_abandoned(self._storage, lease=self._lease)
+            removed = reap(self._storage, decisions).removed
+        return bool(removed + reap_abandoned(self._storage, lease=self._lease).removed)
 
     def _on_outcome(self, record: CheckpointRecord | None) -> None:
         if record is None:

@@ -25,7 +25,7 @@ from engine.format.manifest import TensorInfo
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
-from engine.save.receipt import Receipt
+from engine.save.receipt import Receipt, lacked_space
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
 from engine.snapshot.filling import Filling
@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 OUTCOME_GRACE_SECS = 60.0
 """How much longer than for receipts the ranks wait for rank 0's word: it also has to commit."""
 ACKNOWLEDGE_SECS = 30.0
+_AGAIN = b"again"
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class JobRunner:
     Args:
         commit_attempt: rank 0's commit: publishes the manifest and returns the record.
         after_commit: rank 0's retention; its failure is logged and fails no save.
+        make_room: rank 0's answer to a full disk: deletes what is surplus; whether there was anything.
         on_outcome: told every save's record, or None when it failed, before anybody who waits for it.
     """
 
@@ -81,6 +83,7 @@ class JobRunner:
     after_commit: Callable[[CheckpointRecord], None]
     on_event: Callable[[dict[str, Any]], None]
     on_outcome: Callable[[CheckpointRecord | None], None]
+    make_room: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
 
     def run(self, job: Job) -> None:
@@ -106,33 +109,58 @@ class JobRunner:
                 )
 
     def _run(self, job: Job) -> CheckpointRecord:
+        record = self._attempt(job, job.key, job.started + self.timeout_secs, may_retry=True)
+        if record is None:  # the disk was full, and room was made
+            deadline = self.clock() + self.timeout_secs
+            record = self._attempt(job, f"{job.key}/again", deadline, may_retry=False)
+        assert record is not None
+        return record
+
+    def _attempt(self, job: Job, key: str, deadline: float, *, may_retry: bool) -> CheckpointRecord | None:
+        """Write and commit; None on every rank when all are to try once more."""
         receipt = self._write(job)
-        deadline = job.started + self.timeout_secs
         started = self.clock()
         if self.channel.rank != 0:
-            self.channel.gather(f"{job.key}/receipt", receipt.to_bytes(), 0)
+            self.channel.gather(f"{key}/receipt", receipt.to_bytes(), 0)
             raw = self.channel.broadcast(
-                f"{job.key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
+                f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
             )
-            self.channel.gather(f"{job.key}/ack", b"1", 0)
-            return _record_from(raw)
+            self.channel.gather(f"{key}/ack", b"1", 0)
+            return None if raw == _AGAIN else _record_from(raw)
         record: CheckpointRecord | None = None
         failure: BaseException | None = None
         try:
             raws = self.channel.gather(
-                f"{job.key}/receipt", receipt.to_bytes(), max(1.0, deadline - self.clock())
+                f"{key}/receipt", receipt.to_bytes(), max(1.0, deadline - self.clock())
             )
             assert raws is not None
             job.secs["receipts"] = self.clock() - started
-            record = self._commit(job, [Receipt.from_bytes(raw) for raw in raws], deadline)
+            receipts = [Receipt.from_bytes(raw) for raw in raws]
+            again = may_retry and lacked_space(receipts) and self._make_room(job)
+            record = None if again else self._commit(job, receipts, deadline)
         except BaseException as error:
             failure = error
             self._clean_up(job, error)
-        self._tell(job, record, failure)
+        if record is None and failure is None:
+            self._tell(job, key, _AGAIN)
+            return None
+        document = {
+            "error": "" if failure is None else _words(failure),
+            "record": record and record_to_json(record),
+        }
+        self._tell(job, key, canonical_bytes(document))
         if failure is not None:
             raise failure
-        assert record is not None
         return record
+
+    def _make_room(self, job: Job) -> bool:
+        """The disk is full, and every rank has stopped writing: clear the attempt, then what is surplus."""
+        try:
+            delete_attempt(self.storage, job.info.attempt)
+            return self.make_room()
+        except HoldfastError as problem:
+            log.warning("no room could be made for step %d: %s", job.info.step, problem)
+            return False
 
     def _write(self, job: Job) -> Receipt:
         rank = self.channel.rank
@@ -176,19 +204,15 @@ class JobRunner:
         except HoldfastError as problem:
             log.warning("the failed attempt %s was left behind: %s", job.info.attempt, problem)
 
-    def _tell(self, job: Job, record: CheckpointRecord | None, failure: BaseException | None) -> None:
+    def _tell(self, job: Job, key: str, outcome: bytes) -> None:
         """Give every rank the outcome, and see that they have it before the key goes."""
-        document = {
-            "error": "" if failure is None else _words(failure),
-            "record": record and record_to_json(record),
-        }
-        self.channel.broadcast(f"{job.key}/outcome", canonical_bytes(document), 0)
+        self.channel.broadcast(f"{key}/outcome", outcome, 0)
         try:
-            self.channel.gather(f"{job.key}/ack", b"1", ACKNOWLEDGE_SECS)
+            self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS)
         except LateRanksError as error:
             log.warning("the outcome of step %d did not reach everyone: %s", job.info.step, error)
             return
-        self.channel.forget([f"{job.key}/outcome"])
+        self.channel.forget([f"{key}/outcome"])
 
     def _emit(self, job: Job, event: str, **more: Any) -> None:
         document = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import DamagedError
+from engine.errors import DamagedError, StorageFullError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import FileReceipt, ShardReceipt
 
@@ -68,6 +68,12 @@ class Receipt:
 def failures(receipts: list[Receipt]) -> str:
     """Every rank's failure in one sentence each, or "". Pure."""
     return "; ".join(f"rank {receipt.rank}: {receipt.error}" for receipt in receipts if receipt.error)
+
+
+def lacked_space(receipts: list[Receipt]) -> bool:
+    """Whether some rank failed, and none for another reason than a full disk. Pure."""
+    errors = [receipt.error for receipt in receipts if receipt.error]
+    return bool(errors) and all(error.startswith(f"{StorageFullError.__name__}: ") for error in errors)
 
 
 def disagreements(receipts: list[Receipt]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from engine.errors import StorageFullError
 from engine.format.digest import BLOCK_BYTES, block_digests, bytes_digest, combine
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.manifest import FileReceipt, ShardReceipt
@@ -34,8 +35,10 @@ def write_rank(
 ) -> ShardReceipt:
     """Make this rank's bytes durable: shards, index, directory. Adds seconds by cause to `secs`.
 
-    Raises: StorageError of any kind; the storage has removed the file that failed.
+    Raises: StorageFullError, before anything is written if the free space tells; StorageError of any kind;
+        the storage has removed the file that failed.
     """
+    _check_space(storage, arena.file_bytes if arena else 0)
     storage.make_dir(attempt)
     slots = arena.slots if arena else ()
     files = [_write_shard(storage, attempt, arena, slot, filling, secs, clock) for slot in slots]
@@ -47,6 +50,16 @@ def write_rank(
     _add(secs, "index", clock() - started)
     receipts = tuple(FileReceipt(file.file, file.file_bytes, file.digest) for file in files)
     return ShardReceipt(rank, receipts, FileReceipt(index_file(rank), len(raw), bytes_digest(raw)))
+
+
+def _check_space(storage: Storage, need_bytes: int) -> None:
+    """Own bytes only: the other ranks' files may be there already, and count as used then."""
+    free_bytes = storage.free_bytes()
+    if free_bytes is not None and free_bytes < need_bytes:
+        raise StorageFullError(
+            f"this rank's part of the checkpoint takes {need_bytes:,} bytes, and {storage.uri} has "
+            f"{free_bytes:,} free: free space there, keep fewer checkpoints, or choose another directory"
+        )
 
 
 def _write_shard(

@@ -154,6 +154,8 @@ class LocalStorage(Storage):
     def free_bytes(self) -> int | None:
         with mapped("look at", self.uri):
             found = os.statvfs(self._root)
+            if found.f_blocks == 0:  # some FUSE mounts know no sizes
+                return None
             return found.f_bavail * found.f_frsize
 
     def _path(self, path: str) -> str:

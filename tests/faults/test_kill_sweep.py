@@ -45,7 +45,7 @@ def forked(work: Callable[[Callable[[str, Any], None]], None]) -> Callable[[], t
             os.close(reading)
             work(lambda what, value: _write(writing, what, value))
             status = 0
-        except BaseException as error:
+        except BaseException:
             _write(writing, "error", traceback.format_exc())
         finally:
             os._exit(status)
