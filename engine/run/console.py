@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -22,9 +23,10 @@ class Console:
         self._shown_at = float("-inf")
 
     def say(self, line: str) -> None:
-        """Print a line at once."""
+        """Print a line at once. A terminal that is gone, or a full disk behind it, costs the line only."""
         if self._speaks:
-            print(line, file=self._out or sys.stdout, flush=True)
+            with contextlib.suppress(OSError):
+                print(line, file=self._out or sys.stdout, flush=True)
 
     def progress(self, event: Event, last_step: int, *, force: bool = False) -> None:
         """A line for a `step` event, at most one a second unless `force`."""

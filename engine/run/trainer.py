@@ -242,6 +242,3 @@ class _Loop:
         self.recorder.evaluated(self.step, loss, best=best, secs=time.perf_counter() - began)
         metrics["val_loss"] = loss
         return None, best
-
-
-__all__ = ["Stopped", "configure", "train"]

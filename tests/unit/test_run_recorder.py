@@ -120,6 +120,16 @@ def test_other_ranks_are_silent() -> None:
     assert out.getvalue() == ""
 
 
+class Gone(io.StringIO):
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_terminal_that_is_gone_stops_nothing() -> None:
+    """The engine calls from its background thread, where an exception would fail the save."""
+    Console(speaks=True, out=Gone()).checkpoint({"event": "save_committed", "step": 1})
+
+
 @pytest.mark.parametrize(
     ("event", "said"),
     [
