@@ -13,6 +13,7 @@ from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorErro
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
+from engine.storage.redact import redact_uri
 from engine.storage.split import split_uri
 
 KEEP_FLAG = "keep_checkpoints"
@@ -47,7 +48,7 @@ def open_directory(arguments: argparse.Namespace) -> Storage:
     target = open_target(arguments)
     if target.name is not None:
         raise SelectorError(
-            f"{arguments.target} is one checkpoint: `{arguments.command}` works on its directory, "
+            f"{redact_uri(arguments.target)} is one checkpoint: `{arguments.command}` works on its directory, "
             f"{target.storage.uri}"
         )
     return target.storage
@@ -58,9 +59,13 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Storage, str]:
     target = open_target(arguments)
     if target.name is None:
         there_is = describe(committed(list_checkpoints(target.storage)))
-        raise SelectorError(f"{arguments.target} is not one checkpoint: give the path of one. {there_is}")
+        raise SelectorError(
+            f"{redact_uri(arguments.target)} is not one checkpoint: give the path of one. {there_is}"
+        )
     if not target.storage.exists(f"{target.name}/{MANIFEST}"):
-        raise NotFoundError(f"{arguments.target} is no committed checkpoint: it never was, or is gone")
+        raise NotFoundError(
+            f"{redact_uri(arguments.target)} is no committed checkpoint: it never was, or is gone"
+        )
     return target.storage, target.name
 
 

@@ -14,6 +14,7 @@ from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
+from engine.storage.redact import redact_uri
 from engine.storage.split import split_uri
 
 log = logging.getLogger(__name__)
@@ -72,8 +73,8 @@ def _at_path(text: str, options: Mapping[str, str] | None) -> Choice:
         manifest = read_manifest(storage, name)
     except NotFoundError as error:
         raise SelectorError(
-            f"{text} is not a checkpoint: it has no manifest.json. Give the directory of one checkpoint "
-            "(…/step-00000250-1f0c9a3e), or a selector such as latest"
+            f"{redact_uri(text)} is not a checkpoint: it has no manifest.json. Give the directory of one "
+            "checkpoint (…/step-00000250-1f0c9a3e), or a selector such as latest"
         ) from error
     return Choice(os.fspath(parent), name, from_manifest(manifest, storage.uri, name=name), manifest)
 
