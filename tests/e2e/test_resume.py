@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from data.loader import TokenLoader
 from tests.e2e.conftest import REFERENCE_STEPS
-from tests.e2e.harness import Run
+from tests.e2e.harness import TINY, Run
 
 
 def stop_with(run: Run, nproc: int | None, sig: signal.Signals, **given: object) -> float:
@@ -110,3 +112,26 @@ def test_two_ranks_then_four_then_one_then_three(undisturbed_2_no_dropout: Run, 
     assert tokens == {e["step"]: e["tokens"] for e in undisturbed_2_no_dropout.events("step")}
     worlds = [c["world_size"] for c in sorted(run.listing(), key=lambda c: c["created"])]
     assert worlds[-3:] == [4, 1, 3]
+
+
+def test_every_world_size_reads_the_same_tokens_after_a_checkpoint(undisturbed_2_no_dropout: Run) -> None:
+    """The data position of each real checkpoint, taken up by 1, 2, 3 and 4 ranks."""
+
+    def loaders(world_size: int) -> list[TokenLoader]:
+        given = {name: TINY[name] for name in ("seq_len", "global_batch", "seed")}
+        data = undisturbed_2_no_dropout.data
+        return [TokenLoader(data, **given, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+    def next_global_batch(ranks: list[TokenLoader]) -> list[list[int]]:
+        return [row for rank in ranks for row in rank.next_batch()[0].tolist()]
+
+    undisturbed = loaders(1)
+    batches = [next_global_batch(undisturbed) for _ in range(REFERENCE_STEPS + 2)]
+    for path in sorted(Path(undisturbed_2_no_dropout.checkpoints).glob("*/manifest.json")):
+        manifest = json.loads(path.read_bytes())
+        for world_size in (1, 2, 3, 4):
+            ranks = loaders(world_size)
+            for rank in ranks:
+                rank.load_state_dict(manifest["objects"]["loader"])
+            step = manifest["step"]
+            assert [next_global_batch(ranks) for _ in range(2)] == batches[step : step + 2]
