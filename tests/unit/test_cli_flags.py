@@ -37,8 +37,14 @@ FLAGS = {
     "engine.checkpoints show": "--json --storage_options --select",
     "engine.checkpoints verify": "--json --storage_options --quick",
     "engine.checkpoints hold": "--storage_options",
+    "engine.checkpoints selftest": "--json --storage_options",
     "engine.checkpoints release": "--storage_options",
     "engine.checkpoints prune": "--storage_options --rolling --best --no_epochs --dry_run",
+    "engine.checkpoints export": "--storage_options --to --format --dtype --model_only --select",
+    "engine.checkpoints import": "--storage_options --to --trust_pickle",
+    "engine.checkpoints merge": "--storage_options --to --weights",
+    "engine.checkpoints diff": "--storage_options --json",
+    "engine.checkpoints selftest": "--storage_options --json",
 }
 
 

@@ -15,6 +15,7 @@ CHECKPOINTER = {
     "guard",
     "list",
     "poll",
+    "prepare",
     "restore",
     "save",
     "wait",
