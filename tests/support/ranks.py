@@ -31,6 +31,7 @@ GRACE_SECS = 10.0
 
 _PRELOAD = [
     "torch",
+    "torch._dynamo",  # imported by the first operation on a DTensor: 2 s in every rank otherwise
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "hypothesis",
