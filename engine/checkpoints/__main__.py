@@ -1,7 +1,7 @@
 """Entry of `python -m engine.checkpoints`: one command; errors become one sentence and an exit code.
 
-0: done, nothing wrong. 1: `verify` found damage, `diff` a difference. 2: bad input, damage in what had to be
-read, or the storage did not answer.
+0: done, nothing wrong. 1: `verify` found damage, `diff` a difference, `selftest` an unsafe storage. 2: bad
+input, damage in what had to be read, or the storage did not answer.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
             from engine.checkpoints.verifying import run
         case "prune":
             from engine.checkpoints.pruning import run
+        case "selftest":
+            from engine.checkpoints.selftesting import run
         case "export":
             from engine.checkpoints.exporting import run
         case "import":

@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--best", type=_count, metavar="N", default=1, help="keep the N best (default: 1)")
     prune.add_argument("--no_epochs", action="store_true", help="do not keep those that closed an epoch")
     prune.add_argument("--dry_run", action="store_true", help="only say what would happen")
+    command(
+        "selftest", "DIR", "is this storage safe for atomic commits, and how fast? exit code 1 if not", json
+    )
     export = command("export", "DIR_OR_CKPT", "write a checkpoint for another tool")
     export.add_argument("--to", required=True, metavar="TARGET", help=_NEW)
     export.add_argument(

@@ -48,8 +48,8 @@ def open_directory(arguments: argparse.Namespace) -> Storage:
     target = open_target(arguments)
     if target.name is not None:
         raise SelectorError(
-            f"{redact_uri(arguments.target)} is one checkpoint: `{arguments.command}` works on its directory, "
-            f"{target.storage.uri}"
+            f"{redact_uri(arguments.target)} is one checkpoint: `{arguments.command}` works on its "
+            f"directory, {target.storage.uri}"
         )
     return target.storage
 

@@ -7,6 +7,7 @@ up what a real job would have waited.
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -247,7 +248,9 @@ class World:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE_SECS)
-            assert not thread.is_alive(), f"{thread.name} hangs beyond every deadline"
+            if thread.is_alive():
+                faulthandler.dump_traceback()
+                raise AssertionError(f"{thread.name} hangs beyond every deadline")
         return results
 
     def start(self, **given: Any) -> None:
