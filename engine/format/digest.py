@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 
 import xxhash
 
@@ -41,6 +42,31 @@ def block_digests(view: Buffer, block_bytes: int = BLOCK_BYTES) -> bytes:
     flat = memoryview(view).cast("B")
     digest = xxhash.xxh3_64_digest
     return b"".join([digest(flat[begin : begin + block_bytes]) for begin in range(0, len(flat), block_bytes)])
+
+
+def scattered_digests(views: Sequence[Buffer], block_bytes: int = BLOCK_BYTES) -> bytes:
+    """`block_digests` of the views' concatenation, without joining them."""
+    digests: list[bytes] = []
+    open_block, open_bytes = xxhash.xxh3_64(), 0
+    for view in views:
+        flat = memoryview(view).cast("B")
+        begin = 0
+        if open_bytes:
+            begin = min(len(flat), block_bytes - open_bytes)
+            open_block.update(flat[:begin])
+            open_bytes += begin
+            if open_bytes == block_bytes:
+                digests.append(open_block.digest())
+                open_block, open_bytes = xxhash.xxh3_64(), 0
+        whole = (len(flat) - begin) // block_bytes * block_bytes
+        if whole:
+            digests.append(block_digests(flat[begin : begin + whole], block_bytes))
+        if begin + whole < len(flat):
+            open_block.update(flat[begin + whole :])
+            open_bytes += len(flat) - begin - whole
+    if open_bytes:
+        digests.append(open_block.digest())
+    return b"".join(digests)
 
 
 def combine(packed: bytes) -> str:

@@ -174,7 +174,8 @@ class Destination:
                 module = self._capture.state[capture.owner]
                 if optimizers.ensure_state(module, capture.optimizer):
                     self._made_state.append(capture.optimizer)
-        self._capture.refresh()
+        if self._made_state:
+            self._capture.refresh()
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors, aliases = self._capture.fixed_tensors()

@@ -7,9 +7,10 @@ touched rows are read whole and the wanted part is copied out: one large read be
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 WINDOW_BYTES = 4 << 20
@@ -17,6 +18,10 @@ WINDOW_BYTES = 4 << 20
 
 LEAST_RUN_BYTES = 64 << 10
 """Shorter runs are read together with what lies between them."""
+
+
+LEAST_STRAIGHT_BYTES = 32 << 10
+"""Shorter pieces are not read straight into their destination: copying them costs less than naming them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,33 +144,53 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
     """Group the pieces of one file into windows on block boundaries, in file order.
 
     Flat pieces are cut at window ends, so that no block is read twice on their account; others stay whole.
-    Pieces in the same or in adjoining blocks share a window.
+    Pieces in the same or in adjoining blocks share a window. Pieces may overlap: a tied weight that is
+    restored into two tensors.
     """
     windows: list[Window] = []
     waiting: list[Piece] = []
     begin = end = 0
-    for piece in sorted(pieces, key=lambda piece: (piece.begin, piece.end)):
-        rest: Piece | None = piece
-        while rest is not None:
+    # What is cut off goes back among the others: with overlaps it need not be the next in file order.
+    heap = [(piece.begin, piece.end, number, piece) for number, piece in enumerate(pieces)]
+    heapq.heapify(heap)
+    while heap:
+        *_, number, piece = heapq.heappop(heap)
+        limit = begin + most_bytes
+        joins = (
+            bool(waiting)
+            and piece.begin - piece.begin % block_bytes <= end
+            and (piece.end <= limit or (piece.flat and piece.begin < limit))
+        )
+        if not joins:
+            if waiting:
+                windows.append(Window(begin, end, tuple(waiting)))
+                waiting = []
+            begin = piece.begin - piece.begin % block_bytes
             limit = begin + most_bytes
-            joins = (
-                bool(waiting)
-                and rest.begin - rest.begin % block_bytes <= end
-                and (rest.end <= limit or (rest.flat and rest.begin < limit))
-            )
-            if not joins:
-                if waiting:
-                    windows.append(Window(begin, end, tuple(waiting)))
-                    waiting = []
-                begin = rest.begin - rest.begin % block_bytes
-                limit = begin + most_bytes
-                end = begin
-            head, rest = _cut(rest, limit)
-            waiting.append(head)
-            end = max(end, min(file_bytes, -(-head.end // block_bytes) * block_bytes))
+            end = begin
+        head, rest = _cut(piece, limit)
+        if rest is not None:
+            heapq.heappush(heap, (rest.begin, rest.end, number, rest))
+        waiting.append(head)
+        end = max(end, min(file_bytes, -(-head.end // block_bytes) * block_bytes))
     if waiting:
         windows.append(Window(begin, end, tuple(waiting)))
     return windows
+
+
+def straight(pieces: Sequence[Piece], fits: Callable[[Piece], bool]) -> list[Piece]:
+    """The pieces of one window that can be read straight into their destinations, in file order.
+
+    `pieces` are in file order; `fits` says whether a destination is memory that can be read into. None
+    where pieces overlap: a byte of the file can be read to one place only.
+    """
+    if any(after.begin < before.end for before, after in itertools.pairwise(pieces)):
+        return []
+    return [
+        piece
+        for piece in pieces
+        if piece.flat and piece.end - piece.begin >= LEAST_STRAIGHT_BYTES and fits(piece)
+    ]
 
 
 def _cut(piece: Piece, at: int) -> tuple[Piece, Piece | None]:

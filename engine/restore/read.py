@@ -1,8 +1,7 @@
 """Read slices of a checkpoint into tensors: exact ranges, in parallel, every block verified.
 
-Each thread has one buffer of a few MiB. It reads a window of a file, checks the digest of every block in
-it, and only then copies the wanted bytes out: memory above the destinations stays bounded whatever the
-state's size, and a byte that fails its check never reaches a tensor.
+Each thread has one buffer of a few MiB and works off windows of a file, so that memory above the destinations
+stays bounded whatever the state's size.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import torch
 
 from engine.dcp.load import Slice
 from engine.errors import DamagedError
-from engine.format.digest import block_digests, expected_digest
 from engine.format.dtypes import itemsize
 from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
 from engine.restore.pieces import WINDOW_BYTES, Piece, Window, cut_slice, group
+from engine.restore.window import WindowLoader
 from engine.storage.base import Reader, Storage
 
 THREADS = 2
@@ -63,8 +62,8 @@ def read_slices(
         readers = {name: stack.enter_context(storage.open_reader(f"{directory}/{name}")) for name in files}
         for name, shard in files.items():
             _check_size(storage, directory, readers[name], shard)
-        worker = _Worker(storage, directory, slices, files, readers)
-        _run(worker, plan, threads)
+        loader = WindowLoader(storage, directory, slices, files, readers)
+        _run(loader, plan, threads)
     return ReadStats(
         sum(window.end - window.begin for _, window in plan),
         sum(item.to.numel() * item.to.element_size() for item in slices),
@@ -102,7 +101,7 @@ def _check_size(storage: Storage, directory: str, reader: Reader, shard: ShardFi
         )
 
 
-def _run(worker: _Worker, plan: Sequence[tuple[str, Window]], threads: int) -> None:
+def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], threads: int) -> None:
     """Work the windows off, in file order; the first failure stops the rest."""
     turn = iter(plan)
     lock = threading.Lock()
@@ -122,7 +121,7 @@ def _run(worker: _Worker, plan: Sequence[tuple[str, Window]], threads: int) -> N
             for name, window in next_window():
                 if buffer.numel() < window.end - window.begin:
                     buffer = _page_aligned(window.end - window.begin)
-                worker.load(name, window, buffer)
+                loader.load(name, window, buffer)
         except BaseException:
             stop.set()
             raise
@@ -142,55 +141,3 @@ def _page_aligned(size_bytes: int) -> torch.Tensor:
     """A buffer of bytes on a page boundary, which direct reads need."""
     pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class _Worker:
-    """Loads windows; shared by the reader threads."""
-
-    storage: Storage
-    directory: str
-    slices: Sequence[Slice]
-    files: Mapping[str, ShardFile]
-    readers: Mapping[str, Reader]
-
-    def load(self, name: str, window: Window, buffer: torch.Tensor) -> None:
-        """Read, verify, copy out."""
-        raw = buffer[: window.end - window.begin]
-        view = memoryview(raw.numpy())  # type: ignore[arg-type]
-        shard = self.files[name]
-        self.readers[name].read_into(window.begin, view)
-        self._verify(shard, window, view)
-        for piece in window.pieces:
-            _copy_out(
-                piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice]
-            )
-
-    def _verify(self, shard: ShardFile, window: Window, view: memoryview) -> None:
-        first = window.begin // shard.block_bytes
-        found = block_digests(view, shard.block_bytes)
-        expected = shard.digests[first * 8 : first * 8 + len(found)]
-        if found == expected:
-            return
-        for block in range(first, first + len(found) // 8):
-            at = (block - first) * 8
-            want = expected_digest(shard.digests, block)
-            if found[at : at + 8] != want:
-                begin, end = block * shard.block_bytes, (block + 1) * shard.block_bytes
-                raise DamagedError(
-                    f"{self.storage.describe(f'{self.directory}/{shard.file}')}: block {block} (bytes "
-                    f"{begin:,} to {min(shard.file_bytes, end):,}) "
-                    f"has changed: its digest is {found[at : at + 8].hex()}, {want.hex()} was written"
-                )
-
-
-def _copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:
-    if piece.flat:
-        length = piece.end - piece.begin
-        item.to.view(-1).view(torch.uint8)[piece.to_row : piece.to_row + length].copy_(raw)
-        return
-    rows = raw.view(item.to.dtype).view(piece.rows, *piece.row_sizes)
-    for dim, (offset, length) in enumerate(zip(piece.row_offsets, piece.row_lengths, strict=True), start=1):
-        rows = rows.narrow(dim, offset, length)
-    to = item.to.view(1) if item.to.ndim == 0 else item.to[piece.to_index]
-    to[piece.to_row : piece.to_row + piece.rows].copy_(rows)

@@ -159,6 +159,7 @@ class Restorer:
                 "path": record.path,
                 "world_size": manifest.world_size,
                 "bytes": stats.read_bytes,
+                "needed_bytes": stats.needed_bytes,
                 "secs": self.clock() - started,
             }
         )

@@ -117,12 +117,12 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[torch.Tenso
 def owner_of(optimizer: Optimizer, state: Mapping[str, Any], key: str) -> str:
     """The state key of the module whose parameters the optimizer holds.
 
+    The modules were walked before, which brings FSDP2 back to its sharded parameters: the optimizer's.
     Raises: UnsavableValueError when the state has none.
     """
     for owner, module in state.items():
         if not isinstance(module, nn.Module):
             continue
-        get_model_state_dict(module)
         own = {id(parameter) for parameter in module.parameters()}
         if all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             return owner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -49,6 +49,14 @@ class Reader(ABC):
 
         DamagedError if the file ends before; StorageError if it cannot be read.
         """
+
+    def read_at_hand(self, offset: int, views: Sequence[memoryview]) -> int:
+        """Fill the `views`, one after the other, from byte `offset` with what needs no waiting.
+
+        Returns the number of bytes filled: 0 where nothing is at hand, or where there is no telling.
+        What lies behind them in the views is undefined. StorageError if the file cannot be read.
+        """
+        return 0
 
     def close(self) -> None:  # noqa: B027 - a store's reader has nothing to let go of
         """Let go of the file. May be called twice."""

@@ -13,6 +13,7 @@ import pytest
 from engine.errors import DamagedError
 from engine.storage import reading
 from engine.storage.local import LocalStorage
+from engine.storage.residency import in_page_cache
 from tests.storage.buffers import pattern
 
 SIZE = 3 * reading.LEAST_DIRECT_BYTES + 1234
@@ -81,6 +82,7 @@ def test_large_reads_take_what_is_cached_and_read_the_rest_direct(
     view = aligned(SIZE)
     with storage.open_reader("shard") as reader:
         monkeypatch.setattr(os, "preadv", calls)
+        monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: None)
         reader.read_into(0, view)
     assert bytes(view) == DATA
     assert calls.seen == expected
@@ -101,6 +103,50 @@ def test_what_direct_reads_cannot_do_goes_through_the_cache(
         reader.read_into(offset, view)
     assert bytes(view) == DATA[offset : offset + length]
     assert calls.seen == ["plain"]
+
+
+def test_what_is_known_to_be_cold_is_only_read_direct(
+    storage: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(0)
+    with storage.open_reader("shard") as reader:
+        monkeypatch.setattr(os, "preadv", calls)
+        monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: False)
+        view = aligned(SIZE)
+        reader.read_into(0, view)
+        assert reader.read_at_hand(0, [aligned(4096)]) == 0
+    assert bytes(view) == DATA
+    assert calls.seen == ["direct", "plain"], "a request that a miss answers makes the kernel read ahead"
+
+
+def test_what_is_at_hand_fills_views_one_after_the_other(storage: LocalStorage) -> None:
+    first, second = aligned(5000), aligned(3000)
+    with storage.open_reader("shard") as reader:
+        assert reader.read_at_hand(100, [first, second]) == 8000
+    assert bytes(first) + bytes(second) == DATA[100:8100]
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP])
+def test_nothing_is_at_hand(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(error, "no")
+
+    with storage.open_reader("shard") as reader:
+        monkeypatch.setattr(os, "preadv", refuse)
+        assert reader.read_at_hand(0, [aligned(4096)]) == 0
+
+
+def test_the_kernel_tells_what_is_cached(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(DATA)
+    with open(tmp_path / "file", "rb") as file:
+        assert file.read() == DATA
+        fd = file.fileno()
+        assert in_page_cache(fd, 0, SIZE) in (True, None)
+        assert in_page_cache(fd, 5000, 100_000) in (True, None)
+        # There are no pages behind the end.
+        assert in_page_cache(fd, 0, SIZE + 3 * mmap.PAGESIZE) in (False, None)
+        assert in_page_cache(fd, SIZE, 0) is True
+    assert in_page_cache(-1, 0, SIZE) is None
 
 
 @pytest.mark.parametrize("warm", [True, False])

@@ -101,3 +101,8 @@ def test_text_that_is_not_so_many_digests(text: str, count: int) -> None:
 )
 def test_block_count(size: int, block: int, expected: int) -> None:
     assert digest.block_count(size, block) == expected
+
+
+@given(st.lists(st.binary(max_size=50), max_size=8), st.sampled_from([1, 7, 16, 64]))
+def test_scattered_bytes_have_the_digests_of_the_whole(parts: list[bytes], block_bytes: int) -> None:
+    assert digest.scattered_digests(parts, block_bytes) == digest.block_digests(b"".join(parts), block_bytes)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engine.dcp.load import Slice
 from engine.restore import pieces as pieces_module
 from engine.restore.pieces import LEAST_RUN_BYTES, Piece, Window, cut_slice, group
-from engine.restore.read import _copy_out
+from engine.restore.window import copy_out
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def assemble(case: Case, raw: torch.Tensor) -> torch.Tensor:
     for window in case.windows():
         held = raw[window.begin : window.end].clone()  # nothing outside of the window is at hand
         for piece in window.pieces:
-            _copy_out(piece, held[piece.begin - window.begin : piece.end - window.begin], item)
+            copy_out(piece, held[piece.begin - window.begin : piece.end - window.begin], item)
     return to
 
 
@@ -160,6 +160,29 @@ def test_no_block_is_read_twice_for_flat_pieces(
         assert parts[-1].end == whole.end
         assert all(a.end == b.begin for a, b in itertools.pairwise(parts))
         assert all(p.to_row - whole.to_row == p.begin - whole.begin for p in parts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=6),
+    st.sampled_from([4, 16, 64]),
+    st.integers(1, 4),
+)
+def test_pieces_that_overlap_are_served_too(
+    spans: list[tuple[int, int]], block_bytes: int, most_blocks: int
+) -> None:
+    """A tied weight that is restored into two tensors."""
+    found = [Piece(number, a, a + n, flat=True) for number, (a, n) in enumerate(spans)]
+    windows = group(found, block_bytes, 600, most_blocks * block_bytes)
+    for whole in found:
+        parts = sorted(
+            (p for w in windows for p in w.pieces if p.slice == whole.slice), key=lambda p: p.begin
+        )
+        assert (parts[0].begin, parts[-1].end) == (whole.begin, whole.end)
+        assert all(a.end == b.begin for a, b in itertools.pairwise(parts))
+        assert all(p.to_row == p.begin - whole.begin for p in parts)
+    for window in windows:
+        assert all(window.begin <= p.begin < p.end <= window.end for p in window.pieces)
 
 
 def cut(
