@@ -68,10 +68,14 @@ class Channel:
             raw = self._get(rank_key, max(0.001, deadline - self.clock()))
             if raw is None:
                 late = [r for r in range(rank, self.world_size) if not self._check(keys[r - 1])]
-                raise LateRanksError(
-                    f"{_ranks(late)} did not report within {timeout_secs:g} s ({key}); "
-                    "look at their logs for a slow disk, a hang or a crash"
-                )
+                # Empty when the last ones came between the time-out and this look.
+                if late:
+                    raise LateRanksError(
+                        f"{_ranks(late)} did not report within {round(timeout_secs, 1):g} s ({key}); "
+                        "look at their logs for a slow disk, a hang or a crash"
+                    )
+                raw = self._get(rank_key, 1.0)
+                assert raw is not None, f"{rank_key} was there"
             payloads.append(raw)
         self.forget(keys)
         return payloads
@@ -90,7 +94,7 @@ class Channel:
         raw = self._get(key, timeout_secs)
         if raw is None:
             raise LateRanksError(
-                f"rank 0 did not answer within {timeout_secs:g} s ({key}); "
+                f"rank 0 did not answer within {round(timeout_secs, 1):g} s ({key}); "
                 "look at its log for a slow disk, a hang or a crash"
             )
         return raw

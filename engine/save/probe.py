@@ -36,7 +36,7 @@ def probe_shared(
     rank0_decides(channel, "start/nonce", write, timeout_secs)
     problem: StorageError | None = None
     # A network file system may serve an older listing for a while.
-    deadline = clock() + min(timeout_secs, 30.0)
+    deadline = clock() + min(timeout_secs / 2, 30.0)
     while True:
         try:
             storage.read_bytes(path, max_bytes=1024)
