@@ -47,7 +47,11 @@ def soak(saves: int, most_secs: float, seed: int) -> dict[str, int]:
                     rank = dice.choice(world.ranks)
                     if dice.random() < 0.5:
                         kind, target = dice.choice(sorted(SYSTEM_FAULTS)), rank.disk
-                        target.arm(dice.randrange(30), SYSTEM_FAULTS[kind], sticky=dice.random() < 0.2)
+                        target.arm(
+                            dice.randrange(30),
+                            SYSTEM_FAULTS[kind],
+                            sticky=kind.startswith("E") and kind != "EINTR" and dice.random() < 0.2,
+                        )
                     elif dice.random() < 0.6:
                         kind, target = dice.choice(sorted(STORAGE_FAULTS)), rank.asked
                         target.arm(dice.randrange(30), STORAGE_FAULTS[kind], sticky=dice.random() < 0.2)

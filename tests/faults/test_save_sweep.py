@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,12 @@ from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS, Act, Trigger
 from tests.faults.world import Rank, World, job
 
 HARMLESS = ("EINTR", "short write")
+QUICK = ("ENOSPC", "EIO", "EINTR", "short write", "503", "full", "answer lost")
+"""What `make test` sweeps; the others take the same ways through the code and are for `make test-all`."""
+
+
+def split(faults: dict[str, Act]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in faults]
 
 
 def sweep(world: World, trigger: Callable[[Rank], Trigger], faulty: int, act: Act, *, harmless: bool) -> int:
@@ -69,7 +76,7 @@ def sweep(world: World, trigger: Callable[[Rank], Trigger], faulty: int, act: Ac
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("fault", SYSTEM_FAULTS)
+@pytest.mark.parametrize("fault", split(SYSTEM_FAULTS))
 def test_every_system_call_of_a_save_fails_once(
     fault: str, faulty: int, root: Path, covered: Callable[[int], None]
 ) -> None:
@@ -82,7 +89,7 @@ def test_every_system_call_of_a_save_fails_once(
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("fault", STORAGE_FAULTS)
+@pytest.mark.parametrize("fault", split(STORAGE_FAULTS))
 def test_every_storage_operation_of_a_save_fails_once(
     fault: str, faulty: int, root: Path, covered: Callable[[int], None]
 ) -> None:

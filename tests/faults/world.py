@@ -50,6 +50,7 @@ class MemoryStore:
         self._waiting: dict[object, tuple[int, float, list[str]]] = {}
         self._stuck: set[int] = set()
         self._idle = set(range(world_size))
+        self._resting: set[int | None] = set()
         self._released = threading.Event()
         self.elapsed_secs = 0.0
         self.dead = False
@@ -67,9 +68,11 @@ class MemoryStore:
         """The calling rank makes no progress until `release`."""
         with self._changed:
             self._stuck.add(rank)
+            self._resting.add(threading.get_ident())
             self._changed.notify_all()
             self._changed.wait_for(self._released.is_set)
             self._stuck.discard(rank)
+            self._resting.discard(threading.get_ident())
 
     def release(self) -> None:
         """Whoever hangs goes on."""
@@ -94,6 +97,7 @@ class MemoryStore:
     def wait(self, rank: int, keys: list[str], timeout_secs: float) -> None:
         me = object()
         with self._changed:
+            self._resting.add(threading.get_ident())
             self._waiting[me] = (rank, self.elapsed_secs + timeout_secs, keys)
             self._changed.notify_all()
             try:
@@ -102,9 +106,10 @@ class MemoryStore:
                     if self._nothing_can_come() and self._earliest() is me:
                         self.elapsed_secs = max(self.elapsed_secs, self._waiting[me][1])
                         raise dist.DistStoreError("wait timeout")
-                    self._changed.wait(PATIENCE_SECS)
+                    self._changed.wait(0.02)  # the end of a save's thread notifies nobody
             finally:
                 del self._waiting[me]
+                self._resting.discard(threading.get_ident())
                 self._changed.notify_all()
 
     def set(self, key: str, value: bytes) -> None:
@@ -136,6 +141,9 @@ class MemoryStore:
         stuck = set() if self._released.is_set() else self._stuck
         # One whose keys are there has only not woken up yet.
         if any(all(key in self._data for key in keys) for _, _, keys in self._waiting.values()):
+            return False
+        saving = [thread for thread in threading.enumerate() if thread.name.startswith("holdfast-save")]
+        if any(thread.ident not in self._resting for thread in saving):
             return False
         waiting = {rank for rank, _, _ in self._waiting.values()}
         return stuck | waiting | self._idle == set(range(self._world_size))
@@ -216,6 +224,7 @@ class World:
         self.root = root
         self.store = MemoryStore(world_size)
         self.ranks = [Rank(rank, fresh_state()) for rank in range(world_size)]
+        self.number = _worlds
         self._run_id = f"world-{_worlds}"
         self._make_storage = storage or self._local
 
@@ -316,6 +325,12 @@ class World:
         return Coordinator(
             rank.rank, len(self.ranks), self._run_id, lambda: RankStore(self.store, rank.rank), self.store
         )
+
+
+def here() -> World:
+    """The job that the calling rank belongs to."""
+    world: World = _here.world
+    return world
 
 
 def raise_first(outcomes: list[Any]) -> None:
