@@ -11,6 +11,10 @@ from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
 
 
+VERDICT_GRACE_SECS = 30.0
+"""How much longer than rank 0 waits for late ranks the others wait for its word about them."""
+
+
 def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_secs: float) -> Any:
     """Run `work` at rank 0 and give its JSON result to every rank; its error is raised on every rank.
 
@@ -45,7 +49,7 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
         errors_by_rank = [parse_canonical(raw, what="a note")["error"] for raw in notes]
         first = next((error | {"rank": rank} for rank, error in enumerate(errors_by_rank) if error), None)
         verdict = canonical_bytes({"value": None, "error": first})
-    raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs)
+    raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs + VERDICT_GRACE_SECS)
     try:
         _open(raw)
     except HoldfastError as common:

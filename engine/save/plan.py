@@ -9,6 +9,7 @@ from engine.errors import PeerFailedError, StateError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
+from engine.parallel.agreement import VERDICT_GRACE_SECS
 from engine.parallel.coordination import Channel
 from engine.snapshot.divide import Part, divide
 from engine.snapshot.snapshot import chunk_to_json
@@ -40,7 +41,7 @@ def agree_on_plan(
             cause = f"rank 0: {type(error).__name__}: {error}"
             channel.scatter(f"{key}/plan", _refusals(channel.world_size, cause, "peer"), timeout_secs)
         raise
-    raw = channel.scatter(f"{key}/plan", answers, timeout_secs)
+    raw = channel.scatter(f"{key}/plan", answers, timeout_secs + VERDICT_GRACE_SECS)
     if problem is not None:
         raise problem
     answer: Mapping[str, Any] = parse_canonical(raw, what="the save plan")
