@@ -10,7 +10,6 @@ from engine.errors import HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
 
-
 VERDICT_GRACE_SECS = 30.0
 """How much longer than rank 0 waits for late ranks the others wait for its word about them."""
 

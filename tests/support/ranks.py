@@ -134,6 +134,8 @@ def _serve(rank: int, world_size: int, scratch: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Daemonic, so that no rank outlives the tests; but data workers are children, too.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     faulthandler.enable()
     torch.set_num_threads(1)
     size = str(world_size)

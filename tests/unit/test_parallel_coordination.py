@@ -100,6 +100,20 @@ def test_the_deadline_is_one_for_all_ranks_together() -> None:
     assert 0 < slow.waits[2] <= 1, "the last one is still asked for"
 
 
+def test_a_rank_that_reports_at_the_last_moment_is_not_late() -> None:
+    """Between the time-out and the look for who is late."""
+
+    class Late(ImpatientStore):
+        def wait(self, keys: list[str], timeout: Any, /) -> None:
+            try:
+                super().wait(keys, timeout)
+            finally:
+                self.values.setdefault("k/1", b"just in time")
+
+    store = Late()
+    assert Channel(0, 2, store, store.clock).gather("k", b"", 7) == [b"", b"just in time"]
+
+
 @pytest.mark.parametrize("call", ["broadcast", "scatter"])
 def test_a_rank_0_that_does_not_answer_is_named(call: str) -> None:
     with pytest.raises(LateRanksError, match="rank 0 did not answer within 9 s"):
