@@ -37,7 +37,6 @@ FLAGS = {
     "engine.checkpoints show": "--json --storage_options --select",
     "engine.checkpoints verify": "--json --storage_options --quick",
     "engine.checkpoints hold": "--storage_options",
-    "engine.checkpoints selftest": "--json --storage_options",
     "engine.checkpoints release": "--storage_options",
     "engine.checkpoints prune": "--storage_options --rolling --best --no_epochs --dry_run",
     "engine.checkpoints export": "--storage_options --to --format --dtype --model_only --select",
