@@ -5,6 +5,7 @@
 #   make test | test-all          the tests; test-all adds those that need time, root, a GPU or a real service
 #   make lint                     ruff and mypy --strict
 #   make bench                    what a save costs a training loop
+#   make fuzz | soak              ten minutes of hostile input; 2,000 saves with faults and restarts
 #
 # The directory and the interpreter can be chosen: make demo VENV=/tmp/venv PYTHON=python3.12
 
@@ -26,7 +27,7 @@ run := $(VENV)/bin/python
 # What `make test` leaves out. A CUDA test skips itself where there is no device.
 extra_marks := service or slow or root or gpu
 
-.PHONY: setup demo test test-extra test-all lint bench
+.PHONY: setup demo test test-extra test-all lint bench fuzz soak
 .DELETE_ON_ERROR:
 # Two installations into one environment, or two sets of tests on the same cores, would disturb each other.
 .NOTPARALLEL:
@@ -44,6 +45,13 @@ test-extra: $(VENV)/.installed-test
 	$(run) -m pytest -m "$(extra_marks)" $(PYTEST_ARGS)
 
 test-all: test test-extra
+
+FUZZ_SECS ?= 600
+fuzz: $(VENV)/.installed-test
+	HOLDFAST_FUZZ_SECS=$(FUZZ_SECS) $(run) -m pytest tests/faults/test_hostile.py -k answer_any_bytes
+
+soak: $(VENV)/.installed-test
+	$(run) -m tests.faults.soak
 
 lint: $(VENV)/.installed-test
 	$(run) -m ruff check .

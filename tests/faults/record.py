@@ -24,7 +24,7 @@ def add(node: str, count: int) -> None:
 
 def name_of(node: str) -> str:
     """tests/faults/test_save.py::test_x[a-1] -> test_save.py::test_x"""
-    return node.rpartition("/")[2].partition("[")[0]
+    return node.partition("[")[0].rpartition("/")[2]
 
 
 def lines() -> list[str]:
