@@ -72,6 +72,8 @@ def refused(path: Path, error: Exception) -> StateError:
 
 
 def _load(path: Path, trust_pickle: bool) -> Any:
+    with open(path, "rb"):  # whether it can be read at all: torch's own errors do not tell
+        pass
     try:
         try:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
@@ -80,8 +82,6 @@ def _load(path: Path, trust_pickle: bool) -> Any:
                 raise
             # Written before torch 1.6: such a file cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except OSError:
-        raise
     except pickle.UnpicklingError as error:
         if trust_pickle:
             raise DamagedError(f"{path} cannot be loaded: {error}") from error

@@ -25,9 +25,10 @@ from engine.catalog.reaper import delete_attempt
 from engine.catalog.record import CheckpointRecord
 from engine.convert.tensors import Progress, fill
 from engine.dcp.dtypes import to_torch
-from engine.errors import HoldfastError
+from engine.errors import HoldfastError, StateError
 from engine.format.digest import BLOCK_BYTES, block_digests, bytes_digest, combine
 from engine.format.index import ShardFile, ShardIndex
+from engine.format.json import canonical_bytes
 from engine.format.layout import ALIGN_BYTES, Chunk, PlacedChunk, ShardLayout, plan_files
 from engine.format.manifest import FileReceipt, ShardReceipt, TensorInfo
 from engine.format.names import attempt_name, index_file
@@ -76,13 +77,14 @@ def publish(storage: Storage, draft: Draft, progress: Progress) -> CheckpointRec
     Raises: DirectoryHeldError while a live run writes there; LeaseLostError; StorageError; whatever reading
         the draft's tensors raises. Then nothing is committed and nothing of it is left.
     """
+    attempt = _attempt(draft)
+    layouts = _layouts(draft)
     storage.make_dir()
     with Lease.acquire(storage, run_id=draft.reason) as lease:
         lease.start_heartbeat()
         sequence = highest_sequence(list_checkpoints(storage)) + 1
-        attempt = attempt_name(draft.step, secrets.token_hex(4))
         try:
-            shard = _write(storage, attempt, draft, progress)
+            shard = _write(storage, attempt, layouts, draft, progress)
             shards = check_receipts([Receipt(0, attempt, shard)], attempt)
             confirm_files(storage, attempt, shards, time.monotonic() + CONFIRM_SECS)
             return commit(
@@ -123,15 +125,33 @@ def _take_back(storage: Storage, attempt: str) -> None:
         log.warning("the unfinished attempt %s was left behind: %s", attempt, problem)
 
 
-def _write(storage: Storage, attempt: str, draft: Draft, progress: Progress) -> ShardReceipt:
-    """Make shard and index durable. Raises StorageError and what reading the draft raises."""
-    layouts = plan_files(
-        0,
-        (
+def _attempt(draft: Draft) -> str:
+    """A new attempt's name. StateError for what no manifest could hold, before anything is touched."""
+    try:
+        canonical_bytes([draft.objects, draft.local, draft.config])
+        for alias, name in draft.aliases.items():
+            if name not in draft.tensors or alias in draft.tensors:
+                raise ValueError(f"the further name {alias[:80]!r} does not lead to a tensor")
+        return attempt_name(draft.step, secrets.token_hex(4))
+    except (ValueError, AttributeError) as error:
+        raise StateError(f"this cannot become a checkpoint: {error}") from error
+
+
+def _layouts(draft: Draft) -> tuple[ShardLayout, ...]:
+    try:
+        chunks = [
             Chunk(name, info.dtype, info.shape, tuple(0 for _ in info.shape), info.shape)
             for name, info in draft.tensors.items()
-        ),
-    )
+        ]
+        return plan_files(0, chunks)
+    except ValueError as error:
+        raise StateError(f"this cannot become a checkpoint: {error}") from error
+
+
+def _write(
+    storage: Storage, attempt: str, layouts: tuple[ShardLayout, ...], draft: Draft, progress: Progress
+) -> ShardReceipt:
+    """Make shard and index durable. Raises StorageError and what reading the draft raises."""
     storage.make_dir(attempt)
     files = [_write_shard(storage, attempt, layout, draft, progress) for layout in layouts]
     raw = ShardIndex(attempt, 0, 1, tuple(files), dict(draft.local)).to_bytes()

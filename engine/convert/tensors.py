@@ -41,11 +41,11 @@ def ignore_progress(count: int) -> None:
     """A `Progress` that shows nothing."""
 
 
-def row_spans(shape: tuple[int, ...], itemsize: int, most_bytes: int = WINDOW_BYTES) -> list[tuple[int, int]]:
+def row_spans(shape: tuple[int, ...], itemsize: int, most_bytes: int | None = None) -> list[tuple[int, int]]:
     """The rows [begin, end) of each window of a tensor; one span (0, 1) stands for a whole scalar."""
     if not shape or not math.prod(shape):
         return [(0, shape[0] if shape else 1)]
-    rows = max(1, most_bytes // (math.prod(shape[1:]) * itemsize))
+    rows = max(1, (most_bytes or WINDOW_BYTES) // (math.prod(shape[1:]) * itemsize))
     return [(begin, min(begin + rows, shape[0])) for begin in range(0, shape[0], rows)]
 
 
