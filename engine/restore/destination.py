@@ -76,6 +76,7 @@ class Destination:
             self._prepare_optimizers()
             live, live_aliases = self._live()
             self.fit = self._match(live, live_aliases)
+            self._unfit = self._value_differences(self._saved_keys())
             self._add_values()
         except Exception:
             self.abandon()
@@ -95,7 +96,7 @@ class Destination:
                 lines += optimizers.group_differences(capture, self._document(key))
         saved = self._saved_keys()
         missing += [f"{key} (all of it)" for key in self._keys if key not in saved]
-        lines += self._value_differences(saved)
+        lines += self._unfit.values()
         fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines), self.fit.grown)
         if self._wanted.strict and not fit.exact:
             raise StateMismatchError(report(fit, what))
@@ -119,7 +120,7 @@ class Destination:
                 optimizers.apply_groups(capture, self._document(key))
         saved = self._saved_keys()
         for key, entry in self._others():
-            if key not in saved:
+            if key not in saved or key in self._unfit:
                 continue
             if key in self._capture.per_rank:
                 _hand_over(entry, self._per_rank_value(key))
@@ -144,23 +145,24 @@ class Destination:
         saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
         return saved | {n.partition(".")[0] for n in (*self._manifest.tensors, *self._manifest.aliases)}
 
-    def _value_differences(self, saved: set[str]) -> list[str]:
+    def _value_differences(self, saved: set[str]) -> dict[str, str]:
         """One sentence for each plain entry that cannot take what was saved under its key."""
-        lines = []
+        lines: dict[str, str] = {}
         for key, entry in self._others():
             if key not in saved:
                 continue
             own = key in self._capture.per_rank
             local = self._locals[self._rank if self._same_world else 0]
             if key not in (local if own else self._manifest.objects):
-                lines.append(
+                lines[key] = (
                     f"{key}: saved as {'equal on all ranks' if own else 'per rank'}, "
                     f"{'declared per_rank' if own else 'not declared per_rank'} here"
                 )
             elif not hasattr(entry, "reshard") or self._same_world:
-                lines += _kind_difference(
-                    key, entry, (local if own else self._manifest.objects)[key], self._manifest
-                )
+                document = (local if own else self._manifest.objects)[key]
+                difference = _kind_difference(key, entry, document, self._manifest)
+                if difference:
+                    lines[key] = difference
         return lines
 
     def _prepare_optimizers(self) -> None:
@@ -214,6 +216,8 @@ class Destination:
             if isinstance(self._capture.state[key], nn.Module | Optimizer):
                 self._add_tensors(self._manifest.objects.get(key), None, key)
         for key, entry in self._others():
+            if key in self._unfit:
+                continue
             if key in self._capture.per_rank:
                 if self._same_world:
                     name = per_rank_name(self._rank, key)
@@ -282,22 +286,22 @@ class Destination:
         rng.derive(self._seed, self._manifest.step, self._rank)
 
 
-def _kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> list[str]:
-    """Why `document` cannot fill a plain tensor, list or dict in place, in a sentence; else nothing."""
+def _kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> str:
+    """Why `document` cannot fill a plain tensor, list or dict in place, in a sentence; else ""."""
     tensor = document.get("$tensor") if isinstance(document, dict) and len(document) == 1 else None
     info = manifest.tensors.get(tensor) if isinstance(tensor, str) else None
     if isinstance(entry, torch.Tensor):
         here = TensorInfo(from_torch(entry.dtype, key), tuple(entry.shape))
         if info == here:
-            return []
+            return ""
         was = f"{info.dtype} {list(info.shape)}" if info else "another kind of value"
-        return [f"{key}: saved as {was}, here {here.dtype} {list(here.shape)}"]
+        return f"{key}: saved as {was}, here {here.dtype} {list(here.shape)}"
     if isinstance(entry, list) and not isinstance(document, list):
-        return [f"{key}: a list here, saved as another kind of value"]
+        return f"{key}: a list here, saved as another kind of value"
     odd = isinstance(document, dict) and any(form in document for form in ("$tensor", "$float", "$tuple"))
     if isinstance(entry, dict) and (odd or not isinstance(document, dict)):
-        return [f"{key}: a dict here, saved as another kind of value"]
-    return []
+        return f"{key}: a dict here, saved as another kind of value"
+    return ""
 
 
 def _set_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
