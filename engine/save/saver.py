@@ -36,6 +36,9 @@ from engine.snapshot.snapshot import Snapshot
 
 Busy = Literal["wait", "skip"]
 
+STUCK_GRACE_SECS = 90.0
+"""On top of the deadlines of the save before: for its commit and its clean-up."""
+
 
 @dataclass(slots=True)
 class _Moment:
@@ -159,7 +162,7 @@ class Saver:
             decision = parse_canonical(raw, what="rank 0's decision")
             if decision["action"] == "skip":
                 return "skip", _Moment()
-            self.wait()
+            self._wait_for_the_last()
             if decision["action"] == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
                 told = self._handle.take_failure() if self._handle else None
@@ -170,7 +173,7 @@ class Saver:
         if self.busy == "skip" and self.writing:
             self._announce(key, "skip")
             return "skip", _Moment()
-        self.wait()
+        self._wait_for_the_last()
         failure = self._handle.take_failure() if self._handle else None
         if failure is not None:
             self._announce(key, "raise", cause=str(failure))
@@ -182,6 +185,17 @@ class Saver:
         moment.planning = moment.changed or moment.problem is not None or failed
         self._announce(key, "go", replan=moment.planning)
         return "go", moment
+
+    def _wait_for_the_last(self) -> None:
+        """Wait for the save before; SaveFailedError when it hangs in a call that never returns."""
+        limit_secs = 2 * self.timeout_secs + STUCK_GRACE_SECS
+        try:
+            self.wait(limit_secs)
+        except TimeoutError as error:
+            raise SaveFailedError(
+                f"rank {self.channel.rank}: {error} after {limit_secs:g} s more: its storage does not "
+                "answer. Look into the kernel log and at the mount"
+            ) from error
 
     def _announce(self, key: str, action: str, *, cause: str = "", replan: bool = False) -> None:
         decision = {"action": action, "cause": cause, "replan": replan}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,3 +227,31 @@ def test_every_operation_of_a_save_hangs_beyond_the_deadline(
             assert leftovers(root) == [], where
             k += 1
     covered(k)
+
+
+def test_a_call_that_never_returns_does_not_hold_training_for_ever(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clean-up after a save hangs: the next save says so, and once it returns saving goes on."""
+    awake = threading.Event()
+
+    def hang(name: str, real: Callable[[], object]) -> object:
+        if name == "delete_tree":
+            awake.wait(PATIENCE_SECS)
+        return real()
+
+    with job(root, 1) as world:
+        save_well(world, 1, 2)
+        saver = world.ranks[0].ckpt._saver
+        assert saver is not None
+        world.ranks[0].asked.arm(0, hang, sticky=True)
+        assert not isinstance(world.save(3)[0], BaseException)
+        monkeypatch.setattr("engine.save.saver.STUCK_GRACE_SECS", 0.0)
+        monkeypatch.setattr(saver, "timeout_secs", 0.01)
+        (outcome,) = world.save(4)
+        assert isinstance(outcome, SaveFailedError)
+        assert "save of step 3 is still running" in str(outcome)
+        monkeypatch.undo()
+        awake.set()
+        world.settle()
+        save_well(world, 5)
