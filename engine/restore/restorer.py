@@ -64,6 +64,7 @@ class Restorer:
     clock: Callable[[], float] = time.monotonic
     undefined: bool = False
     _number: int = 0
+    _chosen: Manifest | None = None
     _passed_over: set[str] = field(default_factory=set)
 
     def restore(self, selector: str, wanted: Wanted) -> CheckpointRecord | None:
@@ -77,6 +78,7 @@ class Restorer:
         while True:
             self._number += 1
             key = f"restore/{self._number}"
+            self._chosen = None
             chosen = rank0_decides(
                 self.channel, f"{key}/choice", lambda: self._choose(selector), self.timeout_secs
             )
@@ -102,6 +104,7 @@ class Restorer:
         )
         if choice is None:
             return None
+        self._chosen = choice.manifest
         return {
             "target": choice.target,
             "name": choice.name,
@@ -111,7 +114,8 @@ class Restorer:
 
     def _restore(self, key: str, chosen: Mapping[str, Any], wanted: Wanted) -> CheckpointRecord:
         started = self.clock()
-        manifest = Manifest.from_bytes(
+        # Rank 0 has parsed it already.
+        manifest = self._chosen or Manifest.from_bytes(
             chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
         )
         name = str(chosen["name"])
