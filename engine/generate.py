@@ -129,7 +129,12 @@ def _generate(arguments: argparse.Namespace) -> None:
         known_tokens=tokenizer.vocab_size,
         end=tokenizer.eot_token,
     )
-    print(arguments.prompt + tokenizer.decode(tokens))
+    print(_visible(arguments.prompt + tokenizer.decode(tokens)))
+
+
+def _visible(text: str) -> str:
+    """Without what a terminal would obey: a young model of bytes writes such characters by chance."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

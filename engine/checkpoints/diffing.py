@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [storage.describe(name) for storage, name in (before, after)]
         print(json.dumps(as_json(found, *paths), indent=2))
     else:
-        print("\n".join(as_text(found)))
+        print("\n".join(text.printable(line) for part in as_text(found) for line in part.split("\n")))
     return 0 if found.same else EXIT_DIFFERENT
 
 

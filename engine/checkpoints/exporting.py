@@ -7,6 +7,8 @@ import argparse
 from engine.catalog.listing import list_checkpoints
 from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
 from engine.checkpoints.target import open_target, select
+from engine.checkpoints.text import printable
+from engine.storage.redact import redact_uri
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,5 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
             on_total=bar.on_total,
             progress=bar.progress,
         )
-    print(f"{storage.describe(name)} is exported to {arguments.to} ({arguments.format})")
+    print(
+        printable(f"{storage.describe(name)} is exported to {redact_uri(arguments.to)} ({arguments.format})")
+    )
     return 0

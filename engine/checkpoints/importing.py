@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 
 from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
+from engine.checkpoints.text import printable
+from engine.storage.redact import redact_uri
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -20,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
             on_total=bar.on_total,
             progress=bar.progress,
         )
-    print(f"{arguments.target} is imported as {record.path}")
+    print(printable(f"{redact_uri(arguments.target)} is imported as {record.path}"))
     for note in notes:
-        print(f"  note: {note}")
+        print(printable(f"  note: {note}"))
     return 0

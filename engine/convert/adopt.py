@@ -115,7 +115,7 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
     return draft, tuple(adopted.notes)
 
 
-_MODEL_ONLY = "it holds a model only: training can start from it, but not resume it"
+_MODEL_ONLY = "it holds a model only: training can start from it (--init_from), but not resume it"
 
 
 def _group_names(document: Any) -> list[str]:

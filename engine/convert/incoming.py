@@ -25,6 +25,7 @@ from engine.storage.base import Storage
 from engine.storage.failures import mapped
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
+from engine.storage.redact import redact_uri
 from engine.storage.split import split_uri
 
 Kind = Literal["safetensors", "dcp", "pt"]
@@ -65,7 +66,7 @@ def incoming(
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="holdfast-"))) / name
             _fetch(storage, name, path, progress)
         stack.enter_context(mapped("read", str(path)))
-        yield _open(path, address, trust_pickle)
+        yield _open(path, redact_uri(address), trust_pickle)
 
 
 def kind_of(path: Path) -> Kind:

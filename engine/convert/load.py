@@ -18,6 +18,7 @@ from engine.errors import ConfigError, StateError
 from engine.format.names import MANIFEST
 from engine.restore.choose import choose_checkpoint
 from engine.storage.open import open_storage
+from engine.storage.redact import redact_uri
 from engine.storage.split import split_uri
 from model.config import GPT2Config
 from model.gpt2 import GPT2
@@ -48,12 +49,12 @@ def load_model(
     where = _device(device)
     if _is_exported(selector, options):
         with incoming(selector, options=options) as found:
-            return Loaded(_fill(_exported(found), where), selector, f"an export ({found.kind})")
+            return Loaded(_fill(_exported(found), where), found.what, f"an export ({found.kind})")
     choice = choose_checkpoint(open_storage(directory, options), selector, options=options)
     if choice is None:
         raise ConfigError(
-            f"{directory} holds no checkpoint: give another --checkpoint_dir, or with --from the path of a "
-            "checkpoint or of an exported model"
+            f"{redact_uri(directory)} holds no checkpoint: give another --checkpoint_dir, or with --from the "
+            "path of a checkpoint or of an exported model"
         )
     storage = open_storage(choice.target or directory, options)
     name = os.path.basename(choice.record.path.rstrip("/"))

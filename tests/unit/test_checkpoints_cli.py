@@ -453,6 +453,7 @@ def test_the_command_line_does_not_grow_by_accident() -> None:
         "import": {"--storage_options", "--to", "--trust_pickle"},
         "merge": {"--storage_options", "--to", "--weights"},
         "diff": {"--storage_options", "--json"},
+        "selftest": {"--storage_options", "--json"},
     }
 
 

@@ -28,6 +28,9 @@ RESUME = """
     --master_addr --master_port --local_addr --max_restarts --monitor_interval
 """
 PREPARE = "--source --out --tokenizer --val_fraction --shard_tokens --workers --force --no_force"
+GENERATE = """
+    --from --checkpoint_dir --prompt --max_new_tokens --temperature --top_k --seed --device --storage_options
+"""
 
 FLAGS = {
     "engine.train": TRAIN,
@@ -44,6 +47,7 @@ FLAGS = {
     "engine.checkpoints merge": "--storage_options --to --weights",
     "engine.checkpoints diff": "--storage_options --json",
     "engine.checkpoints selftest": "--storage_options --json",
+    "engine.generate": GENERATE,
 }
 
 

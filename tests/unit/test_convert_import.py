@@ -212,7 +212,7 @@ def test_hugging_face(tmp_path: Path, options: dict[str, Any], form: str) -> Non
     model = hf_directory(tmp_path / "hf", **options)
     source = tmp_path / "hf" / ("model.safetensors" if form == "file" else "")
     record, notes = import_checkpoint(str(source), str(tmp_path / "new"))
-    assert notes == ("it holds a model only: training can start from it, but not resume it",)
+    assert notes == ("it holds a model only: training can start from it (--init_from), but not resume it",)
     assert_same_model(model, restored(tmp_path / "new", model_only=True)["model"])
     assert record.step == 0
 
