@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from engine.errors import ConfigError, HoldfastError
 from engine.run.cli import is_first_rank, parse
 from engine.run.config import TrainConfig
-from engine.run.parent import follow_launcher
+from engine.run.parent import follow_launcher, orphan_check
 from engine.run.preemption import STARTUP_GRACE_SECS, Preemption, Request
 
 USER_ERROR = 2
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     follow_launcher()
     # Before anything else: when another rank ends first, torchrun's SIGTERM must find rank 0 able to say why.
-    preemption = Preemption(Request(STARTUP_GRACE_SECS))
+    preemption = Preemption(Request(STARTUP_GRACE_SECS), orphaned=orphan_check())
     preemption.install()
     _configure_logging()
     try:

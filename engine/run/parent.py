@@ -39,6 +39,34 @@ def follow_launcher(
     return True
 
 
+def orphan_check(
+    environ: Mapping[str, str] = os.environ,
+    *,
+    parent: Callable[[], int] = os.getppid,
+    command_line: Callable[[int], bytes] | None = None,
+) -> Callable[[], bool]:
+    """A check, to be asked now and then, whether torchrun is gone. Never true without torchrun.
+
+    The kernel's signal can be missed: torchrun may die while a worker's interpreter still starts, before the
+    signal was asked for. The parent is init by then, and stays it. A launcher names Python or torchrun in its
+    command line, also where it is process 1 of a container.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return lambda: False
+    first = parent()
+    line = (command_line or _command_line)(first)
+    launched = first != 1 or b"python" in line or b"torchrun" in line
+    return lambda: not launched or parent() != first
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def _prctl(option: int, value: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     return int(libc.prctl(option, value, 0, 0, 0))

@@ -28,6 +28,9 @@ STARTUP_GRACE_SECS = 5.0
 REPEAT_SECS = 2.0
 """A second signal this long after the first is meant; an earlier one is the same request, delivered twice."""
 
+ORPHAN_CHECK_SECS = 2.0
+"""How often to ask whether torchrun is still there."""
+
 Clock = Callable[[], float]
 Verdict = Literal["first", "same", "leave"]
 
@@ -61,12 +64,14 @@ class Request:
 class Preemption:
     """Listens for signals, and ends the process when the orderly way out takes too long.
 
-    `leave(code, sentence)` must not return to its caller in production; tests let it.
+    `leave(code, sentence)` must not return to its caller in production; tests let it. `orphaned` is asked
+    every few seconds; once it says yes, that counts as a SIGTERM.
     """
 
     request: Request
     leave: Callable[[int, str], None] = field(default=lambda code, sentence: leave_at_once(code, sentence))
     clock: Clock = time.monotonic
+    orphaned: Callable[[], bool] = field(default=lambda: False)
     _previous: dict[int, object] = field(default_factory=dict)
     _pipe: tuple[int, int] | None = None
 
@@ -103,16 +108,23 @@ class Preemption:
         """Read signal numbers until the pipe closes, the deadline passes or a second signal asks to leave."""
         try:
             while True:
-                readable, _, _ = select.select([read_fd], [], [], self.request.secs_left(self.clock()))
+                readable, _, _ = select.select([read_fd], [], [], self._patience_secs())
                 if readable:
                     numbers = os.read(read_fd, 64)
                     if not numbers or any(self._leaves_on(number) for number in numbers):
                         return
+                elif self.request.signum is None:
+                    if self.orphaned():
+                        self.request.receive(signal.SIGTERM, self.clock())
                 elif self.request.secs_left(self.clock()) == 0.0:
                     self._leave("saving and leaving took longer than the grace time after the signal")
                     return
         finally:
             os.close(read_fd)
+
+    def _patience_secs(self) -> float:
+        left = self.request.secs_left(self.clock())
+        return ORPHAN_CHECK_SECS if left is None else left
 
     def _leaves_on(self, number: int) -> bool:
         if number not in SIGNALS or self.request.receive(number, self.clock()) != "leave":

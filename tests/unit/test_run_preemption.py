@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.run.parent import follow_launcher
+from engine.run import preemption as preemption_module
+from engine.run.parent import follow_launcher, orphan_check
 from engine.run.preemption import Preemption, Request, Verdict, grace_within
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,6 +204,48 @@ def test_a_launcher_that_died_just_before_is_noticed(parents: list[int], killed:
     )
     assert asked == [(1, TERM)], "PR_SET_PDEATHSIG is 1"
     assert calls == ([(os.getpid(), TERM)] if killed else [])
+
+
+@pytest.mark.parametrize(
+    ("parents", "line", "expected"),
+    [
+        ([7, 7, 7], b"", [False, False]),
+        ([7, 7, 1], b"", [False, True]),
+        ([1, 1, 1], b"/sbin/init", [True, True]),
+        ([1, 1, 1], b"/usr/bin/python\0/usr/bin/torchrun", [False, False]),
+        ([1, 1, 1], b"torchrun\0--standalone", [False, False]),
+    ],
+    ids=["alive", "dies later", "was dead before", "is process 1", "is process 1, too"],
+)
+def test_a_worker_notices_that_its_launcher_is_gone(
+    parents: list[int], line: bytes, expected: list[bool]
+) -> None:
+    turn = iter(parents)
+    check = orphan_check(
+        {"TORCHELASTIC_RUN_ID": "x"}, parent=lambda: next(turn), command_line=lambda pid: line
+    )
+    assert [check(), check()] == expected
+
+
+def test_a_process_without_torchrun_is_no_orphan() -> None:
+    assert orphan_check({}, parent=lambda: 1, command_line=lambda pid: b"")() is False
+
+
+def test_an_orphan_leaves_as_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preemption_module, "ORPHAN_CHECK_SECS", 0.0)
+    now = iter([0.0, 0.0, 100.0, 100.0, 100.0])
+    left: list[int] = []
+    preemption = Preemption(
+        Request(25.0),
+        leave=lambda code, sentence: left.append(code),
+        clock=lambda: next(now, 200.0),
+        orphaned=lambda: True,
+    )
+    read_fd, write_fd = os.pipe()
+    preemption.watch(read_fd)
+    os.close(write_fd)
+    assert preemption.signum == TERM
+    assert left == [128 + TERM]
 
 
 def test_a_refused_request_is_told(caplog: pytest.LogCaptureFixture) -> None:
