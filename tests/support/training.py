@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,8 @@ def _copied(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
+        copied = {key: _copied(inner) for key, inner in value.items()}
+        return Counter(copied) if isinstance(value, Counter) else copied
     if isinstance(value, list | tuple):
         return type(value)(_copied(inner) for inner in value)
     return copy.deepcopy(value)
