@@ -1,6 +1,6 @@
 """How much each test of the fault suite covered. Printed at the end of a run, and kept in docs/guarantees.md.
 
-`HOLDFAST_RECORD=1 make test-all` writes the counts of that run into the document: nobody types them.
+`HOLDFAST_RECORD=1 python -m pytest tests/faults` writes that run's counts into the document.
 """
 
 from __future__ import annotations
