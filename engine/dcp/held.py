@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.nn.parameter import is_lazy
 
 from engine.dcp.dtypes import from_torch
-from engine.format.layout import Chunk
+from engine.errors import UnsavableValueError
+from engine.format.layout import Chunk, check_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,10 @@ def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
 
     A tensor may have several boxes (torch 2.15's CheckpointableTensor) or none (a DTensor whose mesh
     leaves this rank out). No collective.
-    Raises: UnsavableValueError for a dtype without a safetensors name.
+    Raises: UnsavableValueError naming a tensor that safetensors cannot hold.
     """
+    for name, tensor in tensors.items():
+        _check(name, tensor)
     # Replicated tensors are divided over their holders later, so every rank plans as the coordinator
     # would: all that it holds.
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -46,3 +50,25 @@ def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
             )
             held.append(Held(chunk, planner.lookup_object(item.index).detach()))
     return held
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what has no dense memory of its own: torch would fail later, and not say where."""
+    kind = ""
+    if is_lazy(tensor):
+        kind = "an uninitialised"
+    elif tensor.is_nested:
+        kind = "a nested"
+    elif tensor.layout is not torch.strided:
+        kind = f"a {str(tensor.layout).removeprefix('torch.').removeprefix('_')}"
+    elif tensor.device.type == "meta":
+        kind = "a meta"
+    if kind:
+        raise UnsavableValueError(
+            f"{name}: {kind} tensor has no memory to store as it is; make it a dense one in state_dict()"
+        )
+    dtype = from_torch(tensor.dtype, name)
+    try:
+        check_tensor(name, dtype, tuple(tensor.shape))
+    except ValueError as error:
+        raise UnsavableValueError(f"{name[:80]}: {error}; rename its key") from error

@@ -75,6 +75,8 @@ def _encode_dict(
             raise UnsavableValueError(
                 f"{path}: the key {key!r} is a {type(key).__name__}; keys must be text or integers"
             )
+        if isinstance(key, int) and not -(2**63) < key < 2**63:
+            raise UnsavableValueError(f"{path}: the key {key} does not fit into 64 bits")
     kind = "$counter" if isinstance(value, collections.Counter) else "$items"
     return {kind: [[k, _encode(v, f"{path}.{k}", tensors, depth + 3)] for k, v in value.items()]}
 
