@@ -282,6 +282,8 @@ def test_stopped_in_the_middle_it_leaves_no_dataset_and_no_process(
     assert process.stdout.readline() == "in the middle\n"
     assert (staging / "incomplete").exists()
     process.send_signal(stop)
+    # Standard input stays open until it is gone: its end would let the program go on.
+    process.wait(timeout=60)
     # The worker has the pipes too: they end when the last process has.
     _, err = process.communicate(timeout=60)
     assert not out.exists()
