@@ -148,6 +148,11 @@ def test_keys_are_text_or_integers(key: Any) -> None:
         encode({"a": {key: 1}}, "key", {})
 
 
+def test_integer_keys_fit_into_64_bits_too() -> None:
+    with pytest.raises(UnsavableValueError, match=r"key\.a: the key 1180591620717411303424"):
+        encode({"a": {2**70: 1}}, "key", {})
+
+
 def test_a_cycle_is_refused() -> None:
     loop: dict[str, Any] = {}
     loop["again"] = loop
