@@ -21,7 +21,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 endif
 
 comma := ,
-known_extras := s3 test bench
+known_extras := s3 hf test bench
 wanted_extras := $(subst $(comma), ,$(EXTRAS))
 run := $(VENV)/bin/python
 # What `make test` leaves out. A CUDA test skips itself where there is no device.

@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
-DOCUMENTS = (README, GUIDE, ROOT / "checkpoints" / "README.md", ROOT / "DECISIONS.md")
+CONVERT = ROOT / "docs" / "convert.md"
+DOCUMENTS = (README, GUIDE, CONVERT, ROOT / "checkpoints" / "README.md", ROOT / "DECISIONS.md")
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import GUIDE, README, blocks, commands
+from tests.documents import CONVERT, GUIDE, README, blocks, commands
 from tests.e2e.harness import ROOT, environment
 
 
@@ -74,6 +74,16 @@ def test_every_command_of_the_guide(
     hook = (folder / "curl.log").read_text()
     assert "https://example.com/hook" in hook
     assert '"save_committed"' in hook
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_of_the_page_on_conversion(workplace: tuple[Path, dict[str, str]]) -> None:
+    folder, env = workplace
+    first_run = next(block for block in blocks(GUIDE, "sh") if "data.prepare" in block)
+    for block in (first_run, *blocks(CONVERT, "sh")):
+        shell(block, folder, env)
+    assert (folder / "exported" / "hf" / "config.json").exists()
 
 
 def test_the_loop_of_the_readme(workplace: tuple[Path, dict[str, str]]) -> None:
