@@ -275,7 +275,7 @@ def test_a_rank_that_never_saves_is_named_to_all(when: str, tmp_path: Path) -> N
         zero, one, _ = ranks.run(one_is_late, str(tmp_path), when)
     for found in (zero, one):
         assert found[:-1] == ([1] if when == "second" else [])
-        assert "rank 2 did not report within 1.5 s" in found[-1]
+        assert "rank 2 did not report within" in found[-1]
     manifests = [path.parent.name for path in tmp_path.glob("*/manifest.json")]
     assert len(manifests) == (1 if when == "second" else 0)
 
@@ -548,6 +548,6 @@ def forgotten(rank: int, world_size: int, directory: str) -> None:
 def test_a_rank_that_dies_in_mid_save(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the process has died"), Ranks(2) as ranks:
         ranks.run(forgotten, str(tmp_path))
-    assert "rank 1 did not report within 2 s" in (tmp_path / "answer-0").read_text()
+    assert "rank 1 did not report within" in (tmp_path / "answer-0").read_text()
     assert not list(tmp_path.glob("*/manifest.json"))
     shutil.rmtree(tmp_path)
