@@ -293,9 +293,7 @@ def restore_damaged(rank: int, world_size: int, directory: str, selector: str) -
                 values["rows"].to_local().fill_(step)
                 checkpointer.save(step).result(STEPS)
             return None
-        begun = time.monotonic()
-        answer = outcome(lambda: checkpointer.restore(selector))
-        assert time.monotonic() - begun < 25, "nobody waits for a time-out"
+        answer = outcome(lambda: checkpointer.restore(selector))  # who waited in vain says LateRanksError
         step = answer if isinstance(answer, str) else answer.step
         return step, values["rows"].to_local().unique().tolist()
 
@@ -337,16 +335,16 @@ def mixed_trouble(rank: int, world_size: int, directory: str) -> Any:
                 raise StorageUnavailableError("the store is down")
 
             LocalStorage.open_reader = down  # type: ignore[method-assign]
-        begun = time.monotonic()
         answer = outcome(lambda: checkpointer.restore("latest"))
         LocalStorage.open_reader = real  # type: ignore[method-assign]
-        assert time.monotonic() - begun < 25, "nobody waits for a time-out"
         return answer if isinstance(answer, str) else answer.step
 
 
 def test_ranks_in_different_trouble_go_the_same_way(world: World, tmp_path: Path) -> None:
     answers = world(2).run(mixed_trouble, str(tmp_path))
-    assert len({str(answer).partition(":")[0] for answer in answers}) == 1
+    kinds = {str(answer).partition(":")[0] for answer in answers}
+    assert len(kinds) == 1
+    assert "LateRanksError" not in kinds, "nobody waits in vain"
 
 
 def other_directory(rank: int, world_size: int, directory: str) -> Any:
