@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import BUCKET
 from tests.e2e.harness import Run, program
 
 
@@ -48,3 +49,20 @@ def test_a_trained_model_speaks(undisturbed_1: Run) -> None:
     ran = program("engine.generate", *args, "--max_new_tokens=12", "--device=cpu").ok()
     assert ran.stdout.startswith("import ")
     assert "step 12" in ran.stderr
+
+
+def test_to_and_from_a_store(undisturbed_1: Run, tmp_path: Path, s3_environment: dict[str, str]) -> None:
+    """Every address is a URI but the first: exported there, imported from there, back there, compared."""
+    bucket, env = f"s3://{BUCKET}/convert-{tmp_path.name}", s3_environment
+    source = undisturbed_1.with_role("latest")["path"]
+    out, new = f"{bucket}/out", f"{bucket}/new"
+    program("engine.checkpoints", "export", source, "--to", out, "--format=dcp", env=env).ok()
+    again = program("engine.checkpoints", "export", source, "--to", out, "--format=dcp", env=env)
+    assert again.status == 2
+    assert "exists already" in again.stderr
+    said = program("engine.checkpoints", "import", out, "--to", new, env=env).ok().stdout
+    imported = said.splitlines()[0].rpartition(" as ")[2]
+    assert "0 changed" in program("engine.checkpoints", "diff", source, imported, env=env).ok().stdout
+    program("engine.checkpoints", "verify", imported, env=env).ok()
+    ran = program("engine.generate", "--from", imported, "--max_new_tokens=3", "--device=cpu", env=env).ok()
+    assert imported in ran.stderr
