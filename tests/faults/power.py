@@ -7,12 +7,15 @@ bytes and its names are independent of each other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from engine.storage.system import System
 
@@ -31,6 +34,17 @@ class Op:
     name: str = ""
 
 
+def _as_one_act(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The call and its entry belong together: ranks are threads here, and share one journal."""
+
+    @functools.wraps(method)
+    def call(self: Journal, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 @dataclass
 class Journal(System):
     """A disk that keeps a journal. Paths are relative to `root`; inodes are numbers of our own."""
@@ -40,6 +54,7 @@ class Journal(System):
     _open: dict[int, int] = field(default_factory=dict)
     _inodes: dict[str, int] = field(default_factory=dict)
     _next: int = 1
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     write_threads = 1
 
@@ -57,57 +72,69 @@ class Journal(System):
         self._inodes.pop(path, None)
         self.ops.append(Op("unname", directory=directory, name=name))
 
+    @_as_one_act
     def create(self, path: str, mode: int = 0o666) -> int:
         fd = super().create(path, mode)
         self._open[fd], self._next = self._next, self._next + 1
         self._name(path, self._open[fd])
         return fd
 
+    @_as_one_act
     def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
         written = super().pwrite(fd, view, offset)
         self.ops.append(Op("write", inode=self._open[fd], offset=offset, data=bytes(view[:written])))
         return written
 
+    @_as_one_act
     def fallocate(self, fd: int, file_bytes: int) -> None:
         super().fallocate(fd, file_bytes)
         self.ops.append(Op("extend", inode=self._open[fd], offset=file_bytes))
 
+    @_as_one_act
     def ftruncate(self, fd: int, file_bytes: int) -> None:
         super().ftruncate(fd, file_bytes)
         self.ops.append(Op("truncate", inode=self._open[fd], offset=file_bytes))
 
+    @_as_one_act
     def fsync(self, fd: int) -> None:
         super().fsync(fd)
         self.ops.append(Op("fsync", inode=self._open[fd]))
 
+    @_as_one_act
     def close(self, fd: int) -> None:
         self._open.pop(fd, None)
         super().close(fd)
 
+    @_as_one_act
     def fsync_dir(self, path: str) -> None:
         super().fsync_dir(path)
         relative = os.path.relpath(path, self.root)
         self.ops.append(Op("fsync_dir", directory=relative))
 
+    @_as_one_act
     def link(self, src: str, dst: str) -> None:
         super().link(src, dst)
         self._name(dst, self._inodes[src])
 
+    @_as_one_act
     def replace(self, src: str, dst: str) -> None:
         super().replace(src, dst)
         inode = self._inodes.get(src, 0)
         self._name(dst, inode)
         self._unname(src)
 
+    @_as_one_act
     def rename_new(self, src: str, dst: str) -> None:
         super().rename_new(src, dst)
         self._name(dst, self._inodes[src])
         self._unname(src)
 
+    @_as_one_act
     def unlink(self, path: str) -> None:
         super().unlink(path)
         self._unname(path)
 
+    @_as_one_act
     def mkdir(self, path: str) -> None:
         super().mkdir(path)
         self._name(path, -1)
