@@ -12,6 +12,8 @@
 VENV ?= .venv
 EXTRAS ?=
 PYTEST_ARGS ?=
+# At once. More is quicker where there are more cores: most of a test's time is that of the ranks it starts.
+TEST_WORKERS ?= 2
 DEMO_DIR ?= runs/demo
 
 python_ok = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -24,6 +26,7 @@ comma := ,
 known_extras := s3 hf test bench
 wanted_extras := $(subst $(comma), ,$(EXTRAS))
 run := $(VENV)/bin/python
+pytest := $(run) -m pytest -n $(TEST_WORKERS) --dist worksteal
 # What `make test` leaves out. A CUDA test skips itself where there is no device.
 extra_marks := service or slow or root or gpu
 
@@ -39,10 +42,10 @@ demo: $(VENV)/.installed-base
 	$(run) -m demo --dir $(DEMO_DIR)
 
 test: $(VENV)/.installed-test
-	$(run) -m pytest -m "not ($(extra_marks))" $(PYTEST_ARGS)
+	$(pytest) -m "not ($(extra_marks))" $(PYTEST_ARGS)
 
 test-extra: $(VENV)/.installed-test
-	$(run) -m pytest -m "$(extra_marks)" $(PYTEST_ARGS)
+	$(pytest) -m "$(extra_marks)" $(PYTEST_ARGS)
 
 test-all: test test-extra
 

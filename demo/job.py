@@ -93,7 +93,7 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def tail(self, lines: int = 30) -> str:
+    def tail(self, lines: int = 100) -> str:
         return "\n".join(self.output().splitlines()[-lines:])
 
     def wait(self, timeout_secs: float) -> int:

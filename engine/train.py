@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from engine.errors import ConfigError, HoldfastError
 from engine.run.cli import is_first_rank, parse
 from engine.run.config import TrainConfig
+from engine.run.end import end_process
 from engine.run.parent import follow_launcher, orphan_check
 from engine.run.preemption import STARTUP_GRACE_SECS, Preemption, Request
 
@@ -99,4 +100,4 @@ def _configure_logging() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from engine import errors
-from engine.errors import HoldfastError, LateRanksError, PeerFailedError
+from engine.errors import CoordinationError, HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
 
 VERDICT_GRACE_SECS = 30.0
 """How much longer than rank 0 waits for late ranks the others wait for its word about them."""
 
+LATE_VERDICT_SECS = 5.0
+"""How long rank 0 stays for the others to read that some of them are late: these will not read it."""
+
 
 def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_secs: float) -> Any:
     """Run `work` at rank 0 and give its JSON result to every rank; its error is raised on every rank.
 
+    Rank 0 does not wait for the others when all went well: what they do next does.
+
     Raises: what `work` raised, in the same class if it is Holdfast's own; CoordinationError.
     """
     if channel.rank != 0:
-        return _open(channel.broadcast(key, None, timeout_secs))
+        raw = channel.broadcast(key, None, timeout_secs)
+        if parse_canonical(raw, what="an agreement")["error"] is not None:
+            _acknowledge(channel, key, 0)
+        return _open(raw)
     try:
         document = {"value": work(), "error": None}
     except Exception as error:
         channel.broadcast(key, canonical_bytes({"value": None, "error": _describe(error)}), timeout_secs)
+        _acknowledge(channel, key, VERDICT_GRACE_SECS)
         raise
     channel.broadcast(key, canonical_bytes(document), timeout_secs)
     return document["value"]
@@ -42,6 +52,7 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
         notes = channel.gather(f"{key}/all", note, timeout_secs)
     except LateRanksError as late:
         channel.broadcast(f"{key}/verdict", canonical_bytes({"value": None, "error": _describe(late)}), 0)
+        _acknowledge(channel, f"{key}/verdict", LATE_VERDICT_SECS)
         raise
     verdict = b""
     if notes is not None:
@@ -49,12 +60,24 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
         first = next((error | {"rank": rank} for rank, error in enumerate(errors_by_rank) if error), None)
         verdict = canonical_bytes({"value": None, "error": first})
     raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs + VERDICT_GRACE_SECS)
+    _acknowledge(channel, f"{key}/verdict", VERDICT_GRACE_SECS)
     try:
         _open(raw)
     except HoldfastError as common:
         if problem is not None and (type(problem) is type(common) or _is_of(raw, channel.rank)):
             raise problem from None
         raise common from problem
+
+
+def _acknowledge(channel: Channel, key: str, timeout_secs: float) -> None:
+    """Keep rank 0, whose process hosts the store, until every rank has read `key`; then forget the key.
+
+    A rank that does not come, or a store that is gone, changes nothing about what was decided.
+    """
+    with contextlib.suppress(LateRanksError, CoordinationError):
+        channel.gather(f"{key}/seen", b"1", timeout_secs)
+        if channel.rank == 0:
+            channel.forget([key])
 
 
 def _describe(error: Exception) -> dict[str, Any]:

@@ -47,9 +47,12 @@ def flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What the programs see on top of the tests' environment: this checkout, one thread a rank."""
+    """What the programs see on top of the tests' environment: this checkout, one thread a rank.
+
+    A rank that crashes in native code prints the stacks of its threads.
+    """
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(extra or {})}
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **(extra or {})}
 
 
 def program(module: str, *args: str, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Finished:

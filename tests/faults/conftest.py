@@ -1,4 +1,4 @@
-"""A fast directory for sweeps, and the count of points, states and inputs that the suite has covered."""
+"""A fast directory for sweeps, and the count of points, states and inputs that a test has covered."""
 
 from __future__ import annotations
 
@@ -35,9 +35,3 @@ def one_thread() -> Iterator[None]:
 def covered(request: pytest.FixtureRequest) -> Callable[[int], None]:
     """Report how many points, states or inputs this test has gone through."""
     return lambda count: record.add(request.node.nodeid, count)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in record.lines():
-        terminalreporter.write_line(line)
-    record.write_if_asked()

@@ -61,9 +61,9 @@ def test_every_disk_state_after_every_call_of_three_saves(root: Path, covered: C
             assert kept <= found, f"I1: after call {end} a cut loses {kept - found}"
             shutil.rmtree(where)
             count += 1
-    # How many differ depends on how the two ranks' calls interleave: 292 to 674 were seen. Far fewer
-    # would mean that the journal has missed calls.
-    assert count > 150
+    # The states depend on how the two ranks' calls interleave (260 to 858 were seen); the calls do not.
+    assert len(journal.ops) >= 113
+    assert count >= len(journal.ops)
     covered(count)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from engine.errors import (
     StateMismatchError,
     StorageUnavailableError,
 )
-from engine.parallel.agreement import all_agree, rank0_decides
+from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree, rank0_decides
 from engine.parallel.coordination import Channel
 from tests.support.channels import ImpatientStore, MemoryStore, on_ranks
 
@@ -148,3 +150,57 @@ def test_noise_in_the_store_is_an_error_not_an_answer() -> None:
     store.set("k", b"\x80not json")
     with pytest.raises((CoordinationError, DamagedError)):
         rank0_decides(Channel(1, 2, store), "k", lambda: None, 5)
+
+
+class SlowToRead(MemoryStore):
+    """A store whose verdict the other ranks read late; it notes whether it still was there then."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+        self.left = threading.Event()
+        self.read_after_rank_0_left: list[bool] = []
+
+    def get(self, key: str, /) -> bytes:
+        if key == self.key:
+            # Rank 0 would have returned by now if it did not wait: nothing else keeps it.
+            self.read_after_rank_0_left.append(self.left.wait(0.2))
+        return super().get(key)
+
+
+def refusal() -> None:
+    raise SelectorError("there is none")
+
+
+@pytest.mark.parametrize(
+    ("key", "exchange"),
+    [
+        ("k/verdict", lambda channel: all_agree(channel, "k", None, 30)),
+        ("k/verdict", lambda channel: all_agree(channel, "k", DamagedError("d"), 30)),
+        ("k", lambda channel: rank0_decides(channel, "k", refusal, 30)),
+    ],
+    ids=["agreed", "refused", "decided"],
+)
+def test_rank_0_stays_until_the_others_have_read_the_verdict(
+    key: str, exchange: Callable[[Channel], Any]
+) -> None:
+    """Its process hosts the store: seen under load, a rank lost the connection before it had read why."""
+    store = SlowToRead(key)
+
+    def work(channel: Channel) -> None:
+        try:
+            exchange(channel)
+        finally:
+            if channel.rank == 0:
+                store.left.set()
+
+    on_ranks(3, work, store)
+    assert store.read_after_rank_0_left == [False, False]
+    assert store.values == {}, "an exchange leaves nothing in the store"
+
+
+def test_a_late_rank_holds_rank_0_only_a_little_longer() -> None:
+    store = ImpatientStore()
+    with pytest.raises(LateRanksError):
+        all_agree(Channel(0, 2, store, store.clock), "k", None, 7)
+    assert store.now == 7 + LATE_VERDICT_SECS

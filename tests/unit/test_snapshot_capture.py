@@ -140,7 +140,7 @@ def test_keys_that_would_clash_are_refused(key: str) -> None:
         StateCapture({key: {}}, (), 0)
 
 
-@pytest.mark.parametrize("entry", [3, "text", None, object(), (1, 2)], ids=repr)
+@pytest.mark.parametrize("entry", [3, "text", None, object(), (1, 2)], ids=lambda entry: type(entry).__name__)
 def test_entries_that_cannot_be_restored_in_place_are_refused(entry: Any) -> None:
     with pytest.raises(UnsavableValueError, match="'entry' is a"):
         StateCapture({"entry": entry}, (), 0)

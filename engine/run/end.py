@@ -1,0 +1,30 @@
+"""How the program ends when its work is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+
+
+def end_process(
+    status: int,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    leave_at_once: Callable[[int], None] = os._exit,
+) -> None:
+    """End the program; among other ranks without taking the interpreter down.
+
+    A worker thread of gloo lets go of its last tensor at some time after the collective, and takes the GIL
+    for it. While the interpreter is taken down that ends the thread in the middle of C++ code, and the
+    process with SIGABRT: seen with torch 2.13 in 1 run of 100 on busy cores, in `ProcessGroupGloo::runLoop`
+    -> `TensorImpl::decref_pyobject`. Everything that must be finished has been closed by now. Dissolving
+    the group does not help, because a wrapped model keeps it alive.
+    """
+    if "RANK" not in environ:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave_at_once(status)
