@@ -5,8 +5,10 @@ arena is taken once, prefaulted, and reused by every save. Its pages are
 
 - private and anonymous: `mmap(-1)` defaults to shared, which gets no huge pages;
 - huge where the kernel has them: 4 KiB pages cost the O_DIRECT write a third of its speed;
-- not inherited by forked data workers (`MADV_DONTFORK`): direct I/O from pages that a fork has marked
-  copy-on-write can write what the child or parent sees, not what was snapshotted;
+- not shared with forked data workers (`MADV_WIPEONFORK`): direct I/O from pages that a fork has marked
+  copy-on-write can write what the child or parent sees, not what was snapshotted. The child gets an empty
+  range: with `MADV_DONTFORK` it gets none, puts memory of its own there, and loses that when its collector
+  frees the parent's object;
 - pinned on CUDA, so that the device copies without a bounce buffer.
 
 Each file starts on a 4 KiB boundary and is followed by zeros up to the next one, so that aligned writes
@@ -35,6 +37,7 @@ PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
 _PREFAULT_SLICE_BYTES = 64 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it.
+_MADV_WIPEONFORK = 18  # Linux 4.14; nor for this.
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,7 @@ def _map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
     )
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     skip = -address % HUGE_PAGE_BYTES if huge else 0
-    pages.madvise(mmap.MADV_DONTFORK)
+    pages.madvise(_MADV_WIPEONFORK)
     if huge:
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
