@@ -10,22 +10,22 @@ import pytest
 
 from tests.e2e.harness import Run
 
+HUNDRED_STEPS: dict[str, Any] = {
+    "max_steps": 100,
+    "checkpoint_freq": 5,
+    "keep_checkpoints": 3,
+    "steps_per_epoch": 40,
+    "eval_freq": 33,
+    "eval_batches": 2,
+    "lr_decay_steps": 100,
+}
+
 
 @pytest.fixture(scope="module")
 def hundred_steps(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Run:
     """100 steps, a save every 5, an epoch every 40, an evaluation every 30; 3 are to be kept."""
     run = Run(tmp_path_factory.mktemp("tiers") / "run", data)
-    run.train(
-        None,
-        max_steps=100,
-        checkpoint_freq=5,
-        keep_checkpoints=3,
-        steps_per_epoch=40,
-        eval_freq=33,
-        eval_batches=2,
-        lr_decay_steps=100,
-    )
-    return run
+    return run.train(None, **HUNDRED_STEPS)
 
 
 def steps_with(run: Run, role: str) -> list[int]:
