@@ -16,7 +16,7 @@ from engine.storage.base import Storage
 
 def fence(storage: Storage, epoch: int) -> None:
     """Rename attempts without a manifest to dead-*, and remove old leases and probe files."""
-    tree = storage.list_tree()
+    tree = storage.list_heads().tree
     for name, files in tree.items():
         if parse_attempt_name(name) is None or MANIFEST in files:
             continue

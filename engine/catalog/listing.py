@@ -1,7 +1,8 @@
 """What a checkpoint directory holds: every attempt in it, committed, partial or damaged.
 
-One pass lists the tree; then each manifest is read. A listing that fails raises: an outage is never taken
-for an empty directory.
+One pass lists the directories; then each manifest is read. On a store, whose listings come in pages, that
+pass leaves the shards out, and whether they have their full size only `verify` looks at. A listing that
+fails raises: an outage is never taken for an empty directory.
 """
 
 from __future__ import annotations
@@ -53,19 +54,21 @@ class Listed:
 def list_checkpoints(storage: Storage) -> list[Listed]:
     """Every attempt, by sequence; those without a readable manifest last. Other directories are ignored.
 
-    A size that differs from the manifest's shows as damaged; changed bytes only `verify` finds.
+    A file's size that differs from the manifest's shows as damaged where the listing tells sizes: always on
+    a disk, seldom on a store. Changed bytes only `verify` finds.
     NotFoundError when there is no such directory; StorageError when it cannot be listed.
     """
+    heads = storage.list_heads()
     tree = {
         name: files
-        for name, files in storage.list_tree().items()
+        for name, files in heads.tree.items()
         if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None
     }
     committed = [name for name in tree if MANIFEST in tree[name] and not name.startswith(DEAD_PREFIX)]
-    found = _each(storage, lambda name: _with_manifest(storage, name, tree[name]), committed)
-    listed = [item for item in found if item is not None]
-    listed += [_without_manifest(name, tree[name]) for name in tree if name not in set(committed)]
-    return sorted(listed, key=_order)
+    others = [name for name in tree if name not in set(committed)]
+    found = _each(storage, lambda name: _with_manifest(storage, name, tree[name], heads.whole), committed)
+    found += _each(storage, lambda name: _without_manifest(storage, name, tree[name], heads.whole), others)
+    return sorted((item for item in found if item is not None), key=_order)
 
 
 def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
@@ -125,7 +128,7 @@ def _manifest(storage: Storage, name: str) -> tuple[Manifest, bytes]:
     return Manifest.from_bytes(raw, what=storage.describe(path)), raw
 
 
-def _with_manifest(storage: Storage, name: str, files: dict[str, int]) -> Listed | None:
+def _with_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
     """What to say of a directory with a manifest; None when it was retired since the listing."""
     held, bytes = HELD in files, sum(files.values())
     try:
@@ -135,22 +138,29 @@ def _with_manifest(storage: Storage, name: str, files: dict[str, int]) -> Listed
     except DamagedError as error:
         return Listed(name, "damaged", None, bytes, str(error), held)
     record = from_manifest(manifest, storage.uri, name=name, raw=raw)
+    if not whole:
+        bytes = record.bytes
     if manifest.id != name:
         reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
         return Listed(name, "damaged", record, bytes, reason, held)
     if DAMAGED in files:
         return Listed(name, "damaged", record, bytes, marks.damage_reason(storage, name), held)
-    wrong = size_damage(manifest, files)
+    wrong = size_damage(manifest, files) if whole else []
     if wrong:
         reason = wrong[0].sentence + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         return Listed(name, "damaged", record, bytes, reason, held)
     return Listed(name, "committed", record, record.bytes, "", held)
 
 
-def _without_manifest(name: str, files: dict[str, int]) -> Listed:
+def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
     reason = "no manifest: it is being written, or its run ended before the commit"
     if name.startswith(DEAD_PREFIX):
         reason = "abandoned: the run that was writing it has lost the directory"
+    if not whole:
+        try:
+            files = {entry.name: entry.bytes or 0 for entry in storage.list_dir(name)}
+        except NotFoundError:
+            return None  # removed since the listing
     return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
 
 

@@ -48,9 +48,8 @@ def release(storage: Storage, id: str) -> None:
 
 def held_ids(storage: Storage) -> frozenset[str]:
     """The ids of all held checkpoints."""
-    return frozenset(
-        name for name, files in storage.list_tree().items() if HELD in files and parse_attempt_name(name)
-    )
+    tree = storage.list_heads().tree
+    return frozenset(name for name, files in tree.items() if HELD in files and parse_attempt_name(name))
 
 
 def _require(storage: Storage, id: str) -> None:

@@ -41,20 +41,29 @@ def reap_abandoned(storage: Storage, *, lease: Lease, current: Collection[str] =
     `current`: ids that this run may be writing right now. Every other attempt without a manifest is an
     earlier run's, or a failed save of this one. Where the storage cannot rename, an earlier holder that only
     slept could still be between its last look at the lease and its commit: its attempts stay until this
-    lease has stood for as long as it takes to call a holder dead.
+    lease has stood for as long as it takes to call a holder dead. Uploads that have no end go with their
+    attempts.
     """
     lease.check()
     settled = storage.is_local or lease.held_secs >= STALE_SECS
-    abandoned = []
-    for name, files in storage.list_tree().items():
+    broken_off = {path.partition("/")[0] for path in storage.unfinished_uploads()}
+    tree = storage.list_heads().tree
+    for name in broken_off:
+        tree.setdefault(name, {})  # nothing but an upload without an end, which no listing shows
+    abandoned, doubled = [], []
+    for name, files in tree.items():
         dead = name.startswith(DEAD_PREFIX)
         if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is None:
             continue
         if MANIFEST in files:
             _remove_temporaries(storage, name, files)
+            if name in broken_off and name not in current:
+                doubled.append(name)  # the answer to the start of an upload was lost, and another one begun
             continue
         if dead or (name not in current and settled):
             abandoned.append(name)
+    for name in doubled:
+        storage.abort_uploads(name)
     return _remove_each(storage, abandoned, _clear)
 
 

@@ -26,6 +26,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """The small files of every top-level directory, which tell what the directory is.
+
+    tree: as of `list_tree`; a directory that holds nothing else is there, empty.
+    whole: whether shard files are in it as well; where not, nothing is known about them.
+    """
+
+    tree: dict[str, dict[str, int]]
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStats:
     """How a shard was written. Seconds are wall-clock; those spent in `on_window` are part of writing."""
 
@@ -109,6 +121,24 @@ class Storage(ABC):
 
         Files at the top are under "". One level deep, one pass. NotFoundError as `list_dir("")`.
         """
+
+    def list_heads(self) -> Heads:
+        """As `list_tree`, but shard files may be left out where that saves requests.
+
+        A store hands out names a page at a time, and almost all of them are those of shards.
+        """
+        return Heads(self.list_tree(), whole=True)
+
+    def unfinished_uploads(self) -> list[str]:
+        """Paths of uploads that were begun and neither finished nor aborted. They cost money, and no listing
+        shows them.
+
+        Empty where there is no such thing, and where the store does not tell.
+        """
+        return []
+
+    def abort_uploads(self, path: str) -> None:  # noqa: B027 - a local directory has none
+        """Throw away all unfinished uploads below a directory. `delete_tree` does this, too."""
 
     @abstractmethod
     def size(self, path: str) -> int:

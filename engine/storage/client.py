@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from fsspec.utils import get_protocol
 
 from engine.errors import ConfigError, HoldfastError, NotFoundError
 from engine.format.names import safe_relative
+from engine.storage.bulk import Bulk, bulk_for
+from engine.storage.calls import call
 from engine.storage.options import client_options
 from engine.storage.redact import Redactor, redact_uri
 from engine.storage.remote_failures import remote_error
@@ -47,6 +50,7 @@ class StoreClient:
             fs.retries = 1  # s3fs loops around its client's tries: three nested loops outlast any deadline
         self.fs: fsspec.AbstractFileSystem = fs
         self._root = str(root).rstrip("/")
+        self.bulk: Bulk | None = bulk_for(self.scheme, fs)
 
     @property
     def is_object_store(self) -> bool:
@@ -66,6 +70,21 @@ class StoreClient:
         self.fs.invalidate_cache()
         return self.fs
 
+    @property
+    def reads_at_once(self) -> int:
+        """How many reads may be in flight for one caller: of a client without a loop of its own, one."""
+        if self.bulk is not None:
+            return self.bulk.reads_at_once
+        return 4 if self.fs.async_impl or self.scheme == "memory" else 1
+
+    def listing(self, name: str, full: str) -> Any:
+        """`ls` or `find`, with details, and none of them remembered."""
+        return call(self.fresh(), name, full, detail=True)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """The file system's method of that name, with a deadline."""
+        return call(self.fs, name, *args, **kwargs)
+
     def once(self, doing: str, path: str, action: Callable[[], T]) -> T:
         """Run a client call with its errors mapped."""
         try:
@@ -76,14 +95,20 @@ class StoreClient:
             # Without the original as cause: its text, printed with any traceback, may hold secrets.
             raise remote_error(error, doing, self.describe(path), self._redactor.scrub) from None
 
-    def do(self, doing: str, path: str, action: Callable[[], T]) -> T:
+    def do(
+        self, doing: str, path: str, action: Callable[[], T], *, stop: threading.Event | None = None
+    ) -> T:
         """Run an idempotent client call with its errors mapped, again and again while the store is away."""
-        return self._retry.call(f"{doing} {self.describe(path)}", lambda: self.once(doing, path, action))
+        return self._retry.call(lambda: self.once(doing, path, action), stop=stop)
+
+    def briefly(self, doing: str, path: str, action: Callable[[], T]) -> T:
+        """The same for what is only tidying up after a failure: given up soon."""
+        return self._retry.brief().call(lambda: self.once(doing, path, action))
 
     def info(self, path: str) -> dict[str, Any]:
         """What the store knows of an object or prefix. NotFoundError if there is neither."""
         full = self.full(path)
-        found: dict[str, Any] = self.do("look at", path, lambda: self.fresh().info(full))
+        found: dict[str, Any] = self.do("look at", path, lambda: call(self.fresh(), "info", full))
         return found
 
     def size(self, path: str) -> int:

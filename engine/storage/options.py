@@ -13,7 +13,10 @@ _CREDENTIALS = ("key", "secret", "token", "password", "username", "user", "accou
 _S3_DEADLINES = {
     "connect_timeout": 10,
     "read_timeout": 60,
-    "retries": {"mode": "standard", "total_max_attempts": 3},
+    # Tries are counted in one place, `storage.retry`: counted in several, they multiply.
+    "retries": {"mode": "standard", "total_max_attempts": 1},
+    # Manifests are read side by side.
+    "max_pool_connections": 32,
 }
 
 

@@ -1,6 +1,9 @@
-"""Read an object of a store by ranges, several at a time."""
+"""Read an object of a store by ranges, several at a time, into the memory where they are wanted."""
 
 from __future__ import annotations
+
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from engine.errors import DamagedError
 from engine.storage.base import Reader
@@ -8,10 +11,7 @@ from engine.storage.client import StoreClient
 from engine.storage.direct import windows
 
 PART_BYTES = 8 << 20
-"""Bytes of one ranged read."""
-
-PARTS_AT_ONCE = 4
-"""Ranged reads in flight for one call: 32 MiB of memory, since fsspec hands out copies."""
+"""Bytes of one ranged read. Clients that hand out copies have four at once: 32 MiB."""
 
 
 class RangedReader(Reader):
@@ -32,24 +32,36 @@ class RangedReader(Reader):
         if offset + len(flat) > self._file_bytes:
             raise self._truncated(offset + len(flat))
         parts = windows(len(flat), PART_BYTES)
-        for first in range(0, len(parts), PARTS_AT_ONCE):
-            self._read_parts(offset, flat, parts[first : first + PARTS_AT_ONCE])
+        at_once = min(self._client.reads_at_once, len(parts))
+        stop = threading.Event()
+        if at_once <= 1:
+            for begin, end in parts:
+                self._read_part(offset + begin, flat[begin:end], stop)
+            return
+        with ThreadPoolExecutor(at_once, thread_name_prefix="holdfast-download") as pool:
+            reads = [
+                pool.submit(self._read_part, offset + begin, flat[begin:end], stop) for begin, end in parts
+            ]
+            done, waiting = wait(reads, return_when=FIRST_EXCEPTION)
+            if waiting:
+                stop.set()
+            for read in waiting:
+                read.cancel()
+            for read in done:
+                read.result()
 
-    def _read_parts(self, offset: int, flat: memoryview, parts: list[tuple[int, int]]) -> None:
-        """Fill `parts`, ranges [begin, end) of `flat`, from the object's bytes `offset` further on."""
-        starts = [offset + begin for begin, _ in parts]
-        ends = [offset + end for _, end in parts]
+    def _read_part(self, offset: int, part: memoryview, stop: threading.Event) -> None:
+        self._client.do("read", self._path, lambda: self._fill(offset, part), stop=stop)
 
-        def read() -> list[bytes]:
-            found: list[bytes] = self._client.fs.cat_ranges(
-                [self._full] * len(parts), starts, ends, on_error="raise"
-            )
-            return found
-
-        for (begin, end), data in zip(parts, self._client.do("read", self._path, read), strict=True):
-            if len(data) != end - begin:
-                raise self._truncated(offset + end)
-            flat[begin:end] = data
+    def _fill(self, offset: int, part: memoryview) -> None:
+        bulk = self._client.bulk
+        if bulk is not None and bulk.fetch(self._full, offset, part):
+            return
+        end = offset + len(part)
+        data = self._client.call("cat_file", self._full, start=offset, end=end, moving_bytes=len(part))
+        if len(data) != len(part):
+            raise self._truncated(end)
+        part[:] = data
 
     def _truncated(self, needed: int) -> DamagedError:
         where = self._client.describe(self._path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import threading
@@ -10,9 +11,16 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from engine.errors import AlreadyExistsError, ConfigError, DamagedError, NotFoundError, StorageError
+from engine.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DamagedError,
+    NotFoundError,
+    StorageError,
+    StorageUnavailableError,
+)
 from engine.format.names import TMP_SUFFIX, safe_relative
-from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage.base import Entry, Heads, OnWindow, Reader, Storage, WriteStats
 from engine.storage.client import StoreClient
 from engine.storage.ranged import RangedReader
 from engine.storage.remote_failures import InvalidRangeError, NoBucketError
@@ -41,6 +49,7 @@ class FsspecStorage(Storage):
         self.uri = self._client.uri
         self._exclusive: bool | None = None
         self._probe_lock = threading.Lock()
+        self._told_uploads = False
 
     @property
     def supports_exclusive_create(self) -> bool:
@@ -54,7 +63,7 @@ class FsspecStorage(Storage):
     def list_dir(self, path: str = "") -> list[Entry]:
         full = self._client.full(path)
         try:
-            found = self._client.do("list", path, lambda: self._client.fresh().ls(full, detail=True))
+            found = self._client.do("list", path, lambda: self._client.listing("ls", full))
         except NoBucketError:
             raise
         except NotFoundError:
@@ -67,12 +76,32 @@ class FsspecStorage(Storage):
     def list_tree(self) -> dict[str, dict[str, int]]:
         tree: dict[str, dict[str, int]] = {"": {}}
         for relative, size in self._files(""):
-            directory, _, file = relative.partition("/")
-            if not file:
-                tree[""][directory] = size
-            elif "/" not in file:
-                tree.setdefault(directory, {})[file] = size
+            _place(tree, relative, size)
         return tree
+
+    def list_heads(self) -> Heads:
+        bulk, root = self._client.bulk, self._client.full("")
+        names = self._client.do("list", "", lambda: bulk.names(root)) if bulk is not None else None
+        if names is None:
+            return Heads(self.list_tree(), whole=True)
+        tree: dict[str, dict[str, int]] = {"": {}}
+        for relative, size in names.files.items():
+            _place(tree, relative, size)
+        for directory in names.directories:
+            if "/" not in directory:
+                tree.setdefault(directory, {})
+        return Heads(tree, whole=False)
+
+    def unfinished_uploads(self) -> list[str]:
+        return [path for path, _ in self._unfinished("")]
+
+    def abort_uploads(self, path: str) -> None:
+        bulk = self._client.bulk
+        for name, id in self._unfinished(safe_relative(path)):
+            assert bulk is not None
+            full = self._client.full(name)
+            with contextlib.suppress(NotFoundError):  # completed or aborted meanwhile
+                self._client.do("abort", name, functools.partial(bulk.abort, full, id))
 
     def size(self, path: str) -> int:
         return self._client.size(safe_relative(path))
@@ -88,7 +117,7 @@ class FsspecStorage(Storage):
         full = self._client.full(safe_relative(path))
         try:
             # One ranged request: asking for the size first would double the cost of reading a manifest.
-            data = self._client.do("read", path, lambda: self._fs.cat_file(full, start=0, end=max_bytes + 1))
+            data = self._client.do("read", path, lambda: self._head_of(full, max_bytes + 1))
         except InvalidRangeError:
             return b""  # how S3 answers for an empty object
         if len(data) > max_bytes:
@@ -101,7 +130,7 @@ class FsspecStorage(Storage):
     def write_file(self, path: str, data: bytes) -> None:
         full = self._client.full(safe_relative(path))
         if self._client.is_object_store:
-            self._client.do("write", path, lambda: self._fs.pipe_file(full, data))
+            self._client.do("write", path, lambda: self._put(full, data))
         else:
             self._client.do("write", path, lambda: self._replace(full, data))
 
@@ -148,8 +177,9 @@ class FsspecStorage(Storage):
             if stored != file_bytes:
                 raise StorageError(f"could not write {where}: of {file_bytes} bytes {stored} arrived")
         except BaseException:
+            full = self._client.full(path)
             with contextlib.suppress(Exception):
-                self._fs.rm_file(self._client.full(path))
+                self._client.briefly("delete", path, lambda: self._client.call("rm_file", full))
             raise
         return WriteStats(file_bytes, time.monotonic() - begun, 0.0, "upload")
 
@@ -169,7 +199,7 @@ class FsspecStorage(Storage):
     def delete_file(self, path: str) -> None:
         full = self._client.full(safe_relative(path))
         with contextlib.suppress(NotFoundError):
-            self._client.do("delete", path, lambda: self._fs.rm_file(full))
+            self._client.do("delete", path, lambda: self._client.call("rm_file", full))
 
     def delete_tree(self, path: str) -> None:
         full = self._client.full(safe_relative(path))
@@ -177,6 +207,7 @@ class FsspecStorage(Storage):
             with contextlib.suppress(NotFoundError):
                 self._client.do("delete", path, lambda: self._fs.rm(full, recursive=True))
             return
+        self.abort_uploads(path)
         names = [f"{full}/{name}" for name, _ in self._files(path)]
         if not names:
             return
@@ -192,6 +223,24 @@ class FsspecStorage(Storage):
     def free_bytes(self) -> int | None:
         return None
 
+    def _unfinished(self, path: str) -> list[tuple[str, str]]:
+        """(path, id) of the uploads below a directory that somebody began and never ended."""
+        bulk, root = self._client.bulk, self._client.full("")
+        if bulk is None:
+            return []
+        below = self._client.full(path)
+        try:
+            found = self._client.do("list uploads below", path, lambda: bulk.unfinished(below))
+        except StorageUnavailableError:
+            raise
+        except StorageError as error:
+            # Not everybody who may write may list uploads, nor has every store that list. Deleting goes on.
+            if not self._told_uploads:
+                self._told_uploads = True
+                log.warning("uploads that were broken off cannot be found and removed: %s", error)
+            return []
+        return [(full[len(root) + 1 :], id) for full, id in found if full.startswith(f"{root}/")]
+
     def _files(self, path: str) -> list[tuple[str, int]]:
         """(name relative to `path`, bytes) of every file below it; empty if there is none."""
         if not self._client.is_object_store:
@@ -199,7 +248,7 @@ class FsspecStorage(Storage):
         full = self._client.full(path)
         # Not for other file systems: fsspec's general find() skips what it fails to list.
         try:
-            found = self._client.do("list", path, lambda: self._client.fresh().find(full, detail=True))
+            found = self._client.do("list", path, lambda: self._client.listing("find", full))
         except NoBucketError:
             raise
         except NotFoundError:
@@ -227,12 +276,12 @@ class FsspecStorage(Storage):
         plain = []
         for name in names:
             if any(character in name for character in "*?["):  # rm() would take these for patterns
-                self._fs.rm_file(name)
+                self._client.call("rm_file", name)
             else:
                 plain.append(name)
         with contextlib.suppress(FileNotFoundError):  # an earlier try, or another process, was there first
             if plain:
-                self._fs.rm(plain)
+                self._client.call("rm", plain)
 
     def _replace(self, full: str, data: bytes) -> None:
         """For real file systems behind a protocol: a file under a temporary name, renamed."""
@@ -265,10 +314,16 @@ class FsspecStorage(Storage):
             if tries == 1 or self.read_bytes(path, max_bytes=MAX_PUT_BYTES) != data:
                 raise
 
+    def _head_of(self, full: str, size: int) -> Any:
+        return self._client.call("cat_file", full, start=0, end=size)
+
+    def _put(self, full: str, data: bytes, **how: str) -> None:
+        self._client.call("pipe_file", full, data, moving_bytes=len(data), **how)
+
     def _put_new(self, full: str, data: bytes) -> None:
         lock: Any = _MEMORY_LOCK if self._client.scheme == "memory" else contextlib.nullcontext()
         with lock:
-            self._fs.pipe_file(full, data, mode="create")
+            self._put(full, data, mode="create")
 
     def _probe_exclusive(self) -> bool:
         """Whether a second create-only PUT of one name is refused, tried on an object of its own.
@@ -291,8 +346,17 @@ class FsspecStorage(Storage):
             return False  # a plain refusal, as of a header that is not implemented
         finally:
             with contextlib.suppress(Exception):
-                self._fs.rm_file(full)
+                self._client.call("rm_file", full)
         return False
+
+
+def _place(tree: dict[str, dict[str, int]], relative: str, size: int) -> None:
+    """Enter a file into a tree of one level; what lies deeper is left out."""
+    directory, _, file = relative.partition("/")
+    if not file:
+        tree[""][directory] = size
+    elif "/" not in file:
+        tree.setdefault(directory, {})[file] = size
 
 
 def _entry(info: Mapping[str, Any], parent: str) -> Entry | None:

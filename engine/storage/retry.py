@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -32,6 +33,7 @@ class Retry:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        storm: Storm | None = None,
     ) -> None:
         if attempts < 1 or deadline_secs < 0 or not 0 <= first_secs <= cap_secs:
             raise ValueError(f"{attempts} tries in {deadline_secs} s, pausing {first_secs} to {cap_secs} s")
@@ -43,35 +45,94 @@ class Retry:
         self._clock = clock
         # Its own generator, seeded by the system: drawing must not disturb the training's random state.
         self._rng = rng or random.Random()
+        self._storm = storm or Storm(clock)
+
+    def brief(self) -> Retry:
+        """The same for what is only tidying up: it gives up within seconds."""
+        return Retry(
+            attempts=min(4, self._attempts),
+            deadline_secs=min(10.0, self._deadline_secs),
+            first_secs=self._first_secs,
+            cap_secs=self._cap_secs,
+            sleep=self._sleep,
+            clock=self._clock,
+            rng=self._rng,
+            storm=self._storm,
+        )
 
     def pause_secs(self, failures: int) -> float:
         """Seconds to wait after the given number of failures, from 1."""
         longest = min(self._first_secs * 2.0 ** min(failures - 1, 60), self._cap_secs)
         return longest * self._rng.uniform(0.5, 1.0)
 
-    def call(self, what: str, attempt: Callable[[], T]) -> T:
+    def call(self, attempt: Callable[[], T], *, stop: threading.Event | None = None) -> T:
         """The first result of `attempt`; its last StorageUnavailableError when there is no more trying.
 
-        Other errors pass at once. A storm of failures is two log lines, not one per try.
+        Other errors pass at once. Nothing is tried again once `stop` is set.
         """
         begun = self._clock()
         failures = 0
-        while True:
-            try:
-                result = attempt()
-            except StorageUnavailableError as error:
-                failures += 1
-                pause = self.pause_secs(failures)
-                spent = self._clock() - begun
-                if failures >= self._attempts or spent + pause > self._deadline_secs:
-                    raise _given_up(error, failures, spent) from None
-                if failures == 1:
-                    log.warning("%s; trying again for up to %.0f s", error, self._deadline_secs)
-                self._sleep(pause)
-            else:
-                if failures:
-                    log.info("%s: done at try %d, after %.1f s", what, failures + 1, self._clock() - begun)
-                return result
+        waiting = False
+        try:
+            while True:
+                try:
+                    return attempt()
+                except StorageUnavailableError as error:
+                    failures += 1
+                    pause = self.pause_secs(failures)
+                    spent = self._clock() - begun
+                    if failures >= self._attempts or spent + pause > self._deadline_secs:
+                        raise _given_up(error, failures, spent) from None
+                    self._storm.failed(error, first=not waiting, for_secs=self._deadline_secs)
+                    waiting = True
+                    if stop is not None and stop.is_set():
+                        raise
+                    self._sleep(pause)
+        finally:
+            if waiting:
+                self._storm.over()
+
+
+class Storm:
+    """Says once that a store is failing, and once that it is not, however many calls find out.
+
+    A storm lasts until no call is waiting for its next try. One that begins within `quiet_secs` after
+    another was announced is not announced: where every third request fails, all of it is one storm.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, quiet_secs: float = 60.0) -> None:
+        self._clock = clock
+        self._quiet_secs = quiet_secs
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._failures = 0
+        self._begun = 0.0
+        self._announced: float | None = None
+        self._loud = False
+
+    def failed(self, error: Exception, *, first: bool, for_secs: float) -> None:
+        """A try failed and there will be another one; `first`: of this call."""
+        with self._lock:
+            begins = first and not self._waiting
+            self._waiting += first
+            if begins:
+                self._begun, self._failures = self._clock(), 0
+                self._loud = self._announced is None or self._begun - self._announced >= self._quiet_secs
+                if self._loud:
+                    self._announced = self._begun
+            self._failures += 1
+            speak = begins and self._loud
+        if speak:
+            log.warning("%s; trying again for up to %.0f s", error, for_secs)
+
+    def over(self) -> None:
+        """A call that was waiting for its next try has ended, one way or the other."""
+        with self._lock:
+            self._waiting -= 1
+            speak = self._waiting == 0 and self._loud
+            failures, secs = self._failures, self._clock() - self._begun
+        if speak:
+            log.info("no more trying again: %d tries had failed, in %.1f s", failures, secs)
 
 
 def _given_up(error: StorageUnavailableError, failures: int, spent: float) -> StorageUnavailableError:

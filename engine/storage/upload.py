@@ -1,4 +1,4 @@
-"""Upload a shard so that an error at any point publishes nothing.
+"""Upload a shard so that an error at any point publishes nothing, and without a second copy of it.
 
 fsspec's `with fs.open(path, "wb")` is not used: an exception inside the block closes the file, and closing
 publishes what was written so far.
@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import secrets
+import threading
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from engine.errors import NotFoundError
+from engine.format.names import TMP_SUFFIX
 from engine.storage.base import WINDOW_BYTES
+from engine.storage.bulk import Bulk, part_bytes
 from engine.storage.client import StoreClient
 from engine.storage.direct import windows
 
@@ -18,48 +24,124 @@ MAX_PUT_BYTES = 64 << 20
 """Largest object that is put in one request. Only such a request can carry a precondition: Ceph's gateway
 ignores one on the completion of a multipart upload."""
 
-MAX_PARTS = 9_000
-"""Parts of a multipart upload; S3 allows 10,000."""
-
-_WITH_DISCARD = frozenset({"s3", "s3a", "gs", "gcs"})
-"""Schemes whose files, opened with autocommit=False, appear at commit() and vanish at discard()."""
+Prepare = Callable[[int, int], None]
 
 
-def part_bytes(file_bytes: int) -> int:
-    """Size of the parts of an upload: a window, or as many windows as keep the parts below the limit."""
-    per_part = -(-file_bytes // MAX_PARTS)
-    return max(1, -(-per_part // WINDOW_BYTES)) * WINDOW_BYTES
-
-
-def upload(client: StoreClient, path: str, view: memoryview, prepare: Callable[[int, int], None]) -> None:
+def upload(client: StoreClient, path: str, view: memoryview, prepare: Prepare) -> None:
     """Upload all of `view` (contiguous bytes) as a new object.
 
     `prepare(begin, end)` is called for consecutive ranges before they go out; what it raises passes. After
     an error nothing was published, but for an object whose answer was lost: the caller deletes that.
     """
-    if client.scheme in _WITH_DISCARD and len(view) > WINDOW_BYTES:
-        _upload_in_parts(client, path, view, prepare)
-        return
-    for begin, end in windows(len(view)):
-        prepare(begin, end)
-    full, data = client.full(path), bytes(view)
-    client.do("write", path, lambda: client.fs.pipe_file(full, data))
+    if not client.is_object_store:
+        _through_file(client, path, view, prepare)
+    elif client.bulk is not None and len(view) > WINDOW_BYTES:
+        _Upload(client, client.bulk, path, view).run(prepare)
+    else:
+        _prepare(prepare, 0, len(view))
+        full, data = client.full(path), bytes(view)
+        client.do("write", path, lambda: client.call("pipe_file", full, data, moving_bytes=len(data)))
 
 
-def _upload_in_parts(
-    client: StoreClient, path: str, view: memoryview, prepare: Callable[[int, int], None]
-) -> None:
-    full, block_bytes = client.full(path), part_bytes(len(view))
+class _Upload:
+    """One upload in parts, several of them at a time."""
+
+    def __init__(self, client: StoreClient, bulk: Bulk, path: str, view: memoryview) -> None:
+        self._client = client
+        self._bulk = bulk
+        self._path = path
+        self._full = client.full(path)
+        self._view = view
+        self._id = ""
+        self._stop = threading.Event()
+
+    def run(self, prepare: Prepare) -> None:
+        size = part_bytes(len(self._view))
+        ranges = windows(len(self._view), size)
+        self._id = self._client.do(
+            "write", self._path, lambda: self._bulk.begin(self._full, len(self._view))
+        )
+        try:
+            at_once = min(self._bulk.at_once(size), len(ranges))
+            with ThreadPoolExecutor(at_once, thread_name_prefix="holdfast-upload") as pool:
+                tokens = self._send(pool, ranges, at_once, prepare)
+            self._complete(tokens)
+        except BaseException:
+            # What this leaves behind in an outage, the next run's retention finds.
+            with contextlib.suppress(Exception):
+                self._client.briefly("abort", self._path, lambda: self._bulk.abort(self._full, self._id))
+            raise
+
+    def _send(
+        self, pool: ThreadPoolExecutor, ranges: list[tuple[int, int]], at_once: int, prepare: Prepare
+    ) -> list[str]:
+        """Put every part as soon as it is prepared; at most `at_once` wait for their turn."""
+        sent: list[Future[str]] = []
+        under_way: set[Future[str]] = set()
+        try:
+            for number, (begin, end) in enumerate(ranges, 1):
+                if len(under_way) >= at_once:
+                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                _prepare(prepare, begin, end)
+                sent.append(pool.submit(self._put, number, begin, end))
+                under_way.add(sent[-1])
+            return [future.result() for future in sent]
+        except BaseException:
+            self._stop.set()
+            for future in sent:
+                future.cancel()
+            raise
+
+    def _put(self, number: int, begin: int, end: int) -> str:
+        part = self._view[begin:end]
+        return self._client.do(
+            "write",
+            self._path,
+            lambda: self._bulk.put_part(self._full, self._id, number, part, self._stop),
+            stop=self._stop,
+        )
+
+    def _complete(self, tokens: list[str]) -> None:
+        tries = 0
+
+        def complete() -> None:
+            nonlocal tries
+            tries += 1
+            self._bulk.complete(self._full, self._id, tokens)
+
+        try:
+            self._client.do("write", self._path, complete)
+        except NotFoundError:
+            # After a failed try the upload may be gone because it is complete: its answer was lost.
+            if tries == 1 or self._client.size(self._path) != len(self._view):
+                raise
+
+
+def _through_file(client: StoreClient, path: str, view: memoryview, prepare: Prepare) -> None:
+    """For real file systems behind a protocol: window after window under a temporary name, then renamed."""
+    full = client.full(path)
+    temporary = f"{full}.{secrets.token_hex(4)}{TMP_SUFFIX}"
     guard = functools.partial(client.once, "write", path)
-    file = guard(lambda: client.fs.open(full, "wb", block_size=block_bytes, autocommit=False))
     try:
-        for begin, end in windows(len(view)):
-            prepare(begin, end)
-            guard(functools.partial(file.write, view[begin:end]))
-        guard(file.close)  # sends the last part; with autocommit=False it publishes nothing
-        guard(file.commit)
+        file = guard(lambda: client.fs.open(temporary, "wb"))
+        try:
+            for begin, end in windows(len(view)):
+                prepare(begin, end)
+                guard(functools.partial(file.write, view[begin:end]))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                file.close()
+            raise
+        guard(file.close)
+        guard(lambda: client.fs.mv(temporary, full))
     except BaseException:
         with contextlib.suppress(Exception):
-            file.discard()
-        file.closed = True  # else its finaliser would try to send what is left
+            client.fs.rm_file(temporary)
         raise
+
+
+def _prepare(prepare: Prepare, begin: int, end: int) -> None:
+    for first, last in windows(end - begin):
+        prepare(begin + first, begin + last)

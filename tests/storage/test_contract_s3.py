@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import http.client
+import threading
+import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-from engine.errors import NotFoundError, StorageUnavailableError
-from engine.storage.base import Storage
+from engine.catalog import marks
+from engine.catalog.listing import list_checkpoints
+from engine.errors import DamagedError, NotFoundError, StorageError, StorageUnavailableError
+from engine.storage.base import WINDOW_BYTES, Heads, Storage
 from engine.storage.open import open_storage
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
+from engine.storage.s3 import S3Bulk
+from engine.storage.wire import RefusedError, Wire
 from tests.services.moto import BUCKET, S3Server, moto_server
 from tests.storage.buffers import padded, pattern
-from tests.storage.contract import SEVERAL_WINDOWS, StorageContract
+from tests.storage.contract import SEVERAL_WINDOWS, StorageContract, read_all
+from tests.support.tiny_checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.service
 
@@ -39,18 +48,17 @@ class TestS3(StorageContract):
     pass
 
 
-@pytest.mark.parametrize("moment", ["window", "close", "commit"])
+@pytest.mark.parametrize("moment", ["window", "put_part", "complete"])
 def test_failed_upload_leaves_no_parts(
     s3_server: S3Server, storage: Storage, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Parts of an upload that was given up cost money for ever, and no listing shows them."""
-    import s3fs.core
 
     def fail(*_: object) -> None:
         raise ValueError("mine")
 
     if moment != "window":
-        monkeypatch.setattr(s3fs.core.S3File, moment, fail)
+        monkeypatch.setattr(S3Bulk, moment, fail)
     expected = ValueError if moment == "window" else Exception
     with pytest.raises(expected, match="mine"):
         storage.write_shard(
@@ -61,6 +69,77 @@ def test_failed_upload_leaves_no_parts(
         )
     assert not storage.exists("shard")
     assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=BUCKET)
+
+
+def begin_upload(server: S3Server, key: str) -> None:
+    """What a process leaves behind that is killed in the middle of an upload."""
+    client = server.client()
+    upload = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+    client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * 1000)
+
+
+def test_orphans_are_found_and_removed(s3_server: S3Server, storage: Storage, uri: str) -> None:
+    prefix = uri.removeprefix(f"s3://{BUCKET}/")
+    for name in ("step-1/shard-0", "step-1/shard-1", "step-10/shard-0"):
+        begin_upload(s3_server, f"{prefix}/{name}")
+    begin_upload(s3_server, f"{prefix}-of-another/step-1/shard-0")
+    storage.write_file("step-1/shard-2", b"1")
+    assert sorted(storage.unfinished_uploads()) == ["step-1/shard-0", "step-1/shard-1", "step-10/shard-0"]
+    storage.delete_tree("step-1")
+    assert storage.unfinished_uploads() == ["step-10/shard-0"]
+    assert storage.list_tree() == {"": {}}
+    storage.abort_uploads("step-10")
+    storage.abort_uploads("step-10")
+    assert storage.unfinished_uploads() == []
+    (left,) = s3_server.client().list_multipart_uploads(Bucket=BUCKET)["Uploads"]
+    assert left["Key"] == f"{prefix}-of-another/step-1/shard-0"
+    s3_server.client().abort_multipart_upload(Bucket=BUCKET, Key=left["Key"], UploadId=left["UploadId"])
+
+
+def test_a_store_without_signed_addresses_is_served_by_the_client(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slower, and said once."""
+    refusals: list[str] = []
+
+    def refuse(*_: object) -> None:
+        refusals.append("refused")
+        raise RefusedError("the store answered 403")
+
+    monkeypatch.setattr(Wire, "put", refuse)
+    monkeypatch.setattr(Wire, "get", refuse)
+    data = pattern(SEVERAL_WINDOWS)
+    with caplog.at_level("WARNING"):
+        storage.write_shard("shard", padded(data), len(data))
+        assert read_all(storage, "shard") == data
+    assert 1 <= len(refusals) <= 3
+    assert caplog.text.count("does not take signed addresses") == 1
+
+
+def test_a_read_that_is_refused_for_good_says_why(storage: Storage, s3_server: S3Server) -> None:
+    data = pattern(100_000)
+    storage.write_shard("shard", padded(data), len(data))
+    with storage.open_reader("shard") as reader:
+        storage.delete_file("shard")
+        with pytest.raises(NotFoundError, match="shard"):
+            reader.read_into(0, memoryview(bytearray(10)))
+        storage.write_file("shard", b"short")
+        with pytest.raises(DamagedError, match="truncated"):
+            reader.read_into(0, memoryview(bytearray(10)))
+
+
+def test_no_signature_in_any_text(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A signed address is as good as a password while it lasts."""
+    data = pattern(SEVERAL_WINDOWS)
+    storage.write_shard("shard", padded(data), len(data))
+    monkeypatch.setattr(http.client.HTTPConnection, "getresponse", lambda self: 1 / 0)
+    with caplog.at_level("DEBUG", "engine"), pytest.raises(StorageError) as raised:
+        storage.read_into("shard", 0, memoryview(bytearray(10)))
+    shown = caplog.text + "".join(traceback.format_exception(raised.value))
+    assert "Signature" not in shown
+    assert "test-access-key" not in shown
 
 
 def test_a_missing_bucket_is_an_error_at_once(s3_server: S3Server) -> None:
@@ -139,11 +218,46 @@ def test_one_listing_request_for_a_tree(s3_server: S3Server, storage: Storage) -
     assert requests == ["GetObject"]
 
 
-def test_upload_is_completed_once(storage: Storage) -> None:
+def test_upload_is_completed_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, parts = Wire.put, []
+
+    def counted(wire: Wire, url: str, view: memoryview, stop: threading.Event) -> str:
+        parts.append(len(view))
+        return put(wire, url, view, stop)
+
+    monkeypatch.setattr(Wire, "put", counted)
     with counted_requests(storage) as requests:
         storage.write_shard("shard", padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS)
     upload = [name for name in requests if name not in ("HeadObject", "ListObjectsV2")]
-    assert upload == ["CreateMultipartUpload", *["UploadPart"] * 3, "CompleteMultipartUpload"]
+    assert upload == ["CreateMultipartUpload", "CompleteMultipartUpload"]
+    assert sorted(parts) == [12_345, WINDOW_BYTES, WINDOW_BYTES]
     with counted_requests(storage) as requests:
         storage.write_shard("small", padded(b"x"), 1)
     assert [name for name in requests if name not in ("HeadObject", "ListObjectsV2")] == ["PutObject"]
+
+
+def test_a_listing_leaves_the_shards_out(storage: Storage) -> None:
+    ids = [write_checkpoint(storage, sequence=sequence, world_size=3) for sequence in range(1, 6)]
+    with counted_requests(storage) as requests:
+        listed = list_checkpoints(storage)
+    assert [(item.id, item.status) for item in listed] == [(id, "committed") for id in ids]
+    assert Counter(requests) == {"ListObjectsV2": 1, "GetObject": 5}
+    marks.hold(storage, ids[1])
+    marks.mark_damaged(storage, ids[3], "block 7")
+    storage.write_file("step-00000999-00000999/shard-00000.safetensors", b"12345")
+    again = {item.id: item for item in list_checkpoints(storage)}
+    assert [item.held for item in again.values()] == [False, True, False, False, False, False]
+    assert (again[ids[3]].status, again[ids[3]].reason) == ("damaged", "block 7")
+    partial = again["step-00000999-00000999"]
+    assert (partial.status, partial.bytes) == ("partial", 5)
+
+
+def test_a_store_that_groups_by_slashes_only_is_listed_in_full(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_file("step-1/manifest.json", b"{}")
+    storage.write_file("step-1/shard-00000.json", b"1")
+    assert storage.list_heads() == Heads({"": {}, "step-1": {"manifest.json": 2}}, whole=False)
+    monkeypatch.setattr(S3Bulk, "names", lambda self, root: None)
+    whole = {"": {}, "step-1": {"manifest.json": 2, "shard-00000.json": 1}}
+    assert storage.list_heads() == Heads(whole, whole=True)

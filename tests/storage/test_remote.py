@@ -26,7 +26,7 @@ from engine.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from engine.storage import ranged, upload
+from engine.storage import ranged
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
@@ -73,7 +73,7 @@ TRANSIENT = (ConnectionResetError("reset"), TimeoutError("slow"), OSError(16, "5
         ("info", lambda s: s.size("a")),
         ("info", lambda s: s.exists("a")),
         ("cat_file", lambda s: s.read_bytes("a", max_bytes=10)),
-        ("cat_ranges", lambda s: s.read_into("a", 0, memoryview(bytearray(3)))),
+        ("cat_file", lambda s: s.read_into("a", 0, memoryview(bytearray(3)))),
         ("pipe_file", lambda s: s.write_file("b", b"1")),
         ("pipe_file", lambda s: s.publish("b", b"1", exclusive=False)),
         ("pipe_file", lambda s: s.publish("b", b"1", exclusive=True)),
@@ -236,29 +236,53 @@ def test_upload_that_arrives_short_is_removed(
 
 def test_read_that_comes_short(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_file("shard", b"12345")
-    monkeypatch.setattr(storage._fs, "cat_ranges", lambda *_, **__: [b"1234"])
+    monkeypatch.setattr(storage._fs, "cat_file", lambda *_, **__: b"1234")
     with pytest.raises(DamagedError, match="truncated"):
         storage.read_into("shard", 0, memoryview(bytearray(5)))
 
 
 def test_reads_are_split_and_bounded(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranged, "PART_BYTES", 1000)
-    real = storage._fs.cat_ranges
-    asked: list[list[int]] = []
+    """Each read in flight is a copy in memory."""
+    real, lock = storage._fs.cat_file, threading.Lock()
+    asked: list[int] = []
+    now, most = 0, 0
 
-    def cat_ranges(paths: list[str], starts: list[int], ends: list[int], **options: Any) -> Any:
-        asked.append([end - start for start, end in zip(starts, ends, strict=True)])
-        return real(paths, starts, ends, **options)
+    def cat_file(path: str, start: int, end: int) -> Any:
+        nonlocal now, most
+        with lock:
+            asked.append(end - start)
+            now += 1
+            most = max(most, now)
+        try:
+            return real(path, start=start, end=end)
+        finally:
+            with lock:
+                now -= 1
 
-    monkeypatch.setattr(storage._fs, "cat_ranges", cat_ranges)
-    data = pattern(10_000)
+    monkeypatch.setattr(storage._fs, "cat_file", cat_file)
+    data = pattern(5 * ranged.PART_BYTES + 999)
     storage.write_file("shard", data)
-    target = bytearray(5500)
+    target = bytearray(len(data) - 123)
     storage.read_into("shard", 123, memoryview(target))
-    # `windows` took its default from the module once; what counts is that no call asks for much at a time.
-    assert target == data[123:5623]
-    assert all(len(sizes) <= ranged.PARTS_AT_ONCE for sizes in asked)
-    assert max(max(sizes) for sizes in asked) == 1000
+    assert target == data[123:]
+    assert sorted(asked) == [876, *[ranged.PART_BYTES] * 5]
+    assert most * ranged.PART_BYTES <= 32 << 20
+
+
+def test_a_read_that_fails_stops_the_others(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = pattern(12 * ranged.PART_BYTES)
+    storage.write_file("shard", data)
+    reader = storage.open_reader("shard")
+    tried: list[int] = []
+
+    def cat_file(path: str, start: int, end: int) -> Any:
+        tried.append(start)
+        raise PermissionError("403")
+
+    monkeypatch.setattr(storage._fs, "cat_file", cat_file)
+    with pytest.raises(StorageDeniedError):
+        reader.read_into(0, memoryview(bytearray(len(data))))
+    assert len(tried) < 12
 
 
 def test_delete_that_reports_success_and_deletes_nothing(
@@ -283,21 +307,6 @@ def test_options_that_the_client_refuses() -> None:
     fsspec.register_implementation("choosy", Choosy, clobber=True)
     with pytest.raises(ConfigError, match="unknown"):
         FsspecStorage("choosy://x", {"unknown": "1"})
-
-
-@pytest.mark.parametrize(
-    ("file_bytes", "expected"),
-    [
-        (1, WINDOW_BYTES),
-        (WINDOW_BYTES * upload.MAX_PARTS, WINDOW_BYTES),
-        (WINDOW_BYTES * upload.MAX_PARTS + 1, 2 * WINDOW_BYTES),
-        (5 << 40, 37 * WINDOW_BYTES),
-    ],
-)
-def test_parts_stay_below_the_limit(file_bytes: int, expected: int) -> None:
-    assert upload.part_bytes(file_bytes) == expected
-    assert -(-file_bytes // expected) <= upload.MAX_PARTS
-    assert 5 << 20 <= expected <= 5 << 30
 
 
 class TestRealDirectoriesBehindAProtocol:
@@ -352,6 +361,32 @@ class TestRealDirectoriesBehindAProtocol:
     def test_missing_root_is_not_empty(self, storage: FsspecStorage) -> None:
         with pytest.raises(NotFoundError):
             FsspecStorage("fakesftp://elsewhere", {}).list_dir()
+
+    def test_a_shard_is_written_piece_by_piece_under_a_temporary_name(
+        self, storage: FsspecStorage, tmp_path: Path
+    ) -> None:
+        """No second copy in memory, and nothing under its name before it is whole."""
+        size = 2 * WINDOW_BYTES + 5
+        seen: list[list[str]] = []
+
+        def look(begin: int, end: int) -> None:
+            seen.append([file.name for file in (tmp_path / "run").iterdir()])
+
+        storage.write_shard("shard", padded(pattern(size)), size, on_window=look)
+        assert len(seen) == 3
+        assert all(len(names) == 1 and names[0].endswith(".tmp") for names in seen)
+        assert (tmp_path / "run/shard").read_bytes() == pattern(size)
+
+    def test_a_shard_that_fails_leaves_nothing(self, storage: FsspecStorage) -> None:
+        size = 2 * WINDOW_BYTES + 5
+
+        def fail(begin: int, end: int) -> None:
+            if begin:
+                raise ValueError("mine")
+
+        with pytest.raises(ValueError, match="mine"):
+            storage.write_shard("shard", padded(pattern(size)), size, on_window=fail)
+        assert storage.list_tree() == {"": {}}
 
     def test_delete_tree(self, storage: FsspecStorage) -> None:
         storage.make_dir("step/inner")

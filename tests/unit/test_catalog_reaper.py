@@ -176,3 +176,37 @@ def test_a_failed_attempt_goes_unless_it_was_committed_after_all(tmp_path: Path)
     assert delete_attempt(storage, failed) is True
     assert delete_attempt(storage, whole) is False
     assert names(tmp_path) == {whole}
+
+
+class WithUploads(StoreLike):
+    """Knows of uploads that were begun and never ended: {path of the object}."""
+
+    def __init__(self, root: Path, *uploads: str) -> None:
+        super().__init__(root)
+        self.uploads = set(uploads)
+
+    def unfinished_uploads(self) -> list[str]:
+        return sorted(self.uploads)
+
+    def abort_uploads(self, path: str) -> None:
+        self.uploads = {upload for upload in self.uploads if not upload.startswith(f"{path}/")}
+
+    def delete_tree(self, path: str) -> None:
+        self.abort_uploads(path)
+        super().delete_tree(path)
+
+
+def test_uploads_that_have_no_end_are_found_and_removed(tmp_path: Path) -> None:
+    """A process that is killed in the middle of an upload leaves parts that no listing shows."""
+    whole = write_checkpoint(tmp_path, sequence=1, rows=2)
+    partial = write_checkpoint(tmp_path, sequence=2, rows=2, commit=False)
+    running, unseen = "step-00000030-00000003", "step-00000040-00000004"
+    storage = WithUploads(tmp_path, *(f"{name}/shard" for name in (whole, partial, running, unseen, "notes")))
+    now = [0.0]
+    lease = take_lease(storage, now)
+    reap_abandoned(storage, lease=lease, current=[running])
+    assert f"{unseen}/shard" in storage.uploads  # another run may still be writing: the lease is too young
+    now[0] = 1000.0
+    assert reap_abandoned(storage, lease=lease, current=[running]).removed == (partial, unseen)
+    assert storage.uploads == {f"{running}/shard", "notes/shard"}
+    assert names(tmp_path) == {whole}

@@ -1,0 +1,230 @@
+"""S3 and what speaks its protocol: multipart uploads, reads by signed addresses, listings without shards."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import ssl
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from engine.storage.bulk import DIRECT_AT_ONCE, SHARD, Bulk, Names
+from engine.storage.calls import call
+from engine.storage.wire import CONNECT_SECS, STALL_SECS, RefusedError, Wire
+
+log = logging.getLogger(__name__)
+
+SIGNED_SECS = 3600
+"""How long a signed address may be used. It is made anew for every try."""
+
+
+class S3Bulk(Bulk):
+    """S3 through s3fs, its bulk data past it.
+
+    s3fs and botocore do all that needs an account: they find credentials and regions, and sign. Bytes of
+    parts and ranges then travel by `Wire`. Where a store refuses signed addresses, or a proxy is in
+    between, the client carries them as well.
+    """
+
+    def __init__(self, fs: Any, *, wire: Wire | None = None) -> None:
+        self._fs = fs
+        self._wire = wire
+        self._direct: bool | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, full: str, file_bytes: int) -> str:
+        answer = self._call("create_multipart_upload", full)
+        return str(answer["UploadId"])
+
+    def put_part(
+        self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
+    ) -> str:
+        names = {"UploadId": upload, "PartNumber": number}
+        if (wire := self._ready(full)) is None:
+            return self._put_by_client(full, view, names)
+        try:
+            return wire.put(self._sign("upload_part", full, **names), view, stop)
+        except RefusedError as refusal:
+            etag = self._put_by_client(full, view, names)  # or the error that explains it
+            self._turn_off(full, refusal)
+            return etag
+
+    def complete(self, full: str, upload: str, tokens: list[str]) -> None:
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(tokens, 1)]
+        self._call("complete_multipart_upload", full, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def abort(self, full: str, upload: str) -> None:
+        self._call("abort_multipart_upload", full, UploadId=upload)
+
+    def unfinished(self, prefix: str) -> list[tuple[str, str]]:
+        bucket, key, _ = self._fs.split_path(prefix)
+        found: list[tuple[str, str]] = []
+        more: dict[str, Any] = {}
+        while True:
+            page = call(
+                self._fs,
+                "call_s3",
+                "list_multipart_uploads",
+                Bucket=bucket,
+                Prefix=f"{key}/" if key else "",
+                **more,
+            )
+            found += [(f"{bucket}/{item['Key']}", item["UploadId"]) for item in page.get("Uploads", ())]
+            if not page.get("IsTruncated"):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def at_once(self, size: int) -> int:
+        # Without the wire the client reads a part a little at a time, so that this holds for any size.
+        return DIRECT_AT_ONCE
+
+    @property
+    def reads_at_once(self) -> int:
+        return DIRECT_AT_ONCE if self._direct is not False else 4
+
+    def fetch(self, full: str, offset: int, view: memoryview) -> bool:
+        if (wire := self._ready(full)) is None:
+            return False
+        try:
+            wire.get(self._sign("get_object", full), offset, view)
+        except RefusedError as refusal:
+            data = call(self._fs, "cat_file", full, start=offset, end=offset + len(view))
+            if len(data) != len(view):
+                return False  # it is the object that is shorter than it was
+            view[:] = data
+            self._turn_off(full, refusal)
+        return True
+
+    def names(self, root: str) -> Names | None:
+        bucket, key, _ = self._fs.split_path(root)
+        prefix = f"{key}/" if key else ""
+        files: dict[str, int] = {}
+        directories: set[str] = set()
+        more: dict[str, Any] = {}
+        while True:
+            page = call(
+                self._fs,
+                "call_s3",
+                "list_objects_v2",
+                Bucket=bucket,
+                Prefix=prefix,
+                Delimiter=SHARD,
+                **more,
+            )
+            groups = [str(item["Prefix"]) for item in page.get("CommonPrefixes", ())]
+            if not all(group.endswith(SHARD) for group in groups):
+                return None  # a store that groups by "/" alone: this says nothing about the manifests
+            directories |= {group[len(prefix) : -len(SHARD)] for group in groups}
+            files |= {str(item["Key"])[len(prefix) :]: int(item["Size"]) for item in page.get("Contents", ())}
+            if not page.get("IsTruncated"):
+                return Names(files, frozenset(directories))
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _call(self, name: str, full: str, **arguments: Any) -> Any:
+        bucket, key, _ = self._fs.split_path(full)
+        return call(self._fs, "call_s3", name, Bucket=bucket, Key=key, **arguments)
+
+    def _put_by_client(self, full: str, view: memoryview, names: dict[str, Any]) -> str:
+        bucket, key, _ = self._fs.split_path(full)
+        answer = call(
+            self._fs,
+            "call_s3",
+            "upload_part",
+            Bucket=bucket,
+            Key=key,
+            Body=ViewReader(view),
+            moving_bytes=len(view),
+            **names,
+        )
+        return str(answer["ETag"])
+
+    def _sign(self, method: str, full: str, **names: Any) -> str:
+        return str(call(self._fs, "url", full, expires=SIGNED_SECS, client_method=method, **names))
+
+    def _ready(self, full: str) -> Wire | None:
+        """The wire, if this store's bulk data may travel by it."""
+        with self._lock:
+            if self._direct is None:
+                self._direct = self._prepare(full)
+            return self._wire if self._direct else None
+
+    def _prepare(self, full: str) -> bool:
+        fs = self._fs
+        if fs.requester_pays or any(name.startswith("SSECustomer") for name in fs.s3_additional_kwargs):
+            return False  # these travel in signed headers, which an address cannot carry
+        if "proxies" in fs.config_kwargs or "client_cert" in fs.config_kwargs:
+            return False
+        call(fs, "connect")
+        # botocore still signs addresses of old regions the old way, which encrypted buckets refuse.
+        fs.s3.meta.events.register_first("choose-signer.s3", _modern, unique_id="holdfast-signer")
+        address = urlsplit(self._sign("get_object", full))
+        if address.scheme in getproxies() and not proxy_bypass(address.hostname or ""):
+            return False
+        self._wire = self._wire or Wire(
+            context=_context(fs) if address.scheme == "https" else None,
+            stall_secs=float(fs.config_kwargs.get("read_timeout", STALL_SECS)),
+            connect_secs=float(fs.config_kwargs.get("connect_timeout", CONNECT_SECS)),
+        )
+        return True
+
+    def _turn_off(self, full: str, refusal: RefusedError) -> None:
+        with self._lock:
+            first, self._direct = self._direct, False
+        if first:
+            log.warning(
+                "%s does not take signed addresses (%s): data goes through s3fs, which is slower",
+                full.partition("/")[0],
+                refusal,
+            )
+
+
+class ViewReader(io.RawIOBase):
+    """A file over memory that is not copied, for clients that take only bytes or files."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._view)}[whence]
+        self._position = max(0, origin + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._view[self._position : self._position + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._position += len(piece)
+        return len(piece)
+
+
+def _modern(signature_version: object, **_: Any) -> str | None:
+    """The signer that botocore has found for an address, instead of the old one that it prefers."""
+    if isinstance(signature_version, str) and signature_version.endswith("-query"):
+        return signature_version
+    return None
+
+
+def _context(fs: Any) -> ssl.SSLContext:
+    """How the client verifies certificates."""
+    verify = fs.client_kwargs.get("verify")
+    if verify is None:
+        verify = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+    from botocore.httpsession import get_cert_path
+
+    context = ssl.create_default_context(cafile=get_cert_path(True if verify is None else verify) or None)
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
