@@ -44,6 +44,8 @@ class Reading:
     documents: int = 0
     empty: int = 0
     binary: list[str] = field(default_factory=list)
+    undecoded: list[str] = field(default_factory=list)
+    """Files with bytes that are no UTF-8, each of which became U+FFFD; or with that character itself."""
 
 
 def read_pieces(files: Iterable[SourceFile], reading: Reading) -> Iterator[Piece]:
@@ -119,7 +121,7 @@ def _documents(file: SourceFile, plain: IO[bytes], reading: Reading) -> Iterator
         reading.binary.append(file.name)
     elif start:
         reading.documents += 1
-        yield cut_text(_chunks(start.removeprefix("\ufeff"), stream))
+        yield cut_text(_noting(_chunks(start.removeprefix("\ufeff"), stream), file.name, reading))
     else:
         reading.empty += 1
     stream.detach()
@@ -128,6 +130,13 @@ def _documents(file: SourceFile, plain: IO[bytes], reading: Reading) -> Iterator
 def _chunks(start: str, stream: io.TextIOWrapper) -> Iterator[str]:
     yield start
     while chunk := stream.read(PIECE_CHARS):
+        yield chunk
+
+
+def _noting(chunks: Iterator[str], name: str, reading: Reading) -> Iterator[str]:
+    for chunk in chunks:
+        if "\ufffd" in chunk and reading.undecoded[-1:] != [name]:
+            reading.undecoded.append(name)
         yield chunk
 
 

@@ -162,8 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
     import tyro
 
     flags = tyro.cli(Flags, args=arguments, prog="python -m data.prepare", use_underscores=True)
-    out = Path(flags.out) if flags.out else default_out(flags.source, flags.tokenizer)
+    out = default_out(flags.source, flags.tokenizer) if flags.out is None else Path(flags.out)
     try:
+        if flags.out == "":
+            raise DataError("--out is empty: give a folder, or leave the flag out for a default")
         if flags.out and is_uri(flags.out):
             raise DataError(
                 f"--out {redact(flags.out)} is a URI: datasets are memory-mapped, so it must be a folder"
@@ -203,6 +205,9 @@ def _prepare_with_bar(flags: Flags, out: Path) -> tuple[Dataset, Reading]:
 def _report(dataset: Dataset, reading: Reading) -> None:
     if reading.binary:
         print(f"left out {len(reading.binary)} binary files, {reading.binary[0]} for one", file=sys.stderr)
+    if reading.undecoded:
+        count, one = len(reading.undecoded), reading.undecoded[0]
+        print(f"{count} files are not all UTF-8, {one} for one: what is not became U+FFFD", file=sys.stderr)
     counts = ", ".join(
         f"{dataset.tokens(split):,} {split} tokens in {len(shards)} shard{'s'[: len(shards) != 1]}"
         for split, shards in dataset.splits.items()

@@ -1,8 +1,8 @@
 """Token shards on disk: the three formats that people have, and writing the first.
 
-    llm.c / modded-nanogpt   .bin: 256 int32 (magic 20240520, version 1, token count, zeros), then uint16
-    tokens nanoGPT                  .bin: uint16 tokens, no header build-nanogpt            .npy: a
-    one-dimensional array of integers
+    llm.c, modded-nanogpt   .bin: 256 int32 (magic 20240520, version 1, token count, zeros), then uint16
+    nanoGPT                 .bin: uint16 tokens, no header
+    build-nanogpt           .npy: a one-dimensional array of integers
 
 All little-endian. A `.bin` whose first word is llm.c's magic has the header. Headerless GPT-2 tokens cannot
 start so by chance: the magic's low half is 55432, above the vocabulary.

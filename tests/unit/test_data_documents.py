@@ -78,6 +78,7 @@ def test_text_files_are_a_document_each(tmp_path: Path) -> None:
     texts, reading = read(tmp_path)
     assert texts == ["a = 1\n", "b\r\nb\n", "zipped", "caf\ufffd"]
     assert (reading.documents, reading.empty, reading.binary) == (4, 1, ["image.png"])
+    assert reading.undecoded == ["d.txt"]
     assert reading.stored_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 

@@ -136,14 +136,16 @@ def test_the_program_reports_what_it_wrote(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "image").write_bytes(b"\0\1\2")
+    (source / "zz-latin-1").write_bytes(b"caf\xe9")
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, "--source", source, "--tokenizer", "bytes", "--val_fraction", "0.2")
     assert code == 0
-    assert out.startswith("datasets/source-bytes: 40 documents, ")
+    assert out.startswith("datasets/source-bytes: 41 documents, ")
     assert "left out 1 binary files, image for one" in err
+    assert "1 files are not all UTF-8, zz-latin-1 for one" in err
     description = json.loads((tmp_path / "datasets/source-bytes/dataset.json").read_text())
     counts = description["splits"]
-    assert description["documents"] == 40
+    assert description["documents"] == 41
     assert counts["val"]["tokens"] == pytest.approx(
         0.2 * (counts["train"]["tokens"] + counts["val"]["tokens"]), rel=0.1
     )
@@ -168,6 +170,7 @@ def test_flags_take_dashes_too(tmp_path: Path, source: Path, capsys: pytest.Capt
         (["--shard_tokens", "0"], "--shard_tokens 0 must be from 1 to"),
         (["--workers", "-1"], "--workers -1 is negative"),
         (["--out", "s3://bucket/x"], "--out s3://bucket/x is a URI"),
+        (["--out", ""], "--out is empty"),
         (["--out", "source"], "holds other things|exists already"),
         (["--out", "source", "--force"], "holds other things than a prepared dataset"),
         (["--source", "source/../binary"], "the source file .*binary is not UTF-8 text"),
