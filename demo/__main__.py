@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,13 +44,16 @@ def prepare_folder(folder: Path) -> None:
     """An empty folder with our mark.
 
     Raises:
-        JobError: it exists, holds files and is not an earlier demo's.
+        JobError: it exists, holds files and is not an earlier demo's; or it cannot be made.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / OURS).exists():
-        raise JobError(f"{folder} holds something that is not a demo's; give another --dir")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / OURS).touch()
+    try:
+        if folder.exists() and any(folder.iterdir()) and not (folder / OURS).exists():
+            raise JobError(f"{folder} holds something that is not a demo's; give another --dir")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / OURS).touch()
+    except OSError as err:
+        raise JobError(f"the demo cannot work in {folder}: {err.strerror}; give another --dir") from err
 
 
 def run(command: list[str], log: Path) -> Job:
@@ -75,21 +79,7 @@ def train_command(folder: Path, name: str) -> list[str]:
 
 
 def train(folder: Path, name: str) -> Job:
-    flags = {
-        "model": "nano",
-        "data": folder / "data",
-        "checkpoint_dir": folder / name / "checkpoints",
-        "log_dir": folder / name / "logs",
-        "seq_len": 128,
-        "global_batch": 12,
-        "max_steps": STEPS,
-        "warmup_steps": 10,
-        "eval_freq": STEPS // 2,
-        "checkpoint_freq": SAVE_EVERY,
-        "device": "cpu",
-    }
-    command = torchrun(RANKS_BEFORE, "-m", "engine.train", *(f"--{k}={v}" for k, v in flags.items()))
-    return run(command, folder / name / "output.log")
+    return run(train_command(folder, name), folder / name / "output.log")
 
 
 def train_and_kill(folder: Path, name: str) -> int:
@@ -155,6 +145,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where to work; emptied first")
     args = parser.parse_args()
+    # As with Ctrl+C, nothing is to be left running.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         began = time.monotonic()
         demo(args.dir)
@@ -162,6 +154,9 @@ def main() -> int:
     except (JobError, subprocess.CalledProcessError) as err:
         print(f"The demo failed: {err}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("The demo was interrupted; nothing of it is left running.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

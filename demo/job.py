@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,9 @@ class Job:
     def wait(self, timeout_secs: float) -> int:
         """The exit status; kills the job and raises JobError when it takes longer than `timeout_secs`."""
         try:
-            return self.process.wait(timeout_secs)
+            with self._killed_if_broken_off():
+                return self.process.wait(timeout_secs)
         except subprocess.TimeoutExpired:
-            self.kill()
             raise JobError(f"{self.command} took longer than {timeout_secs} s\n{self.tail()}") from None
 
     def finish(self, timeout_secs: float) -> None:
@@ -119,14 +119,23 @@ class Job:
     ) -> None:
         """Wait until `condition` holds; JobError if the job ends, or the time is over, before it does."""
         deadline = time.monotonic() + timeout_secs
-        while not condition():
-            ended = self.process.poll()
-            if ended is not None and not condition():
-                raise JobError(f"the job ended with {ended} too early\n{self.tail()}")
-            if time.monotonic() > deadline:
-                self.kill()
-                raise JobError(f"nothing came of it in {timeout_secs} s\n{self.tail()}")
-            time.sleep(poll_secs)
+        with self._killed_if_broken_off():
+            while not condition():
+                ended = self.process.poll()
+                if ended is not None and not condition():
+                    raise JobError(f"the job ended with {ended} too early\n{self.tail()}")
+                if time.monotonic() > deadline:
+                    raise JobError(f"nothing came of it in {timeout_secs} s\n{self.tail()}")
+                time.sleep(poll_secs)
+
+    @contextlib.contextmanager
+    def _killed_if_broken_off(self) -> Iterator[None]:
+        """Its sessions are its own, so that a Ctrl+C in the terminal reaches none of its processes."""
+        try:
+            yield
+        except BaseException:
+            self.kill()
+            raise
 
 
 def steps_of(events: Iterable[Event]) -> dict[int, Event]:
