@@ -29,7 +29,7 @@ from engine.run.start import Restart, Start, find_start
 from engine.storage.open import open_storage
 
 USER_ERROR = 2
-PROGRAM = "engine.resume"
+PROGRAM = "python -m engine.resume"
 
 LAUNCHER_FLAGS = (
     "nnodes",
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if request.dry_run:
             dry_run(session, start, mesh)
             return 0
+        print(f"{start.sentence}, on {mesh.world_size} rank{'s' * (mesh.world_size > 1)}", flush=True)
+        return launch(request, start, mesh.world_size)
     except (HoldfastError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # also while torch is loaded, which takes seconds
         return 128 + signal.SIGINT
-    print(f"{start.sentence}, on {mesh.world_size} rank{'s' * (mesh.world_size > 1)}", flush=True)
-    return launch(request, start, mesh.world_size)
 
 
 def read_flags(argv: Sequence[str]) -> Request:
@@ -133,10 +133,14 @@ def dry_run(session: TrainConfig, start: Start, mesh: MeshShape) -> None:
 
 
 def launch(request: Request, start: Start, ranks: int) -> int:
-    """Run the workers under torch's elastic launcher until they end; returns the exit status."""
+    """Run the workers under torch's elastic launcher until they end; returns the exit status.
+
+    Raises ConfigError when the launcher finds fault with its flags, or no other node.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     try:
         torchrun.main(launch_arguments(request, start, ranks))
@@ -145,6 +149,11 @@ def launch(request: Request, start: Start, ranks: int) -> int:
         return USER_ERROR if any(f.exitcode == USER_ERROR for f in error.failures.values()) else 1
     except SignalException as error:
         return 128 + int(error.sigval)
+    except (ValueError, RendezvousError) as error:
+        given = " ".join(request.launcher) or "none were given"
+        raise ConfigError(
+            f"torch's launcher did not start the ranks: {error}; check its flags ({given})"
+        ) from error
     return 0
 
 

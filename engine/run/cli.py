@@ -15,7 +15,7 @@ import tyro
 from engine.errors import ConfigError
 from engine.run.config import TrainConfig, check_locked, from_json
 
-PROG = "engine.train"
+PROG = "python -m engine.train"
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
@@ -26,8 +26,8 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
 def parse(argv: Sequence[str], default: TrainConfig | None = None, *, prog: str = PROG) -> TrainConfig:
     """Flags, spelled with underscores or dashes, over `default`.
 
-    Raises ConfigError for a value that cannot work; exits with 2 for a flag that does not exist and with 0
-    after `--help`, with text from rank 0 only.
+    Raises ConfigError for a flag that does not exist and for a value that cannot work; exits with 0 after
+    `--help`, with text from rank 0 only.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -42,9 +42,10 @@ def parse(argv: Sequence[str], default: TrainConfig | None = None, *, prog: str 
     except SystemExit as exit_:
         if (refusal := _config_error(exit_)) is not None:
             raise refusal from None
+        if exit_.code:
+            raise ConfigError(one_sentence(err.getvalue())) from None
         if is_first_rank():
             sys.stdout.write(out.getvalue())
-            sys.stderr.write(err.getvalue())
         raise
 
 
@@ -59,6 +60,18 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
     while error is not None and not isinstance(error, ConfigError):
         error = error.__context__
     return error
+
+
+def one_sentence(box: str) -> str:
+    """What tyro says in a box of many lines, in one. Its rules become semicolons, its title goes."""
+    parts: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│| ")
+        if text.strip("╰╯─+-"):
+            parts[-1].append(text)
+        else:
+            parts.append([])
+    return "; ".join(" ".join(part) for part in parts if part)
 
 
 def resolve(argv: Sequence[str], stored: Mapping[str, Any], session: TrainConfig) -> TrainConfig:

@@ -140,23 +140,18 @@ class TrainConfig:
         for name in ("seq_len", "lr_decay_steps", "max_steps", "num_epochs", "steps_per_epoch"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1")
-        for name in (
-            "seed",
-            "warmup_steps",
-            "eval_freq",
-            "checkpoint_freq",
-            "max_save_failures",
-            "grad_clip",
-        ):
+        for name in ("seed", "warmup_steps", "eval_freq", "checkpoint_freq", "max_save_failures"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
-        _require(self, "seed", self.seed < 2**63, "below 2**63")
+        # Above it, naming the batch sizes that would fit takes longer than anybody waits.
+        _require(self, "global_batch", self.global_batch < 2**31, "below 2**31")
+        _require(self, "grad_clip", 0 <= self.grad_clip < math.inf, "0 or more (0 does not clip)")
         _require(self, "lr", 0 < self.lr < math.inf, "above 0")
         _require(self, "min_lr", self.min_lr is None or 0 <= self.min_lr < math.inf, "0 or more")
         _require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "grace_secs", 0 < self.grace_secs < math.inf, "above 0")
-        for name in ("data", "checkpoint_dir", "model", "init_from"):
+        for name in ("data", "checkpoint_dir", "model", "init_from", "log_dir", "on_event"):
             _require(self, name, getattr(self, name) != "", "not empty")
         if self.resume is not None and self.new_run:
             raise ConfigError(
@@ -213,6 +208,19 @@ def _check_types(config: TrainConfig) -> None:
             raise ConfigError(
                 f"--{name} is {value!r}, which is a {type(value).__name__} and does not fit the flag"
             )
+        if isinstance(value, int):
+            _require(config, name, abs(value) < 2**63, "below 2**63")
+        if isinstance(value, str):
+            _require(config, name, _is_text(value), "text in UTF-8")
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written down: bytes of a command line that are no UTF-8 become lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def pick(listed: Sequence[Listed], selector: Selector, uri: str) -> CheckpointRe
         more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
         where = f" In {uri}"
         rest = f", {'; '.join(unusable[:_SHOWN])}{more}" if unusable else " nothing else lies"
-        raise SelectorError(f"{error}.{where}{rest}") from None
+        anew = ". Nothing was deleted: begin anew beside it with --new_run"
+        raise SelectorError(f"{error}.{where}{rest}{anew * (selector.kind == 'latest')}") from None
 
 
 def refuse_to_mix(listed: Sequence[Listed], uri: str) -> None:

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import DOCUMENTS, GUIDE, README, ROOT, Command, blocks, commands, documented
+from tests.documents import (
+    CONVERT,
+    DOCUMENTS,
+    GUIDE,
+    README,
+    ROOT,
+    Command,
+    blocks,
+    commands,
+    documented,
+    spans,
+)
 
 
 @cache
@@ -43,6 +54,23 @@ def test_every_documented_command_exists(document: str, command: Command) -> Non
     if program == "engine.resume":
         flags -= known_flags("engine.train")
     assert flags <= known_flags(program) | {"--help"}, f"{document}: {sorted(flags - known_flags(program))}"
+
+
+PROGRAMS = (
+    "engine.train",
+    "engine.resume",
+    "engine.generate",
+    "data.prepare",
+    *(f"engine.checkpoints {name}" for name in ("show", "verify", "prune", "export", "import", "merge")),
+)
+
+
+@pytest.mark.parametrize("document", [README, GUIDE, CONVERT], ids=lambda path: path.name)
+def test_every_flag_that_the_prose_mentions_exists(document: Path) -> None:
+    known = {"--help"}.union(*map(known_flags, PROGRAMS))
+    mentioned = {flag for span in spans(document) for flag in re.findall(r"--[a-z][a-z0-9_]*", span)}
+    assert mentioned <= known, f"{document.name}: {sorted(mentioned - known)}"
+    assert mentioned
 
 
 def test_there_is_something_to_check() -> None:

@@ -201,3 +201,31 @@ def test_the_status_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(run, "main", stop)
     assert resume.launch(read_flags([]), Start("d", selector="latest"), 2) == 128 + 15
+
+
+def test_ctrl_c_before_the_launcher_listens_is_no_traceback(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(request: Request, start: Start, ranks: int) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume, "launch", interrupted)
+    assert resume.main([f"--checkpoint_dir={saved}"]) == 130
+
+
+@pytest.mark.parametrize("error", ["ValueError", "RendezvousConnectionError"])
+def test_what_the_launcher_does_not_like_is_one_sentence(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str
+) -> None:
+    run = pytest.importorskip("torch.distributed.run")
+    rendezvous = pytest.importorskip("torch.distributed.elastic.rendezvous")
+
+    def refuse(argv: list[str]) -> None:
+        raise getattr(rendezvous, error, ValueError)("no such backend")
+
+    monkeypatch.setattr(run, "main", refuse)
+    assert resume.main([f"--checkpoint_dir={saved}", "--rdzv_backend=x"]) == 2
+    shown = capsys.readouterr().err
+    assert "no such backend" in shown
+    assert "--rdzv_backend=x" in shown
+    assert shown.count("\n") == 1, "one sentence"

@@ -100,8 +100,9 @@ def test_a_damaged_one_that_was_asked_for_is_named_with_the_reason(three: Path) 
 def test_an_attempt_without_a_commit_is_no_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, commit=False)
     assert begin(tmp_path).selector is None, "there is nothing to mix up with"
-    with pytest.raises(SelectorError, match="partial"):
+    with pytest.raises(SelectorError, match=r"partial.*--new_run"):
         begin(tmp_path, resume="latest")
+    assert begin(tmp_path, new_run=True).selector is None
 
 
 def test_an_outage_is_not_an_empty_directory(tmp_path: Path) -> None:
