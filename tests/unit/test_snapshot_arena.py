@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -186,3 +187,20 @@ def test_a_view_has_the_chunks_own_sizes() -> None:
     assert (view.shape, view.dtype) == ((3, 4), torch.int64)
     assert view.is_contiguous()
     assert view.data_ptr() == arena.buffer.data_ptr() + slot.layout.chunks[0].begin
+
+
+def test_a_forked_child_may_free_the_arena() -> None:
+    """Its collector does, for an arena that the parent has left in a cycle. Nothing of the child's may go."""
+    arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
+    arena.wait_ready()
+    length = len(arena._map)
+    child = os.fork()
+    if child == 0:
+        # One of these lies where the arena was, if that range was free.
+        own = [mmap.mmap(-1, length) for _ in range(8)]
+        del arena
+        gc.collect()
+        for pages in own:
+            pages[:] = bytes(length)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
