@@ -1,0 +1,85 @@
+"""`python -m bench.readme`: puts the figures of a committed result into the project's README.
+
+Nobody types a figure: the part between two marks is made from the result, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from bench.modes.registry import HOLDFAST, REFERENCE
+from bench.report import Report, read
+from bench.summary import Spread, ratio
+from bench.table import NOT_FLUSHED, markdown, times
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULT = Path("bench/results/gpt2-1-rank.json")
+BEGIN = "<!-- from bench/results by python -m bench.readme -->"
+END = "<!-- end -->"
+
+
+def section(report: Report, result: Path) -> str:
+    """One picture, one table, and where they come from."""
+    summary = report.summary()
+    rows = sorted(summary.rows.values(), key=lambda row: row.lost.middle if row.lost else float("inf"))
+    reference = summary.rows.get(REFERENCE)
+    lines = [
+        [
+            f"**{row.name}**" if row.name == HOLDFAST else row.name,
+            _middle(row.lost),
+            times(ratio(row.lost, reference.lost if reference else None)),
+            _middle(row.blocked, 3),
+            _middle(row.stored_training) + ("" if report.facts[row.name].durable else f" {NOT_FLUSHED}"),
+            _middle(row.cpu),
+        ]
+        for row in rows
+    ]
+    header = ["s per save", "training lost", f"x {REFERENCE}", "blocked", "complete after", "CPU"]
+    state, provenance = report.state, report.provenance
+    floors = f"copy {_middle(summary.copy_floor, 3)} s, raw write and fsync {_middle(summary.write_floor)} s"
+    machine, torch = provenance["machine"], provenance["versions"]["torch"]
+    where = f"{state['ranks']} rank(s) on {machine['cores']} CPU cores, torch {torch}"
+    missed = [verdict.figure for verdict in report.verdicts() if verdict.reached is False]
+    return "\n".join(
+        [
+            f"![Training time lost per checkpoint, and when it is complete]({result.with_suffix('.png')})",
+            "",
+            f"{state['name']} and AdamW, {state['total_bytes'] / 1e9:.2f} GB a save, {where}; medians of one "
+            f"interleaved run; floors: {floors}. {NOT_FLUSHED} says it is done before anything is flushed.",
+            "",
+            markdown(header, lines),
+            "",
+            f"Of its own bars Holdfast missed in this run: {'; '.join(missed) or 'none'}. "
+            f"[{result}]({result}) has every sample; [bench/README.md](bench/README.md) the method.",
+        ]
+    )
+
+
+def embed(page: str, text: str) -> str:
+    """The page with everything between the marks replaced.
+
+    Raises:
+        ValueError: the page lacks a mark.
+    """
+    before, begun, rest = page.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not begun or not ended:
+        raise ValueError(f"the page lacks {BEGIN if not begun else END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    """Rewrite the README; returns the exit status."""
+    page = README.read_text(encoding="utf-8")
+    README.write_text(embed(page, section(read(ROOT / RESULT), RESULT)), encoding="utf-8")
+    return 0
+
+
+def _middle(spread: Spread | None, digits: int = 2) -> str:
+    return "-" if spread is None else f"{spread.middle:.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
