@@ -35,7 +35,8 @@ class RowSummary:
         blocked: seconds in `save` and waiting before optimizer steps.
         stream: seconds for which the compute stream stood still in a window; CUDA only.
         stored_training, stored_idle: seconds from `save` to stored.
-        cpu: CPU seconds of the save itself; cpu_idle: of everything during an idle save.
+        cpu: CPU seconds of the save itself, less what the waiting threads and processes of all modes use in
+            as long a time without a save; cpu_idle: of everything during an idle save.
         cpu_window: CPU seconds of the whole window beyond those of as many steps without a save.
         copied_idle: seconds until the device had copied everything, training idle; CUDA only.
     """
@@ -72,11 +73,11 @@ class Summary:
 def summarise(measured: Measurements, rows: Sequence[str]) -> Summary:
     """Bring measurements into figures, for these rows in this order."""
     steps = none_steps(measured.windows)
-    cpu = none_cpu(measured.windows)
+    cpu, beside = none_cpu(measured.windows), none_beside(measured.windows)
     nones = [window for window in measured.windows if window.row == NONE]
     write = [floor for floor in measured.floors if floor.name == "write"]
     return Summary(
-        rows={name: _row(name, measured, steps, cpu) for name in rows},
+        rows={name: _row(name, measured, steps, cpu, beside) for name in rows},
         step=Spread.of(secs for window in nones for secs in window.step_secs),
         none_stream=Spread.of(window.stream_secs for window in nones if window.stream_secs is not None),
         copy_floor=Spread.of(floor.secs for floor in measured.floors if floor.name == "copy"),
@@ -85,7 +86,13 @@ def summarise(measured: Measurements, rows: Sequence[str]) -> Summary:
     )
 
 
-def _row(name: str, measured: Measurements, steps: dict[int, float], cpu: dict[int, float]) -> RowSummary:
+def _row(
+    name: str,
+    measured: Measurements,
+    steps: dict[int, float],
+    cpu: dict[int, float],
+    beside: dict[int, float],
+) -> RowSummary:
     windows = [window for window in measured.windows if window.row == name and window.repeat in steps]
     idle = [save for save in measured.idle if save.row == name]
     memory = [one for one in measured.memory if one.row == name]
@@ -102,7 +109,7 @@ def _row(name: str, measured: Measurements, steps: dict[int, float], cpu: dict[i
         stream=of(lambda window: window.stream_secs),
         stored_training=of(lambda window: window.stored_secs),
         stored_idle=Spread.of(save.stored_secs for save in idle),
-        cpu=of(lambda window: window.cpu_secs),
+        cpu=of(lambda window: max(0.0, window.cpu_secs - beside[window.repeat] * len(window.step_secs))),
         cpu_idle=Spread.of(save.cpu_secs for save in idle),
         cpu_window=of(lambda window: window.process_cpu_secs - len(window.step_secs) * cpu[window.repeat]),
         copied_idle=Spread.of(save.copied_secs for save in idle if save.copied_secs is not None),
@@ -119,6 +126,12 @@ def none_steps(windows: Iterable[TrainingWindow]) -> dict[int, float]:
 def none_cpu(windows: Iterable[TrainingWindow]) -> dict[int, float]:
     """By repeat: CPU seconds per step without a save."""
     return _by_repeat(windows, lambda window: window.process_cpu_secs)
+
+
+def none_beside(windows: Iterable[TrainingWindow]) -> dict[int, float]:
+    """By repeat: CPU seconds per step without a save of what does not train: the modes' idle threads and
+    processes, which are open all the time."""
+    return _by_repeat(windows, lambda window: window.cpu_secs)
 
 
 def _by_repeat(

@@ -96,7 +96,7 @@ def run_window(
         gate_secs=gate_secs,
         stream_secs=stream_secs,
         stored_secs=save.ended_at - begun if save else None,
-        cpu_secs=saving_secs(begun_cpu, returned_cpu, end_cpu) if row else 0.0,
+        cpu_secs=saving_secs(begun_cpu, returned_cpu if row else begun_cpu, end_cpu),
         process_cpu_secs=total_secs(begun_cpu, end_cpu),
         written_bytes=(written_bytes() - written,),
         causes=save.causes if save else {},
