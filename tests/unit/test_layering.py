@@ -21,6 +21,7 @@ FLOORS = (
     "format",
     "storage",
     "catalog",
+    "mirror",
     "parallel",
     "dcp",
     "snapshot",
@@ -31,7 +32,7 @@ FLOORS = (
     "run",
 )
 PROGRAMS = ("train", "resume", "checkpoints", "generate")
-TORCHLESS = ("errors", "format", "storage", "catalog", "checkpoints")
+TORCHLESS = ("errors", "format", "storage", "catalog", "mirror", "checkpoints")
 MAX_LINES = 400
 
 

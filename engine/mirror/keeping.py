@@ -1,0 +1,60 @@
+"""Retention of a directory that may have a mirror: what is still owed to the mirror stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.catalog.lease import Lease
+from engine.catalog.listing import committed, list_checkpoints
+from engine.catalog.marks import held_ids
+from engine.catalog.reaper import reap, reap_abandoned
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import Retention, surplus
+from engine.errors import NotFoundError
+from engine.mirror.owed import give_way, spare
+from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+
+class Creditor(Protocol):
+    """The part of a mirror that retention asks; it answers from memory, whatever its storage does."""
+
+    @property
+    def in_flight(self) -> str | None: ...
+    def owed_of(self, local: Sequence[CheckpointRecord]) -> frozenset[str]: ...
+
+
+def remove_surplus(
+    storage: Storage,
+    lease: Lease,
+    retention: Retention | None,
+    mirror: Creditor | None = None,
+    *,
+    disk_full: bool = False,
+) -> bool:
+    """Remove what the policy makes surplus, and abandoned attempts; whether anything was removed.
+
+    `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
+    Raises: LeaseLostError; StorageError when the directory cannot be listed.
+    """
+    lease.check()
+    removed: tuple[str, ...] = ()
+    given_up = None
+    if retention is not None:
+        try:
+            local = committed(list_checkpoints(storage))
+        except NotFoundError:
+            local = []
+        policy = surplus(local, retention, held_ids(storage) if local else frozenset())
+        owed = mirror.owed_of(local) if mirror is not None else frozenset()
+        removed = reap(storage, spare(policy, owed)).removed
+        if disk_full and mirror is not None:
+            given_up = give_way(policy, owed, mirror.in_flight)
+    removed += reap_abandoned(storage, lease=lease).removed
+    if not removed and given_up is not None:
+        log.warning("%s goes although the mirror has not got it: %s", given_up.record.path, given_up.why)
+        removed = reap(storage, [given_up]).removed
+    return bool(removed)
