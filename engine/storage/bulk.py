@@ -1,4 +1,4 @@
-"""What one kind of store can do beyond fsspec's interface: objects in parts, reads in place, short listings."""
+"""What a kind of store can do beyond fsspec's interface: objects in parts, reads in place, short listings."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import logging
 import os
 import ssl
 import threading
+import time
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -18,7 +19,12 @@ from engine.storage.wire import CONNECT_SECS, STALL_SECS, RefusedError, Wire
 log = logging.getLogger(__name__)
 
 SIGNED_SECS = 3600
-"""How long a signed address may be used. It is made anew for every try."""
+"""How long a signed address is valid."""
+
+_ADDRESS_SECS = 60.0
+"""How long one is used: temporary credentials, and with them the address, may end long before its time."""
+
+_MOST_ADDRESSES = 256
 
 
 class S3Bulk(Bulk):
@@ -33,6 +39,7 @@ class S3Bulk(Bulk):
         self._fs = fs
         self._wire = wire
         self._direct: bool | None = None
+        self._addresses: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
     def begin(self, full: str, file_bytes: int) -> str:
@@ -89,7 +96,7 @@ class S3Bulk(Bulk):
         if (wire := self._ready(full)) is None:
             return False
         try:
-            wire.get(self._sign("get_object", full), offset, view)
+            wire.get(self._address(full), offset, view)
         except RefusedError as refusal:
             data = call(self._fs, "cat_file", full, start=offset, end=offset + len(view))
             if len(data) != len(view):
@@ -143,6 +150,17 @@ class S3Bulk(Bulk):
 
     def _sign(self, method: str, full: str, **names: Any) -> str:
         return str(call(self._fs, "url", full, expires=SIGNED_SECS, client_method=method, **names))
+
+    def _address(self, full: str) -> str:
+        """Where to read an object: the same for all its ranges, since signing takes a while (1 ms)."""
+        address, until = self._addresses.get(full, ("", 0.0))
+        now = time.monotonic()
+        if now >= until:
+            address = self._sign("get_object", full)
+            if len(self._addresses) >= _MOST_ADDRESSES:
+                self._addresses.clear()
+            self._addresses[full] = address, now + _ADDRESS_SECS
+        return address
 
     def _ready(self, full: str) -> Wire | None:
         """The wire, if this store's bulk data may travel by it."""
@@ -210,10 +228,8 @@ class ViewReader(io.RawIOBase):
 
 
 def _modern(signature_version: object, **_: Any) -> str | None:
-    """The signer that botocore has found for an address, instead of the old one that it prefers."""
-    if isinstance(signature_version, str) and signature_version.endswith("-query"):
-        return signature_version
-    return None
+    """S3's own form of the present signature for addresses, where botocore would take that or the old one."""
+    return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
 
 
 def _context(fs: Any) -> ssl.SSLContext:

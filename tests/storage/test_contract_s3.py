@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,9 @@ from tests.services.moto import BUCKET, S3Server, moto_server
 from tests.storage.buffers import padded, pattern
 from tests.storage.contract import SEVERAL_WINDOWS, StorageContract, read_all
 from tests.support.tiny_checkpoint import write_checkpoint
+
+botocore = pytest.importorskip("botocore")
+pytest.importorskip("botocore.auth")
 
 pytestmark = pytest.mark.service
 
@@ -114,6 +118,24 @@ def test_a_store_without_signed_addresses_is_served_by_the_client(
         assert read_all(storage, "shard") == data
     assert 1 <= len(refusals) <= 3
     assert caplog.text.count("does not take signed addresses") == 1
+
+
+def test_addresses_are_signed_in_the_present_way(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone, botocore signs those of old regions as of 2006; and Ceph refuses the signature of other
+    services, which moto does not look at."""
+    used: list[type] = []
+
+    def noting(kind: Any) -> Any:
+        real = kind.add_auth
+        return lambda self, request: (used.append(kind), real(self, request))[1]
+
+    for kind in (botocore.auth.HmacV1QueryAuth, botocore.auth.SigV4QueryAuth, botocore.auth.S3SigV4QueryAuth):
+        monkeypatch.setattr(kind, "add_auth", noting(kind))
+    data = pattern(SEVERAL_WINDOWS)
+    storage.write_shard("shard", padded(data), len(data))
+    assert read_all(storage, "shard") == data
+    assert used[0] is botocore.auth.S3SigV4QueryAuth
+    assert botocore.auth.HmacV1QueryAuth not in used
 
 
 def test_a_read_that_is_refused_for_good_says_why(storage: Storage, s3_server: S3Server) -> None:
