@@ -30,7 +30,7 @@ class World:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> World:
-        """Read what torchrun sets; ConfigError for half of it."""
+        """Read what torchrun sets; ConfigError for half of it, and for what is no number."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         given = [name for name in names if name in environ]
         if not given:
@@ -38,6 +38,9 @@ class World:
         if len(given) < len(names):
             absent = ", ".join(name for name in names if name not in environ)
             raise ConfigError(f"{', '.join(given)} is set but {absent} is not: start ranks with torchrun")
+        wrong = [f"{name} is {environ[name]!r}" for name in names if not environ[name].isdecimal()]
+        if wrong:
+            raise ConfigError(f"{', '.join(wrong)}, but must be a number: start ranks with torchrun")
         return cls(*(int(environ[name]) for name in names))
 
     @property

@@ -9,8 +9,8 @@ import shutil
 import stat
 import threading
 
-from engine.errors import AlreadyExistsError, DamagedError, HostilePathError
-from engine.format.names import safe_relative
+from engine.errors import AlreadyExistsError, DamagedError, HostilePathError, StorageDeniedError
+from engine.format.names import DEAD_PREFIX, parse_attempt_name, safe_relative
 from engine.storage import direct, durable
 from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
 from engine.storage.failures import mapped
@@ -53,8 +53,11 @@ class LocalStorage(Storage):
             if not entry.is_dir:
                 at_top[entry.name] = entry.bytes or 0
                 continue
-            # Retention may remove a directory between the two listings: then it is simply not there.
-            with contextlib.suppress(FileNotFoundError):
+            # Retention may remove a directory between the two listings: then it is simply not there. What is
+            # not ours may have any name, and rights like those of lost+found.
+            ours = parse_attempt_name(entry.name.removeprefix(DEAD_PREFIX)) is not None
+            ignored: tuple[type[Exception], ...] = () if ours else (HostilePathError, StorageDeniedError)
+            with contextlib.suppress(FileNotFoundError, *ignored):
                 tree[entry.name] = self._sizes(entry.name)
         return {"": at_top, **tree}
 

@@ -304,3 +304,26 @@ def test_rename_is_durable(tmp_path: Path) -> None:
     system.events.clear()
     assert storage.rename("step", "dead-step")
     assert system.events == ["replace step dead-step", f"fsync {tmp_path.name}/"]
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\\b", "line\nbreak", "lost+found"])
+def test_a_directory_that_is_not_ours_does_not_hide_what_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    ours = "step-00000001-00000000"
+    for directory in (name, ours):
+        os.mkdir(os.path.join(tmp_path, directory))
+    (tmp_path / ours / "manifest.json").write_bytes(b"{}")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if path.endswith("lost+found") or denied in path:
+            raise PermissionError(errno.EACCES, "denied")
+        return scandir(path)
+
+    monkeypatch.setattr("engine.storage.local.os.scandir", guarded)
+    denied = "nothing"
+    assert LocalStorage(tmp_path).list_tree()[ours] == {"manifest.json": 2}
+    denied = ours
+    with pytest.raises(StorageDeniedError):
+        LocalStorage(tmp_path).list_tree()

@@ -186,6 +186,9 @@ def test_the_place_among_the_ranks(environ: dict[str, str], expected: World) -> 
 def test_half_an_environment_is_refused() -> None:
     with pytest.raises(ConfigError, match="RANK is set but LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE is not"):
         World.from_environ({"RANK": "0"})
+    given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', but must be a number"):
+        World.from_environ(given)
 
 
 @pytest.mark.parametrize(("wanted", "cuda", "expected"), [("cpu", True, "cpu"), ("auto", False, "cpu")])
