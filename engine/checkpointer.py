@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from engine.catalog.lease import Lease
-from engine.catalog.listing import Listed, committed, highest_sequence, list_checkpoints
-from engine.catalog.marks import held_ids
-from engine.catalog.reaper import reap, reap_abandoned
+from engine.catalog.listing import Listed, highest_sequence, list_checkpoints
+from engine.catalog.reaper import reap_abandoned
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention, surplus
+from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.format.json import canonical_bytes
 from engine.format.manifest import REASONS, ShardReceipt
+from engine.mirror.keeping import remove_surplus
+from engine.mirror.uploader import Mirror, MirrorPlan, Patience, at_most, no_limit, second_tier
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
+from engine.save.arguments import check_arguments
 from engine.save.commit import SaveInfo, commit, software_versions
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
@@ -34,6 +36,7 @@ from engine.snapshot.capture import StateCapture
 from engine.snapshot.copy import Copier, overlap_stream
 from engine.snapshot.guard import state_device, why_unguarded
 from engine.snapshot.snapshot import Snapshot
+from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,8 @@ class Checkpointer:
         check_replicas: compare replicated tensors across ranks at every save (JSON values always are).
         memory_budget_bytes: most host memory that this rank's snapshot may take.
         overlap: "auto", or False to have the snapshot copied before `save` returns on CUDA, too.
+        mirror: a second directory or URI for copies, in the background; restores take the newest of both.
+        mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
         read_only: restore and list only; takes no lease.
         on_event: called with one dict per event, possibly from a background thread.
     Raises: DirectoryHeldError when a live run writes to the directory; StorageError; ConfigError.
@@ -82,10 +87,12 @@ class Checkpointer:
         memory_budget_bytes: int | None = None,
         overlap: bool | str = "auto",
         storage_options: Mapping[str, str] | None = None,
+        mirror: str | os.PathLike[str] | None = None,
+        mirror_freq: int = 1,
         read_only: bool = False,
         on_event: Listener | None = None,
     ) -> None:
-        _check_arguments(busy, timeout_secs, overlap)
+        check_arguments(busy, timeout_secs, overlap, mirror_freq)
         self._config = dict(config or {})
         canonical_bytes(self._config)
         self._retention = retention
@@ -101,9 +108,11 @@ class Checkpointer:
         self.last_committed: CheckpointRecord | None = None
         self.failed_saves = 0
         self._storage = open_storage(directory, storage_options)
+        self._mirror: Mirror | None = None
+        second = second_tier(mirror, self._storage, storage_options)
         capture = StateCapture(state, per_rank, self.rank)
         if not read_only:
-            self._take_directory()
+            self._take_directory(second, mirror_freq)
         self._restorer = Restorer(
             self._storage,
             capture,
@@ -113,6 +122,7 @@ class Checkpointer:
             storage_options,
             self._listener,
             read_only,
+            second,
         )
         self._saver = (
             None
@@ -228,8 +238,10 @@ class Checkpointer:
             self._saver.copier.guard()
         yield
 
-    def close(self) -> None:
-        """Finish the save in flight, let go of the directory, and raise a failure nobody was told of."""
+    def close(self, mirror_patience: Patience = no_limit) -> None:
+        """Finish the save in flight, let go of the directory, and raise a failure nobody was told of.
+        `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
+        """
         if self._closed:
             return
         self._closed = True
@@ -241,6 +253,8 @@ class Checkpointer:
                 saver.copier.remove()
                 saver.snapshot.forget_plan()
         finally:
+            if self._mirror is not None:
+                self._mirror.close(mirror_patience)
             if self._lease is not None:
                 self._lease.release()
         self.poll()
@@ -251,16 +265,10 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-            return
-        try:
-            self.close()
-        except HoldfastError as failure:
-            log.error("%s", failure)
+        self.close() if error is None else self._close_quietly(0.0)
 
-    def _take_directory(self) -> None:
-        """Rank 0 takes the lease; then every rank checks that it sees the same directory."""
+    def _take_directory(self, second: Storage | None, mirror_freq: int) -> None:
+        """Rank 0 takes the leases; then every rank checks that it sees the same directory."""
 
         def take() -> dict[str, Any]:
             self._storage.make_dir()
@@ -268,6 +276,10 @@ class Checkpointer:
             self._lease.start_heartbeat()
             self._sequence = highest_sequence(list_checkpoints(self._storage))
             reap_abandoned(self._storage, lease=self._lease)
+            if second is not None:
+                plan = MirrorPlan(mirror_freq, self._retention, self._ranks.run_id)
+                self._mirror = Mirror(self._storage, second, plan, self._listener)
+                self._mirror.open(required=self._sequence == 0)
             return {}
 
         try:
@@ -279,9 +291,13 @@ class Checkpointer:
                 problem = error
             all_agree(self._channel, "start/probe", problem, self._timeout_secs)
         except HoldfastError:
+            if self._mirror is not None:
+                self._mirror.give_back()
             if self._lease is not None:
                 self._lease.give_back()
             raise
+        if self._mirror is not None:
+            self._mirror.start()
 
     def _make_saver(
         self,
@@ -303,7 +319,7 @@ class Checkpointer:
             self._clean_up,
             self._listener,
             self._on_outcome,
-            self._remove_surplus,
+            lambda: self._remove_surplus(disk_full=True),
         )
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return Saver(
@@ -321,7 +337,7 @@ class Checkpointer:
 
     def _publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
         # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
-        self._sequence += 1
+        self._sequence = max(self._sequence, self._mirror.highest_sequence if self._mirror else 0) + 1
         record = commit(
             self._storage,
             self._lease,
@@ -337,18 +353,14 @@ class Checkpointer:
         return record
 
     def _clean_up(self, record: CheckpointRecord) -> None:
-        """Retention, after a commit, by rank 0."""
+        if self._mirror is not None:
+            self._mirror.committed()
         self._remove_surplus()
 
-    def _remove_surplus(self) -> bool:
+    def _remove_surplus(self, *, disk_full: bool = False) -> bool:
         """Whether anything was removed. Never latest, backup or best."""
         assert self._lease is not None
-        self._lease.check()
-        removed: tuple[str, ...] = ()
-        if self._retention is not None:
-            decisions = surplus(committed(self.list()), self._retention, held_ids(self._storage))
-            removed = reap(self._storage, decisions).removed
-        return bool(removed + reap_abandoned(self._storage, lease=self._lease).removed)
+        return remove_surplus(self._storage, self._lease, self._retention, self._mirror, disk_full=disk_full)
 
     def _on_outcome(self, record: CheckpointRecord | None) -> None:
         if record is None:
@@ -366,19 +378,13 @@ class Checkpointer:
 
     def _at_exit(self) -> None:
         """A Checkpointer that nobody closed: its save has finished by now, its failure is at least logged."""
+        self._close_quietly(30.0)
+
+    def _close_quietly(self, mirror_secs: float) -> None:
         try:
-            self.close()
+            self.close(at_most(mirror_secs))
         except HoldfastError as error:
             log.error("%s", error)
-
-
-def _check_arguments(busy: str, timeout_secs: float, overlap: bool | str) -> None:
-    if busy not in ("wait", "skip"):
-        raise ConfigError(f"busy is {busy!r}: it must be 'wait' or 'skip'")
-    if timeout_secs <= 0:
-        raise ConfigError(f"timeout_secs is {timeout_secs}: it must be above 0")
-    if overlap not in ("auto", False):
-        raise ConfigError(f"overlap is {overlap!r}: it must be 'auto' or False")
 
 
 def _guarded(listener: Listener | None) -> Listener:

@@ -82,6 +82,8 @@ def _list(session: TrainConfig) -> int:
     from engine.checkpoints.__main__ import main as checkpoints
 
     options = [f"--storage_options={option}" for option in session.storage_options]
+    if session.mirror is not None:
+        options.append(f"--mirror={session.mirror}")
     return checkpoints(["list", session.checkpoint_dir, *options])
 
 
@@ -89,8 +91,9 @@ def _configure_logging() -> None:
     """Warnings of every rank and the news of rank 0, on standard error. Only programs configure logging."""
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
-    # The console has a line for a failed save; without this every rank would say it once more.
-    handler.addFilter(lambda record: record.name != "engine.save.job" or record.levelno < logging.ERROR)
+    # The console has a line for these; without this every rank would say a failed save once more.
+    told = ("engine.save.job", "engine.mirror.uploader")
+    handler.addFilter(lambda record: record.name not in told or record.levelno < logging.ERROR)
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
     for name in ("engine", "data"):
         logger = logging.getLogger(name)

@@ -57,6 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
             from engine.checkpoints.importing import run
         case "merge":
             from engine.checkpoints.merging import run
+        case "copy":
+            from engine.checkpoints.copying import run
         case "diff":
             from engine.checkpoints.diffing import run
         case _:

@@ -53,7 +53,13 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("target", metavar=target, nargs=nargs, help=_TARGETS[target])
         return added
 
-    command("list", "DIR", "what a directory holds, and what each checkpoint serves as", json)
+    listing = command("list", "DIR", "what a directory holds, and what each checkpoint serves as", json)
+    listing.add_argument(
+        "--mirror", metavar="URI", help="also what the run's mirror holds, and what it is still owed"
+    )
+    copy = command("copy", "DIR_OR_CKPT", "copy checkpoints, verified on arrival; run again, it goes on")
+    copy.add_argument("to", metavar="DIR_TO", help="checkpoint directory to copy to: a path or an fsspec URI")
+    copy.add_argument("--select", help="only one: latest, backup, best, epoch:N, step:N or an id")
     show = command("show", "DIR_OR_CKPT", "one checkpoint's manifest", json)
     show.add_argument("--select", default="latest", help=_SELECT)
     verify = command(

@@ -146,7 +146,7 @@ class Mirror:
             raise
 
     def give_back(self) -> None:
-        """Let go of it after a failed start, whose error is the one to report."""
+        """Let go of the lease, or of what is left of one that was lost. What fails at that is logged only."""
         if self._lease is not None:
             self._lease.give_back()
             self._lease = None
@@ -249,7 +249,7 @@ class Mirror:
             return False
         except Exception as error:
             if isinstance(error, LeaseLostError):
-                self._drop_lease()
+                self.give_back()
             if self._failure != type(error).__name__:
                 self._failure = type(error).__name__
                 self._tell_failure(None, f"{error}" or self._failure)
@@ -353,11 +353,6 @@ class Mirror:
             self._lease = Lease.acquire(self.storage, run_id=self._plan.run_id, sleep=self._pause)
             self._lease.start_heartbeat()
         return self._lease
-
-    def _drop_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.abandon()
-            self._lease = None
 
     def _pause(self, secs: float) -> None:
         """Sleep, unless the run is over."""

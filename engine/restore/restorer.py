@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from engine.catalog import marks
@@ -24,14 +25,20 @@ from engine.catalog.coverage import coverage_damage
 from engine.catalog.listing import read_index
 from engine.catalog.record import CheckpointRecord, from_manifest
 from engine.dcp.load import plan_slices
-from engine.errors import DamagedError, HoldfastError, NotFoundError, RestoreFailedError
+from engine.errors import (
+    DamagedError,
+    HoldfastError,
+    NotFoundError,
+    RestoreFailedError,
+    SelectorError,
+)
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.layout import PlacedChunk
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import Channel
-from engine.restore.choose import choose_checkpoint
+from engine.restore.choose import choose_checkpoint, in_mirror
 from engine.restore.destination import Destination
 from engine.restore.read import read_slices
 from engine.restore.wanted import Wanted
@@ -61,6 +68,7 @@ class Restorer:
     storage_options: Mapping[str, str] | None
     on_event: Callable[[dict[str, Any]], None]
     read_only: bool = False
+    mirror: Storage | None = None
     clock: Callable[[], float] = time.monotonic
     undefined: bool = False
     _number: int = 0
@@ -75,13 +83,17 @@ class Restorer:
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
         self._passed_over.clear()
+        first: HoldfastError | None = None
         while True:
             self._number += 1
             key = f"restore/{self._number}"
             self._chosen = None
-            chosen = rank0_decides(
-                self.channel, f"{key}/choice", lambda: self._choose(selector), self.timeout_secs
-            )
+            try:
+                chosen = rank0_decides(
+                    self.channel, f"{key}/choice", partial(self._choose, selector), self.timeout_secs
+                )
+            except SelectorError as error:
+                raise first or error from None
             if chosen is None:
                 return None
             try:
@@ -91,16 +103,25 @@ class Restorer:
                 gone = isinstance(error, NotFoundError)
                 if self.channel.rank == 0 and not gone:
                     self._mark(chosen, error)
-                if selector != "latest" or id in self._passed_over:
+                if place_of(chosen) in self._passed_over:
                     raise
+                if selector != "latest":
+                    if self.mirror is None or chosen["mirror"] or chosen["target"]:
+                        raise
+                    selector, first = id, error  # the mirror's copy of it, or none
                 if self.channel.rank == 0:
                     what = "was retired meanwhile" if gone else "is damaged"
-                    log.warning("%s %s, going back to the one before: %s", id, what, error)
-                self._passed_over.add(id)
+                    instead = "going back to the one before" if self.mirror is None else "trying another"
+                    log.warning("%s %s, %s: %s", id, what, instead, error)
+                self._passed_over.add(place_of(chosen))
 
     def _choose(self, selector: str) -> dict[str, Any] | None:
         choice = choose_checkpoint(
-            self.storage, selector, passed_over=self._passed_over, options=self.storage_options
+            self.storage,
+            selector,
+            passed_over=self._passed_over,
+            options=self.storage_options,
+            mirror=self.mirror,
         )
         if choice is None:
             return None
@@ -109,6 +130,7 @@ class Restorer:
             "target": choice.target,
             "name": choice.name,
             "id": choice.record.id,
+            "mirror": choice.tier == "mirror",
             "manifest": choice.manifest.to_bytes().decode("utf-8"),
         }
 
@@ -119,7 +141,7 @@ class Restorer:
             chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
         )
         name = str(chosen["name"])
-        storage = open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
+        storage = self._storage_of(chosen)
         destination: Destination | None = None
         places: Places = {}
         problem: Exception | None = None
@@ -169,6 +191,12 @@ class Restorer:
         )
         return record
 
+    def _storage_of(self, chosen: Mapping[str, Any]) -> Storage:
+        if chosen["mirror"]:
+            assert self.mirror is not None, "every rank is given the same mirror"
+            return self.mirror
+        return open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
+
     def _destination(self, manifest: Manifest, indexes: list[ShardIndex], wanted: Wanted) -> Destination:
         return Destination(
             self.capture,
@@ -185,12 +213,14 @@ class Restorer:
         if self.read_only:
             return
         try:
-            storage = (
-                open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
-            )
-            marks.mark_damaged(storage, str(chosen["name"]), str(error))
+            marks.mark_damaged(self._storage_of(chosen), str(chosen["name"]), str(error))
         except HoldfastError as problem:
             log.warning("could not mark %s as damaged: %s", chosen["id"], problem)
+
+
+def place_of(chosen: Mapping[str, Any]) -> str:
+    """How a copy is remembered that was tried in vain: the other tier may have a whole one."""
+    return in_mirror(str(chosen["id"])) if chosen["mirror"] else str(chosen["id"])
 
 
 def read_indexes(storage: Storage, manifest: Manifest, name: str) -> list[ShardIndex]:

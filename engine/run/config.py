@@ -23,6 +23,7 @@ LOCKED = ("model", "seq_len", "global_batch", "seed", "steps_per_epoch")
 
 SESSION = (
     "checkpoint_dir",
+    "mirror",
     "resume",
     "new_run",
     "init_from",
@@ -33,7 +34,8 @@ SESSION = (
 )
 """What belongs to one invocation and never comes out of a checkpoint.
 
-Storage options hold credentials. `on_event` is a command: if it were taken from a checkpoint, loading one
+Storage options hold credentials. A checkpoint that named a mirror would send the data of whoever loads it to
+its author. `on_event` is a command: if it were taken from a checkpoint, loading one
 would run code that its author chose.
 """
 
@@ -95,6 +97,10 @@ class TrainConfig:
     """How many rolling checkpoints to keep besides latest, backup, best and epochs."""
     checkpoint_dir: str = "./checkpoints"
     """Directory or fsspec URI of the checkpoints."""
+    mirror: str | None = None
+    """Second directory or URI, to which every committed checkpoint is copied in the background."""
+    mirror_freq: int = 1
+    """Mirror interval checkpoints of every so many steps, others always; 0 mirrors only the others."""
     storage_options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE option for the file system of a URI, may be repeated; never stored in a checkpoint."""
     save_policy: SavePolicy = "wait"
@@ -140,7 +146,8 @@ class TrainConfig:
         for name in ("seq_len", "lr_decay_steps", "max_steps", "num_epochs", "steps_per_epoch"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1")
-        for name in ("seed", "warmup_steps", "eval_freq", "checkpoint_freq", "max_save_failures"):
+        counts = ("warmup_steps", "eval_freq", "checkpoint_freq", "mirror_freq", "max_save_failures")
+        for name in ("seed", *counts):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         # Above it, naming the batch sizes that would fit takes longer than anybody waits.
         _require(self, "global_batch", self.global_batch < 2**31, "below 2**31")
@@ -151,7 +158,7 @@ class TrainConfig:
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "grace_secs", 0 < self.grace_secs < math.inf, "above 0")
-        for name in ("data", "checkpoint_dir", "model", "init_from", "log_dir", "on_event"):
+        for name in ("data", "checkpoint_dir", "model", "init_from", "log_dir", "on_event", "mirror"):
             _require(self, name, getattr(self, name) != "", "not empty")
         if self.resume is not None and self.new_run:
             raise ConfigError(

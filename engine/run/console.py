@@ -60,6 +60,14 @@ def checkpoint_line(event: Event) -> str | None:
             return f"checkpoint: step {step}{why} committed, {size}{took}{waited}{where}"
         case "save_failed":
             return f"checkpoint: step {step}{why} FAILED: {event.get('cause')}"
+        case "mirror_copied":
+            size, sent = readable_bytes(event.get("bytes")), event.get("sent_bytes")
+            part = f"{readable_bytes(sent)} of " if sent not in (None, event.get("bytes")) else ""
+            owed = f", {event['owed']} still owed" if event.get("owed") else ""
+            took = f"{event['secs']:.2f} s"
+            return f"mirror: step {step} copied, {part}{size} in {took}{owed} -> {event['path']}"
+        case "mirror_failed":
+            return f"mirror: FAILED, {event['owed']} owed: {event.get('cause')}"
         case "restored":
             return f"restored: step {step}{' from ' + str(event['path']) if event.get('path') else ''}"
     return None

@@ -16,6 +16,7 @@ from engine.catalog.retention import by_loss, by_sequence
 from engine.catalog.select import Selector, choose, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
+from engine.mirror.tiers import both_tiers
 from engine.run.config import TrainConfig
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
@@ -86,20 +87,30 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         manifest = read_manifest(storage, by_sequence(records)[-1].id)
         if _is_own(manifest, restart):
             sentence = f"restart {restart.count} by torchrun: resuming latest, step {manifest.step}"
-            return _resumed(config, "latest", sentence, manifest, records)
+            # By its id where there is a mirror: an outage of that must not keep a run from going on here.
+            selected = "latest" if config.mirror is None else manifest.id
+            return _resumed(config, selected, sentence, manifest, records)
     if path is not None:
         return _start_at_path(path, config, records)
+    mirror = None if config.mirror is None else open_storage(config.mirror, config.storage_mapping)
+    mirrored = [] if mirror is None else look(mirror)
     if selector is None:
         if not config.new_run:
             refuse_to_mix(listed, storage.uri)
+            if mirror is not None:
+                refuse_to_mix(mirrored, mirror.uri)
         return Start(config.checkpoint_dir, sentence="starting from step 0")
+    tiers = both_tiers(listed, mirrored)
+    listed, records = list(tiers.listed), committed(tiers.listed)
     if _is_fresh(selector, listed, restart):
         sentence = f"{storage.uri} holds no checkpoint: starting fresh from step 0"
         return Start(config.checkpoint_dir, sentence=sentence)
     record = pick(listed, selector, storage.uri)
-    manifest = read_manifest(storage, record.id)
     sentence = f"resuming {config.resume}, step {record.step}, from {record.path}"
-    return _resumed(config, selector.text, sentence, manifest, records)
+    if mirror is not None and config.mirror is not None and record.id in tiers.from_mirror:
+        start = _resumed(config, selector.text, sentence, read_manifest(mirror, record.id), records)
+        return replace(start, home=config.mirror)
+    return _resumed(config, selector.text, sentence, read_manifest(storage, record.id), records)
 
 
 def look(storage: Storage) -> list[Listed]:

@@ -33,6 +33,8 @@ from engine.run.step import evaluate, train_step
 log = logging.getLogger(__name__)
 
 CRASH_WAIT_SECS = 10.0
+LEAVING_SECS = 6.0
+"""What the end of the program takes: a copy to the mirror that is broken off, leases, the process group."""
 
 
 def train(
@@ -59,7 +61,8 @@ def train(
     console.say(job.describe())
     recorder = Recorder(console, BestLoss(start.best_val_loss))
     try:
-        with _closing(agreement.together(lambda: _open_checkpointer(config, job, recorder, restart))) as ckpt:
+        ckpt = agreement.together(lambda: _open_checkpointer(config, job, recorder, restart))
+        with _closing(ckpt, preemption):
             agreement.together(lambda: _open_records(config, recorder) if world.is_first else None)
             record = agreement.together(lambda: _restore(ckpt, start, job, config.init_from))
             saves = Saves(ckpt, recorder, config.max_save_failures)
@@ -70,14 +73,14 @@ def train(
 
 
 @contextmanager
-def _closing(ckpt: Checkpointer) -> Iterator[Checkpointer]:
+def _closing(ckpt: Checkpointer, preemption: Preemption) -> Iterator[None]:
     """Close it at the end; after a crash, wait for the save in flight only as long as it may still commit.
 
     A crash is most often that of a collective whose other end has died. The save in flight then waits for the
     dead rank until a deadline of its own, long after torchrun wants this process to be gone.
     """
     try:
-        yield ckpt
+        yield
     except (HoldfastError, DataError, Stopped) as error:
         ckpt.__exit__(type(error), error, error.__traceback__)
         raise
@@ -88,7 +91,12 @@ def _closing(ckpt: Checkpointer) -> Iterator[Checkpointer]:
             log.error("%s", error)
         raise
     else:
-        ckpt.close()
+        ckpt.close(lambda: time_for_the_mirror(preemption.request.secs_left(preemption.clock())))
+
+
+def time_for_the_mirror(grace_left_secs: float | None) -> float | None:
+    """After a signal the mirror gets what is left of the grace time, but for what leaving takes; else all."""
+    return None if grace_left_secs is None else max(0.0, grace_left_secs - LEAVING_SECS)
 
 
 def configure(argv: Sequence[str], session: TrainConfig, start: Start) -> TrainConfig:
@@ -115,6 +123,8 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         check_replicas=config.check_replicas,
         seed=config.seed,
         storage_options=config.storage_mapping,
+        mirror=config.mirror,
+        mirror_freq=config.mirror_freq,
         on_event=recorder.from_engine if job.world.is_first else None,
     )
 

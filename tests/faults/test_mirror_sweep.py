@@ -85,7 +85,8 @@ class Place:
         except (Killed, HoldfastError):
             pass
         finally:
-            mirror._drop_lease()
+            if mirror._lease is not None:
+                mirror._lease._stop.set()
 
     def check_and_complete(self) -> None:
         assert steps_in(self.local) == [10, 20, 30], "the local ones are untouched"

@@ -443,7 +443,8 @@ def test_the_command_line_does_not_grow_by_accident() -> None:
         for name, parser in commands.choices.items()
     }
     assert found == {
-        "list": {"--storage_options", "--json"},
+        "list": {"--storage_options", "--json", "--mirror"},
+        "copy": {"--storage_options", "--select"},
         "show": {"--storage_options", "--json", "--select"},
         "verify": {"--storage_options", "--json", "--quick"},
         "hold": {"--storage_options"},

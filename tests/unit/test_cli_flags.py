@@ -15,7 +15,8 @@ TRAIN = """
     --model --data --seed --dropout --seq_len --global_batch --micro_batch
     --lr --min_lr --warmup_steps --lr_decay_steps --weight_decay --betas --grad_clip
     --max_steps --num_epochs --steps_per_epoch --eval_freq --eval_batches
-    --checkpoint_freq --keep_checkpoints --checkpoint_dir --storage_options --save_policy --max_save_failures
+    --checkpoint_freq --keep_checkpoints --checkpoint_dir --mirror --mirror_freq --storage_options
+    --save_policy --max_save_failures
     --check_replicas --no_check_replicas
     --resume --new_run --no_new_run --init_from --list_checkpoints --no_list_checkpoints
     --allow_data_change --no_allow_data_change
@@ -36,7 +37,8 @@ FLAGS = {
     "engine.train": TRAIN,
     "engine.resume": RESUME,
     "data.prepare": PREPARE,
-    "engine.checkpoints list": "--json --storage_options",
+    "engine.checkpoints list": "--json --storage_options --mirror",
+    "engine.checkpoints copy": "--storage_options --select",
     "engine.checkpoints show": "--json --storage_options --select",
     "engine.checkpoints verify": "--json --storage_options --quick",
     "engine.checkpoints hold": "--storage_options",
