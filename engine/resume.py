@@ -46,6 +46,8 @@ LAUNCHER_FLAGS = (
 )
 """Flags of torchrun that are handed to it as they are."""
 
+_INSTEAD = {"--resume": "--from SELECTOR", "--nproc_per_node": "--reshard RANKS_OVER_ALL_NODES"}
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -90,8 +92,9 @@ def read_flags(argv: Sequence[str]) -> Request:
         launcher.add_argument(f"--{flag}")
     parser.epilog = "Any other flag is engine.train's and beats the checkpoint's configuration."
     given, rest = parser.parse_known_args([_with_underscores(argument) for argument in argv])
-    if any(argument.split("=")[0] == "--resume" for argument in rest):
-        raise ConfigError("engine.resume takes --from SELECTOR in place of --resume")
+    for other, ours in _INSTEAD.items():
+        if any(argument.split("=")[0] == other for argument in rest):
+            raise ConfigError(f"engine.resume takes {ours} in place of {other}")
     if given.reshard is not None and given.reshard < 1:
         raise ConfigError(f"--reshard is {given.reshard}, but must be at least 1")
     passed = [

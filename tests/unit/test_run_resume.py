@@ -85,6 +85,7 @@ def test_every_launcher_flag_is_torchruns() -> None:
         (["--nnodes=many"], "--nnodes is many"),
         (["--nnodes=0"], "--nnodes is 0"),
         (["--resume=best"], "--from"),
+        (["--nproc-per-node", "2"], "--reshard"),
     ],
     ids=str,
 )
