@@ -27,6 +27,9 @@ from bench.remoting.report import Figures, Report, read  # noqa: E402
 from bench.remoting.rows import ROWS  # noqa: E402
 from bench.remoting.worker import serve  # noqa: E402
 
+_SAMPLES = {"upload": 1, "download": 4}
+"""Samples of a row in each repeat: a download takes a quarter of the time, and is as noisy."""
+
 _PACKAGES = ("s3fs", "fsspec", "aiobotocore", "botocore", "obstore")
 
 
@@ -69,7 +72,7 @@ def measure(options: argparse.Namespace) -> Report:
         _ask(pipes, report, 0, "shard")
         report.rows[0].secs.clear()
         for repeat in range(options.repeats):
-            order = list(pipes)
+            order = [number for number in pipes for _ in range(_SAMPLES[ROWS[number].verb])]
             random.Random(f"{options.seed}/{repeat}").shuffle(order)
             for number in order:
                 down = ROWS[number].verb == "download"
