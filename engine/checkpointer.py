@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -30,8 +30,9 @@ from engine.save.commit import SaveInfo, commit, software_versions
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
+from engine.save.listener import Listener, guarded
 from engine.save.probe import probe_shared
-from engine.save.saver import Busy, Saver
+from engine.save.saver import Busy, Checks, Saver
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.copy import Copier, overlap_stream
 from engine.snapshot.guard import state_device, why_unguarded
@@ -40,8 +41,6 @@ from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
-
-Listener = Callable[[dict[str, Any]], None]
 
 _KEEP_DEFAULT = Retention()
 
@@ -64,6 +63,8 @@ class Checkpointer:
         timeout_secs: how long ranks wait for each other within one save or restore.
         check_replicas: compare replicated tensors across ranks at every save (JSON values always are).
         memory_budget_bytes: most host memory that this rank's snapshot may take.
+        check_snapshots: read every save back and fail it unless it holds, to the bit, what the state held
+            when `save` was called. Slow, for finding what changes weights behind the snapshot's back.
         overlap: "auto", or False to have the snapshot copied before `save` returns on CUDA, too.
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
         mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
@@ -85,6 +86,7 @@ class Checkpointer:
         timeout_secs: float = 600.0,
         check_replicas: bool = False,
         memory_budget_bytes: int | None = None,
+        check_snapshots: bool = False,
         overlap: bool | str = "auto",
         storage_options: Mapping[str, str] | None = None,
         mirror: str | os.PathLike[str] | None = None,
@@ -96,7 +98,7 @@ class Checkpointer:
         self._config = dict(config or {})
         canonical_bytes(self._config)
         self._retention = retention
-        self._listener = _guarded(on_event)
+        self._listener = guarded(on_event)
         self._timeout_secs = timeout_secs
         self._ranks = connect_ranks(timeout_secs)
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
@@ -127,7 +129,9 @@ class Checkpointer:
         self._saver = (
             None
             if read_only
-            else self._make_saver(capture, busy, check_replicas, memory_budget_bytes, overlap)
+            else self._make_saver(
+                capture, busy, Checks(check_replicas, check_snapshots), memory_budget_bytes, overlap
+            )
         )
         self._forget_at_exit = call_at_exit(self._at_exit)
 
@@ -303,7 +307,7 @@ class Checkpointer:
         self,
         capture: StateCapture,
         busy: Busy,
-        check_replicas: bool,
+        checks: Checks,
         memory_budget_bytes: int | None,
         overlap: bool | str,
     ) -> Saver:
@@ -331,7 +335,7 @@ class Checkpointer:
             run_key=f"{self._ranks.run_id}/{restarts}",
             busy=busy,
             timeout_secs=self._timeout_secs,
-            check_replicas=check_replicas,
+            checks=checks,
             on_event=self._listener,
         )
 
@@ -385,16 +389,3 @@ class Checkpointer:
             self.close(at_most(mirror_secs))
         except HoldfastError as error:
             log.error("%s", error)
-
-
-def _guarded(listener: Listener | None) -> Listener:
-    """A listener's own failure is logged: on one rank alone it must not stop a save that all ranks are in."""
-
-    def call(event: dict[str, Any]) -> None:
-        if listener is not None:
-            try:
-                listener(event)
-            except Exception:
-                log.exception("a listener failed on %s", event["event"])
-
-    return call

@@ -9,6 +9,7 @@ catches it as it would expect:
     ├── StateError (ValueError)                  the training state cannot be saved or restored as it is
     │   ├── UnsavableValueError (TypeError)      neither a tensor nor JSON, named by its key path
     │   ├── ReplicaMismatchError                 a replicated value differs between ranks
+    │   ├── TornSnapshotError                    the state changed while its snapshot was taken
     │   └── StateMismatchError                   checkpoint and destination do not fit; lists every tensor
     ├── SelectorError (LookupError)              no checkpoint answers to this name; lists what there is
     ├── DamagedError (ValueError)                bytes on disk are not what was written
@@ -58,6 +59,10 @@ class ReplicaMismatchError(StateError):
 
 
 class StateMismatchError(StateError):
+class TornSnapshotError(StateError):
+    """What was written is not the state of one moment; found on demand only (check_snapshots)."""
+
+
     """Checkpoint and destination do not fit; the message lists every tensor that differs."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from engine.catalog.listing import Listed, list_checkpoints
 from engine.catalog.verify import Progress, VerifyResult, verify_checkpoint
 from engine.checkpoints import text
+from engine.checkpoints.progress import meter
 from engine.checkpoints.target import find, open_target
 from engine.errors import HoldfastError, NewerFormatError, NotFoundError, SelectorError
 from engine.storage.base import Storage
@@ -41,10 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise SelectorError(f"nothing to verify: no committed checkpoint in {storage.uri}{partial}")
     results: list[VerifyResult] = []
     errors: list[HoldfastError] = []
-    with _progress(sum(item.bytes for item in chosen)) as progress:
+    with meter("verify") as bar:
+        bar.on_total(sum(item.bytes for item in chosen))
         for item in chosen:
             try:
-                results.append(_verify(storage, item, arguments.quick, progress))
+                results.append(_verify(storage, item, arguments.quick, bar.progress))
             except (NewerFormatError, NotFoundError) as error:
                 errors.append(error)
             else:
@@ -88,21 +89,7 @@ def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
     }
 
 
-def _verify(storage: Storage, item: Listed, quick: bool, progress: Progress | None) -> VerifyResult:
+def _verify(storage: Storage, item: Listed, quick: bool, progress: Progress) -> VerifyResult:
     threads = _LOCAL_THREADS if storage.is_local else _STORE_THREADS
     return verify_checkpoint(storage, item.id, quick=quick, progress=progress, threads=threads)
 
-
-@contextlib.contextmanager
-def _progress(total_bytes: int) -> Iterator[Progress | None]:
-    """A progress bar with its rate on a terminal; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("verify", total=total_bytes)
-        yield lambda count: bar.advance(task, count)

@@ -6,24 +6,21 @@ import contextlib
 import math
 import resource
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 
-from engine.catalog.listing import read_index, read_manifest
+from engine.catalog.listing import read_manifest
 from engine.convert.tensors import row_spans
 from engine.dcp.dtypes import to_torch
 from engine.dcp.load import Slice
 from engine.errors import NotFoundError
-from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
-from engine.format.manifest import Manifest, TensorInfo
+from engine.format.manifest import TensorInfo
+from engine.restore.places import Indexes, Places, chunk_places
 from engine.restore.read import read_slices
-from engine.restore.restorer import Places, chunk_places
 from engine.storage.base import Reader, Storage
 
-_INDEX_THREADS = 8
 _SPARE_FILES = 64
 
 
@@ -44,7 +41,7 @@ class CheckpointTensors:
         try:
             with self._explained():
                 self.manifest = read_manifest(storage, name)
-                self.indexes = _read_indexes(storage, self.manifest, name)
+                self.indexes = Indexes(storage, self.manifest, name).every()
                 self.places: Places = chunk_places(self.manifest, self.indexes)
                 if storage.is_local:
                     files = [file.file for index in self.indexes for file in index.files]
@@ -151,12 +148,6 @@ def _allow_open_files(count: int) -> None:
         wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-
-
-def _read_indexes(storage: Storage, manifest: Manifest, name: str) -> list[ShardIndex]:
-    with ThreadPoolExecutor(min(_INDEX_THREADS, manifest.world_size)) as pool:
-        ranks = range(manifest.world_size)
-        return list(pool.map(lambda rank: read_index(storage, manifest, rank, name=name), ranks))
 
 
 def _slice(

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.nn.parameter import is_lazy
 
+from engine.dcp.boxes import boxes_of, carries_boxes, global_shape
 from engine.dcp.dtypes import from_torch
 from engine.errors import UnsavableValueError
 from engine.format.layout import Chunk, check_tensor
@@ -25,17 +26,20 @@ class Held:
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
     """The boxes that this rank holds of each named tensor, plain or DTensor, in planner order.
 
-    A tensor may have several boxes (torch 2.15's CheckpointableTensor) or none (a DTensor whose mesh
-    leaves this rank out). No collective.
+    A tensor may have several boxes (`engine.dcp.boxes`) or none (a DTensor whose mesh leaves this rank out).
+    No collective.
     Raises: UnsavableValueError naming a tensor that safetensors cannot hold.
     """
     for name, tensor in tensors.items():
         _check(name, tensor)
+    carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
     # Replicated tensors are divided over their holders later, so every rank plans as the coordinator
     # would: all that it holds.
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with torch.no_grad():
-        planner.set_up_planner(dict(tensors), is_coordinator=True)
+        planner.set_up_planner(
+            {name: tensor for name, tensor in tensors.items() if name not in carriers}, is_coordinator=True
+        )
         plan = planner.create_local_plan()
         held = []
         for item in plan.items:
@@ -49,6 +53,12 @@ def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
                 sizes=tuple(data.chunk.sizes),
             )
             held.append(Held(chunk, planner.lookup_object(item.index).detach()))
+        for name, tensor in carriers.items():
+            dtype, shape = from_torch(tensor.dtype, name), global_shape(tensor)
+            held += [
+                Held(Chunk(name, dtype, shape, box.offsets, box.sizes), box.tensor)
+                for box in boxes_of(tensor, name)
+            ]
     return held
 
 
@@ -69,6 +79,6 @@ def _check(name: str, tensor: torch.Tensor) -> None:
         )
     dtype = from_torch(tensor.dtype, name)
     try:
-        check_tensor(name, dtype, tuple(tensor.shape))
+        check_tensor(name, dtype, global_shape(tensor))
     except ValueError as error:
         raise UnsavableValueError(f"{name[:80]}: {error}; rename its key") from error

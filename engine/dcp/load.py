@@ -13,7 +13,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from engine.dcp.boxes import boxes_of, carries_boxes, global_shape
 from engine.dcp.dtypes import to_torch
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
@@ -39,38 +42,54 @@ def plan_slices(
     infos: Mapping[str, TensorInfo],
     chunks: Mapping[str, Sequence[Chunk]],
 ) -> list[Slice]:
-    """What to read to fill `tensors` (plain or DTensor) in place. No collective.
+    """What to read to fill `tensors` (plain, DTensor, or carriers of boxes) in place. No collective.
 
     Args:
         tensors: destinations by name. One may have more rows than was saved: those are left as they are.
         infos: dtype and global shape of each saved tensor.
         chunks: the saved chunks of each tensor that together cover it.
     """
-    metadata = Metadata(
-        {
-            name: TensorStorageMetadata(
-                TensorProperties(dtype=to_torch(infos[name].dtype)),
-                # The destination's own: the planner would refuse a tensor that has grown.
-                tensor.shape,
-                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks[name]],
-            )
-            for name, tensor in tensors.items()
-        }
-    )
+    saved = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=to_torch(infos[name].dtype)),
+            # The destination's own: the planner would refuse a tensor that has grown.
+            torch.Size(global_shape(tensor)),
+            [_storage_metadata(chunk.offsets, chunk.sizes) for chunk in chunks[name]],
+        )
+        for name, tensor in tensors.items()
+    }
+    carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in carriers}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     slices = []
     with torch.no_grad():
-        planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
+        metadata = Metadata({name: saved[name] for name in plain})
+        planner.set_up_planner(plain, metadata, is_coordinator=False)
         for item in planner.create_local_plan().items:
-            index = item.storage_index.index
-            assert index is not None, "DCP's planner has stopped naming the saved chunk by position"
-            slices.append(
-                Slice(
-                    item.dest_index.fqn,
-                    index,
-                    tuple(item.storage_offsets),
-                    tuple(item.lengths),
-                    planner.resolve_tensor(item).detach(),
-                )
-            )
+            slices.append(_slice(item, planner.resolve_tensor(item).detach()))
+        for name, tensor in carriers.items():
+            slices += _slices_of_boxes(name, tensor, saved[name])
     return slices
+
+
+def _slices_of_boxes(name: str, tensor: torch.Tensor, saved: TensorStorageMetadata) -> list[Slice]:
+    boxes = boxes_of(tensor, name)
+    wanted = [_storage_metadata(box.offsets, box.sizes) for box in boxes]
+    slices = []
+    for item in create_read_items_for_chunk_list(name, saved, wanted):
+        assert item.dest_index.index is not None, "DCP has stopped naming the box by position"
+        to = boxes[item.dest_index.index].tensor
+        for dim, (begin, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            to = to.narrow(dim, begin, length)
+        slices.append(_slice(item, to))
+    return slices
+
+
+def _slice(item: ReadItem, to: torch.Tensor) -> Slice:
+    index = item.storage_index.index
+    assert index is not None, "DCP's planner has stopped naming the saved chunk by position"
+    return Slice(item.dest_index.fqn, index, tuple(item.storage_offsets), tuple(item.lengths), to)
+
+
+def _storage_metadata(offsets: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from engine.dcp.boxes import detached, global_shape
 from engine.dcp.dtypes import from_torch, to_torch
 from engine.errors import DamagedError, StateError, StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
@@ -97,7 +98,8 @@ class Destination:
         saved = self._saved_keys()
         missing += [f"{key} (all of it)" for key in self._keys if key not in saved]
         lines += self._unfit.values()
-        fit = Fit(self.fit.matched, tuple(missing), self.fit.unexpected, tuple(lines), self.fit.grown)
+        unexpected = (*self.fit.unexpected, *self._unknown_keys())
+        fit = Fit(self.fit.matched, tuple(missing), unexpected, tuple(lines), self.fit.grown)
         if self._wanted.strict and not fit.exact:
             raise StateMismatchError(report(fit, what))
         if not fit.exact and self._rank == 0:
@@ -140,10 +142,23 @@ class Destination:
     def _takes_rng(self) -> bool:
         return not self._wanted.model_only and self._wanted.takes_key(RNG_KEY)
 
+    def _own_values(self) -> Mapping[str, Any]:
+        """The saved values of this very rank, or of rank 0 where the world was another."""
+        return self._locals[self._rank if self._same_world else 0] if self._locals else {}
+
     def _saved_keys(self) -> set[str]:
         """Every state key that the checkpoint has something for."""
-        saved = {*self._manifest.objects, *(self._locals[0] if self._locals else ())}
+        saved = {*self._manifest.objects, *self._own_values()}
         return saved | {n.partition(".")[0] for n in (*self._manifest.tensors, *self._manifest.aliases)}
+
+    def _unknown_keys(self) -> list[str]:
+        """Keys of saved values that the state lacks and of which no tensor tells."""
+        if self._wanted.model_only:
+            return []
+        saved = {*self._manifest.objects, *self._own_values()}
+        told = {name.partition(".")[0] for name in self.fit.unexpected}
+        known = {*self._capture.state, RNG_KEY, PER_RANK_PREFIX, *told}
+        return [f"{key} (all of it)" for key in sorted(saved - known) if self._wanted.takes_key(key)]
 
     def _value_differences(self, saved: set[str]) -> dict[str, str]:
         """One sentence for each plain entry that cannot take what was saved under its key."""
@@ -152,14 +167,16 @@ class Destination:
             if key not in saved:
                 continue
             own = key in self._capture.per_rank
-            local = self._locals[self._rank if self._same_world else 0]
-            if key not in (local if own else self._manifest.objects):
+            local, shared = self._own_values(), self._manifest.objects
+            if key not in local and key not in shared:
+                lines[key] = f"{key}: saved as a module, here a {type(entry).__name__}"
+            elif key not in (local if own else shared):
                 lines[key] = (
                     f"{key}: saved as {'equal on all ranks' if own else 'per rank'}, "
                     f"{'declared per_rank' if own else 'not declared per_rank'} here"
                 )
             elif not hasattr(entry, "reshard") or self._same_world:
-                document = (local if own else self._manifest.objects)[key]
+                document = (local if own else shared)[key]
                 difference = _kind_difference(key, entry, document, self._manifest)
                 if difference:
                     lines[key] = difference
@@ -197,7 +214,7 @@ class Destination:
         return self._wanted.takes(name)
 
     def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Fit:
-        infos = {name: TensorInfo(from_torch(t.dtype, name), tuple(t.shape)) for name, t in live.items()}
+        infos = {name: TensorInfo(from_torch(t.dtype, name), global_shape(t)) for name, t in live.items()}
         fixed = {*self._capture.modules, *self._capture.optimizers}
         # A key that the state lacks altogether is unexpected; a generic object's tensors match themselves.
         generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
@@ -251,8 +268,8 @@ class Destination:
             if info is None:
                 raise DamagedError(f"{self._manifest.id} refers to the tensor {name}, which it does not list")
             own = live.get(name)
-            if own is not None and tuple(own.shape) == info.shape and own.dtype == to_torch(info.dtype):
-                self._extra[name] = own.detach()
+            if own is not None and global_shape(own) == info.shape and own.dtype == to_torch(info.dtype):
+                self._extra[name] = detached(own)
             else:
                 self._extra[name] = torch.empty(info.shape, dtype=to_torch(info.dtype))
 
@@ -291,7 +308,7 @@ def _kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) ->
     tensor = document.get("$tensor") if isinstance(document, dict) and len(document) == 1 else None
     info = manifest.tensors.get(tensor) if isinstance(tensor, str) else None
     if isinstance(entry, torch.Tensor):
-        here = TensorInfo(from_torch(entry.dtype, key), tuple(entry.shape))
+        here = TensorInfo(from_torch(entry.dtype, key), global_shape(entry))
         if info == here:
             return ""
         was = f"{info.dtype} {list(info.shape)}" if info else "another kind of value"

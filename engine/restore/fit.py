@@ -73,19 +73,25 @@ def report(fit: Fit, what: str) -> str:
 
 
 def summary(fit: Fit, what: str) -> str:
-    """One message on a restore that took what fitted."""
-    parts = [f"from {what}: {len(fit.matched)} tensors loaded, {len(fit.grown)} filled as far as they go"]
-    return "\n".join(parts + differences(fit))
+    """One message on a restore that took what fitted: a table with every tensor that did not."""
+    head = f"from {what}: {len(fit.matched)} tensors loaded, {len(fit.grown)} filled as far as they go"
+    rows = [(title, line) for title, lines in _kinds(fit) for line in lines]
+    width = max((len(title) for title, _ in rows), default=0)
+    return "\n".join([head, *(f"  {title:{width}}  {line}" for title, line in rows)])
+
+
+def _kinds(fit: Fit) -> tuple[tuple[str, Sequence[str]], ...]:
+    return (
+        ("different", fit.mismatched),
+        ("missing in the checkpoint", fit.missing),
+        ("not in the state", fit.unexpected),
+    )
 
 
 def differences(fit: Fit) -> list[str]:
     """A paragraph for each kind of difference there is."""
     parts = []
-    for title, lines in (
-        ("different", fit.mismatched),
-        ("missing in the checkpoint", fit.missing),
-        ("not in the state", fit.unexpected),
-    ):
+    for title, lines in _kinds(fit):
         if lines:
             parts.append(f"  {title} ({len(lines)}):\n" + _lines(lines))
     return parts

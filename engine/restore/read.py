@@ -27,6 +27,8 @@ from engine.storage.base import Reader, Storage
 
 THREADS = 2
 
+Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tuple[ShardFile, PlacedChunk]]]
+
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
@@ -40,7 +42,7 @@ def read_slices(
     storage: Storage,
     directory: str,
     slices: Sequence[Slice],
-    places: Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]]],
+    places: Located,
     *,
     threads: int = THREADS,
 ) -> ReadStats:
@@ -48,7 +50,7 @@ def read_slices(
 
     Args:
         directory: the checkpoint's directory in `storage`.
-        places: for each tensor name, its chunks in the order that the slices were planned with.
+        places: for each tensor name its chunks, by their number when the slices were planned.
     Raises: DamagedError naming file, block, expected and found digest; StorageError. Destinations are
         then partly filled.
     """
@@ -71,7 +73,7 @@ def read_slices(
 
 
 def _by_file(
-    slices: Sequence[Slice], places: Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]]]
+    slices: Sequence[Slice], places: Located
 ) -> tuple[dict[str, ShardFile], dict[str, list[Piece]]]:
     files: dict[str, ShardFile] = {}
     pieces: dict[str, list[Piece]] = defaultdict(list)
@@ -96,8 +98,8 @@ def _by_file(
 def _check_size(storage: Storage, directory: str, reader: Reader, shard: ShardFile) -> None:
     if reader.file_bytes != shard.file_bytes:
         raise DamagedError(
-            f"{storage.describe(f'{directory}/{shard.file}')} has {reader.file_bytes:,} bytes, "
-            f"{shard.file_bytes:,} were written"
+            f"{storage.describe(f'{directory}/{shard.file}')} has {reader.file_bytes} bytes: "
+            f"{shard.file_bytes} were written"
         )
 
 

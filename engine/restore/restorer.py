@@ -1,7 +1,7 @@
 """Restore, all ranks together: agree on a checkpoint, check that it fits, read it, agree that it was whole.
 
-    rank 0       chooses, everybody gets its manifest
-    every rank   reads the indexes, matches tensors; all agree that it fits
+    rank 0       chooses, reads all indexes; everybody gets the manifest and where the chunks lie
+    every rank   matches tensors, plans, reads the indexes that takes; all agree that it fits
     every rank   reads its slices, verified; all agree that nothing was damaged
     every rank   hands objects their values, generators last
 
@@ -11,28 +11,27 @@ No rank is left waiting when another finds damage: they meet after every stage, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from engine.catalog import marks
-from engine.catalog.coverage import coverage_damage
-from engine.catalog.listing import read_index
 from engine.catalog.record import CheckpointRecord, from_manifest
-from engine.dcp.load import plan_slices
+from engine.dcp.load import Slice, plan_slices
 from engine.errors import (
+    CoordinationError,
     DamagedError,
     HoldfastError,
     NotFoundError,
     RestoreFailedError,
     SelectorError,
 )
-from engine.format.index import ShardFile, ShardIndex
+from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
@@ -40,16 +39,14 @@ from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
 from engine.restore.destination import Destination
-from engine.restore.read import read_slices
+from engine.restore.places import Indexes, Locals, Place, describe_chunks, places_of, read_description
+from engine.restore.read import Located, read_slices
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
-
-Places = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
-_INDEX_THREADS = 8
 
 
 @dataclass(slots=True)
@@ -74,6 +71,8 @@ class Restorer:
     _number: int = 0
     _chosen: Manifest | None = None
     _passed_over: set[str] = field(default_factory=set)
+    _unmarked: set[str] = field(default_factory=set)
+    """Damaged checkpoints of this directory that could not be marked: known here alone."""
 
     def restore(self, selector: str, wanted: Wanted) -> CheckpointRecord | None:
         """Restore what the selector means, in place. None when `latest` finds nothing at all.
@@ -82,7 +81,7 @@ class Restorer:
         Raises: SelectorError; StateMismatchError (nothing was changed); DamagedError when the chosen
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
-        self._passed_over.clear()
+        self._passed_over = set(self._unmarked)
         first: HoldfastError | None = None
         while True:
             self._number += 1
@@ -142,32 +141,32 @@ class Restorer:
         )
         name = str(chosen["name"])
         storage = self._storage_of(chosen)
+        indexes = Indexes(storage, manifest, name)
+        places = self._places(key, storage, name, manifest, indexes)
         destination: Destination | None = None
-        places: Places = {}
         problem: Exception | None = None
+        slices: list[Slice] = []
+        found: Located = {}
         try:
-            indexes = read_indexes(storage, manifest, name)
-            places = chunk_places(manifest, indexes)
             destination = self._destination(manifest, indexes, wanted)
             destination.check(f"the checkpoint {storage.describe(name)}")
+            slices, found = _plan(destination, manifest, places, indexes)
         except Exception as error:
             problem = _missing_is_damage(storage, name, error)
         try:
             all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
-        except HoldfastError:
+        except Exception:
             if destination is not None:
                 destination.abandon()
             raise
         assert destination is not None
+        if self.channel.rank == 0:
+            # Every rank has read them, or it could not have agreed.
+            with contextlib.suppress(CoordinationError):
+                self.channel.forget([f"{key}/choice", f"{key}/chunks"])
         self.undefined = True
         stats = None
         try:
-            found = {name: places[saved] for name, saved in destination.sources.items()}
-            slices = plan_slices(
-                destination.tensors,
-                {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
-                {name: [placed.chunk for _, placed in held] for name, held in found.items()},
-            )
             stats = read_slices(storage, name, slices, found)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
@@ -197,11 +196,32 @@ class Restorer:
             return self.mirror
         return open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
 
-    def _destination(self, manifest: Manifest, indexes: list[ShardIndex], wanted: Wanted) -> Destination:
+    def _places(
+        self, key: str, storage: Storage, name: str, manifest: Manifest, indexes: Indexes
+    ) -> Mapping[str, list[Place]]:
+        """Where every chunk lies: rank 0 has read all indexes and says so, if that is not too long to say."""
+
+        def describe() -> dict[str, Any] | None:
+            try:
+                return describe_chunks(manifest, indexes.every())
+            except NotFoundError as error:
+                problem = _missing_is_damage(storage, name, error)
+                if problem is error:
+                    raise
+                raise problem from error
+
+        document = rank0_decides(self.channel, f"{key}/chunks", describe, self.timeout_secs)
+        if document is not None:
+            return read_description(manifest, document)
+        return places_of(indexes.every())
+
+    def _destination(self, manifest: Manifest, indexes: Indexes, wanted: Wanted) -> Destination:
+        if manifest.world_size != self.channel.world_size and self.capture.per_rank:
+            indexes.every()  # all ranks' values will be asked for: read them side by side
         return Destination(
             self.capture,
             manifest,
-            [index.local for index in indexes],
+            Locals(indexes, manifest.world_size),
             rank=self.channel.rank,
             world_size=self.channel.world_size,
             seed=self.seed,
@@ -209,11 +229,14 @@ class Restorer:
         )
 
     def _mark(self, chosen: Mapping[str, Any], error: Exception) -> None:
-        """Remember the damage in the directory, so that nothing tries this checkpoint first again."""
+        """Remember the damage, in the directory if it may be written, so that it is not tried first again."""
+        if not chosen["target"]:
+            self._unmarked.add(place_of(chosen))
         if self.read_only:
             return
         try:
             marks.mark_damaged(self._storage_of(chosen), str(chosen["name"]), str(error))
+            self._unmarked.discard(place_of(chosen))
         except HoldfastError as problem:
             log.warning("could not mark %s as damaged: %s", chosen["id"], problem)
 
@@ -223,29 +246,23 @@ def place_of(chosen: Mapping[str, Any]) -> str:
     return in_mirror(str(chosen["id"])) if chosen["mirror"] else str(chosen["id"])
 
 
-def read_indexes(storage: Storage, manifest: Manifest, name: str) -> list[ShardIndex]:
-    """Every rank's index in the directory `name`, checked against the manifest.
-
-    Raises: DamagedError, NotFoundError, StorageError.
-    """
-    with ThreadPoolExecutor(min(_INDEX_THREADS, manifest.world_size)) as pool:
-        ranks = range(manifest.world_size)
-        return list(pool.map(lambda rank: read_index(storage, manifest, rank, name=name), ranks))
-
-
-def chunk_places(manifest: Manifest, indexes: list[ShardIndex]) -> Places:
-    """Every saved chunk by tensor name, with the file that holds it. Pure.
-
-    Raises: DamagedError when the indexes do not describe the manifest's tensors, whole and once.
-    """
-    places: dict[str, list[tuple[ShardFile, PlacedChunk]]] = defaultdict(list)
-    for index in indexes:
-        for shard, placed in index.chunks:
-            places[placed.chunk.name].append((shard, placed))
-    damage = coverage_damage(manifest, indexes)
-    if damage:
-        raise DamagedError(damage[0].sentence)
-    return places
+def _plan(
+    destination: Destination, manifest: Manifest, places: Mapping[str, list[Place]], indexes: Indexes
+) -> tuple[list[Slice], Located]:
+    """What to read, and where it lies with the digests to check it by; reads the indexes that takes."""
+    held = {name: places[saved] for name, saved in destination.sources.items()}
+    slices = plan_slices(
+        destination.tensors,
+        {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
+        {name: [place.placed.chunk for place in found] for name, found in held.items()},
+    )
+    used = {(item.name, item.chunk): held[item.name][item.chunk] for item in slices}
+    read = indexes.fetch({place.rank for place in used.values()})
+    shards = {shard.file: shard for index in read for shard in index.files}
+    found: dict[str, dict[int, tuple[ShardFile, PlacedChunk]]] = defaultdict(dict)
+    for (name, number), place in used.items():
+        found[name][number] = (shards[place.file], place.placed)
+    return slices, found
 
 
 def _missing_is_damage(storage: Storage, name: str, error: Exception) -> Exception:

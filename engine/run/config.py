@@ -109,6 +109,8 @@ class TrainConfig:
     """Stop after so many failed saves in a row; 0 stops at the first, as 1 does."""
     check_replicas: bool = False
     """At every save, compare by digest the tensors that should be equal on several ranks."""
+    check_snapshots: bool = False
+    """Read every save back and compare it with what the training held when it was taken (slow)."""
 
     resume: str | None = None
     """Carry on from latest, backup, best, epoch:N, step:N, a path or a URI."""

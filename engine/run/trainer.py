@@ -124,6 +124,7 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         seed=config.seed,
         storage_options=config.storage_mapping,
         mirror=config.mirror,
+        check_snapshots=config.check_snapshots,
         mirror_freq=config.mirror_freq,
         on_event=recorder.from_engine if job.world.is_first else None,
     )

@@ -25,6 +25,7 @@ from engine.format.manifest import TensorInfo
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
+from engine.save.proof import Digests, check_written
 from engine.save.receipt import Receipt, lacked_space
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
@@ -46,6 +47,7 @@ class Job:
     key: prefix of this save's keys in the store, unique to it.
     problem: what already failed on this rank in the training thread; its receipt carries it.
     filling: how far the arena holds the snapshot; writing follows it.
+    live_digests: what has to be found when the files are read back; empty when that is not asked for.
     """
 
     key: str
@@ -63,6 +65,7 @@ class Job:
     blocked_secs: float = 0.0
     problem: Exception | None = None
     secs: dict[str, float] = field(default_factory=dict)
+    live_digests: Digests = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -185,6 +188,8 @@ class JobRunner:
     def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
         started = self.clock()
         shards = check_receipts(receipts, job.info.attempt)
+            if job.live_digests and job.arena is not None:
+                check_written(self.storage, job.info.attempt, job.arena.slots, job.live_digests)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
         if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
             raise SaveFailedError(

@@ -28,6 +28,7 @@ from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.plan import agree_on_plan
 from engine.save.replicas import replica_digests
+from engine.save.proof import live_digests
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Copier
@@ -37,7 +38,19 @@ from engine.snapshot.snapshot import Snapshot
 Busy = Literal["wait", "skip"]
 
 STUCK_GRACE_SECS = 90.0
-"""On top of the deadlines of the save before: for its commit and its clean-up."""
+"""On top of a save's deadlines: for its commit and its clean-up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What to look for at every save, slowly, for debugging.
+
+    replicas: that replicated tensors are equal on all ranks.
+    snapshots: that the files, read back, hold the live state of the moment of `save`.
+    """
+
+    replicas: bool = False
+    snapshots: bool = False
 
 
 @dataclass(slots=True)
@@ -61,7 +74,7 @@ class Saver:
         run_key: run id and restart count: makes attempt ids unique.
         busy: what to do when the save before is still being written.
         timeout_secs: how long ranks wait for each other within one save.
-        check_replicas: compare replicated tensors across ranks at every save (slow).
+        checks: what to compare at every save beyond the everyday.
     """
 
     capture: StateCapture
@@ -72,7 +85,7 @@ class Saver:
     run_key: str
     busy: Busy
     timeout_secs: float
-    check_replicas: bool
+    checks: Checks
     on_event: Callable[[dict[str, Any]], None]
     clock: Callable[[], float] = time.monotonic
     number: int = 0
@@ -103,7 +116,7 @@ class Saver:
         mesh = mesh_description(moment.captured.tensors)
         info = replace(info, attempt=self._attempt(info.step), world_size=self.channel.world_size, mesh=mesh)
         job = self._job(key, info, moment, started)
-        job.secs.update(wait=waited - started, capture=planned - waited)
+        job.secs.update(wait=waited - started, capture=planned - waited, copy=0.0)
         # Started before the copy: it writes each part of the arena as soon as that is filled.
         self._start(job)
         if moment.problem is None:
@@ -113,7 +126,7 @@ class Saver:
             # The caller gets the cause at once and in its own class: nobody need be told of it again.
             job.handle.mark_told()
             raise moment.problem
-        self._announce_snapshot(job, self.clock() - planned)
+        self._announce_snapshot(job)
         return job.handle
 
     def prepare(self) -> None:
@@ -238,7 +251,9 @@ class Saver:
             if self.snapshot.arena is not None:
                 self.snapshot.arena.wait_ready()
             eager, overlapped = self.snapshot.copies(
-                lambda name, source: name in guarded and source.device.type != "cpu"
+                (lambda name, source: name in guarded and source.device.type != "cpu")
+                if self.copier.overlaps
+                else None
             )
             self.copier.copy(eager, overlapped, job.filling)
         except BaseException as error:
@@ -247,14 +262,18 @@ class Saver:
             if not isinstance(error, Exception):
                 raise
             moment.problem = error
+        started = self.clock()
 
     def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
         captured = moment.captured
         replicas: Mapping[str, str] = {}
-        if self.check_replicas and moment.problem is None:
+            if self.checks.snapshots:
+                job.live_digests = live_digests(self.snapshot)
+        if self.checks.replicas and moment.problem is None:
             replicas = replica_digests(captured, self.snapshot.held)
         return Job(
             key=key,
+            job.secs["copy"] = self.clock() - started
             info=info,
             handle=SaveHandle(info.step),
             arena=self.snapshot.arena,
@@ -269,18 +288,14 @@ class Saver:
             problem=moment.problem,
         )
 
-    def _announce_snapshot(self, job: Job, copy_secs: float) -> None:
+    def _announce_snapshot(self, job: Job) -> None:
         self.on_event(
             {
                 "event": "save_snapshotted",
                 "step": job.info.step,
                 "blocked_secs": job.blocked_secs,
                 "bytes": job.arena.file_bytes if job.arena else 0,
-                "secs_by_cause": {
-                    "wait": round(job.secs["wait"], 6),
-                    "capture": round(job.secs["capture"], 6),
-                    "copy": round(copy_secs, 6),
-                },
+                "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in ("wait", "capture", "copy")},
             }
         )
 

@@ -91,6 +91,11 @@ class Copier:
             else []
         )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether there is a side stream to copy on."""
+        return self._stream is not None
+
     def copy(self, eager: Sequence[Batch], overlapped: Sequence[Pair], filling: Filling) -> None:
         """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
 

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.dcp.boxes import detached, geometry
 from engine.snapshot import values
 from engine.snapshot.captured import Captured
 
@@ -26,10 +27,18 @@ class ModuleCapture:
         self.tensors: dict[str, torch.Tensor] = {}
         self._extra: dict[str, Any] = {}
         # state_dict() brings FSDP2 back to its sharded parameters before it reads them.
-        for name, value in get_model_state_dict(module).items():
+        saved = get_model_state_dict(module)
+        named = {
+            canonical(module, name): tensor
+            for name, tensor in (
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
+            )
+        }
+        for name, value in saved.items():
             # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
             if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE:
-                self.tensors[f"{key}.{name}"] = value.detach()
+                self.tensors[f"{key}.{name}"] = detached(value, like=named.get(name))
             else:
                 self._extra[name] = value
         self._slots = _slots(module)
@@ -37,11 +46,8 @@ class ModuleCapture:
             (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
         ]
         self._sizes = _sizes(module)
-        named = [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-        self.identities = {f"{key}.{canonical(module, name)}": id(tensor) for name, tensor in named}
+        self.identities = {f"{key}.{name}": id(tensor) for name, tensor in named.items()}
+        self._boxes = [(tensor, geometry(tensor)) for tensor in named.values() if geometry(tensor)]
 
     def unchanged(self) -> bool:
         """Whether the same tensors stand in the same places: one pass of identity checks.
@@ -52,6 +58,8 @@ class ModuleCapture:
         if self._extra or any(len(holder) != size for holder, size in self._sizes):
             return False
         if any(holder.get(name) is not child for holder, name, child in self._children):
+            return False
+        if any(geometry(tensor) != seen for tensor, seen in self._boxes):
             return False
         with torch.no_grad():
             for holder, name, seen, pointer in self._slots:

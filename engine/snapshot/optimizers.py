@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
 
+from engine.dcp.boxes import detached
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.captured import Captured
@@ -42,7 +43,7 @@ class OptimizerCapture:
                 self._states.append((parameter, entry))
             for field_name, value in entry.items():
                 if isinstance(value, torch.Tensor):
-                    self.tensors[f"{key}.state.{name}.{field_name}"] = value.detach()
+                    self.tensors[f"{key}.state.{name}.{field_name}"] = detached(value, like=parameter)
                     self._entries.append((entry, field_name, value, pointer_of(value)))
                 else:
                     self._counters.append((f"{name}.{field_name}", entry, field_name))

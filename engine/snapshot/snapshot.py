@@ -7,15 +7,16 @@ not changed costs one identity check and one batched copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.dcp.boxes import carries_boxes
 from engine.dcp.held import Held, held_chunks
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes
-from engine.format.layout import Chunk, ShardLayout, plan_files
+from engine.format.layout import Chunk, PlacedChunk, ShardLayout, plan_files
 from engine.snapshot.arena import Arena
 from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Batch, Pair
@@ -30,15 +31,18 @@ BATCH_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class _Copy:
-    """One standing order: rows of a held box into a view of the arena that ends at byte `end` of it."""
+    """One standing order: a held box, or some of its rows, into a view of the arena.
+
+    end: the byte of the arena that the view ends at. rows: (dim, start, length); None for the whole box.
+    """
 
     to: torch.Tensor
     end: int
+    size_bytes: int
     held: int
-    dim: int
-    start: int
-    length: int
-    name: str
+    rows: tuple[int, int, int] | None
+    file: str
+    placed: PlacedChunk
 
 
 class Snapshot:
@@ -72,7 +76,7 @@ class Snapshot:
         """Take note of where the state's memory is now. Returns whether a new plan is needed."""
         fresh = {name: tensor for name, tensor in captured.tensors.items() if name not in captured.fixed}
         signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in fresh.items())
-        plain = all(type(tensor) is torch.Tensor for tensor in fresh.values())
+        plain = all(type(tensor) is torch.Tensor and not carries_boxes(tensor) for tensor in fresh.values())
         if captured.generation == self._generation and signature == self._signature and plain:
             self._held = [
                 Held(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
@@ -100,16 +104,17 @@ class Snapshot:
         for slot in self.arena.slots:
             for placed in slot.layout.chunks:
                 part = by_box[placed.chunk.name, placed.chunk.offsets]
-                view = self.arena.view(slot, placed)
+                sizes = self._held[part.held].chunk.sizes
+                whole = not sizes or sizes[part.dim] == part.length
                 self._orders.append(
                     _Copy(
-                        view,
-                        slot.begin + placed.end,
-                        part.held,
-                        part.dim,
-                        part.start,
-                        part.length,
-                        placed.chunk.name,
+                        to=self.arena.view(slot, placed),
+                        end=slot.begin + placed.end,
+                        size_bytes=placed.end - placed.begin,
+                        held=part.held,
+                        rows=None if whole else (part.dim, part.start, part.length),
+                        file=slot.layout.file,
+                        placed=placed,
                     )
                 )
         self._planned_digest = self._held_digest
@@ -123,29 +128,40 @@ class Snapshot:
             self.arena.release()
             self.arena = None
 
-    def copies(self, overlaps: Callable[[str, torch.Tensor], bool]) -> tuple[list[Batch], list[Pair]]:
+    def copies(
+        self, overlaps: Callable[[str, torch.Tensor], bool] | None
+    ) -> tuple[list[Batch], list[Pair]]:
         """The copies of this snapshot: (to make before `save` returns, may overlap with training).
 
-        The first are in arena order, in batches, so that writing can begin before all of them are made.
+        `overlaps` says which may, by name and source; None: none of them.
+
+        The first are in arena order, in batches, so that writing can begin before all of them are made. With
+        10,000 small tensors every call for each of them shows: hence no narrowing, and no question, in vain.
         """
         batches: list[Batch] = []
         pairs: list[Pair] = []
         overlapped: list[Pair] = []
         batch_bytes = 0
         for order in self._orders:
-            source = self._held[order.held].tensor
-            if source.ndim and source.shape[order.dim] != order.length:
-                source = source.narrow(order.dim, order.start, order.length)
-            if overlaps(order.name, source):
+            source = self._source(order)
+            if overlaps is not None and overlaps(order.placed.chunk.name, source):
                 overlapped.append((order.to, source))
                 continue
             pairs.append((order.to, source))
-            batch_bytes += order.to.nbytes
+            batch_bytes += order.size_bytes
             if batch_bytes >= BATCH_BYTES:
                 batches.append(Batch(tuple(pairs), order.end))
                 pairs, batch_bytes = [], 0
         batches.append(Batch(tuple(pairs), self.arena.size_bytes if self.arena else 0))
         return batches, overlapped
+
+    def sources(self) -> Iterator[tuple[str, PlacedChunk, torch.Tensor]]:
+        """(file, chunk in it, live memory) of everything that this rank writes, as last prepared."""
+        return ((order.file, order.placed, self._source(order)) for order in self._orders)
+
+    def _source(self, order: _Copy) -> torch.Tensor:
+        source = self._held[order.held].tensor
+        return source if order.rows is None else source.narrow(*order.rows)
 
 
 def plan_digest(held: Sequence[Chunk]) -> str:

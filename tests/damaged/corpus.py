@@ -44,6 +44,9 @@ class Case:
     quick: bool = True
     chunks: Sequence[Sequence[Chunk]] | None = None
     """What the ranks write in place of an even split."""
+    restore: str | None = ""
+    """What a restore says, where that is something else; None where it restores all the same: it goes by the
+    index, and never looks into a header."""
 
 
 def write_case(root: Path, name: str) -> tuple[str, str]:
@@ -192,18 +195,35 @@ def w(begin: int, end: int, dtype: str = "F32") -> Chunk:
 _DIGEST = "[0-9a-f]{32}"
 _SHORT = "[0-9a-f]{16}"
 
+
+def changed(block: int, span: str) -> str:
+    """What a restore says of a block of the second shard that is not as it was written."""
+    found = f"its digest is {_SHORT}, {_SHORT} was written"
+    return rf"{SHARD}: block {block} \(bytes {span}\) has changed: {found}"
+
+
+
 CASES: dict[str, Case] = {
     "truncated_shard": Case(truncate(SHARD, 5000), "damaged", f"{SHARD} has 5000 bytes: [0-9]+ were written"),
     "longer_shard": Case(append, "damaged", f"{SHARD} has [0-9]+ bytes: [0-9]+ were written"),
     "empty_shard": Case(truncate(SHARD, 0), "damaged", f"{SHARD} has 0 bytes: [0-9]+ were written"),
     "missing_shard": Case(
-        remove(SHARD), "damaged", f"{SHARD} is missing: the manifest names it with [0-9]+ bytes"
+        remove(SHARD),
+        "damaged",
+        f"{SHARD} is missing: the manifest names it with [0-9]+ bytes",
+        restore=rf"lacks a file that its manifest lists: .*{SHARD}",
     ),
-    "symlink": Case(link, "damaged", f"{SHARD} is missing: the manifest names it with [0-9]+ bytes"),
+    "symlink": Case(
+        link,
+        "damaged",
+        f"{SHARD} is missing: the manifest names it with [0-9]+ bytes",
+        restore=changed(0, "0 to 65,536"),
+    ),
     "additional_shard": Case(
         add_foreign_shard,
         "damaged",
         r"shard-00002\.safetensors does not belong to this checkpoint: its manifest does not name it",
+        restore=None,
     ),
     "foreign_shard": Case(
         take_from_older(SHARD),
@@ -211,6 +231,7 @@ CASES: dict[str, Case] = {
         rf"{SHARD}: block 0 \(bytes 0 to 65536\) is not what was written: "
         rf"its digest is {_SHORT}, not {_SHORT}",
         quick=False,
+        restore=changed(0, "0 to 65,536"),
     ),
     "flipped_bit_in_data": Case(
         flip(SHARD, -1),
@@ -218,25 +239,47 @@ CASES: dict[str, Case] = {
         rf"{SHARD}: block 1 \(bytes 65536 to 86048\) is not what was written: "
         rf"its digest is {_SHORT}, not {_SHORT}$",
         quick=False,
+        restore=changed(1, "65,536 to 86,048"),
     ),
     "flipped_bit_in_header_padding": Case(
-        flip(SHARD, 4095), "committed", f"the header of {SHARD} is not valid JSON"
+        flip(SHARD, 4095),
+        "committed",
+        f"the header of {SHARD} is not valid JSON",
+        restore=changed(0, "0 to 65,536"),
     ),
-    "flipped_bit_in_header": Case(flip(SHARD, 0), "committed", f"{SHARD}|the header of {SHARD}"),
-    "wiped_shard": Case(wipe, "committed", rf"{SHARD}: block 0 \(bytes 0 to 65536\)", quick=False),
+    "flipped_bit_in_header": Case(
+        flip(SHARD, 0),
+        "committed",
+        f"{SHARD}|the header of {SHARD}",
+        restore=changed(0, "0 to 65,536"),
+    ),
+    "wiped_shard": Case(
+        wipe,
+        "committed",
+        rf"{SHARD}: block 0 \(bytes 0 to 65536\)",
+        quick=False,
+        restore=changed(0, "0 to 65,536"),
+    ),
     "huge_declared_header": Case(
         replace_header(huge_header),
         "committed",
         f"{SHARD} declares a header of 1152921504606846976 bytes in a file of 86048",
+        restore=None,
     ),
     "header_against_index": Case(
-        replace_header(rename_in_header), "committed", rf"the header of {SHARD} has 'model.v' as"
+        replace_header(rename_in_header),
+        "committed",
+        rf"the header of {SHARD} has 'model.v' as",
+        restore=None,
     ),
     "flipped_bit_in_index": Case(
         flip(INDEX, -3), "committed", rf".*{INDEX} has changed: its digest is {_DIGEST}, not {_DIGEST}$"
     ),
     "missing_index": Case(
-        remove(INDEX), "damaged", f"{INDEX} is missing: the manifest names it with [0-9]+ bytes"
+        remove(INDEX),
+        "damaged",
+        f"{INDEX} is missing: the manifest names it with [0-9]+ bytes",
+        restore=rf"lacks a file that its manifest lists: .*{INDEX}",
     ),
     "empty_index": Case(truncate(INDEX, 0), "damaged", f"{INDEX} has 0 bytes: [0-9]+ were written"),
     "index_not_canonical": Case(

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Checkpointer
+from engine.storage.local import LocalStorage
+from tests.support.carrier import every_nth_row
 from tests.support.ranks import Ranks
+from tests.support.reads import counted_reads
 from tests.support.training import differences, photograph
 
 World = Callable[[int], Ranks]
@@ -141,8 +144,11 @@ def saved(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 Saved = Callable[..., str]
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 4])
-@pytest.mark.parametrize("before", [1, 2, 3, 4])
+EIGHT = pytest.param(8, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4, EIGHT])
+@pytest.mark.parametrize("before", [1, 2, 3, 4, EIGHT])
 def test_fsdp_to_fsdp(before: int, after: int, world: World, saved: Saved) -> None:
     assert world(after).run(restore, "fsdp", saved("fsdp", before))[0] == []
 
@@ -280,3 +286,106 @@ def test_at_another_world_size_generators_are_derived(world: World, tmp_path: Pa
     assert by_three == again, "from (seed, step, rank) alone"
     streams = [*by_three, *(after for _, after in saved_by_two)]
     assert len({str(numbers) for numbers in streams}) == 5, "no two ranks share a stream"
+
+
+WHOLE = torch.arange(60.0).view(15, 4)
+
+
+def in_boxes(rank: int, world_size: int, directory: str, save_first: bool) -> list[int]:
+    """A value and a parameter with momenta, dealt out row by row as boxes of plain tensors: what differs."""
+    rows = every_nth_row(WHOLE, rank, world_size)
+    network = nn.Module()
+    network.weight = nn.Parameter(rows.clone())
+    network.weight.__dict__.update(rows.__dict__)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network.weight.grad = rows.clone()
+    optimizer.step()
+    value = every_nth_row(WHOLE.to(torch.bfloat16), rank, world_size)
+    tensors = [network.weight, *optimizer.state[network.weight].values(), value]
+    expected = [tensor.detach().clone() for tensor in tensors]
+    state = {"model": network, "optimizer": optimizer, "values": value}
+    with Checkpointer(directory, state) as checkpointer:
+        if save_first:
+            checkpointer.save(1).result(60)
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.zero_()
+        checkpointer.restore("latest")
+    # The last row is padding.
+    pairs = [(a[:-1], b[:-1]) if a.ndim else (a, b) for a, b in zip(expected, tensors, strict=True)]
+    return [number for number, (a, b) in enumerate(pairs) if not torch.equal(a, b)]
+
+
+def test_plain_tensors_that_carry_several_boxes(world: World, tmp_path: Path) -> None:
+    assert world(2).run(in_boxes, str(tmp_path), True) == [[], []]
+    assert world(3).run(in_boxes, str(tmp_path), False) == [[], [], []]
+
+
+def indexes_read(rank: int, world_size: int, directory: str, save_first: bool) -> list[str]:
+    """The indexes that this rank reads in one restore of a tensor that is sharded by rows."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    state = {"values": {"t": distribute_tensor(torch.arange(64.0).view(16, 4), mesh, [Shard(0)])}}
+    read: list[str] = []
+    real = LocalStorage.read_bytes
+
+    def noting(storage: LocalStorage, path: str, *, max_bytes: int) -> bytes:
+        read.append(path.rpartition("/")[2])
+        return real(storage, path, max_bytes=max_bytes)
+
+    with Checkpointer(directory, state) as checkpointer:
+        if save_first:
+            checkpointer.save(1).result(60)
+        LocalStorage.read_bytes = noting  # type: ignore[method-assign]
+        try:
+            checkpointer.restore("latest")
+        finally:
+            LocalStorage.read_bytes = real  # type: ignore[method-assign]
+    return sorted(name.removesuffix(".json") for name in read if name.startswith("shard-"))
+
+
+def test_a_rank_reads_the_indexes_that_it_needs_and_rank_0_all(world: World, tmp_path: Path) -> None:
+    every = [f"shard-{rank:05d}" for rank in range(4)]
+    assert world(4).run(indexes_read, str(tmp_path), True) == [every, *([name] for name in every[1:])]
+    # At another world size also the first one, for the names of the saved values.
+    assert world(2).run(indexes_read, str(tmp_path), False) == [every, [every[0], *every[2:]]]
+
+
+ROWS, COLUMNS = 1024, 1024
+
+
+def bytes_read(rank: int, world_size: int, directory: str, dim: int, save_first: bool) -> tuple[int, int]:
+    """(bytes of shards read, bytes of this rank's share) of a tensor of 4 MiB sharded along `dim`."""
+    source = torch.arange(float(ROWS * COLUMNS)).view(ROWS, COLUMNS)
+    mesh = init_device_mesh("cpu", (world_size,))
+    tensor = distribute_tensor(source if save_first else torch.zeros_like(source), mesh, [Shard(dim)])
+    with Checkpointer(directory, {"values": tensor}) as checkpointer, counted_reads() as counts:
+        if save_first:
+            checkpointer.save(1).result(60)
+            return 0, 0
+        checkpointer.restore("latest", include=["values"])
+    expected = distribute_tensor(source, mesh, [Shard(dim)])
+    assert torch.equal(tensor.to_local(), expected.to_local())
+    return counts["shards"], tensor.to_local().nbytes
+
+
+BLOCK_BYTES = 65536
+ROW_BYTES = 4 * COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows_touched"),
+    [
+        (0, 0, [ROWS // 4] * 4),  # its own rows
+        (0, 1, [ROWS] * 4),  # a quarter of each row: all of it is touched
+        (1, 1, [ROWS // 2] * 4),  # half of each of one file's rows, as long as half a row of the whole
+        (1, 0, [ROWS // 4] * 4),  # its rows' halves, in both files
+    ],
+)
+def test_other_placements_read_the_saved_rows_that_they_touch(
+    before: int, after: int, rows_touched: list[int], world: World, tmp_path: Path
+) -> None:
+    world(2).run(bytes_read, str(tmp_path), before, True)
+    found = world(4).run(bytes_read, str(tmp_path), after, False)
+    for (read, share), rows in zip(found, rows_touched, strict=True):
+        # A run of rows begins and ends inside a block, in each of two files.
+        assert share <= read <= rows * ROW_BYTES + 4 * BLOCK_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 from engine import Checkpointer
+from engine.catalog.lease import Lease
 from engine.dcp import held as held_module
 from engine.snapshot import modules, optimizers
 from engine.snapshot.arena import Arena
+from engine.storage.base import WINDOW_BYTES
+from engine.storage.system import System
+from tests.storage.systems import StrictDirect
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.training import model, train
 
@@ -186,3 +191,75 @@ def test_the_time_to_check_ten_thousand_tensors_is_a_few_calls_each(storage: Con
             sys.setprofile(None)
     assert unchanged
     assert calls <= 2 * 2_000 + 50
+
+
+class CountingSystem(StrictDirect):
+    """Direct I/O on any file system; counts the calls, and the bytes written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name in CALLS:
+            self.calls[name] += 1
+        return found
+
+
+CALLS = {name for name in vars(System) if not name.startswith("_")} - {"monotonic", "write_threads"}
+
+
+def test_the_system_calls_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reservation, one write for each window, one fsync a file: no pass over the data too many."""
+    system = CountingSystem()
+    storage = ControlledStorage(tmp_path / "run", system=system)
+    use(monkeypatch, storage)
+    for name in ("start_heartbeat", "heartbeat"):  # they write in between, at times of their own
+        monkeypatch.setattr(Lease, name, lambda lease: None)
+    with Checkpointer("ignored", training_state(width=200_000), retention=None) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        storage.written.clear()
+        system.calls.clear()
+        system.direct_bytes = system.buffered_bytes = 0
+        record = checkpointer.save(2).result(DEADLINE_SECS)
+        checkpointer.wait()
+        calls = dict(system.calls)
+    assert record is not None
+    shard = storage.written.pop("shard-00000.safetensors")
+    assert system.direct_bytes == -(-shard // 4096) * 4096
+    assert system.buffered_bytes == sum(storage.written.values()), "index and manifest"
+    windows = -(-shard // WINDOW_BYTES)
+    assert windows > 1
+    assert calls == {
+        "fallocate": 1, "set_direct": 1, "ftruncate": 1,  # the shard
+        "pwrite": windows + 2,
+        # Shard, index and manifest; the last two under names of their own until they are whole.
+        "create": 3, "fsync": 3, "close": 3, "chmod": 2, "replace": 1, "link": 1, "unlink": 1,
+        "mkdir": 1,
+        "fsync_dir": 3,  # the new directory in its parent, its files, the manifest
+    }
+
+
+def test_a_save_of_many_tensors_is_a_few_calls_each(storage: ControlledStorage) -> None:
+    """Counted in Python calls on the training thread: 10,000 small tensors have to cost little more than
+    their copy, and a call that is made for each of them would show."""
+    count = 2_000
+    network = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(count)])
+    with Checkpointer("ignored", {"model": network}) as checkpointer:
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.wait()
+        calls = 0
+
+        def note(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event == "call"
+
+        sys.setprofile(note)
+        try:
+            handle = checkpointer.save(2)
+        finally:
+            sys.setprofile(None)
+        handle.result(DEADLINE_SECS)
+    assert calls <= 2 * count + 1_000

@@ -315,6 +315,42 @@ def test_everything_that_does_not_fit_is_reported_at_once_and_nothing_changed(tm
         checkpointer.save(2).result(60)  # the state is as it was: saving is allowed
 
 
+def test_a_saved_value_that_nothing_takes_is_told_not_dropped(tmp_path: Path) -> None:
+    """Values that are no tensors count as much: a schedule or a loader that the state has lost."""
+    saved = {**values(1), "schedule": {"last_step": 7}, "mine": {"n": 1}}
+    with Checkpointer(tmp_path, saved, per_rank=("mine",)) as checkpointer:
+        checkpointer.save(1).result(60)
+    state = values(5)
+    with Checkpointer(tmp_path, state, read_only=True) as checkpointer:
+        with pytest.raises(StateMismatchError) as caught:
+            checkpointer.restore("latest")
+        for line in ("not in the state (2)", "mine (all of it)", "schedule (all of it)"):
+            assert line in str(caught.value)
+        assert state["values"]["n"] == 5
+        for left_out in (["schedule", "mine"], ["schedule.*", "mi*"]):
+            assert checkpointer.restore("latest", exclude=left_out) is not None
+        assert checkpointer.restore("latest", include=["values"]) is not None
+        assert state["values"]["n"] == 1
+
+
+def test_without_strictness_it_is_told_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(tmp_path, {**values(1), "schedule": {"last_step": 7}}) as checkpointer:
+        checkpointer.save(1).result(60)
+    with Checkpointer(tmp_path, values(5), read_only=True) as checkpointer:
+        checkpointer.restore("latest", strict=False)
+    assert "not in the state  schedule (all of it)" in caplog.text
+
+
+def test_a_module_is_no_value(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"part": nn.Linear(2, 2)}) as checkpointer:
+        checkpointer.save(1).result(60)
+    checkpointer = Checkpointer(tmp_path, {"part": {"weight": 1}}, read_only=True)
+    with checkpointer, pytest.raises(StateMismatchError, match="part: saved as a module, here a dict"):
+        checkpointer.restore("latest")
+
+
 @pytest.mark.parametrize(
     ("before", "now"),
     [
@@ -471,6 +507,23 @@ def test_read_only_writes_nothing(tmp_path: Path) -> None:
     assert record is not None
     assert record.step == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_could_not_be_marked_is_not_tried_first_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may not write into the directory, but it can remember."""
+    _, second, third = write(tmp_path, 1, 2, 3, retention=None)
+    flip_byte(shard(tmp_path, third))
+    with Checkpointer(tmp_path, values(0), read_only=True) as reader:
+        with pytest.raises(DamagedError):
+            reader.restore("step:3")
+        monkeypatch.setattr(LocalStorage, "open_reader", _refusing(third, LocalStorage.open_reader))
+        for _ in range(2):
+            record = reader.restore("latest")
+            assert record is not None
+            assert record.id == second
+    assert not (tmp_path / third / "damaged.json").exists()
 
 
 def test_at_the_same_world_size_nothing_is_said_about_random_streams(

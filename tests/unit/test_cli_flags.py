@@ -17,7 +17,7 @@ TRAIN = """
     --max_steps --num_epochs --steps_per_epoch --eval_freq --eval_batches
     --checkpoint_freq --keep_checkpoints --checkpoint_dir --mirror --mirror_freq --storage_options
     --save_policy --max_save_failures
-    --check_replicas --no_check_replicas
+    --check_replicas --no_check_replicas --check_snapshots --no_check_snapshots
     --resume --new_run --no_new_run --init_from --list_checkpoints --no_list_checkpoints
     --allow_data_change --no_allow_data_change
     --device --dp_replicate --bf16 --no_bf16 --compile --no_compile --deterministic --no_deterministic

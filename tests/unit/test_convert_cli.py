@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from engine.catalog import marks
 from engine.catalog.lease import Lease
-from engine.checkpoints.__main__ import main
 from engine.storage.local import LocalStorage
+from tests.support.checkpoints_program import Program, program
 from tests.support.tiny_gpt2 import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-    def refused(self, *parts: str) -> None:
-        """Exit code 2, nothing on stdout, one sentence on stderr, and no traceback."""
-        assert (self.code, self.out) == (2, "")
-        assert self.err.startswith("error: ")
-        assert self.err.count("\n") == 1, self.err
-        for part in parts:
-            assert part in self.err
-
-
-class Program:
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def __call__(self, *argv: object) -> Ran:
-        self._capsys.readouterr()
-        code = main([str(argument) for argument in argv])
-        captured = self._capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Program]:
-    logger = logging.getLogger("engine")
-    before = (logger.handlers, logger.level)
-    yield Program(capsys)
-    logger.handlers, logger.level = before
+    with program(capsys) as ready:
+        yield ready
 
 
 @pytest.fixture(scope="module")

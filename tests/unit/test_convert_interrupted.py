@@ -88,8 +88,11 @@ def test_an_export(trained: tuple[Path, list[str]], place: str, format: str, at:
 
 
 @pytest.mark.parametrize("at", ["first", "last"])
-def test_an_import(trained: tuple[Path, list[str]], place: str, tmp_path: Path, at: str) -> None:
-    export(trained, str(tmp_path), "torch", lambda count: None)
+@pytest.mark.parametrize("format", ["hf", "torch", "dcp"])
+def test_an_import(
+    trained: tuple[Path, list[str]], place: str, tmp_path: Path, format: str, at: str
+) -> None:
+    export(trained, str(tmp_path), format, lambda count: None)
     counting = Stop(0)
     import_checkpoint(str(tmp_path / "out"), f"{place}/run", progress=counting)
     before = files(place)

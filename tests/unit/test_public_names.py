@@ -47,7 +47,8 @@ def test_the_checkpointer_has_exactly_these_methods() -> None:
 def test_the_signatures_that_loops_rely_on() -> None:
     made = inspect.signature(engine.Checkpointer).parameters
     assert list(made)[:2] == ["directory", "state"]
-    assert {"per_rank", "retention", "config", "busy", "timeout_secs", "check_replicas"} <= set(made)
+    assert {"per_rank", "retention", "config", "busy", "timeout_secs"} <= set(made)
+    assert {"check_replicas", "check_snapshots"} <= set(made)
     save = inspect.signature(engine.Checkpointer.save).parameters
     assert list(save)[:2] == ["self", "step"]
     assert {"epoch", "tokens", "metrics", "reasons"} <= set(save)

@@ -122,6 +122,22 @@ def test_a_grown_vocabulary_is_filled_and_the_rest_stays_initialised(
     assert "0 tensors loaded, 1 filled" in message
 
 
+def test_every_difference_has_a_row_of_one_table(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.ModuleDict({"embedding": nn.Embedding(8, 3), "other": nn.Linear(3, 2)})
+    net["many"] = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in range(60)])
+    restore(saved, net, model_only=True, strict=False)
+    (message,) = (record.getMessage() for record in caplog.records if "tensors loaded" in record.getMessage())
+    head, *rows = message.splitlines()
+    assert head.endswith("0 tensors loaded, 1 filled as far as they go")
+    assert rows[0] == (
+        "  different                  model.embedding.weight: saved as F32 [5, 3], here F32 [8, 3]"
+    )
+    missing = [row for row in rows if row.startswith("  missing in the checkpoint  model.")]
+    assert len(missing) == 62
+    assert all(row.startswith("  not in the state           model.body.") for row in rows[63:])
+    assert len(rows) == 1 + 62 + 2
+
+
 def test_a_strict_restore_that_does_not_fit_changes_nothing(saved: Path) -> None:
     net = Net(rows=8)
     with pytest.raises(StateMismatchError, match="saved as F32 \\[5, 3\\], here F32 \\[8, 3\\]"):

@@ -169,7 +169,7 @@ def test_a_file_of_another_size_is_damage_before_anything_is_read(change: str, s
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] if change == "truncated" else raw + b"x")
     wanted = blank(saved.tensors)
-    with pytest.raises(DamagedError, match=r"bytes, .* were written"):
+    with pytest.raises(DamagedError, match=r"bytes: [0-9]+ were written"):
         saved.read(wanted)
     assert equal(wanted, blank(saved.tensors))
 

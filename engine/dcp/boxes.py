@@ -1,0 +1,116 @@
+"""Plain local tensors that hold boxes of a larger global one: the `CheckpointableTensor` of torch 2.15.
+
+Recognised by its four attributes, as torch does it, so that it works on a torch that knows nothing of it:
+
+    global_shape    shape of the global tensor
+    global_offsets  for each box, where it begins in the global tensor
+    local_offsets   for each box, where it begins in the local tensor, which may have padding besides
+    local_sizes     the shape of each box
+
+A local tensor with fewer dimensions holds rows of a view that merges leading ones: a box is then a run of
+its rows, in the box's own shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.errors import UnsavableValueError
+
+_FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The box [offsets, offsets + sizes) of a global tensor, and the local memory (a view) that holds it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+def carries_boxes(tensor: torch.Tensor) -> bool:
+    """Whether the tensor says which boxes of a global one it holds."""
+    return all(hasattr(tensor, name) for name in _FIELDS)
+
+
+def global_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of the global tensor that a plain tensor, a DTensor or a carrier of boxes stands for."""
+    return tuple(map(int, _field(tensor, "global_shape") if carries_boxes(tensor) else tensor.shape))
+
+
+def geometry(tensor: torch.Tensor) -> tuple[object, ...]:
+    """A value that changes when the boxes do; () for a tensor that carries none."""
+    return tuple(_field(tensor, name) for name in _FIELDS) if carries_boxes(tensor) else ()
+
+
+def detached(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor without gradients and with its boxes, which `detach` would drop.
+
+    `like`: carries the boxes where `tensor` itself does not: a state dict has detached it already, or it is
+    an optimizer's state of a parameter.
+    """
+    found = tensor.detach()
+    source = tensor if carries_boxes(tensor) or like is None else like
+    if carries_boxes(source) and source.shape == tensor.shape:
+        for name in _FIELDS:
+            setattr(found, name, _field(source, name))
+    return found
+
+
+def boxes_of(tensor: torch.Tensor, name: str) -> list[Box]:
+    """The boxes that a tensor carries, as views of its memory.
+
+    Raises: UnsavableValueError naming the tensor when its attributes contradict each other.
+    """
+    shape = global_shape(tensor)
+    per_box = [_field(tensor, field) for field in _FIELDS[1:]]
+    if len({len(entries) for entries in per_box}) != 1:
+        raise UnsavableValueError(
+            f"{name}: global_offsets, local_offsets and local_sizes describe "
+            f"{', '.join(str(len(entries)) for entries in per_box)} boxes; they must describe the same ones"
+        )
+    return [
+        _box(tensor, name, shape, *(tuple(map(int, entry)) for entry in entries))
+        for entries in zip(*per_box, strict=True)
+    ]
+
+
+def _box(
+    tensor: torch.Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    local: tuple[int, ...],
+    sizes: tuple[int, ...],
+) -> Box:
+    merged = len(sizes) - tensor.ndim
+    taken = sizes if merged <= 0 else (math.prod(sizes[: merged + 1]), *sizes[merged + 1 :])
+    fits = (
+        len(offsets) == len(sizes) == len(shape)
+        and len(local) == len(taken) == tensor.ndim
+        and _inside(offsets, sizes, shape)
+        and _inside(local, taken, tuple(tensor.shape))
+        and (merged == 0 or (taken[1:] == tuple(tensor.shape[1:]) and not any(local[1:])))
+    )
+    if not fits:
+        raise UnsavableValueError(
+            f"{name}: the box {list(sizes)} at {list(offsets)} of {list(shape)} cannot lie at {list(local)} "
+            f"of a local tensor {list(tensor.shape)}; its attributes contradict each other"
+        )
+    view = tensor.detach()
+    for dim, (begin, size) in enumerate(zip(local, taken, strict=True)):
+        view = view.narrow(dim, begin, size)
+    return Box(offsets, sizes, view.view(sizes) if merged else view)
+
+
+def _inside(begin: tuple[int, ...], sizes: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return all(b >= 0 and s >= 0 and b + s <= w for b, s, w in zip(begin, sizes, whole, strict=True))
+
+
+def _field(tensor: torch.Tensor, name: str) -> Any:
+    return getattr(tensor, name)

@@ -1,0 +1,152 @@
+"""Where the saved chunks lie, and the ranks' indexes, of which each rank reads only those that it needs.
+
+An index holds its rank's chunks, its block digests and its own values. Who fills its tensors needs the
+chunks of all ranks, but the digests of few files and, as a rule, no values but its own. So rank 0 reads every
+index and hands the chunks on; the others read the indexes of the files that they read from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, overload
+
+from engine.catalog.coverage import coverage_damage
+from engine.catalog.listing import read_index
+from engine.errors import DamagedError
+from engine.format.index import ShardFile, ShardIndex
+from engine.format.json import canonical_bytes
+from engine.format.layout import Chunk, PlacedChunk
+from engine.format.manifest import Manifest
+from engine.storage.base import Storage
+
+Places = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
+
+MOST_BYTES = 4 << 20
+"""Longer lists of chunks are not handed on: torch's store takes no value above 8 MiB."""
+
+_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A saved chunk, and the rank and shard file that hold it."""
+
+    rank: int
+    file: str
+    placed: PlacedChunk
+
+
+class Indexes:
+    """The indexes of one checkpoint, checked against its manifest; each is read once, when it is needed.
+
+    As a sequence: the saved ranks' own values, by rank.
+    Raises: DamagedError, NotFoundError, StorageError from whatever reads an index.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, name: str) -> None:
+        self._storage = storage
+        self._manifest = manifest
+        self._name = name
+        self._read: dict[int, ShardIndex] = {}
+
+    def fetch(self, ranks: Iterable[int]) -> list[ShardIndex]:
+        """The indexes of these ranks; those that were not read yet are read side by side."""
+        wanted = list(ranks)
+        lacking = [rank for rank in dict.fromkeys(wanted) if rank not in self._read]
+        if lacking:
+            with ThreadPoolExecutor(min(_THREADS, len(lacking))) as pool:
+                read = pool.map(
+                    lambda rank: read_index(self._storage, self._manifest, rank, name=self._name), lacking
+                )
+                self._read.update(zip(lacking, read, strict=True))
+        return [self._read[rank] for rank in wanted]
+
+    def every(self) -> list[ShardIndex]:
+        """The indexes of all ranks."""
+        return self.fetch(range(self._manifest.world_size))
+
+
+class Locals(Sequence[Mapping[str, Any]]):
+    """Each saved rank's own values. Reading one brings its index."""
+
+    def __init__(self, indexes: Indexes, world_size: int) -> None:
+        self._indexes = indexes
+        self._world_size = world_size
+
+    def __len__(self) -> int:
+        return self._world_size
+
+    @overload
+    def __getitem__(self, rank: int) -> Mapping[str, Any]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> list[Mapping[str, Any]]: ...
+    def __getitem__(self, rank: int | slice) -> Mapping[str, Any] | list[Mapping[str, Any]]:
+        if isinstance(rank, slice):
+            return [index.local for index in self._indexes.fetch(range(self._world_size)[rank])]
+        (index,) = self._indexes.fetch([range(self._world_size)[rank]])
+        return index.local
+
+
+def chunk_places(manifest: Manifest, indexes: Sequence[ShardIndex]) -> Places:
+    """Every saved chunk by tensor name, with the file that holds it. Pure.
+
+    Raises: DamagedError when the indexes do not describe the manifest's tensors, whole and once.
+    """
+    places: dict[str, list[tuple[ShardFile, PlacedChunk]]] = defaultdict(list)
+    for index in indexes:
+        for shard, placed in index.chunks:
+            places[placed.chunk.name].append((shard, placed))
+    damage = coverage_damage(manifest, indexes)
+    if damage:
+        raise DamagedError(damage[0].sentence)
+    return places
+
+
+def places_of(indexes: Sequence[ShardIndex]) -> dict[str, list[Place]]:
+    """Every chunk by tensor name, in the same order on every rank. Pure."""
+    places: dict[str, list[Place]] = defaultdict(list)
+    for index in indexes:
+        for shard, placed in index.chunks:
+            places[placed.chunk.name].append(Place(index.rank, shard.file, placed))
+    return places
+
+
+def describe_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> dict[str, Any] | None:
+    """All chunks as JSON, for the ranks that have not read these indexes; None when that would be too long.
+
+    Raises: DamagedError as `chunk_places`.
+    """
+    chunk_places(manifest, indexes)
+    numbers = {name: number for number, name in enumerate(sorted(manifest.tensors))}
+    files = [
+        {
+            "rank": index.rank,
+            "file": shard.file,
+            "chunks": [
+                [numbers[c.name], placed.begin, list(c.offsets), list(c.sizes)]
+                for placed in shard.chunks
+                for c in (placed.chunk,)
+            ],
+        }
+        for index in indexes
+        for shard in index.files
+    ]
+    document = {"files": files}
+    return document if len(canonical_bytes(document)) <= MOST_BYTES else None
+
+
+def read_description(manifest: Manifest, document: Mapping[str, Any]) -> dict[str, list[Place]]:
+    """The inverse of `describe_chunks`: every chunk by tensor name, in the same order on every rank."""
+    names = sorted(manifest.tensors)
+    places: dict[str, list[Place]] = defaultdict(list)
+    for file in document["files"]:
+        for number, begin, offsets, sizes in file["chunks"]:
+            name = names[number]
+            info = manifest.tensors[name]
+            chunk = Chunk(name, info.dtype, info.shape, tuple(offsets), tuple(sizes))
+            placed = PlacedChunk(chunk, begin, begin + chunk.chunk_bytes)
+            places[name].append(Place(file["rank"], file["file"], placed))
+    return places
