@@ -142,8 +142,8 @@ class FaultProxy:
         self._writers |= {writer, there[1]}
         try:
             await asyncio.gather(connection.upwards(reader), connection.downwards(there[0]))
-        except OSError:
-            _reset(writer)  # as the server did, or the client
+        except (OSError, asyncio.CancelledError):
+            _reset(writer)  # as the server did, or the client; or the proxy is closed
         finally:
             for one in (writer, there[1]):
                 self._writers.discard(one)
