@@ -90,8 +90,6 @@ class _Upload:
             return [future.result() for future in sent]
         except BaseException:
             self._stop.set()
-            for future in sent:
-                future.cancel()
             raise
 
     def _put(self, number: int, begin: int, end: int) -> str:

@@ -31,6 +31,7 @@ class Parts(Bulk):
         self.fail: Callable[[str], None] = lambda what: None
         self.lock = threading.Lock()
         self.most_at_once = 0
+        self.stop = threading.Event()
         self._now = 0
 
     def begin(self, full: str, file_bytes: int) -> str:
@@ -41,6 +42,7 @@ class Parts(Bulk):
     def put_part(
         self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
     ) -> str:
+        self.stop = stop
         with self.lock:
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
@@ -167,9 +169,37 @@ def test_after_a_failure_no_further_part_is_begun(
 ) -> None:
     monkeypatch.setattr(Parts, "at_once", lambda self, size: 1)
     parts.fail = failing(99, "part 2", PermissionError("403"))
+    prepared: list[int] = []
+    with pytest.raises(StorageDeniedError):
+        storage.write_shard(
+            "shard", padded(pattern(SIZE)), SIZE, on_window=lambda begin, end: prepared.append(begin)
+        )
+    assert "part 5" not in parts.calls
+    assert len(prepared) <= 3, "it waited for parts of the arena that nobody will send"
+
+
+def test_after_a_failure_other_parts_are_not_tried_again(
+    storage: FsspecStorage, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would go on for two minutes, and the save would wait for them to report what is known."""
+    monkeypatch.setattr(Parts, "at_once", lambda self, size: 2)
+    second_is_out = threading.Event()
+    told: list[bool] = []
+
+    def fail(what: str) -> None:
+        if what == "part 1":
+            assert second_is_out.wait(10.0)
+            raise PermissionError("403")
+        if what == "part 2":
+            second_is_out.set()
+            told.append(parts.stop.wait(10.0))
+            raise ConnectionResetError("reset")
+
+    parts.fail = fail
     with pytest.raises(StorageDeniedError):
         storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
-    assert "part 5" not in parts.calls
+    assert told == [True]
+    assert parts.calls.count("part 2") == 1
 
 
 @pytest.mark.parametrize(
