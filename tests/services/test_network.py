@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.storage.open import open_storage
+from engine.storage.remote import FsspecStorage
+from engine.storage.retry import Retry
 from tests.e2e.harness import program
 from tests.services.proxy import FaultProxy, Faults
 from tests.services.rgw import OWNER, Gateway
@@ -57,7 +59,7 @@ def test_large_objects_pass_a_flaky_network_in_both_directions(bucket: Bucket, p
 def test_a_reset_in_the_middle_of_every_upload_fails_cleanly(bucket: Bucket, proxy: FaultProxy) -> None:
     data = pattern(40 << 20)
     options = {**bucket.at(proxy.endpoint).options, "config_kwargs.retries": {"total_max_attempts": 1}}
-    storage = open_storage(bucket.uri(), options, create=True)
+    storage = FsspecStorage(bucket.uri(), options, retry=Retry(sleep=lambda _: None))
     proxy.faults = Faults(reset_after_bytes=1 << 20, methods=("PUT",))
     with pytest.raises(OSError, match="could not write") as raised:
         storage.write_shard("shard", padded(data), len(data))
