@@ -62,9 +62,9 @@ class Checkpointer:
         busy: when the save before is still being written: "wait" for it, or "skip" this one.
         timeout_secs: how long ranks wait for each other within one save or restore.
         check_replicas: compare replicated tensors across ranks at every save (JSON values always are).
-        memory_budget_bytes: most host memory that this rank's snapshot may take.
         check_snapshots: read every save back and fail it unless it holds, to the bit, what the state held
             when `save` was called. Slow, for finding what changes weights behind the snapshot's back.
+        memory_budget_bytes: most host memory that this rank's snapshot may take.
         overlap: "auto", or False to have the snapshot copied before `save` returns on CUDA, too.
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
         mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
@@ -85,8 +85,8 @@ class Checkpointer:
         busy: Busy = "wait",
         timeout_secs: float = 600.0,
         check_replicas: bool = False,
-        memory_budget_bytes: int | None = None,
         check_snapshots: bool = False,
+        memory_budget_bytes: int | None = None,
         overlap: bool | str = "auto",
         storage_options: Mapping[str, str] | None = None,
         mirror: str | os.PathLike[str] | None = None,

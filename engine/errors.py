@@ -58,11 +58,11 @@ class ReplicaMismatchError(StateError):
     """A value declared replicated differs between ranks."""
 
 
-class StateMismatchError(StateError):
 class TornSnapshotError(StateError):
     """What was written is not the state of one moment; found on demand only (check_snapshots)."""
 
 
+class StateMismatchError(StateError):
     """Checkpoint and destination do not fit; the message lists every tensor that differs."""
 
 

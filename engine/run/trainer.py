@@ -121,10 +121,10 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         config={**to_json(config), LAUNCH_KEY: restart.launch},
         busy=config.save_policy,
         check_replicas=config.check_replicas,
+        check_snapshots=config.check_snapshots,
         seed=config.seed,
         storage_options=config.storage_mapping,
         mirror=config.mirror,
-        check_snapshots=config.check_snapshots,
         mirror_freq=config.mirror_freq,
         on_event=recorder.from_engine if job.world.is_first else None,
     )

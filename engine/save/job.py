@@ -181,6 +181,8 @@ class JobRunner:
                 secs=job.secs,
                 clock=self.clock,
             )
+            if job.live_digests and job.arena is not None:
+                check_written(self.storage, job.info.attempt, job.arena.slots, job.live_digests)
         except Exception as error:
             return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
         return Receipt(rank, job.info.attempt, shard, job.shared_digests, job.replica_digests, dict(job.secs))
@@ -188,8 +190,6 @@ class JobRunner:
     def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
         started = self.clock()
         shards = check_receipts(receipts, job.info.attempt)
-            if job.live_digests and job.arena is not None:
-                check_written(self.storage, job.info.attempt, job.arena.slots, job.live_digests)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
         if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
             raise SaveFailedError(

@@ -27,8 +27,8 @@ from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.plan import agree_on_plan
-from engine.save.replicas import replica_digests
 from engine.save.proof import live_digests
+from engine.save.replicas import replica_digests
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Copier
@@ -246,34 +246,34 @@ class Saver:
             moment.problem = error
 
     def _copy(self, moment: _Moment, job: Job) -> None:
+        started = self.clock()
         guarded = moment.captured.guarded
         try:
             if self.snapshot.arena is not None:
                 self.snapshot.arena.wait_ready()
+            if self.checks.snapshots:
+                job.live_digests = live_digests(self.snapshot)
             eager, overlapped = self.snapshot.copies(
                 (lambda name, source: name in guarded and source.device.type != "cpu")
                 if self.copier.overlaps
                 else None
             )
             self.copier.copy(eager, overlapped, job.filling)
+            job.secs["copy"] = self.clock() - started
         except BaseException as error:
             # The background thread waits for the copy: it must hear of this whatever it is.
             job.filling.fail(error)
             if not isinstance(error, Exception):
                 raise
             moment.problem = error
-        started = self.clock()
 
     def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
         captured = moment.captured
         replicas: Mapping[str, str] = {}
-            if self.checks.snapshots:
-                job.live_digests = live_digests(self.snapshot)
         if self.checks.replicas and moment.problem is None:
             replicas = replica_digests(captured, self.snapshot.held)
         return Job(
             key=key,
-            job.secs["copy"] = self.clock() - started
             info=info,
             handle=SaveHandle(info.step),
             arena=self.snapshot.arena,
