@@ -283,9 +283,9 @@ def test_a_forgotten_checkpointer_still_finishes_at_exit(tmp_path: Path) -> None
                 closing.wait(0.01)
             make_dir(storage, path)
 
-        def note_closing(checkpointer):
+        def note_closing(checkpointer, *mirror_patience):
             closing.set()
-            close(checkpointer)
+            close(checkpointer, *mirror_patience)
 
         LocalStorage.make_dir, Checkpointer.close = make_dir_late, note_closing
 
