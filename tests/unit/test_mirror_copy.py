@@ -199,6 +199,28 @@ def test_while_it_is_mended_it_is_listed_as_damaged(
     assert steps_in(second) == [10]
 
 
+def test_with_one_of_two_changed_files_mended_it_is_still_listed_as_damaged(
+    local: LocalStorage, second: Storage, id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every size is right then: only the mark tells."""
+    copy_checkpoint(local, id, second)
+    for shard in SHARDS:
+        change_byte(second, f"{id}/{shard}")
+    statuses = []
+    real = second.open_reader
+
+    def look(path: str) -> Any:
+        if path.endswith(SHARDS[1]):
+            statuses.append(list_checkpoints(second)[0].status)
+        return real(path)
+
+    monkeypatch.setattr(second, "open_reader", look)
+    copy_checkpoint(local, id, second, check=True)
+    assert statuses == ["damaged", "damaged"]
+    monkeypatch.undo()
+    assert steps_in(second) == [10]
+
+
 def test_a_wrong_mark_is_taken_back(local: LocalStorage, second: Storage, id: str) -> None:
     copy_checkpoint(local, id, second)
     marks.mark_damaged(second, id, "block 3 is bad")
