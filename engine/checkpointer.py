@@ -260,7 +260,7 @@ class Checkpointer:
             if self._mirror is not None:
                 self._mirror.close(mirror_patience)
             if self._lease is not None:
-                self._lease.release()
+                (self._lease.abandon if saver is not None and saver.stuck else self._lease.release)()
         self.poll()
 
     def __enter__(self) -> Checkpointer:

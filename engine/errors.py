@@ -27,6 +27,7 @@ catches it as it would expect:
     │   ├── LateRanksError (TimeoutError)        names the ranks that are late
     │   └── PeerFailedError                      another rank failed; carries its cause
     ├── SaveFailedError (RuntimeError)           a save did not commit; carries its cause
+    │   └── SaveStuckError                       it hangs in a call that never returns
     ├── RestoreFailedError (RuntimeError)        a restore broke off; the state is undefined
     └── MemoryBudgetError (MemoryError)          the snapshot would not fit the budget
 """
@@ -128,6 +129,10 @@ class PeerFailedError(CoordinationError):
 
 class SaveFailedError(HoldfastError, RuntimeError):
     """A save did not commit; the message carries the cause."""
+
+
+class SaveStuckError(SaveFailedError):
+    """A save hangs beyond every deadline, in a call that never returns; the message says at what."""
 
 
 class RestoreFailedError(HoldfastError, RuntimeError):

@@ -57,7 +57,7 @@ def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) ->
         setup.leave()
     except Stopped as stopped:
         if world.is_first:
-            print(f"stopped by signal {stopped.signum} before the first step: nothing to save", flush=True)
+            print(stopped, flush=True)
         return 128 + stopped.signum
     except (HoldfastError, DataError) as error:
         return _refuse(error, agreed=agreement.failed)

@@ -28,6 +28,7 @@ from engine.errors import (
     LeaseLostError,
     NotFoundError,
     StorageError,
+    StorageUnavailableError,
 )
 from engine.format.names import lease_name, parse_lease
 from engine.storage.base import Storage
@@ -39,6 +40,9 @@ STALE_SECS = 60.0
 
 HEARTBEAT_SECS = 10.0
 """How often the holder beats."""
+
+RELEASE_SECS = 60.0
+"""How long the end of a run waits for a storage that does not take the release: it is stale by then."""
 
 MAX_LEASE_BYTES = 64 << 10
 
@@ -60,6 +64,8 @@ class Lease:
         self._lock = threading.Lock()  # a late heartbeat must not overwrite the release
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._releasing = False
+        self._problem: Exception | None = None
         self._lost = False
 
     @classmethod
@@ -151,17 +157,29 @@ class Lease:
             self._thread.start()
 
     def release(self) -> None:
-        """Stop the heartbeat and let the next run in at once. A lost lease is left to its new holder."""
-        self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        try:
-            self.check()
-        except (LeaseLostError, NotFoundError):  # another run's now, or the whole directory is gone
+        """Stop the heartbeat and let the next run in at once. A lost lease is left to its new holder.
+
+        Raises: StorageError; StorageUnavailableError also when the storage does not answer at all.
+        """
+        thread = self._thread
+        if thread is None:
+            self._let_go()
             return
-        with self._lock:
-            if not self._info.released:
-                self._write(self._info.let_go())
+        # The thread that beats writes the release, too: a call that never returns holds nobody else up.
+        self._releasing = True
+        self._stop.set()
+        thread.join(RELEASE_SECS)
+        if thread.is_alive():
+            raise StorageUnavailableError(
+                f"{self._storage.uri} does not answer: the lease could not be let go of within "
+                f"{RELEASE_SECS:g} s. The next run has to wait until it is stale, for {STALE_SECS:g} s"
+            )
+        if self._problem is not None:
+            raise self._problem
+
+    def abandon(self) -> None:
+        """Stop the heartbeat and leave the lease as it is, to be taken over as that of a dead holder."""
+        self._stop.set()
 
     def give_back(self) -> None:
         """Release after a failed start, whose error is the one to report."""
@@ -190,6 +208,20 @@ class Lease:
                 return  # logged; the next commit fails with it
             except StorageError as error:
                 log.warning("a heartbeat in %s failed, the next one may pass: %s", self._storage.uri, error)
+        if self._releasing:
+            try:
+                self._let_go()
+            except Exception as error:
+                self._problem = error
+
+    def _let_go(self) -> None:
+        try:
+            self.check()
+        except (LeaseLostError, NotFoundError):  # another run's now, or the whole directory is gone
+            return
+        with self._lock:
+            if not self._info.released:
+                self._write(self._info.let_go())
 
     def _find_taker(self) -> str | None:
         """Who has the directory instead of us. Also looks by name: network file systems cache listings."""

@@ -17,24 +17,15 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from engine.errors import CoordinationError, LateRanksError
+from engine.parallel.answering import AnsweringStore, Store
 
 Clock = Callable[[], float]
-
-
-class Store(Protocol):
-    """The part of torch's Store that a channel uses."""
-
-    def set(self, key: str, value: bytes, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def delete_key(self, key: str, /) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -187,8 +178,7 @@ def connect_ranks(timeout_secs: float) -> Coordinator:
 
     def connect() -> Store:
         store: Any = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        client: Store = store
-        return client
+        return AnsweringStore(store)
 
     return Coordinator(rank, world_size, run_id, connect, server)
 

@@ -19,10 +19,13 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """A signal asked some rank to stop, and all ranks know. Not an error: the way out of the program."""
+    """A signal asked some rank to stop, and all ranks know. Not an error: the way out of the program.
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"signal {signum}")
+    `where`: what is lost, for the last line on the console.
+    """
+
+    def __init__(self, signum: int, where: str = "before the first step: nothing to save") -> None:
+        super().__init__(f"stopped by signal {signum} {where}")
         self.signum = signum
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from engine.mirror.uploader import copies_hang
+from engine.save.exit import anything_hangs
 
 
 def end_process(
@@ -16,7 +17,7 @@ def end_process(
     *,
     leave_at_once: Callable[[int], None] = os._exit,
 ) -> None:
-    """End the program; among other ranks, or when a copy hangs, without taking the interpreter down.
+    """End the program; among other ranks, and when a save hangs, without taking the interpreter down.
 
     A worker thread of gloo lets go of its last tensor at some time after the collective, and takes the GIL
     for it. While the interpreter is taken down that ends the thread in the middle of C++ code, and the
@@ -24,7 +25,7 @@ def end_process(
     -> `TensorImpl::decref_pyobject`. Everything that must be finished has been closed by now. Dissolving
     the group does not help, because a wrapped model keeps it alive.
     """
-    if "RANK" not in environ and not copies_hang():
+    if "RANK" not in environ and not anything_hangs() and not copies_hang():
         sys.exit(status)
     logging.shutdown()
     sys.stdout.flush()

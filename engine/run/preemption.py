@@ -80,6 +80,11 @@ class Preemption:
         """The first signal's number, or None: what the step's reduction carries to the other ranks."""
         return self.request.signum
 
+    @property
+    def secs_left(self) -> float | None:
+        """Until the process must be gone; None without a signal."""
+        return self.request.secs_left(self.clock())
+
     def install(self) -> None:
         """Take the signals over, from the main thread, for the rest of the process."""
         read_fd, write_fd = os.pipe()

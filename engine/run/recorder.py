@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from engine.run.schedule import BestLoss
 from engine.storage.split import split_uri
 
 HOOK_CLOSE_SECS = 15.0
+RECENT_SAVES = 5
 
 
 class Recorder:
@@ -30,6 +33,7 @@ class Recorder:
         self._metrics: MetricsLog | None = None
         self._hook: EventHook | None = None
         self._saves: dict[int, Mapping[str, Any]] = {}
+        self._took_secs: deque[float] = deque(maxlen=RECENT_SAVES)
         self._lock = threading.Lock()
 
     def open(self, metrics: MetricsLog, hook: EventHook | None) -> None:
@@ -57,6 +61,8 @@ class Recorder:
             known = self._saves.pop(step, {}) if ended else self._saves.get(step, {})
             if ended:
                 self.best.settle(step, committed=kind == "save_committed")
+            if kind == "save_committed":
+                self._took_secs.append(_own_secs(event))
         self._pass_on({**known, **event})
         self.console.checkpoint({**known, **event})
 
@@ -65,6 +71,12 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.append({key: value for key, value in event.items() if key != "step_tokens"})
         self.console.progress(event, last_step, force=force)
+
+    @property
+    def usual_save_secs(self) -> float:
+        """What a save takes, snapshot to commit: the median of the last few, 0 before the first."""
+        with self._lock:
+            return statistics.median(self._took_secs) if self._took_secs else 0.0
 
     def improves(self, loss: float) -> bool:
         """Whether a validation loss is below that of every checkpoint; for rank 0 to ask."""
@@ -90,6 +102,13 @@ class Recorder:
             self._metrics.append(event)
         if self._hook is not None:
             self._hook.submit(event)
+
+
+def _own_secs(event: Mapping[str, Any]) -> float:
+    """Without the time that a save waited for the one before."""
+    secs: float = event.get("secs", 0.0)
+    waited: float = event.get("secs_by_cause", {}).get("wait", 0.0)
+    return max(0.0, secs - waited)
 
 
 def log_directory(config: TrainConfig) -> str:

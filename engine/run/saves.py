@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from engine.errors import HoldfastError, LeaseLostError, SaveFailedError
+from engine.errors import HoldfastError, LeaseLostError, SaveFailedError, SaveStuckError
 from engine.run.recorder import Recorder
 from engine.run.schedule import may_skip
 from engine.save.handle import SaveHandle
@@ -40,6 +40,7 @@ class Saves:
         self._last_failure: HoldfastError | None = None
         self._fatal: HoldfastError | None = None
         self._saved_step: int | None = None
+        self._handle: SaveHandle | None = None
 
     def must_stop(self) -> bool:
         """Whether this rank knows that training cannot go on; notes a save that has failed meanwhile.
@@ -79,6 +80,7 @@ class Saves:
                 )
             else:
                 self._saved_step = step
+                self._handle = handle
 
         # The first call may only have brought the news of an earlier failure; it did not save then. It brings
         # them on all ranks alike, so all of them try again, or none.
@@ -89,9 +91,17 @@ class Saves:
         """`step` is what was restored: saving it once more would change nothing."""
         self._saved_step = step
 
+    def in_flight(self) -> int | None:
+        """The step whose save this rank has not seen the end of, if any."""
+        return self._handle.step if self._handle is not None and not self._handle.done() else None
+
+    def finish(self) -> None:
+        """Wait for the save in flight; a failure is noted."""
+        self._note(self._saver.wait)
+
     def settle(self) -> None:
         """Wait for the save in flight. Raises what `reason_to_stop` says when the last save has failed."""
-        self._note(self._saver.wait)
+        self.finish()
         if self._fatal is not None or self._saver.failed_saves > 0:
             raise self.reason_to_stop()
 
@@ -115,6 +125,8 @@ class Saves:
             self._last_failure = error
             if isinstance(error.__cause__, LeaseLostError):
                 self._fatal = error.__cause__
+            elif isinstance(error, SaveStuckError):  # saving is over for this process
+                self._fatal = error
             return False
         except HoldfastError as error:
             self._fatal = error

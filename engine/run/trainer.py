@@ -22,6 +22,7 @@ from engine.run.console import Console
 from engine.run.events import MetricsLog
 from engine.run.hook import EventHook
 from engine.run.job import Job, build_job, check_data, open_data
+from engine.run.last_save import LastSave
 from engine.run.preemption import Preemption, grace_within
 from engine.run.recorder import Recorder, log_directory
 from engine.run.saves import Saves
@@ -33,6 +34,8 @@ from engine.run.step import evaluate, train_step
 log = logging.getLogger(__name__)
 
 CRASH_WAIT_SECS = 10.0
+NO_LIMIT_MS = 10**9
+"""Time left on a rank that no signal has reached."""
 LEAVING_SECS = 6.0
 """What the end of the program takes: a copy to the mirror that is broken off, leases, the process group."""
 
@@ -175,6 +178,7 @@ class _Loop:
         self.step = record.step if record else 0
         self.tokens = record.tokens if record else 0
         self.prepared = False
+        self.last_is_saved = True
         if record is not None:
             saves.already_saved(record.step)
 
@@ -188,6 +192,9 @@ class _Loop:
         while self.step < self.job.last_step and signum is None:
             signum = self._one_step()
         self.agreement.together(self.saves.settle, heed_signals=False)
+        if signum is not None and not self.last_is_saved:
+            lost = f"after step {self.step}, which is not saved"
+            raise Stopped(signum, f"{lost}; --resume latest carries on from the newest checkpoint")
         if signum is not None:
             say(f"stopped by signal {signum} after step {self.step}, now saved; --resume latest carries on")
         else:
@@ -218,7 +225,9 @@ class _Loop:
             last=self.step == self.job.last_step,
         )
         reasons = save_reasons(end, self.job.config.checkpoint_freq)
-        if reasons:
+        if signum is not None:
+            self.last_is_saved = self._time_for_a_save(signum)
+        if reasons and self.last_is_saved:
             self.saves.save(
                 self.step, epoch=self.job.loader.epoch, tokens=self.tokens, metrics=metrics, reasons=reasons
             )
@@ -235,6 +244,20 @@ class _Loop:
         }
         last = self.job.last_step
         self.recorder.step({**event, "step_tokens": self.job.step_tokens}, last, force=self.step == last)
+
+    def _time_for_a_save(self, signum: int) -> bool:
+        """Finish the save in flight; then whether the time left allows another one. The same on all ranks."""
+        say, in_flight = self.recorder.console.say, self.saves.in_flight()
+        if in_flight is not None:
+            say(f"signal {signum}: finishing the save of step {in_flight}")
+        self.saves.finish()
+        left = self.preemption.secs_left
+        # The rank that was told first has the least time; what a save takes is known to rank 0.
+        left_ms = -self.agreement.highest(-NO_LIMIT_MS if left is None else -int(left * 1e3))
+        usual_ms = self.agreement.highest(int(self.recorder.usual_save_secs * 1e3))
+        last = LastSave(self.step, in_flight, left_ms / 1e3, usual_ms / 1e3)
+        say(f"signal {signum}: {last.sentence}")
+        return last.choice in ("save", "finish and save")
 
     def _stop(self) -> None:
         if self.saves.must_stop():

@@ -3,6 +3,9 @@
 `atexit` would be too late: at exit the interpreter first shuts down concurrent.futures, then joins threads,
 then runs `atexit`. A save still being written would find that it can no longer start the threads that it
 writes with.
+
+A save that hangs in a call that never returns must not keep the process, either: the interpreter would join
+its thread for ever, and those of its pools.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ from __future__ import annotations
 # Imported for its own hook, which has to be registered before ours: hooks run last in, first out.
 import concurrent.futures.thread  # noqa: F401
 import itertools
+import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 
@@ -17,6 +23,7 @@ _waiting: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count()
 _lock = threading.Lock()
 _registered = False
+_hanging: list[threading.Thread] = []
 
 
 def call_at_exit(finish: Callable[[], None]) -> Callable[[], None]:
@@ -37,10 +44,29 @@ def call_at_exit(finish: Callable[[], None]) -> Callable[[], None]:
     return forget
 
 
+def leave_despite(thread: threading.Thread) -> None:
+    """Do not wait for `thread` at exit. For one that hangs: whoever waited for it has its error."""
+    with _lock:
+        _hanging.append(thread)
+
+
+def anything_hangs() -> bool:
+    """Whether a thread that nobody waits for any more is still at it."""
+    with _lock:
+        _hanging[:] = [thread for thread in _hanging if thread.is_alive()]
+        return bool(_hanging)
+
+
 def _finish_all() -> None:
     while True:
         with _lock:
             if not _waiting:
-                return
+                break
             _, finish = _waiting.popitem()
         finish()
+    if anything_hangs():
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Exit handlers of others are lost with it, as they would be when somebody kills what never ends.
+        os._exit(1)

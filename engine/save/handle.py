@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from engine.catalog.record import CheckpointRecord
-from engine.errors import SaveFailedError
+from engine.errors import SaveFailedError, SaveStuckError
 
 
 class SaveHandle:
@@ -16,11 +16,13 @@ class SaveHandle:
     Attributes:
         step: the step that is being saved.
         skipped: the policy is `skip` and the one before was still being written; nothing was saved.
+        most_secs: by then every deadline of the save has passed, whatever it is doing.
     """
 
-    def __init__(self, step: int, *, skipped: bool = False) -> None:
+    def __init__(self, step: int, *, skipped: bool = False, most_secs: float | None = None) -> None:
         self.step = step
         self.skipped = skipped
+        self.most_secs = most_secs
         self._future: Future[CheckpointRecord | None] = Future()
         self._lock = threading.Lock()
         self._delivered = False
@@ -34,15 +36,21 @@ class SaveHandle:
     def result(self, timeout: float | None = None) -> CheckpointRecord | None:
         """Wait for the committed record; None for a skipped save.
 
-        Raises: SaveFailedError with the cause; TimeoutError when it takes longer than `timeout` seconds.
+        Raises: SaveFailedError with the cause; TimeoutError when it takes longer than `timeout` seconds;
+            SaveStuckError when it hangs in a call that never returns.
         """
         try:
-            record = self._future.result(timeout)
+            record = self._future.result(self.most_secs if timeout is None else timeout)
         except SaveFailedError:
             with self._lock:
                 self._delivered = True
             raise
         except FutureTimeoutError:
+            if timeout is None:
+                raise SaveStuckError(
+                    f"the save of step {self.step} has no outcome after {self.most_secs:g} s of waiting: its "
+                    "storage does not answer. Look into the kernel log and at the mount"
+                ) from None
             raise TimeoutError(f"the save of step {self.step} is not done after {timeout:g} s") from None
         return record
 

@@ -88,6 +88,8 @@ class JobRunner:
     on_outcome: Callable[[CheckpointRecord | None], None]
     make_room: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
+    doing: str = ""
+    """What the background thread is at, in words, for whoever waits for it in vain."""
 
     def run(self, job: Job) -> None:
         """Carry one save through. Never raises: the outcome is in the handle."""
@@ -104,6 +106,7 @@ class JobRunner:
         self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
         job.handle.set_record(record)
         if self.channel.rank == 0:
+            self.doing = "removing what is surplus"
             try:
                 self.after_commit(record)
             except Exception as error:
@@ -121,7 +124,9 @@ class JobRunner:
 
     def _attempt(self, job: Job, key: str, deadline: float, *, may_retry: bool) -> CheckpointRecord | None:
         """Write and commit; None on every rank when all are to try once more."""
+        self.doing = "writing this rank's shards"
         receipt = self._write(job)
+        self.doing = "waiting for the other ranks"
         started = self.clock()
         if self.channel.rank != 0:
             self.channel.gather(f"{key}/receipt", receipt.to_bytes(), 0)
@@ -143,6 +148,7 @@ class JobRunner:
             record = None if again else self._commit(job, receipts, deadline)
         except BaseException as error:
             failure = error
+            self.doing = "removing the failed attempt"
             self._clean_up(job, error)
         if record is None and failure is None:
             self._tell(job, key, _AGAIN)
@@ -158,6 +164,7 @@ class JobRunner:
 
     def _make_room(self, job: Job) -> bool:
         """The disk is full, and every rank has stopped writing: clear the attempt, then what is surplus."""
+        self.doing = "making room on a full disk"
         try:
             delete_attempt(self.storage, job.info.attempt)
             return self.make_room()
@@ -188,6 +195,7 @@ class JobRunner:
         return Receipt(rank, job.info.attempt, shard, job.shared_digests, job.replica_digests, dict(job.secs))
 
     def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
+        self.doing = "committing"
         started = self.clock()
         shards = check_receipts(receipts, job.info.attempt)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
@@ -211,6 +219,7 @@ class JobRunner:
 
     def _tell(self, job: Job, key: str, outcome: bytes) -> None:
         """Give every rank the outcome, and see that they have it before the key goes."""
+        self.doing = "telling the other ranks the outcome"
         self.channel.broadcast(f"{key}/outcome", outcome, 0)
         try:
             self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS)

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 import torch
 
-from engine.errors import HoldfastError, SaveFailedError, StateError
+from engine.errors import HoldfastError, SaveFailedError, SaveStuckError, StateError
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
-from engine.parallel.agreement import all_agree
+from engine.parallel.agreement import VERDICT_GRACE_SECS, all_agree
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
+from engine.save.exit import leave_despite
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.plan import agree_on_plan
@@ -91,6 +92,8 @@ class Saver:
     number: int = 0
     """How many saves were asked for, the same on every rank."""
     prepared: int = 0
+    stuck: bool = False
+    """Whether the save in flight hangs in a call that never returns."""
     _handle: SaveHandle | None = None
     _thread: threading.Thread | None = None
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -147,16 +150,34 @@ class Saver:
             raise
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save in flight, whatever its outcome. Raises TimeoutError."""
+        """Wait for the save in flight, whatever its outcome.
+
+        Raises: TimeoutError after `timeout` seconds; without any, SaveStuckError once every deadline of the
+            save has passed. From then on it is not waited for any more.
+        """
         thread = self._thread
         if thread is None:
             return
-        thread.join(timeout)
-        if thread.is_alive():
-            raise TimeoutError(
-                f"the save of step {self._handle.step if self._handle else '?'} is still running"
-            )
-        self._thread = None
+        most_secs = self._most_secs
+        thread.join((0.0 if self.stuck else most_secs) if timeout is None else timeout)
+        if not thread.is_alive():
+            self._thread, self.stuck = None, False
+            return
+        running = f"the save of step {self._handle.step if self._handle else '?'} is still running"
+        if timeout is not None:
+            raise TimeoutError(running)
+        if not self.stuck:
+            self.stuck = True
+            leave_despite(thread)
+        raise SaveStuckError(
+            f"rank {self.channel.rank}: {running} after {most_secs:g} s more, {self.runner.doing}: "
+            "the storage does not answer. Look into the kernel log and at the mount"
+        )
+
+    @property
+    def _most_secs(self) -> float:
+        """A disk that is full costs a save its time twice."""
+        return 2 * self.timeout_secs + STUCK_GRACE_SECS
 
     @property
     def handle(self) -> SaveHandle | None:
@@ -171,11 +192,11 @@ class Saver:
     def _decide(self, key: str) -> tuple[str, _Moment]:
         """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
         if self.channel.rank != 0:
-            raw = self.channel.broadcast(f"{key}/decision", None, self.timeout_secs * 2)
+            raw = self.channel.broadcast(f"{key}/decision", None, self._most_secs + VERDICT_GRACE_SECS)
             decision = parse_canonical(raw, what="rank 0's decision")
             if decision["action"] == "skip":
                 return "skip", _Moment()
-            self._wait_for_the_last()
+            self.wait()
             if decision["action"] == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
                 told = self._handle.take_failure() if self._handle else None
@@ -186,7 +207,11 @@ class Saver:
         if self.busy == "skip" and self.writing:
             self._announce(key, "skip")
             return "skip", _Moment()
-        self._wait_for_the_last()
+        try:
+            self.wait()
+        except SaveStuckError as error:
+            self._announce(key, "raise", cause=str(error))
+            raise
         failure = self._handle.take_failure() if self._handle else None
         if failure is not None:
             self._announce(key, "raise", cause=str(failure))
@@ -198,17 +223,6 @@ class Saver:
         moment.planning = moment.changed or moment.problem is not None or failed
         self._announce(key, "go", replan=moment.planning)
         return "go", moment
-
-    def _wait_for_the_last(self) -> None:
-        """Wait for the save before; SaveFailedError when it hangs in a call that never returns."""
-        limit_secs = 2 * self.timeout_secs + STUCK_GRACE_SECS
-        try:
-            self.wait(limit_secs)
-        except TimeoutError as error:
-            raise SaveFailedError(
-                f"rank {self.channel.rank}: {error} after {limit_secs:g} s more: its storage does not "
-                "answer. Look into the kernel log and at the mount"
-            ) from error
 
     def _announce(self, key: str, action: str, *, cause: str = "", replan: bool = False) -> None:
         decision = {"action": action, "cause": cause, "replan": replan}
@@ -275,7 +289,7 @@ class Saver:
         return Job(
             key=key,
             info=info,
-            handle=SaveHandle(info.step),
+            handle=SaveHandle(info.step, most_secs=self._most_secs),
             arena=self.snapshot.arena,
             filling=Filling(self.copier.finish),
             local=captured.local,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 import threading
 
@@ -152,7 +151,7 @@ class LocalStorage(Storage):
                 self._system.unlink(target)
                 return
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(target)
+                self._system.remove_tree(target)
 
     def free_bytes(self) -> int | None:
         with mapped("look at", self.uri):

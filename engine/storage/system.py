@@ -11,6 +11,7 @@ import errno
 import fcntl
 import functools
 import os
+import shutil
 import time
 
 SYNC_WRITE = 2
@@ -128,4 +129,6 @@ class System:
     def mkdir(self, path: str) -> None:
         os.mkdir(path)
 
-
+    def remove_tree(self, path: str) -> None:
+        """Remove a directory and what is in it, following no link; FileNotFoundError if there is none."""
+        shutil.rmtree(path)

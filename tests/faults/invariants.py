@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Collection
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from engine.catalog.listing import list_checkpoints
 from engine.catalog.verify import verify_checkpoint
+from engine.snapshot.arena import Arena
 from engine.storage.local import LocalStorage
 
 
@@ -47,6 +49,12 @@ def engine_threads(but: Collection[str] = ("holdfast-lease",)) -> list[str]:
     """Names of the engine's living threads."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("holdfast") and name not in but]
+
+
+def living_arenas() -> int:
+    """How many snapshot buffers this process holds: one a saving rank, whatever has failed before (I6)."""
+    gc.collect()
+    return sum(isinstance(thing, Arena) for thing in gc.get_objects())
 
 
 def resident_bytes() -> int:

@@ -84,6 +84,16 @@ class FaultSystem(System):
     def __init__(self, trigger: Trigger) -> None:
         for name in SYSTEM_CALLS:
             setattr(self, name, self._through(trigger, name, getattr(super(), name)))
+        self.rmdir = self._through(trigger, "rmdir", os.rmdir)
+
+    def remove_tree(self, path: str) -> None:
+        """As `shutil.rmtree` does it, but every call in it is a point of its own."""
+        for item in sorted(os.scandir(path), key=lambda item: item.name):
+            if item.is_dir(follow_symlinks=False):
+                self.remove_tree(item.path)
+            else:
+                self.unlink(item.path)
+        self.rmdir(path)
 
     @staticmethod
     def _through(trigger: Trigger, name: str, real: Callable[..., Any]) -> Callable[..., Any]:

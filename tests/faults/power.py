@@ -134,6 +134,17 @@ class Journal(System):
         super().unlink(path)
         self._unname(path)
 
+    def remove_tree(self, path: str) -> None:
+        """As `shutil.rmtree` does it: entry by entry, with nothing synced."""
+        for item in sorted(os.scandir(path), key=lambda item: item.name):
+            if item.is_dir(follow_symlinks=False):
+                self.remove_tree(item.path)
+            else:
+                self.unlink(item.path)
+        with self.lock:
+            os.rmdir(path)
+            self._unname(path)
+
     @_as_one_act
     def mkdir(self, path: str) -> None:
         super().mkdir(path)
@@ -178,7 +189,13 @@ def _names(ops: list[Op]) -> tuple[dict[str, Directory], dict[str, list[Op]]]:
         if op.kind in ("name", "unname"):
             pending.setdefault(op.directory, []).append(op)
         elif op.kind == "fsync_dir":
-            synced[op.directory] = _apply(synced.get(op.directory, {}), pending.pop(op.directory, []))
+            changes = pending.pop(op.directory, [])
+            synced[op.directory] = _apply(synced.get(op.directory, {}), changes)
+            for change in changes:
+                if change.kind == "unname":  # of a directory: nobody sees its inside any more
+                    gone = change.name if op.directory == "." else f"{op.directory}/{change.name}"
+                    pending.pop(gone, None)
+                    synced.pop(gone, None)
     return synced, pending
 
 

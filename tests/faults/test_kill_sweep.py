@@ -13,10 +13,10 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def sweep(kind: str, rank: int, root: Path) -> int:
+def sweep(kind: str, rank: int, root: Path, module: str = "kill_sweep") -> int:
     """Run the sweep in a process of its own; how many points it went through."""
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kill_sweep", kind, str(rank), str(root)],
+        [sys.executable, "-m", f"tests.faults.{module}", kind, str(rank), str(root)],
         cwd=CHECKOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -34,6 +34,15 @@ def test_the_whole_job_dies_before_every_call_of_a_save(
 ) -> None:
     points = sweep("job", rank, root)
     assert points >= (24 if rank == 0 else 14)
+    covered(points)
+
+
+def test_a_rank_or_the_coordinator_dies_around_the_receipts(
+    root: Path, covered: Callable[[int], None]
+) -> None:
+    """Before it, with its files durable, after it; rank 0 with all receipts in and no manifest, and after."""
+    points = sweep("moment", 0, root)
+    assert points == 6
     covered(points)
 
 

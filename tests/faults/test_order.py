@@ -17,16 +17,33 @@ from engine import Checkpointer
 with Checkpointer(sys.argv[1], {"model": {"w": torch.ones(256, 256)}}) as ckpt:
     ckpt.save(1).result()
 """
-CALLS = "mkdir,fsync,fdatasync,rename,renameat,renameat2,link,linkat,pwrite64,ftruncate"
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from tests.faults.processes import Process, free_port, one_rank, outcome_of
+root, port = Path(sys.argv[1]), free_port()
+def start(rank):
+    def life(tell, hear):
+        with one_rank(rank, 2, port, root, "run") as (ckpt, state, _, _):
+            tell("saved", outcome_of(ckpt, state, 1))
+    return Process(life)
+for process in [start(0), start(1)]:
+    assert process.end() == 0, process.told
+    assert process.told == [["saved", ["committed", 1]]], process.told
+"""
+CALLS = "mkdir,fsync,fdatasync,rename,renameat,renameat2,link,linkat,pwrite64,ftruncate,sendto,sendmsg,write"
+RECEIPT = "receipt of rank 1"
 
 
 def calls(trace: str, root: Path) -> list[str]:
-    """ "call name [name]" of everything below the root, in order; temporary names as *.tmp."""
+    """ "call name [name]" of everything below the root, in order; temporary names as *.tmp. And RECEIPT."""
     found = []
     for line in trace.splitlines():
         matched = re.match(r"(?:\d+ +)?(\w+)\((.*)\) += \d+", line)
         if matched is None:
             continue
+        if re.search(r"save/1/receipt/1.*attempt", matched[2]):
+            found.append(RECEIPT)
         paths = re.findall(r'[<"](' + re.escape(str(root)) + r'[^>"]*)[>"]', matched[2])
         if not paths:
             continue
@@ -36,30 +53,15 @@ def calls(trace: str, root: Path) -> list[str]:
     return found
 
 
-@pytest.mark.service
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_data_is_durable_before_the_manifest_and_names_before_and_after(tmp_path: Path) -> None:
-    root, log = tmp_path / "checkpoints", tmp_path / "trace"
+def traced(program: str, root: Path, log: Path) -> list[str]:
+    """The calls of a program that gets the root as its argument. Skips where nothing can be traced."""
+    strace = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(log)]
     ran = subprocess.run(
-        [
-            "strace",
-            "-f",
-            "-y",
-            "-s",
-            "4096",
-            "-e",
-            f"trace={CALLS}",
-            "-o",
-            str(log),
-            sys.executable,
-            "-c",
-            PROGRAM,
-            root,
-        ],
+        [*strace, sys.executable, "-c", program, root],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     if "ptrace" in ran.stderr and ran.returncode:
@@ -71,7 +73,33 @@ def test_data_is_durable_before_the_manifest_and_names_before_and_after(tmp_path
         r"\4\1 \2(\3",
         log.read_text(),
     )
-    seen = calls(text, root)
+    return calls(text, root)
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
+@pytest.mark.service
+@needs_strace
+def test_a_rank_reports_only_what_is_durable(tmp_path: Path) -> None:
+    """Rank 1 of two: data, index and their names are synced, then its receipt goes out, then the manifest."""
+    seen = traced(TWO_RANKS, tmp_path / "checkpoints", tmp_path / "trace")
+
+    def at(call: str, after: int = -1) -> int:
+        assert call in seen[after + 1 :], f"{call} is not in {seen[after + 1 :]}"
+        return seen.index(call, after + 1)
+
+    index = "ATTEMPT/shard-00001.json"
+    receipt, manifest = at(RECEIPT), at("link ATTEMPT/manifest.json.tmp ATTEMPT/manifest.json")
+    assert at("fsync ATTEMPT/shard-00001.safetensors") < receipt
+    assert at(f"fsync {index}.tmp") < at(f"rename {index}.tmp {index}")
+    assert at("fsync ATTEMPT", after=at(f"rename {index}.tmp {index}")) < receipt < manifest
+
+
+@pytest.mark.service
+@needs_strace
+def test_data_is_durable_before_the_manifest_and_names_before_and_after(tmp_path: Path) -> None:
+    seen = traced(PROGRAM, tmp_path / "checkpoints", tmp_path / "trace")
 
     def at(call: str) -> int:
         assert call in seen, f"{call} is not in {seen}"

@@ -7,6 +7,7 @@ import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,8 @@ from engine.catalog.listing import list_checkpoints
 from engine.errors import HoldfastError, RestoreFailedError, SaveFailedError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files
-from tests.faults.layer import STORAGE_FAULTS, Act, fails_with, lost, swallowed
-from tests.faults.world import PATIENCE_SECS, World, job
+from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS, Act, fails_with, lost, swallowed
+from tests.faults.world import PATIENCE_SECS, Rank, World, job
 from tests.support.tiny_checkpoint import write_checkpoint
 
 OUTAGES = ("503", "reset", "denied", "EIO", "answer lost")
@@ -74,10 +75,16 @@ def test_every_operation_of_a_restore_fails_once(
     covered(k)
 
 
-@pytest.mark.parametrize("faulty", [0, 1])
-@pytest.mark.parametrize("fault", OUTAGES)
+def starts() -> list[Any]:
+    """Level and fault; rank 1 makes no system call in a start that rank 0 has not made."""
+    asked = [pytest.param("asked", fault, rank) for fault in OUTAGES for rank in (0, 1)]
+    kinds = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EINTR", "short write")
+    return asked + [pytest.param("disk", fault, 0) for fault in kinds]
+
+
+@pytest.mark.parametrize(("level", "fault", "faulty"), starts())
 def test_every_operation_of_a_start_fails_once(
-    fault: str, faulty: int, root: Path, covered: Callable[[int], None]
+    level: str, fault: str, faulty: int, root: Path, covered: Callable[[int], None]
 ) -> None:
     """Taking the lease, clearing abandoned attempts, the probe: all ranks stop, the next start works."""
     with job(root, 2) as world:
@@ -86,8 +93,8 @@ def test_every_operation_of_a_start_fails_once(
     while fired:
         write_checkpoint(root, sequence=90 + k, hex=f"{k:08x}", commit=False)
         world = World(root, 2)
-        target = world.ranks[faulty].asked
-        target.arm(k, STORAGE_FAULTS[fault])
+        target = getattr(world.ranks[faulty], level)
+        target.arm(k, (STORAGE_FAULTS if level == "asked" else SYSTEM_FAULTS)[fault])
         with contextlib.suppress(HoldfastError), job(root, 2, world=world):
             target.disarm()
         fired = bool(target.fired)
@@ -97,6 +104,7 @@ def test_every_operation_of_a_start_fails_once(
         assert leftovers(root) == [], f"operation {k}"
         assert engine_threads(but=()) == [], f"operation {k} ({target.fired})"
         k += 1
+    assert k > (4 if faulty == 0 else 1)
     covered(k - 1)
 
 
@@ -227,6 +235,94 @@ def test_every_operation_of_a_save_hangs_beyond_the_deadline(
             assert leftovers(root) == [], where
             k += 1
     covered(k)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_every_operation_of_a_restore_hangs_beyond_the_deadline(
+    faulty: int, root: Path, covered: Callable[[int], None]
+) -> None:
+    """The other rank hears of it in time, told who is late; once that one wakes up, restoring works."""
+    k = 0
+    with job(root, 2) as world:
+        save_well(world, 1, 2, 3)
+        before = committed_steps(root)
+        target = world.ranks[faulty].asked
+        while True:
+            world.store.hold_again()
+            before_secs, answered_at = world.store.elapsed_secs, []
+            target.arm(k, hanging(world, faulty))
+
+            def restore(rank: Rank, answered_at: list[float] = answered_at) -> object:
+                rank.fill(-1)
+                try:
+                    return rank.ckpt.restore()
+                finally:
+                    if rank.rank != faulty:  # it has its answer; only then does the sleeper wake
+                        answered_at.append(world.store.elapsed_secs)
+                        world.store.release()
+
+            outcomes = world.each(restore)
+            waited_secs = answered_at[0] - before_secs
+            target.disarm()
+            if not target.fired:
+                break
+            where = f"operation {k} ({target.fired[0]})"
+            punctual = outcomes[1 - faulty]
+            if isinstance(punctual, BaseException):
+                assert isinstance(punctual, HoldfastError), f"I3, {where}: {punctual!r}"
+                assert f"rank {faulty} did not" in str(punctual), f"I4, {where}: {punctual}"
+            else:
+                assert punctual.step == 3, where  # type: ignore[attr-defined]
+            assert waited_secs <= 100.0 + 60.0, f"I4, {where}: {waited_secs} s"
+            assert committed_steps(root) == before, f"{where}: marked as damaged"
+            again = world.restore()
+            assert {record.step for record in again} == {3}, f"I5, {where}: {again}"  # type: ignore[union-attr]
+            assert [rank.shows() for rank in world.ranks] == [3, 3], where
+            assert engine_threads() == [], where
+            k += 1
+        save_well(world, 4)
+    assert k >= 4
+    covered(k)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_every_operation_of_a_start_hangs_beyond_the_deadline(
+    faulty: int, root: Path, covered: Callable[[int], None]
+) -> None:
+    """Taking the lease, clearing up, the probe: the other rank gives up in time, and the next start works."""
+    with job(root, 2) as world:
+        save_well(world, 1, 2)
+    k, fired = 0, True
+    while fired:
+        write_checkpoint(root, sequence=90 + k, hex=f"{k:08x}", commit=False)
+        world = World(root, 2)
+        target = world.ranks[faulty].asked
+        target.arm(k, hanging(world, faulty))
+
+        answered_at: list[float] = []
+
+        def started(rank: Rank, world: World = world, answered_at: list[float] = answered_at) -> None:
+            if rank.rank != faulty:
+                answered_at.append(world.store.elapsed_secs)
+                world.store.release()
+
+        world.when_started = started
+        problem: HoldfastError | None = None
+        try:
+            with job(root, 2, world=world):
+                target.disarm()
+        except HoldfastError as error:
+            problem = error
+        fired = bool(target.fired)
+        where = f"operation {k} ({target.fired})"
+        assert problem is None or "did not" in str(problem), f"I4, {where}: {problem!r}"
+        assert answered_at[0] <= 2 * 100.0 + 30.0, f"I4, {where}: {answered_at} s"
+        with job(root, 2) as after:
+            assert {record.step for record in after.restore()} == {2}, where  # type: ignore[union-attr]
+        assert leftovers(root) == [], where
+        assert engine_threads(but=()) == [], where
+        k += 1
+    covered(k - 1)
 
 
 def test_a_call_that_never_returns_does_not_hold_training_for_ever(

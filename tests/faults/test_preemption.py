@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 
 from demo.job import torchrun
 from tests.e2e.harness import TINY, Run, flags, program
-from tests.faults.signalled_train import PHASES
+from tests.faults.signalled_train import IN_FLIGHT, PHASES
 
 GIVEN = {"checkpoint_freq": 2, "keep_checkpoints": 2, "eval_freq": 3, "eval_batches": 1, "max_steps": 100_000}
 
@@ -51,9 +52,42 @@ def test_a_signal_in_any_phase_loses_no_step(
     listing = run.listing()
     assert {checkpoint["status"] for checkpoint in listing} == {"committed"}, said
     assert max(checkpoint["step"] for checkpoint in listing) == reached, said
+    if phase != "restore":
+        assert re.search(rf"^signal 15: (.* has ended, )?saving step {reached} \(", said, re.MULTILINE), said
     program("engine.checkpoints", "verify", run.checkpoints).ok()
     run.train(None, **{**GIVEN, "resume": "latest", "max_steps": reached + 1})
     assert run.restored_step() == reached
+    covered(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", IN_FLIGHT)
+def test_a_signal_while_a_save_is_in_flight(
+    phase: str, data: Path, tmp_path: Path, covered: Callable[[int], None]
+) -> None:
+    """It is finished; another one is taken if the time left allows it, and the console says which."""
+    run = Run(tmp_path / "run", data)
+    command = [sys.executable, "-m", "tests.faults.signalled_train", phase, "3"]
+    job = run.launch([*command, *flags(values(run, eval_freq=0))])
+    status = job.wait(90.0)
+    said, reached, saved = job.output(), max(run.losses()), max(run.committed())
+    assert "Traceback" not in said, said
+    assert {checkpoint["status"] for checkpoint in run.listing()} == {"committed"}, said
+    finishing = re.search(r"^signal 15: finishing the save of step (\d+)$", said, re.MULTILINE)
+    assert finishing is not None, said
+    in_flight = int(finishing[1])
+    assert re.search(rf"^signal 15: the save of step {in_flight} has ended, ", said, re.MULTILINE), said
+    assert reached > in_flight
+    if phase == "flight":
+        assert (status, saved) == (0, reached), said
+        assert f"has ended, saving step {reached} (" in said
+        assert f"stopped by signal 15 after step {reached}, now saved" in said
+    else:
+        assert (status, saved) == (128 + 15, in_flight), said
+        assert f"has ended, no time to save step {reached} (" in said
+        assert f"stopped by signal 15 after step {reached}, which is not saved" in said
+    run.train(None, **{**GIVEN, "resume": "latest", "max_steps": reached + 1})
+    assert run.restored_step() == saved
     covered(1)
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tests.faults import record
+from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -17,6 +18,28 @@ def test_every_named_test_exists() -> None:
         found = list(TESTS.rglob(file))
         assert found, f"there is no {file}"
         assert not test or any(f"def {test}(" in path.read_text() for path in found), f"no {test} in {file}"
+
+
+PAINS = 15
+"""How many rows "What has happened to others" has: the list of what users of other checkpointers reported."""
+
+
+def section_of(title: str) -> str:
+    return record.DOCUMENT.read_text().partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_every_pain_names_a_test() -> None:
+    section = section_of("What has happened to others")
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == PAINS
+    for row in rows:
+        assert re.search(r"`test_\w+\.py::test_\w+`", row), f"no test is named: {row}"
+
+
+def test_every_fault_is_in_the_table() -> None:
+    section = section_of("Which fault is injected where")
+    for fault in (*SYSTEM_FAULTS, *STORAGE_FAULTS):
+        assert f"\n| {fault} " in section, f"{fault} is not in the table"
 
 
 def test_every_count_is_in_the_document() -> None:

@@ -227,6 +227,7 @@ class World:
         self.number = _worlds
         self._run_id = f"world-{_worlds}"
         self._make_storage = storage or self._local
+        self.when_started: Callable[[Rank], None] = lambda rank: None
 
     def now(self) -> float:
         """The job's clock: it moves on when a deadline passes."""
@@ -272,7 +273,10 @@ class World:
                 "timeout_secs": TIMEOUT_SECS,
                 **given,
             }
-            rank.checkpointer = Checkpointer(self.root, rank.state, **arguments)
+            try:
+                rank.checkpointer = Checkpointer(self.root, rank.state, **arguments)
+            finally:
+                self.when_started(rank)
             saver = rank.checkpointer._saver
             if saver is not None:
                 saver.clock = saver.runner.clock = self.now

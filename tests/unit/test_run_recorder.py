@@ -183,3 +183,21 @@ def test_readable_bytes(count: float, text: str) -> None:
 )
 def test_where_the_log_goes(flags: dict[str, Any], expected: str) -> None:
     assert log_directory(TrainConfig(**flags)) == expected
+
+
+def test_what_a_save_usually_takes(desk: Desk) -> None:
+    """The median of the last five that committed, without the time that they waited for the one before."""
+    assert desk.recorder.usual_save_secs == 0.0
+
+    def ended(kind: str, secs: float, waited: float) -> None:
+        desk.recorder.from_engine({"event": kind, "step": 1, "secs": secs, "secs_by_cause": {"wait": waited}})
+
+    ended("save_committed", 9.0, 8.0)
+    assert desk.recorder.usual_save_secs == 1.0
+    ended("save_failed", 50.0, 0.0)
+    for secs in (2.0, 3.0, 4.0, 30.0):
+        ended("save_committed", secs, 0.0)
+    assert desk.recorder.usual_save_secs == 3.0
+    for secs in (30.0, 31.0):
+        ended("save_committed", secs, 0.0)
+    assert desk.recorder.usual_save_secs == 30.0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from engine.errors import LeaseLostError, SaveFailedError, StateError
+from engine.errors import LeaseLostError, SaveFailedError, SaveStuckError, StateError
 from engine.run.console import Console
 from engine.run.recorder import Recorder
 from engine.run.saves import Saves
@@ -21,6 +21,7 @@ class FakeSaver:
         self.failed_saves = 0
         self.skips = False
         self.calls: list[str] = []
+        self.handles: list[SaveHandle] = []
 
     def _answer(self, call: str) -> None:
         self.calls.append(call)
@@ -32,7 +33,8 @@ class FakeSaver:
         self, step: int, *, epoch: int, tokens: int, metrics: Mapping[str, float], reasons: tuple[str, ...]
     ) -> SaveHandle:
         self._answer(f"save {step} {','.join(reasons)}")
-        return SaveHandle(step, skipped=self.skips)
+        self.handles.append(SaveHandle(step, skipped=self.skips))
+        return self.handles[-1]
 
     def poll(self) -> None:
         self._answer("poll")
@@ -144,8 +146,12 @@ def test_the_last_word_names_count_cause_and_way_out() -> None:
 )
 @pytest.mark.parametrize(
     "error",
-    [StateError("state.x is a lambda"), failed(LeaseLostError("epoch 2 holds it"))],
-    ids=["state", "lease"],
+    [
+        StateError("state.x is a lambda"),
+        failed(LeaseLostError("epoch 2 holds it")),
+        SaveStuckError("rank 0: the save of step 2 is still running"),
+    ],
+    ids=["state", "lease", "stuck"],
 )
 def test_some_errors_end_the_run_at_once(provoke: Callable[[Saves], None], error: Exception) -> None:
     """But not on the spot: the other ranks have to hear of it in the next vote."""
@@ -153,7 +159,7 @@ def test_some_errors_end_the_run_at_once(provoke: Callable[[Saves], None], error
     saves = saves_of(saver)
     provoke(saves)
     assert saves.must_stop()
-    assert saves.reason_to_stop() is (error if isinstance(error, StateError) else error.__cause__)
+    assert saves.reason_to_stop() is (error.__cause__ or error)
 
 
 def test_the_end_is_good_only_if_the_last_save_was() -> None:
@@ -178,3 +184,30 @@ def test_a_skipped_save_takes_its_promise_back() -> None:
     saver.skips = True
     save(Saves(saver, recorder, 3), 3, "interval", metrics={"val_loss": 3.0})
     assert recorder.improves(3.0)
+
+
+def test_a_save_that_hangs_is_no_good_end() -> None:
+    saver = FakeSaver({"wait": [SaveStuckError("rank 0: the save of step 2 is still running")]})
+    with pytest.raises(SaveStuckError, match="step 2"):
+        saves_of(saver).settle()
+
+
+def test_which_save_is_in_flight() -> None:
+    saver = FakeSaver()
+    saves = saves_of(saver)
+    assert saves.in_flight() is None
+    save(saves, 3, "interval")
+    assert saves.in_flight() == 3
+    saver.handles[-1].set_failure(failed())
+    assert saves.in_flight() is None
+    saver.skips = True
+    save(saves, 4, "interval")
+    assert saves.in_flight() is None
+
+
+def test_finishing_notes_a_failure_and_goes_on() -> None:
+    saver = FakeSaver({"wait": [failed()]})
+    saver.failed_saves = 1
+    saves = saves_of(saver)
+    saves.finish()
+    assert "disk full" in str(saves.reason_to_stop())

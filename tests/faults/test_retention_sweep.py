@@ -1,0 +1,88 @@
+"""Every operation of a retention pass fails once, or is the last that works; several are surplus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.catalog.marks import hold, release
+from engine.errors import HoldfastError
+from engine.storage.local import LocalStorage
+from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files
+from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS
+from tests.faults.world import Rank, World, job
+
+SURPLUS = 3
+
+
+def save_well(world: World, step: int) -> str:
+    (record, _) = world.save(step)
+    assert not isinstance(record, BaseException), repr(record)
+    world.settle()
+    return record.id
+
+
+def with_surplus(world: World, step: int) -> int:
+    """Save SURPLUS checkpoints that retention would remove, and two that it keeps; the newest step."""
+    storage = LocalStorage(world.root)
+    surplus = []
+    for _ in range(SURPLUS):
+        step += 1
+        surplus.append(save_well(world, step))
+        hold(storage, surplus[-1])
+    for _ in range(2):
+        step += 1
+        save_well(world, step)
+    for name in surplus:
+        release(storage, name)
+    return step
+
+
+def passes() -> list[Any]:
+    """Level, fault, and whether it lasts: from that operation on nothing works, as after a crash."""
+    disk = [("disk", fault, False) for fault in SYSTEM_FAULTS]
+    asked = [("asked", fault, False) for fault in ("503", "500", "reset", "denied", "EIO", "answer lost")]
+    return [*disk, *asked, ("disk", "EIO", True), ("asked", "reset", True)]
+
+
+@pytest.mark.parametrize(("level", "fault", "lasts"), passes())
+def test_every_operation_of_a_retention_pass_fails_once(
+    level: str, fault: str, lasts: bool, root: Path, covered: Callable[[int], None]
+) -> None:
+    """What is to stay stays whole, nothing is ever listed without its data, and the next pass clears up."""
+    act = (SYSTEM_FAULTS if level == "disk" else STORAGE_FAULTS)[fault]
+
+    def clean_up(rank: Rank) -> None:
+        if rank.rank == 0:
+            rank.ckpt._remove_surplus()
+
+    with job(root, 2) as world:
+        target = getattr(world.ranks[0], level)
+        step = k = files = 0
+        while True:
+            step = with_surplus(world, step)
+            target.arm(k, act, sticky=lasts)
+            (outcome, _) = world.each(clean_up)
+            target.disarm()
+            where = f"operation {k} ({target.fired[:1]})"
+            assert outcome is None or isinstance(outcome, HoldfastError), f"{where}: {outcome!r}"
+            listed = committed_steps(root)
+            assert {step - 1, step} <= set(listed), f"I1, {where}: {listed}"
+            assert {record.step for record in world.restore()} == {step}, where  # type: ignore[union-attr]
+            assert [rank.shows() for rank in world.ranks] == [step, step], where
+            if not target.fired:
+                break
+            step += 1
+            save_well(world, step)
+            assert set(committed_steps(root)) == {step - 1, step}, f"I5, {where}"
+            assert leftovers(root) == [], f"I6, {where}"
+            assert engine_threads() == [], f"I6, {where}"
+            files = files or open_files()
+            assert open_files() <= files, f"I6, {where}"
+            k += 1
+    # A manifest, its directory's sync, four files and the directory, of each.
+    assert k >= SURPLUS * (7 if level == "disk" else 3)
+    covered(k)
