@@ -43,6 +43,7 @@ from engine.storage.open import open_storage
 log = logging.getLogger(__name__)
 
 _KEEP_DEFAULT = Retention()
+MIRROR_AT_EXIT_SECS = 30.0
 
 
 class Checkpointer:
@@ -244,7 +245,9 @@ class Checkpointer:
 
     def close(self, mirror_patience: Patience = no_limit) -> None:
         """Finish the save in flight, let go of the directory, and raise a failure nobody was told of.
+
         `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
+        Raises: SaveFailedError; SaveStuckError for a save that hangs: the directory then stays this run's.
         """
         if self._closed:
             return
@@ -357,6 +360,7 @@ class Checkpointer:
         return record
 
     def _clean_up(self, record: CheckpointRecord) -> None:
+        """What follows a commit, by rank 0: the mirror hears of it, then retention."""
         if self._mirror is not None:
             self._mirror.committed()
         self._remove_surplus()
@@ -382,7 +386,7 @@ class Checkpointer:
 
     def _at_exit(self) -> None:
         """A Checkpointer that nobody closed: its save has finished by now, its failure is at least logged."""
-        self._close_quietly(30.0)
+        self._close_quietly(MIRROR_AT_EXIT_SECS)
 
     def _close_quietly(self, mirror_secs: float) -> None:
         try:

@@ -34,10 +34,10 @@ from engine.run.step import evaluate, train_step
 log = logging.getLogger(__name__)
 
 CRASH_WAIT_SECS = 10.0
-NO_LIMIT_MS = 10**9
-"""Time left on a rank that no signal has reached."""
 LEAVING_SECS = 6.0
 """What the end of the program takes: a copy to the mirror that is broken off, leases, the process group."""
+NO_LIMIT_MS = 10**9
+"""Time left on a rank that no signal has reached."""
 
 
 def train(
@@ -94,7 +94,7 @@ def _closing(ckpt: Checkpointer, preemption: Preemption) -> Iterator[None]:
             log.error("%s", error)
         raise
     else:
-        ckpt.close(lambda: time_for_the_mirror(preemption.request.secs_left(preemption.clock())))
+        ckpt.close(lambda: time_for_the_mirror(preemption.secs_left))
 
 
 def time_for_the_mirror(grace_left_secs: float | None) -> float | None:
