@@ -188,12 +188,13 @@ class Mirror:
         self._cancel.set()
         self._wake.set()
         thread.join(CANCEL_SECS)
-        if self._left:
+        left_over = self._left_over()
+        if left_over:
             log.warning(
                 "the mirror %s is still owed %d checkpoint%s: the next start with it sends the rest",
                 self.storage.uri,
-                self._left,
-                "s" * (self._left != 1),
+                left_over,
+                "s" * (left_over != 1),
             )
         return not thread.is_alive()
 
@@ -276,6 +277,13 @@ class Mirror:
         """What is owed by now, newest first; saves go on meanwhile."""
         waiting = owed(self._local_records(), self._there, self._plan.freq, self._plan.retention)
         return [record for record in waiting if record.id not in self._refused]
+
+    def _left_over(self) -> int:
+        """How many are owed at the end, those included that were committed while the last copy went out."""
+        try:
+            return len(self._waiting())
+        except HoldfastError:
+            return self._left
 
     def _next(self) -> CheckpointRecord | None:
         waiting = self._waiting()

@@ -352,12 +352,15 @@ class Held(LocalStorage):
         return super().write_shard(path, padded, file_bytes, **more)
 
 
-def test_when_the_time_is_up_the_copy_is_broken_off(local: LocalStorage, tmp_path: Path) -> None:
+def test_when_the_time_is_up_the_copy_is_broken_off(
+    local: LocalStorage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     second = Held(tmp_path / "mirror")
     save(local, 1, 2)
     running = Running(local, second)
     running.mirror.start()
     assert second.inside.wait(DEADLINE_SECS)
+    save(local, 3)
     asked = []
 
     def patience() -> float:
@@ -366,10 +369,12 @@ def test_when_the_time_is_up_the_copy_is_broken_off(local: LocalStorage, tmp_pat
         return 0.0 if len(asked) > 2 else 0.01
 
     assert running.mirror.close(patience)
-    assert len(steps_in(second)) < 2
+    there = steps_in(second)
+    assert len(there) < 3
+    assert f"is still owed {3 - len(there)} checkpoint" in caplog.text
     assert not running.desk.mirror.thread or not running.desk.mirror.thread.is_alive()
     Desk(local, second).once()
-    assert steps_in(second) == [10, 20]
+    assert steps_in(second) == [10, 20, 30]
 
 
 def test_a_storage_that_hangs_holds_nobody_up(
