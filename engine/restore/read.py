@@ -26,6 +26,8 @@ from engine.restore.window import WindowLoader
 from engine.storage.base import Reader, Storage
 
 THREADS = 2
+STORE_THREADS = 8
+"""A store answers each read after a round trip, and gives one connection a part of the line only."""
 
 Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tuple[ShardFile, PlacedChunk]]]
 

@@ -40,7 +40,7 @@ from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
 from engine.restore.destination import Destination
 from engine.restore.places import Indexes, Locals, Place, describe_chunks, places_of, read_description
-from engine.restore.read import Located, read_slices
+from engine.restore.read import STORE_THREADS, THREADS, Located, read_slices
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
@@ -167,7 +167,8 @@ class Restorer:
         self.undefined = True
         stats = None
         try:
-            stats = read_slices(storage, name, slices, found)
+            threads = THREADS if storage.is_local else STORE_THREADS
+            stats = read_slices(storage, name, slices, found, threads=threads)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
