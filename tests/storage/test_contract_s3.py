@@ -30,8 +30,6 @@ from tests.support.tiny_checkpoint import write_checkpoint
 botocore = pytest.importorskip("botocore")
 pytest.importorskip("botocore.auth")
 
-pytestmark = pytest.mark.service
-
 
 @pytest.fixture
 def uri() -> str:
