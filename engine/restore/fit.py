@@ -68,7 +68,7 @@ def report(fit: Fit, what: str) -> str:
     """One message with every difference, the first of each kind spelled out: why nothing was restored."""
     parts = [f"{what} does not fit the state it is to be restored into; nothing was changed"]
     parts += differences(fit)
-    parts.append("Build the same model as the saved run, or choose another checkpoint")
+    parts.append("Build what the saved run had, leave parts out with exclude=, or choose another checkpoint")
     return "\n".join(parts)
 
 

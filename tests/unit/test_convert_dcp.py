@@ -110,7 +110,7 @@ def test_what_training_scripts_save_is_understood(tmp_path: Path) -> None:
     other = new_model(seed=4)
     into = {"model": other, "optimizer": new_optimizer(other)}
     with Checkpointer(tmp_path / "new", into) as checkpointer:
-        assert checkpointer.restore() is not None
+        assert checkpointer.restore(exclude=["loader", "schedule"]) is not None
     for (name, one), two in zip(model.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(one, two[1]), name
         assert torch.equal(optimizer.state[one]["exp_avg"], into["optimizer"].state[two[1]]["exp_avg"])
