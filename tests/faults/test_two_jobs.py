@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from engine.catalog.lease import Lease
+from engine.catalog.marks import hold, release
 from engine.catalog.process import ProcessIdentity
 from engine.errors import DirectoryHeldError, HoldfastError, LeaseLostError, SaveFailedError
+from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, leftovers
 from tests.faults.world import PATIENCE_SECS, World, here, job
 
@@ -152,3 +154,18 @@ def test_a_second_job_is_refused_while_the_first_one_lives(root: Path) -> None:
             with pytest.raises(DirectoryHeldError, match="host-"), job(root, 2):
                 pass
         assert not isinstance(world.save(2)[0], BaseException)
+
+
+def test_the_retention_of_a_loser_removes_nothing(root: Path) -> None:
+    storage = LocalStorage(root)
+    with job(root, 1) as loser:
+        for step in (1, 2, 3):
+            assert not isinstance(loser.save(step)[0], BaseException)
+            loser.settle()
+            if step == 1:
+                hold(storage, committed_steps(root)[1])
+        release(storage, committed_steps(root)[1])
+        with job(root, 1):
+            (outcome,) = loser.each(lambda rank: rank.ckpt._remove_surplus())
+            assert isinstance(outcome, LeaseLostError), repr(outcome)
+            assert set(committed_steps(root)) == {1, 2, 3}
