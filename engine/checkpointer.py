@@ -19,7 +19,7 @@ from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.format.json import canonical_bytes
 from engine.format.manifest import REASONS, ShardReceipt
-from engine.mirror.keeping import remove_surplus
+from engine.mirror.keeping import close_mirror, remove_surplus
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience, at_most, no_limit, second_tier
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import connect_ranks
@@ -260,10 +260,13 @@ class Checkpointer:
                 saver.copier.remove()
                 saver.snapshot.forget_plan()
         finally:
-            if self._mirror is not None:
+            stuck = saver is not None and saver.stuck
+            if self._mirror is not None and stuck:
                 self._mirror.close(mirror_patience)
+            elif self._mirror is not None and self._lease is not None:
+                close_mirror(self._mirror, mirror_patience, self._storage, self._lease, self._retention)
             if self._lease is not None:
-                (self._lease.abandon if saver is not None and saver.stuck else self._lease.release)()
+                (self._lease.abandon if stuck else self._lease.release)()
         self.poll()
 
     def __enter__(self) -> Checkpointer:

@@ -12,8 +12,9 @@ from engine.catalog.marks import held_ids
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, surplus
-from engine.errors import NotFoundError
+from engine.errors import HoldfastError, NotFoundError
 from engine.mirror.owed import give_way, spare
+from engine.mirror.uploader import Mirror, Patience
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -58,3 +59,17 @@ def remove_surplus(
         log.warning("%s goes although the mirror has not got it: %s", given_up.record.path, given_up.why)
         removed = reap(storage, [given_up]).removed
     return bool(removed)
+
+
+def close_mirror(
+    mirror: Mirror, patience: Patience, storage: Storage, lease: Lease, retention: Retention | None
+) -> None:
+    """Close the mirror, then remove what the last clean-up spared because the mirror was owed it.
+
+    What fails here is tried again by the next run's clean-up.
+    """
+    mirror.close(patience)
+    try:
+        remove_surplus(storage, lease, retention, mirror)
+    except HoldfastError as error:
+        log.warning("cleaning up after the mirror failed, the next run tries again: %s", error)

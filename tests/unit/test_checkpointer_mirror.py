@@ -156,6 +156,7 @@ def test_saves_commit_and_retention_waits_while_the_mirror_makes_no_progress(
     slow.gate.set()
     checkpointer.close()
     assert {30, 40} <= set(steps_in(slow))
+    assert steps_in(local) == [30, 40], "what only the mirror's debt had kept goes when it is paid"
     run(tmp_path / "local", "slow:", 50, retention=keep)
     assert steps_in(local) == [40, 50], "nothing is owed any more"
 
