@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,17 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 # A job that a shell put into the background inherits SIGINT ignored, and so would every program started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_lease_is_left() -> Iterator[None]:
+    """A lease that a test forgets beats on in its thread, and disturbs tests that count threads later."""
+    before = set(threading.enumerate())
+    yield
+    left = [one for one in set(threading.enumerate()) - before if one.name == "holdfast-lease"]
+    for thread in left:
+        thread.join(5.0)
+    assert not any(thread.is_alive() for thread in left), "this test has left a lease behind"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

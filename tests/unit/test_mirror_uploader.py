@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from engine.errors import DirectoryHeldError, StorageDeniedError, StorageUnavail
 from engine.format.names import MANIFEST, lease_name
 from engine.mirror import uploader
 from engine.mirror.keeping import remove_surplus
-from engine.mirror.uploader import at_most
+from engine.mirror.uploader import Mirror, at_most
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS
@@ -26,6 +26,22 @@ from tests.support.tiers import KINDS, Desk, change_byte, second_storage, steps_
 from tests.support.tiny_checkpoint import write_checkpoint
 
 KEEP_2 = Retention(rolling=2)
+
+
+@pytest.fixture(autouse=True)
+def opened_mirrors_let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A mirror that a test opens and leaves keeps a lease, whose thread would outlive the test."""
+    opened: list[Mirror] = []
+    real = Mirror.open
+
+    def noted(self: Mirror, *args: Any, **kwargs: Any) -> None:
+        opened.append(self)
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Mirror, "open", noted)
+    yield
+    for mirror in opened:
+        mirror.give_back()
 
 
 @pytest.fixture
