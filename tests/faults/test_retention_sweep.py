@@ -16,6 +16,8 @@ from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS
 from tests.faults.world import Rank, World, job
 
 SURPLUS = 3
+QUICK = ("ENOSPC", "EINTR", "503", "answer lost")
+"""What `make test` sweeps, beside the two that last; the others are for `make test-all`."""
 
 
 def save_well(world: World, step: int) -> str:
@@ -45,7 +47,8 @@ def passes() -> list[Any]:
     """Level, fault, and whether it lasts: from that operation on nothing works, as after a crash."""
     disk = [("disk", fault, False) for fault in SYSTEM_FAULTS]
     asked = [("asked", fault, False) for fault in ("503", "500", "reset", "denied", "EIO", "answer lost")]
-    return [*disk, *asked, ("disk", "EIO", True), ("asked", "reset", True)]
+    once = [pytest.param(*one, marks=() if one[1] in QUICK else pytest.mark.slow) for one in disk + asked]
+    return [*once, ("disk", "EIO", True), ("asked", "reset", True)]
 
 
 @pytest.mark.parametrize(("level", "fault", "lasts"), passes())
