@@ -11,7 +11,7 @@ from bench.records import NONE
 
 Kind = Literal["window", "idle", "floor"]
 
-NONE_WINDOWS = 2
+NONE_WINDOWS = 4
 """Windows without a save per repeat: every other row is compared with them, so they get more samples."""
 COPY_PASSES = 3
 WRITE_PASSES = 3

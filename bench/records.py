@@ -83,7 +83,8 @@ class Memory:
     """Host memory of the rank that takes most, in bytes above the trainer that saves nothing.
 
     Attributes:
-        peak_bytes: highest level while training with saves, minus the highest while training without.
+        peak_bytes: highest level while training with saves, above the one before the mode was opened, less
+            what training without saves takes above its own.
         held_bytes: what the mode keeps between saves.
         rank_bytes: bytes that this rank writes per save.
     """

@@ -38,11 +38,14 @@ from bench.resources import CpuMeter, thread_ids
 from bench.sizes import parse_state
 from bench.targets import Facts
 from bench.training import Training
-from bench.window import Row, measure_growth, measure_memory, rest, run_idle, run_window
+from bench.window import Row, measure_growth, measure_memory, rest, run_idle, run_window, training_memory
 from engine.run.setup import World
 
 _GIVE_UP = 4
 """A measurement that takes this many time limits hangs for good: the rank prints its stacks and ends."""
+
+_MEMORY_STEPS = 10
+"""Steps without a save that show what training takes by itself."""
 
 
 class Session:
@@ -73,9 +76,10 @@ class Session:
         self._describe(training)
         floors = self._floors(training)
         threads = thread_ids()
+        training_bytes = training_memory(training, _MEMORY_STEPS)
         self.say(f"one rank writes {floors.rank_bytes / 1e9:.3f} GB; opening the modes")
         for name in options.modes:
-            self._open(name, training, floors.rank_bytes)
+            self._open(name, training, training_bytes, floors.rank_bytes)
         cpu = CpuMeter(threads)
         for repeat in range(options.repeats):
             for item in order_of(list(self.rows), repeat, options.seed):
@@ -140,7 +144,7 @@ class Session:
             timeout_secs=timeout_secs,
         )
 
-    def _open(self, name: str, training: Training, rank_bytes: int) -> None:
+    def _open(self, name: str, training: Training, training_bytes: int, rank_bytes: int) -> None:
         """Open a mode, take its memory, and give it its rows."""
         context = self._context(training, name)
 
@@ -148,7 +152,9 @@ class Session:
             return Row(name, load(name)(context), flushed=False)
 
         with self._guarded(name, "opening it and the first saves"):
-            memory, row = measure_memory(training, open_row, rank_bytes, self.options.timeout_secs)
+            memory, row = measure_memory(
+                training, open_row, training_bytes, rank_bytes, self.options.timeout_secs
+            )
             rows = [row]
             if wants_flush(row.mode):
                 rows.append(Row(name + FLUSHED, row.mode, flushed=True))

@@ -130,25 +130,43 @@ def run_idle(
     return idle, save
 
 
+def training_memory(training: Training, steps: int) -> int:
+    """How far training without saves rises above its level between steps, in bytes. Collective.
+
+    Ranks that wait for each other hold more or less at a time: the highest of a few steps says little.
+    """
+    settle_memory()
+    level = memory_bytes()
+    with PeakMemory() as peak:
+        for _ in range(steps):
+            training.step()
+    return peak.peak_bytes - level
+
+
 def measure_memory(
-    training: Training, open_row: Callable[[], Row], rank_bytes: int, timeout_secs: float
+    training: Training,
+    open_row: Callable[[], Row],
+    training_bytes: int,
+    rank_bytes: int,
+    timeout_secs: float,
 ) -> tuple[Memory, Row]:
     """Open a mode, save twice while training, and see what it takes. Collective.
+
+    Args:
+        training_bytes: what `training_memory` has shown.
 
     The first saves of a mode pay for its caches: these are they, so no timed window has to.
     """
     settle_memory()
     level = memory_bytes()
-    with PeakMemory() as without:
-        for _ in range(2):
-            training.step()
     row = ranks.together(open_row)
     with PeakMemory() as peak:
         for _ in range(2):
             _save_and_delete(training, row, timeout_secs)
     settle_memory()
     held = memory_bytes() - level
-    return Memory(row.name, max(0, peak.peak_bytes - without.peak_bytes), max(0, held), rank_bytes), row
+    above = peak.peak_bytes - level - training_bytes
+    return Memory(row.name, max(0, above), max(0, held), rank_bytes), row
 
 
 def measure_growth(training: Training, row: Row, saves: int, state_bytes: int, timeout_secs: float) -> Growth:
