@@ -38,9 +38,18 @@ from engine.format.names import MANIFEST
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
+from engine.restore.collector import collector_paused
 from engine.restore.destination import Destination
-from engine.restore.places import Indexes, Locals, Place, describe_chunks, places_of, read_description
-from engine.restore.read import STORE_THREADS, THREADS, Located, read_slices
+from engine.restore.places import (
+    Indexes,
+    Locals,
+    Place,
+    chunk_places,
+    describe_chunks,
+    places_of,
+    read_description,
+)
+from engine.restore.read import STORE_THREADS, THREADS, Located, ReadStats, read_slices
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
@@ -88,9 +97,10 @@ class Restorer:
             key = f"restore/{self._number}"
             self._chosen = None
             try:
-                chosen = rank0_decides(
-                    self.channel, f"{key}/choice", partial(self._choose, selector), self.timeout_secs
-                )
+                with collector_paused():
+                    chosen = rank0_decides(
+                        self.channel, f"{key}/choice", partial(self._choose, selector), self.timeout_secs
+                    )
             except SelectorError as error:
                 raise first or error from None
             if chosen is None:
@@ -130,7 +140,7 @@ class Restorer:
             "name": choice.name,
             "id": choice.record.id,
             "mirror": choice.tier == "mirror",
-            "manifest": choice.manifest.to_bytes().decode("utf-8"),
+            "manifest": "" if self.channel.world_size == 1 else choice.manifest.to_bytes().decode("utf-8"),
         }
 
     def _restore(self, key: str, chosen: Mapping[str, Any], wanted: Wanted) -> CheckpointRecord:
@@ -141,31 +151,15 @@ class Restorer:
         )
         name = str(chosen["name"])
         storage = self._storage_of(chosen)
-        indexes = Indexes(storage, manifest, name)
-        places = self._places(key, storage, name, manifest, indexes)
-        destination: Destination | None = None
-        problem: Exception | None = None
-        slices: list[Slice] = []
-        found: Located = {}
-        try:
-            destination = self._destination(manifest, indexes, wanted)
-            destination.check(f"the checkpoint {storage.describe(name)}")
-            slices, found = _plan(destination, manifest, places, indexes)
-        except Exception as error:
-            problem = _missing_is_damage(storage, name, error)
-        try:
-            all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
-        except Exception:
-            if destination is not None:
-                destination.abandon()
-            raise
-        assert destination is not None
+        with collector_paused():
+            destination, slices, found = self._prepare(key, storage, name, manifest, wanted)
         if self.channel.rank == 0:
             # Every rank has read them, or it could not have agreed.
             with contextlib.suppress(CoordinationError):
                 self.channel.forget([f"{key}/choice", f"{key}/chunks"])
         self.undefined = True
-        stats = None
+        stats: ReadStats | None = None
+        problem: Exception | None = None
         try:
             threads = THREADS if storage.is_local else STORE_THREADS
             stats = read_slices(storage, name, slices, found, threads=threads)
@@ -191,6 +185,31 @@ class Restorer:
         )
         return record
 
+    def _prepare(
+        self, key: str, storage: Storage, name: str, manifest: Manifest, wanted: Wanted
+    ) -> tuple[Destination, list[Slice], Located]:
+        """Where everything lies and goes; returns when all ranks agree that it fits."""
+        indexes = Indexes(storage, manifest, name)
+        places = self._places(key, storage, name, manifest, indexes)
+        destination: Destination | None = None
+        problem: Exception | None = None
+        slices: list[Slice] = []
+        found: Located = {}
+        try:
+            destination = self._destination(manifest, indexes, wanted)
+            destination.check(f"the checkpoint {storage.describe(name)}")
+            slices, found = _plan(destination, manifest, places, indexes)
+        except Exception as error:
+            problem = _missing_is_damage(storage, name, error)
+        try:
+            all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
+        except Exception:
+            if destination is not None:
+                destination.abandon()
+            raise
+        assert destination is not None
+        return destination, slices, found
+
     def _storage_of(self, chosen: Mapping[str, Any]) -> Storage:
         if chosen["mirror"]:
             assert self.mirror is not None, "every rank is given the same mirror"
@@ -204,6 +223,9 @@ class Restorer:
 
         def describe() -> dict[str, Any] | None:
             try:
+                if self.channel.world_size == 1:
+                    chunk_places(manifest, indexes.every())
+                    return None
                 return describe_chunks(manifest, indexes.every())
             except NotFoundError as error:
                 problem = _missing_is_damage(storage, name, error)

@@ -120,8 +120,8 @@ class StateCapture:
                 self._modules[key] = ModuleCapture(key, entry)
         for key, entry in self.state.items():
             if isinstance(entry, Optimizer):
-                owner = owner_of(entry, self.state, key)
-                self._optimizers[key] = OptimizerCapture(key, owner, self.state[owner], entry)
+                owner = self._modules[owner_of(entry, self.state, key)]
+                self._optimizers[key] = OptimizerCapture(key, owner, entry)
 
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """(tensors, aliases) of modules and optimizers as last walked, tied ones once."""

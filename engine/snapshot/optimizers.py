@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.optim import Optimizer
 
 from engine.dcp.boxes import detached
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.captured import Captured
-from engine.snapshot.modules import ModuleCapture, canonical, pointer_of
+from engine.snapshot.modules import ModuleCapture, pointer_of
 
 
 class OptimizerCapture:
@@ -27,12 +26,12 @@ class OptimizerCapture:
     equals its first step from nothing.
     """
 
-    def __init__(self, key: str, owner: str, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, key: str, owner: ModuleCapture, optimizer: Optimizer) -> None:
         self.key = key
-        self.owner = owner
+        self.owner = owner.key
         self.optimizer = optimizer
         self.tensors: dict[str, torch.Tensor] = {}
-        self._names = parameter_names(module, optimizer)
+        self._names = parameter_names(owner, optimizer)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._states: list[tuple[torch.Tensor, Any]] = []
         self._entries: list[tuple[dict[str, Any], str, Any, int]] = []
@@ -94,19 +93,21 @@ class OptimizerCapture:
         captured.shared[self.key] = values.encode(document, self.key, captured.tensors)
 
 
-def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[torch.Tensor, str]:
+def parameter_names(owner: ModuleCapture, optimizer: Optimizer) -> dict[torch.Tensor, str]:
     """The canonical name of each of the optimizer's parameters, in group order.
 
-    Raises: UnsavableValueError for a parameter that the module does not have.
+    The owner has just been walked, which brings FSDP2 back to its sharded parameters: the optimizer's.
+    Raises: UnsavableValueError for a parameter that the module does not save.
     """
-    # Brings FSDP2 back to its sharded parameters, which are the ones the optimizer holds.
-    saved = get_model_state_dict(module)
-    by_identity = {parameter: canonical(module, name) for name, parameter in module.named_parameters()}
+    by_identity: dict[int, str] = {}
+    for name, identity in owner.identities.items():
+        if name in owner.tensors:
+            by_identity.setdefault(identity, name.removeprefix(f"{owner.key}."))
     names: dict[torch.Tensor, str] = {}
     for number, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
-            name = by_identity.get(parameter)
-            if name is None or name not in saved:
+            name = by_identity.get(id(parameter))
+            if name is None:
                 raise UnsavableValueError(
                     f"parameter {position} of the optimizer's group {number} is not in the module; build the "
                     "optimizer after the module was sharded, and hand over the module it belongs to"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from engine import Checkpointer
 from engine.catalog.lease import Lease
 from engine.dcp import held as held_module
-from engine.snapshot import modules, optimizers
+from engine.snapshot import modules
 from engine.snapshot.arena import Arena
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.system import System
@@ -105,7 +105,6 @@ def test_nothing_is_walked_or_planned_when_nothing_changed(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks = counted(monkeypatch, modules, "get_model_state_dict")
-    monkeypatch.setattr(optimizers, "get_model_state_dict", modules.get_model_state_dict)
     plans = counted(monkeypatch, held_module.DefaultSavePlanner, "create_local_plan")
     state = training_state()
     with Checkpointer("ignored", state) as checkpointer:

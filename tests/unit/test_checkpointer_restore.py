@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from engine.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from engine.restore import restorer
 from engine.storage.local import LocalStorage
 from tests.support.damage import flip_byte
 from tests.support.training import differences, model, photograph, train
@@ -545,3 +547,39 @@ def test_the_restored_event(tmp_path: Path) -> None:
     assert (event["event"], event["step"], event["id"], event["world_size"]) == ("restored", 3, id, 1)
     assert event["bytes"] >= 400_000
     assert event["secs"] >= 0
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_collector_is_off_while_a_restore_is_planned_and_no_longer(
+    enabled: bool, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    seen: dict[str, bool] = {}
+
+    def spied(name: str) -> None:
+        real = getattr(restorer, name)
+
+        def spy(*given: Any, **more: Any) -> Any:
+            seen[name] = gc.isenabled()
+            return real(*given, **more)
+
+        monkeypatch.setattr(restorer, name, spy)
+
+    for name in ("choose_checkpoint", "plan_slices", "read_slices"):
+        spied(name)
+    state = values(0) if fits else {"others": {"n": 0}}
+    was_enabled = gc.isenabled()
+    with Checkpointer(tmp_path, state) as checkpointer:
+        try:
+            if not enabled:
+                gc.disable()
+            if fits:
+                checkpointer.restore("latest")
+                assert seen == {"choose_checkpoint": False, "plan_slices": False, "read_slices": enabled}
+            else:
+                with pytest.raises(StateMismatchError):
+                    checkpointer.restore("latest")
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable() if was_enabled else gc.disable()
