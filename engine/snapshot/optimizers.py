@@ -100,9 +100,9 @@ def parameter_names(owner: ModuleCapture, optimizer: Optimizer) -> dict[torch.Te
     Raises: UnsavableValueError for a parameter that the module does not save.
     """
     by_identity: dict[int, str] = {}
-    for name, identity in owner.identities.items():
-        if name in owner.tensors:
-            by_identity.setdefault(identity, name.removeprefix(f"{owner.key}."))
+    for full_name, identity in owner.identities.items():
+        if full_name in owner.tensors:
+            by_identity.setdefault(identity, full_name.removeprefix(f"{owner.key}."))
     names: dict[torch.Tensor, str] = {}
     for number, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
