@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from engine import Checkpointer
 from engine.catalog.lease import Lease
 from engine.dcp import held as held_module
+from engine.save import write
 from engine.snapshot import modules
 from engine.snapshot.arena import Arena
 from engine.storage.base import WINDOW_BYTES
@@ -262,3 +265,24 @@ def test_a_save_of_many_tensors_is_a_few_calls_each(storage: ControlledStorage) 
             sys.setprofile(None)
         handle.result(DEADLINE_SECS)
     assert calls <= 2 * count + 1_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
+def test_digests_stand_back_behind_training_and_nothing_else_does(
+    storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[int] = []
+    real = write.block_digests
+
+    def spied(view: memoryview) -> bytes:
+        levels.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return real(view)
+
+    monkeypatch.setattr(write, "block_digests", spied)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with Checkpointer("ignored", training_state()) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step).result(DEADLINE_SECS)
+        threads = [int(name) for name in os.listdir("/proc/self/task")]
+        assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {before}
+    assert set(levels) == {min(19, before + write.DIGEST_NICENESS)}
