@@ -26,10 +26,10 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
     Raises: what `work` raised, in the same class if it is Holdfast's own; CoordinationError.
     """
     if channel.rank != 0:
-        raw = channel.broadcast(key, None, timeout_secs)
-        if parse_canonical(raw, what="an agreement")["error"] is not None:
+        answer = _parse(channel.broadcast(key, None, timeout_secs))
+        if answer["error"] is not None:
             _acknowledge(channel, key, 0)
-        return _open(raw)
+        return _open(answer)
     try:
         document = {"value": work(), "error": None}
     except Exception as error:
@@ -59,12 +59,13 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
         errors_by_rank = [parse_canonical(raw, what="a note")["error"] for raw in notes]
         first = next((error | {"rank": rank} for rank, error in enumerate(errors_by_rank) if error), None)
         verdict = canonical_bytes({"value": None, "error": first})
-    raw = channel.broadcast(f"{key}/verdict", verdict, timeout_secs + VERDICT_GRACE_SECS)
+    answer = _parse(channel.broadcast(f"{key}/verdict", verdict, timeout_secs + VERDICT_GRACE_SECS))
     _acknowledge(channel, f"{key}/verdict", VERDICT_GRACE_SECS)
     try:
-        _open(raw)
+        _open(answer)
     except HoldfastError as common:
-        if problem is not None and (type(problem) is type(common) or _is_of(raw, channel.rank)):
+        its_own = answer["error"].get("rank") == channel.rank
+        if problem is not None and (its_own or type(problem) is type(common)):
             raise problem from None
         raise common from problem
 
@@ -84,16 +85,15 @@ def _describe(error: Exception) -> dict[str, Any]:
     return {"kind": type(error).__name__, "message": str(error) or type(error).__name__}
 
 
-def _is_of(raw: bytes, rank: int) -> bool:
-    """Whether the verdict is this rank's own problem."""
-    return bool(parse_canonical(raw, what="an agreement")["error"].get("rank") == rank)
+def _parse(raw: bytes) -> dict[str, Any]:
+    answer: dict[str, Any] = parse_canonical(raw, what="an agreement")
+    return answer
 
 
-def _open(raw: bytes) -> Any:
-    document = parse_canonical(raw, what="an agreement")
-    error = document["error"]
+def _open(answer: dict[str, Any]) -> Any:
+    error = answer["error"]
     if error is None:
-        return document["value"]
+        return answer["value"]
     kind = getattr(errors, error["kind"], None)
     if isinstance(kind, type) and issubclass(kind, HoldfastError):
         raise kind(error["message"])

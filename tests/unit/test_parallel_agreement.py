@@ -18,6 +18,7 @@ from engine.errors import (
     StateMismatchError,
     StorageUnavailableError,
 )
+from engine.parallel import agreement
 from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree, rank0_decides
 from engine.parallel.coordination import Channel
 from tests.support.channels import ImpatientStore, MemoryStore, on_ranks
@@ -56,6 +57,23 @@ def test_a_foreign_error_of_rank_0_keeps_its_class_there_and_its_name_elsewhere(
     for result in results[1:]:
         assert isinstance(result, PeerFailedError)
         assert str(result) == "rank 0 failed: ZeroDivisionError: 1/0"
+
+
+def test_an_answer_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a restore it is the manifest and all chunks: megabytes."""
+    parsed: list[bytes] = []
+    real = agreement.parse_canonical
+
+    def noting(raw: bytes, *, what: str) -> Any:
+        parsed.append(raw)
+        return real(raw, what=what)
+
+    monkeypatch.setattr(agreement, "parse_canonical", noting)
+    assert on_ranks(2, lambda channel: rank0_decides(channel, "k", lambda: "word", 30)) == ["word"] * 2
+    assert len(parsed) == 1
+    parsed.clear()
+    agree({1: DamagedError("mine")}, 2)
+    assert len(parsed) == 4, "two notes at rank 0, and the verdict on each rank"
 
 
 def test_an_error_without_words_is_named_by_its_class() -> None:
