@@ -29,7 +29,8 @@ def agree_on_plan(
     Raises: `problem`; PeerFailedError when another rank failed; StateError when the boxes do not fit
         together; LateRanksError.
     """
-    offer = {"error": str(problem) if problem else "", "held": [chunk_to_json(chunk) for chunk in held]}
+    words = "" if problem is None else str(problem) or type(problem).__name__
+    offer = {"error": words, "held": [chunk_to_json(chunk) for chunk in held]}
     answers = None
     tensors: dict[str, TensorInfo] = {}
     try:

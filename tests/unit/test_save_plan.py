@@ -58,6 +58,12 @@ def test_a_rank_that_has_failed_already_tells_the_others(rank: int) -> None:
             assert str(result) == f"rank {rank}: {problem}"
 
 
+def test_a_failure_without_words_is_named_by_its_class() -> None:
+    """Not taken for none: the others would be told that the boxes leave a hole."""
+    results = agree([shards("t", (4,), 2)[0:1], []], {1: MemoryError()})
+    assert str(results[0]) == "rank 1: MemoryError"
+
+
 def test_all_failures_are_named() -> None:
     results = agree([[]] * 3, {1: ValueError("one"), 2: ValueError("two")})
     assert str(results[0]) == "rank 1: one; rank 2: two"
