@@ -27,6 +27,12 @@ from engine.parallel.answering import AnsweringStore, Store
 
 Clock = Callable[[], float]
 
+PIECE_BYTES = 4 << 20
+"""Longer payloads go in pieces: torch's store hangs up on a value above 8 MiB, and the offer of a rank with
+100,000 chunks is longer."""
+
+_IN_PIECES = b"\0pieces:"
+
 
 @dataclass(slots=True)
 class Channel:
@@ -39,6 +45,8 @@ class Channel:
     world_size: int
     store: Store | None
     clock: Clock = time.monotonic
+    _pieces: dict[str, int] = field(default_factory=dict)
+    """How many further keys belong to one, of those that this channel has set or read."""
 
     def gather(self, key: str, payload: bytes, timeout_secs: float) -> list[bytes] | None:
         """Collect one payload of every rank at rank 0.
@@ -109,13 +117,21 @@ class Channel:
         for key in keys:
             try:
                 self.store.delete_key(key)
+                for number in range(self._pieces.pop(key, 0)):
+                    self.store.delete_key(_piece(key, number))
             except (dist.DistError, RuntimeError) as error:
                 raise _gone(self.rank, error) from error
 
     def _set(self, key: str, payload: bytes) -> None:
         assert self.store is not None
         try:
-            self.store.set(key, payload)
+            if len(payload) > PIECE_BYTES or payload.startswith(_IN_PIECES):
+                starts = range(0, len(payload), PIECE_BYTES)
+                for number, at in enumerate(starts):
+                    self.store.set(_piece(key, number), payload[at : at + PIECE_BYTES])
+                self._pieces[key] = len(starts)
+                payload = _IN_PIECES + b"%d" % len(starts)
+            self.store.set(key, payload)  # last: who has waited for it finds the pieces there
         except (dist.DistError, RuntimeError) as error:
             raise _gone(self.rank, error) from error
 
@@ -136,7 +152,11 @@ class Channel:
         except (dist.DistError, RuntimeError) as error:
             raise _gone(self.rank, error) from error
         try:
-            return self.store.get(key)
+            payload = self.store.get(key)
+            if payload.startswith(_IN_PIECES):
+                count = self._pieces[key] = int(payload.removeprefix(_IN_PIECES))
+                payload = b"".join(self.store.get(_piece(key, number)) for number in range(count))
+            return payload
         except (dist.DistError, RuntimeError) as error:
             raise _gone(self.rank, error) from error
 
@@ -195,6 +215,10 @@ def _gone(rank: int, error: Exception) -> CoordinationError:
     return CoordinationError(
         f"rank {rank} lost its connection to rank 0, which has ended or is unreachable: {error}"
     )
+
+
+def _piece(key: str, number: int) -> str:
+    return f"{key}/piece-{number}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

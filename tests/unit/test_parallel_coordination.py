@@ -42,6 +42,38 @@ def test_payloads_may_be_empty_or_large() -> None:
         assert on_ranks(2, lambda channel, p=payload: channel.gather("k", p, 30))[0] == [payload] * 2
 
 
+class NarrowStore(MemoryStore):
+    """Hangs up on values that are too long, as torch's does above 8 MiB."""
+
+    def set(self, key: str, value: bytes, /) -> None:
+        if len(value) > 20:
+            raise dist.DistNetworkError("connection reset by peer")
+        super().set(key, value)
+
+
+@pytest.mark.parametrize("payload", [b"x" * 20, b"x" * 21, b"long " * 30, coordination._IN_PIECES])
+def test_a_payload_that_no_value_holds_goes_in_pieces(
+    payload: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordination, "PIECE_BYTES", 20)
+    store = NarrowStore()
+
+    def work(channel: Channel) -> Any:
+        first = channel.rank == 0
+        found = [
+            channel.gather("a", payload, 30),
+            channel.scatter("b", [payload] * 3 if first else None, 30),
+            channel.broadcast("c", payload if first else None, 30),
+        ]
+        if channel.gather("read", b"", 30) is not None:
+            channel.forget(["c"])
+        return found
+
+    results = on_ranks(3, work, store)
+    assert results == [[[payload] * 3 if rank == 0 else None, payload, payload] for rank in range(3)]
+    assert store.values == {}, "the pieces are forgotten with their key"
+
+
 def test_an_exchange_leaves_nothing_in_the_store() -> None:
     store = MemoryStore()
 
@@ -181,6 +213,9 @@ def test_the_real_store_behaves_like_the_one_of_these_tests() -> None:
     assert zero.gather("k", b"", 5) == [b"", b"\x00payload\xff"]
     zero.scatter("s", [b"", b"yours"], 5)
     assert one.scatter("s", None, 5) == b"yours"
+    long = b"x" * (9 << 20)  # torch hangs up on a value above 8 MiB
+    zero.broadcast("long", long, 5)
+    assert one.broadcast("long", None, 5) == long
     with pytest.raises(LateRanksError, match="rank 1"):
         zero.gather("again", b"", 0.01)
     with pytest.raises(LateRanksError, match="rank 0"):
