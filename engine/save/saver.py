@@ -97,6 +97,10 @@ class Saver:
     _handle: SaveHandle | None = None
     _thread: threading.Thread | None = None
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    _announced: list[str] = field(default_factory=list)
+    """Keys of rank 0's decisions that some rank may not have read yet."""
+    _until_go: int = 0
+    """How many of them were announced up to the newest save that was not skipped."""
 
     def save(self, info: SaveInfo) -> SaveHandle:
         """Snapshot the state and start writing it. Every rank calls it for the same step.
@@ -221,14 +225,25 @@ class Saver:
         # After a failed save some rank may have none: it ran out of memory, or was refused.
         failed = self._handle is not None and self._handle.failed()
         moment.planning = moment.changed or moment.problem is not None or failed
+        self._forget_decisions()
         self._announce(key, "go", replan=moment.planning)
+        self._until_go = len(self._announced)
         return "go", moment
 
     def _announce(self, key: str, action: str, *, cause: str = "", replan: bool = False) -> None:
         decision = {"action": action, "cause": cause, "replan": replan}
         self.channel.broadcast(f"{key}/decision", canonical_bytes(decision), 0)
-        # By the time that rank 0 decides on a save, all ranks have taken part in the one before the last.
-        self.channel.forget([f"save/{self.number - 2}/decision"])
+        self._announced.append(f"{key}/decision")
+
+    def _forget_decisions(self) -> None:
+        """Whoever took part in a save has read the word on it, and all words before.
+
+        Not the words that followed: rank 0 waits for nobody to skip a save, so the others may be behind.
+        """
+        if self._handle is not None and self._handle.done() and not self._handle.failed():
+            self.channel.forget(self._announced[: self._until_go])
+            del self._announced[: self._until_go]
+            self._until_go = 0
 
     def _look(self) -> _Moment:
         """Capture the state; a failure is kept, for every rank has to hear of it."""
