@@ -68,7 +68,9 @@ def _encode_dict(
             _check_text(key, path)
     plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
     if plain and not isinstance(value, collections.Counter):
-        return {str(k): _encode(v, f"{path}.{k}", tensors, depth + 1) for k, v in value.items()}
+        # Not str(key): that of an enum whose members are texts is its name.
+        texts = ((str.__str__(key), item) for key, item in value.items() if isinstance(key, str))
+        return {text: _encode(item, f"{path}.{text}", tensors, depth + 1) for text, item in texts}
     # MultiStepLR keeps its milestones in a Counter of ints; optimizers key their state by int.
     for key in value:
         if not isinstance(key, str | int) or isinstance(key, bool):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from hypothesis import strategies as st
 from engine.errors import DamagedError, UnsavableValueError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.snapshot.values import decode, encode, tensor_names
+
+
+class Phase(str, enum.Enum):  # noqa: UP042  an old one, as state dicts have them
+    WARM = "warm"
 
 
 class Pair(NamedTuple):
@@ -83,6 +88,12 @@ def test_nan_survives() -> None:
 def test_dict_kinds_become_dicts(kind: Any) -> None:
     back = round_trip(kind({"b": 1, "a": (2,)}))
     assert back == {"b": 1, "a": (2,)}
+
+
+def test_keys_that_are_an_enum_of_texts_are_those_texts() -> None:
+    saved = round_trip({Phase.WARM: 1, "more": {Phase.WARM: torch.ones(2)}})
+    assert saved == {"warm": 1, "more": {"warm": saved["more"]["warm"]}}
+    assert saved[Phase.WARM] == 1, "it is found by the same key again"
 
 
 def test_the_order_of_integer_keys_survives() -> None:
