@@ -35,8 +35,8 @@ SESSION = (
 """What belongs to one invocation and never comes out of a checkpoint.
 
 Storage options hold credentials. A checkpoint that named a mirror would send the data of whoever loads it to
-its author. `on_event` is a command: if it were taken from a checkpoint, loading one
-would run code that its author chose.
+its author. `on_event` is a command: if it were taken from a checkpoint, loading one would run code that its
+author chose.
 """
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -5,12 +5,14 @@ The command is the user's own; it may hang, fail or be slow, and none of that ma
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 
 from engine.run.events import Event, encode
@@ -43,13 +45,14 @@ def run_command(command: str, line: bytes, *, timeout_secs: float = COMMAND_SECS
     except OSError as error:
         log.warning("--on_event could not start: %s", error)
         return
-    try:
-        _, complaint = process.communicate(line, timeout=timeout_secs)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        log.warning("--on_event took longer than %g s and was killed", timeout_secs)
-        return
+    with process:  # closes the pipes: a child that has left the session may keep their other end for ever
+        try:
+            _, complaint = process.communicate(line, timeout=timeout_secs)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            log.warning("--on_event took longer than %g s and was killed", timeout_secs)
+            return
     if process.returncode != 0:
         shown = complaint[-_SHOWN_BYTES:].decode(errors="replace").strip()
         log.warning("--on_event ended with %d: %s", process.returncode, shown or "no word on standard error")
@@ -61,8 +64,15 @@ class EventHook:
     The queue is bounded: events that arrive while it is full are dropped and counted, never waited for.
     """
 
-    def __init__(self, command: str, *, run: Runner = run_command, capacity: int = QUEUE_EVENTS) -> None:
-        self._command, self._run = command, run
+    def __init__(
+        self,
+        command: str,
+        *,
+        run: Runner = run_command,
+        capacity: int = QUEUE_EVENTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command, self._run, self._clock = command, run, clock
         self._queue: queue.Queue[bytes | None] = queue.Queue(capacity)
         self._dropped = 0
         self._thread = threading.Thread(target=self._serve, name="on-event", daemon=True)
@@ -79,6 +89,7 @@ class EventHook:
 
     def close(self, timeout_secs: float) -> bool:
         """Let the command see what is queued, for `timeout_secs` at most; whether it saw everything."""
+        end = self._clock() + timeout_secs
         try:
             self._queue.put(None, timeout=timeout_secs)
         except queue.Full:
@@ -86,7 +97,7 @@ class EventHook:
                 "--on_event did not finish in time: %d events were not passed on", self._queue.qsize()
             )
             return False
-        self._thread.join(timeout_secs)
+        self._thread.join(max(0.0, end - self._clock()))
         if self._thread.is_alive():
             log.warning(
                 "--on_event did not finish in time: %d events were not passed on", self._queue.qsize()

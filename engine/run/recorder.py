@@ -90,10 +90,10 @@ class Recorder:
             f"eval: step {step} | val loss {loss:.4f}{', the best so far' if best else ''} | {secs:.1f} s"
         )
 
-    def close(self) -> None:
-        """Let the command see what is queued, and close the log."""
+    def close(self, hook_secs: float = HOOK_CLOSE_SECS) -> None:
+        """Let the command see what is queued, for `hook_secs` at most, and close the log."""
         if self._hook is not None:
-            self._hook.close(HOOK_CLOSE_SECS)
+            self._hook.close(hook_secs)
         if self._metrics is not None:
             self._metrics.close()
 

@@ -24,7 +24,7 @@ from engine.run.hook import EventHook
 from engine.run.job import Job, build_job, check_data, open_data
 from engine.run.last_save import LastSave
 from engine.run.preemption import Preemption, grace_within
-from engine.run.recorder import Recorder, log_directory
+from engine.run.recorder import HOOK_CLOSE_SECS, Recorder, log_directory
 from engine.run.saves import Saves
 from engine.run.schedule import BestLoss, StepEnd, due, save_reasons
 from engine.run.setup import World, choose_device, seed_everything
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 CRASH_WAIT_SECS = 10.0
 LEAVING_SECS = 6.0
 """What the end of the program takes: a copy to the mirror that is broken off, leases, the process group."""
+ENDING_SECS = 2.0
+"""What is left of that after the last event."""
 NO_LIMIT_MS = 10**9
 """Time left on a rank that no signal has reached."""
 
@@ -72,7 +74,7 @@ def train(
             _Loop(job, agreement, preemption, recorder, saves, record).run()
     finally:
         # After the engine's last event, which is that of the final save.
-        recorder.close()
+        recorder.close(time_for_the_command(preemption.secs_left))
 
 
 @contextmanager
@@ -100,6 +102,13 @@ def _closing(ckpt: Checkpointer, preemption: Preemption) -> Iterator[None]:
 def time_for_the_mirror(grace_left_secs: float | None) -> float | None:
     """After a signal the mirror gets what is left of the grace time, but for what leaving takes; else all."""
     return None if grace_left_secs is None else max(0.0, grace_left_secs - LEAVING_SECS)
+
+
+def time_for_the_command(grace_left_secs: float | None) -> float:
+    """How long `--on_event` may catch up at the end: a slow one must not make a saved run a late one."""
+    if grace_left_secs is None:
+        return HOOK_CLOSE_SECS
+    return min(HOOK_CLOSE_SECS, max(0.0, grace_left_secs - ENDING_SECS))
 
 
 def configure(argv: Sequence[str], session: TrainConfig, start: Start) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from pathlib import Path
 
@@ -116,3 +117,42 @@ def test_a_command_that_takes_too_long_is_killed_with_its_children(
     assert "was killed" in caplog.text
     stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_after_the_kill_nobody_waits_for_an_open_pipe(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A child that has left the session keeps standard error open for as long as it lives."""
+
+    def times_out(process: object, line: bytes, timeout: float | None = None) -> None:
+        assert timeout is not None, "this would wait for it"
+        raise subprocess.TimeoutExpired("cmd", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", times_out)
+    run_command("sleep 60", b"{}\n")
+    assert "was killed" in caplog.text
+
+
+def test_closing_has_one_deadline_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room in a full queue may come late: what is left then is all that the command gets."""
+    now = [100.0]
+    hook = EventHook("cmd", run=Command(), clock=lambda: now[0])
+    joined: list[float] = []
+
+    class Serving:
+        def join(self, secs: float) -> None:
+            joined.append(secs)
+
+        def is_alive(self) -> bool:
+            return False
+
+    real = hook._queue.put
+
+    def slow(item: bytes | None, timeout: float) -> None:
+        now[0] += 7.0
+        real(item, timeout=timeout)
+
+    monkeypatch.setattr(hook._queue, "put", slow)
+    monkeypatch.setattr(hook, "_thread", Serving())
+    assert hook.close(10.0)
+    assert joined == [3.0]

@@ -13,8 +13,9 @@ from engine.run.config import TrainConfig
 from engine.run.console import Console, checkpoint_line, readable_bytes
 from engine.run.events import MetricsLog
 from engine.run.hook import EventHook
-from engine.run.recorder import Recorder, log_directory
+from engine.run.recorder import HOOK_CLOSE_SECS, Recorder, log_directory
 from engine.run.schedule import BestLoss
+from engine.run.trainer import time_for_the_command
 
 
 class Desk:
@@ -201,3 +202,19 @@ def test_what_a_save_usually_takes(desk: Desk) -> None:
     for secs in (30.0, 31.0):
         ended("save_committed", secs, 0.0)
     assert desk.recorder.usual_save_secs == 30.0
+
+
+@pytest.mark.parametrize(
+    ("left", "secs"), [(None, HOOK_CLOSE_SECS), (25.0, HOOK_CLOSE_SECS), (8.0, 6.0), (1.0, 0.0), (0.0, 0.0)]
+)
+def test_after_a_signal_the_command_gets_what_is_left_of_the_grace_time(
+    left: float | None, secs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow command must not make a run that has saved one that was too late."""
+    asked: list[float] = []
+    recorder = Recorder(Console(speaks=False))
+    hook = EventHook("cmd", run=lambda command, line: None)
+    monkeypatch.setattr(hook, "close", lambda timeout_secs: asked.append(timeout_secs))
+    monkeypatch.setattr(recorder, "_hook", hook)
+    recorder.close(time_for_the_command(left))
+    assert asked == [secs]
