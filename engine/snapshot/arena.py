@@ -90,8 +90,10 @@ class Arena:
         for slot in self.slots:
             header = slot.layout.header
             self.memory[slot.begin : slot.begin + len(header)] = header
+        # A new thread's CUDA device is the first one: to pin there would open a context on it, in every rank.
+        device = torch.cuda.current_device() if pin else None
         self._prefaulting = threading.Thread(
-            target=self._prefault, args=(pin,), name="holdfast-prefault", daemon=True
+            target=self._prefault, args=(device,), name="holdfast-prefault", daemon=True
         )
         self._prefaulting.start()
 
@@ -125,9 +127,11 @@ class Arena:
         # The map itself goes with its last view; closing it here would raise while one is alive.
         del self._map
 
-    def _prefault(self, pin: bool) -> None:
+    def _prefault(self, device: int | None) -> None:
         prefault(self.buffer.data_ptr(), self.size_bytes, lambda: self._stop)
-        self._pinned = pin and not self._stop and _pin(self.buffer)
+        if device is not None and not self._stop:
+            with torch.cuda.device(device):
+                self._pinned = _pin(self.buffer)
 
 
 def prefault(address: int, size_bytes: int, stopped: Callable[[], bool] = lambda: False) -> None:

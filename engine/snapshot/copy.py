@@ -67,7 +67,8 @@ class CudaStream:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def finish(self) -> None:
-        self._event.synchronize()
+        with torch.cuda.device(self._device):  # called by a thread that has chosen none
+            self._event.synchronize()
 
     @property
     def done(self) -> bool:

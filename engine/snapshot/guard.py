@@ -24,7 +24,11 @@ def why_unguarded(state: Mapping[str, Any]) -> str | None:
 
     Every trainable parameter must belong to an optimizer of the state: one that is fused into the backward
     pass steps where no hook of ours runs. A captured step runs no Python at all, a compiled one may not.
+    And all must lie on one device, for what is copied on others the stream of that one does not order.
     """
+    modules = [entry for entry in state.values() if isinstance(entry, nn.Module)]
+    if len({parameter.device for module in modules for parameter in module.parameters()}) > 1:
+        return "the parameters lie on several devices"
     optimizers = [entry for entry in state.values() if isinstance(entry, Optimizer)]
     owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, entry in state.items():

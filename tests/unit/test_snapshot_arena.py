@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -204,3 +206,27 @@ def test_a_forked_child_may_free_the_arena() -> None:
             pages[:] = bytes(length)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_memory_is_pinned_from_the_device_of_the_training_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that pins begins on the first device, where each rank would open a context otherwise."""
+    chosen: list[int] = []
+    found: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        chosen.append(index)
+        yield
+        chosen.pop()
+
+    def pin(buffer: torch.Tensor) -> bool:
+        found.append(list(chosen))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(arena_module, "_pin", pin)
+    arena = Arena(plan_files(0, [whole("w", 10)]), pin=True)
+    arena.wait_ready()
+    assert found == [[3]]
+    arena.release()

@@ -275,6 +275,14 @@ def test_a_trainable_parameter_without_optimizer_cannot_be_guarded() -> None:
     assert why_unguarded(state) == "head.weight is trainable but belongs to no optimizer in the state"
 
 
+def test_several_devices_cannot_be_guarded() -> None:
+    """A copy from the second one runs on that one's compute stream, and the event that writing waits for says
+    nothing about it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    assert why_unguarded(state) == "the parameters lie on several devices"
+
+
 def test_a_captured_step_cannot_be_guarded() -> None:
     model = nn.Linear(2, 2)
     state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), capturable=True)}
