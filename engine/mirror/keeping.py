@@ -8,7 +8,6 @@ from typing import Protocol
 
 from engine.catalog.lease import Lease
 from engine.catalog.listing import committed, list_checkpoints
-from engine.catalog.marks import held_ids
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, surplus
@@ -46,14 +45,17 @@ def remove_surplus(
     given_up = None
     if retention is not None:
         try:
-            local = committed(list_checkpoints(storage))
+            listed = list_checkpoints(storage)
         except NotFoundError:
-            local = []
-        policy = surplus(local, retention, held_ids(storage) if local else frozenset())
+            listed = []
+        local = committed(listed)
+        # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
+        policy = surplus(local, retention, held={item.id for item in listed if item.held})
         owed = mirror.owed_of(local) if mirror is not None else frozenset()
         removed = reap(storage, spare(policy, owed)).removed
         if disk_full and mirror is not None:
             given_up = give_way(policy, owed, mirror.in_flight)
+    # With a listing of its own: what was removed by halves just now is cleared away in the same round.
     removed += reap_abandoned(storage, lease=lease).removed
     if not removed and given_up is not None:
         log.warning("%s goes although the mirror has not got it: %s", given_up.record.path, given_up.why)

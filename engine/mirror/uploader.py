@@ -19,7 +19,6 @@ from typing import Any
 from engine.catalog import marks
 from engine.catalog.lease import Lease
 from engine.catalog.listing import committed, highest_sequence, list_checkpoints
-from engine.catalog.marks import held_ids
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, by_sequence, surplus
@@ -114,6 +113,7 @@ class Mirror:
         self._lease: Lease | None = None
         self._lock = threading.Lock()
         self._there: tuple[CheckpointRecord, ...] = ()
+        self._held: frozenset[str] = frozenset()
         self._checked: set[str] = set()
         self._refused: set[str] = set()
         self._failure: str | None = None
@@ -264,6 +264,7 @@ class Mirror:
         listed = list_checkpoints(self.storage)
         with self._lock:
             self._there = tuple(committed(listed))
+            self._held = frozenset(item.id for item in listed if item.held)
             self.highest_sequence = max(self.highest_sequence, highest_sequence(listed))
         self._checked &= {record.id for record in self._there}
 
@@ -350,7 +351,8 @@ class Mirror:
 
     def _retire(self) -> None:
         """The run's retention, on the mirror. What is half sent is left to the end of a round."""
-        decisions = surplus(self._there, self._plan.retention, held_ids(self.storage))
+        # A hold that is newer than the last look is seen all the same: `reap` asks before each removal.
+        decisions = surplus(self._there, self._plan.retention, self._held)
         removed = set(reap(self.storage, decisions).removed)
         with self._lock:
             self._there = tuple(record for record in self._there if record.id not in removed)
