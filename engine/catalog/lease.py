@@ -206,7 +206,7 @@ class Lease:
                 self.heartbeat()
             except LeaseLostError:
                 return  # logged; the next commit fails with it
-            except StorageError as error:
+            except HoldfastError as error:  # any: what a client makes of a garbled answer is no StorageError
                 log.warning("a heartbeat in %s failed, the next one may pass: %s", self._storage.uri, error)
         if self._releasing:
             try:

@@ -17,7 +17,13 @@ import pytest
 from engine.catalog.lease import Lease
 from engine.catalog.leasefile import LeaseInfo, Verdict, judge
 from engine.catalog.process import ProcessIdentity, is_alive
-from engine.errors import DamagedError, DirectoryHeldError, LeaseLostError, StorageUnavailableError
+from engine.errors import (
+    ConfigError,
+    DamagedError,
+    DirectoryHeldError,
+    LeaseLostError,
+    StorageUnavailableError,
+)
 from engine.format.names import lease_name
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
@@ -283,8 +289,9 @@ def test_releasing_in_a_directory_that_is_gone_is_fine(world: World, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", [StorageUnavailableError, ConfigError])
 def test_the_thread_beats_goes_on_after_a_failure_and_ends_with_release(
-    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: type[Exception], world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     beaten = threading.Event()
 
@@ -295,7 +302,7 @@ def test_the_thread_beats_goes_on_after_a_failure_and_ends_with_release(
             if not exclusive:
                 self.beats += 1
                 if self.beats == 1:
-                    raise StorageUnavailableError("the store is away")
+                    raise kind("the store is away")
                 if self.beats == 3:
                     beaten.set()
             super().publish(path, data, exclusive=exclusive)
