@@ -41,13 +41,15 @@ def section(report: Report, result: Path) -> str:
     floors = f"copy {_middle(summary.copy_floor, 3)} s, raw write and fsync {_middle(summary.write_floor)} s"
     machine, torch = provenance["machine"], provenance["versions"]["torch"]
     where = f"{state['ranks']} rank(s) on {machine['cores']} CPU cores, torch {torch}"
+    revision = provenance["git"]["revision"][:12]
     missed = [verdict.figure for verdict in report.verdicts() if verdict.reached is False]
     return "\n".join(
         [
             f"![Training time lost per checkpoint, and when it is complete]({result.with_suffix('.png')})",
             "",
             f"{state['name']} and AdamW, {state['total_bytes'] / 1e9:.2f} GB a save, {where}; medians of one "
-            f"interleaved run; floors: {floors}. {NOT_FLUSHED} says it is done before anything is flushed.",
+            f"interleaved run at revision {revision}; floors: {floors}. {NOT_FLUSHED} says it is done before "
+            "anything is flushed.",
             "",
             markdown(header, lines),
             "",

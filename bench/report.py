@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.document import read_document, write_document
 from bench.modes.registry import FLUSHED, MODES
 from bench.records import Measurements
 from bench.summary import Summary, summarise
@@ -55,7 +55,6 @@ class Report:
     def write(self, path: Path) -> None:
         """Write it as JSON: provenance and figures first, every single measurement after them."""
         document = {
-            "version": VERSION,
             "provenance": self.provenance,
             "options": self.options,
             "state": self.state,
@@ -64,8 +63,7 @@ class Report:
             "verdicts": [asdict(verdict) for verdict in self.verdicts()],
             "measured": self.measured.to_json(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(path, VERSION, document)
 
     def _heading(self) -> str:
         state, git = self.state, self.provenance["git"]
@@ -86,9 +84,7 @@ def read(path: Path) -> Report:
     Raises:
         ValueError: another version of the document.
     """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("version") != VERSION:
-        raise ValueError(f"{path} has version {document.get('version')} of this document, not {VERSION}")
+    document = read_document(path, VERSION)
     return Report(
         provenance=document["provenance"],
         options=document["options"],

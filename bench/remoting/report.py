@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from bench.document import read_document, write_document
 
 VERSION = 1
 
@@ -89,16 +90,12 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Write it as JSON, every sample included."""
-        document = {"version": VERSION, **asdict(self), "verdicts": self.verdicts()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(path, VERSION, {**asdict(self), "verdicts": self.verdicts()})
 
 
 def read(path: Path) -> Report:
     """Read what `write` wrote. ValueError for another version of the document."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("version") != VERSION:
-        raise ValueError(f"{path} has version {document.get('version')} of this document, not {VERSION}")
+    document = read_document(path, VERSION)
     rows = [Figures(**row) for row in document["rows"]]
     return Report(document["provenance"], document["shard_bytes"], rows)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.document import read_document, write_document
 from bench.restoring.records import CACHES, FLOORS, Measured, verdicts
 from bench.restoring.registry import REFERENCE
 from bench.summary import ratio
@@ -40,21 +40,17 @@ class Report:
     def write(self, path: Path) -> None:
         """Write it as JSON: provenance and figures first, every single measurement in the cases."""
         document = {
-            "version": VERSION,
             "provenance": self.provenance,
             "options": self.options,
             "verdicts": {case.case.name: [asdict(one) for one in verdicts(case)] for case in self.cases},
             "cases": [case.to_json() for case in self.cases],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(path, VERSION, document)
 
 
 def read(path: Path) -> Report:
     """Read what `write` wrote. ValueError for another version of the document."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("version") != VERSION:
-        raise ValueError(f"{path} has version {document.get('version')} of this document, not {VERSION}")
+    document = read_document(path, VERSION)
     return Report(document["provenance"], document["options"], [*map(Measured.from_json, document["cases"])])
 
 

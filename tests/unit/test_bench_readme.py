@@ -18,7 +18,9 @@ def test_the_readme_has_the_committed_figures() -> None:
 def test_the_committed_result_is_that_of_a_clean_revision() -> None:
     provenance = read(ROOT / RESULT).provenance
     assert provenance["git"]["dirty"] is False
-    assert len(provenance["git"]["revision"]) == 40
+    revision = provenance["git"]["revision"]
+    assert len(revision) == 40
+    assert f"at revision {revision[:12]};" in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("rank", [1, 2])
