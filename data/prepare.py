@@ -159,9 +159,13 @@ class Flags:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    import tyro
+    from data.flags import parse_flags
 
-    flags = tyro.cli(Flags, args=arguments, prog="python -m data.prepare", use_underscores=True)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        flags = parse_flags(Flags(), arguments, prog="python -m data.prepare", error=DataError)
+    except DataError as error:
+        return _refuse(error)
     out = default_out(flags.source, flags.tokenizer) if flags.out is None else Path(flags.out)
     try:
         if flags.out == "":
@@ -172,13 +176,17 @@ def main(arguments: list[str] | None = None) -> int:
             )
         dataset, reading = _prepare_with_bar(flags, out)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _refuse(error)
     except KeyboardInterrupt:
         print(f"interrupted: {out} was not written", file=sys.stderr)
         return 128 + signal.SIGINT
     _report(dataset, reading)
     return 0
+
+
+def _refuse(error: DataError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT
 
 
 def _prepare_with_bar(flags: Flags, out: Path) -> tuple[Dataset, Reading]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tyro
-
+from data.flags import parse_flags
 from engine.errors import ConfigError
 from engine.run.config import TrainConfig, check_locked, from_json
 
@@ -29,49 +25,13 @@ def parse(argv: Sequence[str], default: TrainConfig | None = None, *, prog: str 
     Raises ConfigError for a flag that does not exist and for a value that cannot work; exits with 0 after
     `--help`, with text from rank 0 only.
     """
-    out, err = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            return tyro.cli(
-                TrainConfig,
-                args=list(argv),
-                default=default or TrainConfig(),
-                use_underscores=True,
-                prog=prog,
-            )
-    except SystemExit as exit_:
-        if (refusal := _config_error(exit_)) is not None:
-            raise refusal from None
-        if exit_.code:
-            raise ConfigError(one_sentence(err.getvalue())) from None
-        if is_first_rank():
-            sys.stdout.write(out.getvalue())
-        raise
+    return parse_flags(default or TrainConfig(), argv, prog=prog, error=ConfigError, speaks=is_first_rank())
 
 
 def gives(argv: Sequence[str], flag: str) -> bool:
     """Whether a flag with a text value was typed, even with the value that is its default."""
     unlikely: dict[str, Any] = {flag: "\0"}
     return bool(getattr(parse(argv, dataclasses.replace(TrainConfig(), **unlikely)), flag) != "\0")
-
-
-def _config_error(error: BaseException | None) -> ConfigError | None:
-    """The refusal that tyro turned into an exit: it draws a box around any ValueError of a constructor."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__context__
-    return error
-
-
-def one_sentence(box: str) -> str:
-    """What tyro says in a box of many lines, in one. Its rules become semicolons, its title goes."""
-    parts: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│| ")
-        if text.strip("╰╯─+-"):
-            parts[-1].append(text)
-        else:
-            parts.append([])
-    return "; ".join(" ".join(part) for part in parts if part)
 
 
 def resolve(argv: Sequence[str], stored: Mapping[str, Any], session: TrainConfig) -> TrainConfig:
