@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from engine.catalog.lease import Lease
-from engine.catalog.listing import Listed, highest_sequence, list_checkpoints
+from engine.catalog.listing import Listed, Memory, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
@@ -25,7 +25,7 @@ from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
-from engine.save.arguments import check_arguments
+from engine.save.arguments import check_addresses, check_arguments
 from engine.save.commit import SaveInfo, commit, software_versions
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
@@ -96,6 +96,7 @@ class Checkpointer:
         on_event: Listener | None = None,
     ) -> None:
         check_arguments(busy, timeout_secs, overlap, mirror_freq)
+        check_addresses(directory, mirror)
         self._config = dict(config or {})
         canonical_bytes(self._config)
         self._retention = retention
@@ -107,6 +108,7 @@ class Checkpointer:
         self._sequence = 0
         self._parent: str | None = None
         self._lease: Lease | None = None
+        self._seen: Memory = {}
         self._closed = False
         self.last_committed: CheckpointRecord | None = None
         self.failed_saves = 0
@@ -114,8 +116,6 @@ class Checkpointer:
         self._mirror: Mirror | None = None
         second = second_tier(mirror, self._storage, storage_options)
         capture = StateCapture(state, per_rank, self.rank)
-        if not read_only:
-            self._take_directory(second, mirror_freq)
         self._restorer = Restorer(
             self._storage,
             capture,
@@ -127,13 +127,11 @@ class Checkpointer:
             read_only,
             second,
         )
-        self._saver = (
-            None
-            if read_only
-            else self._make_saver(
-                capture, busy, Checks(check_replicas, check_snapshots), memory_budget_bytes, overlap
-            )
-        )
+        self._saver: Saver | None = None
+        if not read_only:
+            checks = Checks(check_replicas, check_snapshots)
+            self._saver = self._make_saver(capture, busy, checks, memory_budget_bytes, overlap)
+            self._take_directory(second, mirror_freq)  # last: what fails before it leaves no lease behind
         self._forget_at_exit = call_at_exit(self._at_exit)
 
     def save(
@@ -284,7 +282,7 @@ class Checkpointer:
             self._storage.make_dir()
             self._lease = Lease.acquire(self._storage, run_id=self._ranks.run_id)
             self._lease.start_heartbeat()
-            self._sequence = highest_sequence(list_checkpoints(self._storage))
+            self._sequence = highest_sequence(list_checkpoints(self._storage, self._seen))
             reap_abandoned(self._storage, lease=self._lease)
             if second is not None:
                 plan = MirrorPlan(mirror_freq, self._retention, self._ranks.run_id)
@@ -301,6 +299,8 @@ class Checkpointer:
                 problem = error
             all_agree(self._channel, "start/probe", problem, self._timeout_secs)
         except HoldfastError:
+            if self._saver is not None:
+                self._saver.copier.remove()
             if self._mirror is not None:
                 self._mirror.give_back()
             if self._lease is not None:
@@ -371,7 +371,9 @@ class Checkpointer:
     def _remove_surplus(self, *, disk_full: bool = False) -> bool:
         """Whether anything was removed. Never latest, backup or best."""
         assert self._lease is not None
-        return remove_surplus(self._storage, self._lease, self._retention, self._mirror, disk_full=disk_full)
+        return remove_surplus(
+            self._storage, self._lease, self._retention, self._mirror, disk_full=disk_full, memory=self._seen
+        )
 
     def _on_outcome(self, record: CheckpointRecord | None) -> None:
         if record is None:

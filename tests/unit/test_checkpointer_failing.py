@@ -516,3 +516,41 @@ def test_an_attempt_of_a_killed_run_is_removed_by_the_next_one(tmp_path: Path) -
     with Checkpointer(tmp_path, state()) as checkpointer:
         assert not attempt.exists()
         assert ids(checkpointer) == [record.id]
+
+
+def test_a_start_that_fails_leaves_the_directory_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*args: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.checkpointer.overlap_stream", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            Checkpointer(tmp_path, state())
+    Checkpointer(tmp_path, state()).close()
+
+
+def test_a_start_that_is_refused_leaves_the_optimizer_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream:
+        """Enough of one for hooks to be set."""
+
+    monkeypatch.setattr("engine.checkpointer.overlap_stream", lambda *args: (Stream(), "overlapped"))
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    with Checkpointer(tmp_path, {"model": net}):
+        with pytest.raises(DirectoryHeldError):
+            Checkpointer(tmp_path, {"model": net, "optimizer": optimizer})
+        assert not optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("which", ["directory", "mirror"])
+def test_an_address_that_cannot_be_written_down_is_refused(which: str, tmp_path: Path) -> None:
+    """No rank could tell another one where the checkpoint lies: the save would commit, and then fail."""
+    odd = str(tmp_path / "caf\udce9")
+    given = {"directory": tmp_path / "run", "mirror": tmp_path / "second"} | {which: odd}
+    with pytest.raises(ConfigError, match="not text in UTF-8"):
+        Checkpointer(given["directory"], state(), mirror=given["mirror"])
+    assert not any(tmp_path.iterdir())
