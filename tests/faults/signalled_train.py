@@ -70,7 +70,7 @@ def hold(phase: str) -> threading.Event:
 
 
 if __name__ == "__main__":
-    from engine.train import main
+    from engine.train.program import main
 
     arm(sys.argv[1], int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))

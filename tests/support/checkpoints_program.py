@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.checkpoints.__main__ import main
+from engine.checkpoints.program import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -55,3 +61,20 @@ def program(capsys: pytest.CaptureFixture[str]) -> Iterator[Program]:
     before = (logger.handlers, logger.level)
     yield Program(capsys)
     logger.handlers, logger.level = before
+
+
+def shown_on_a_terminal(*argv: object) -> bytes:
+    """Run it as a process that ends well; what it writes to standard error, which is a terminal."""
+    terminal, end = os.openpty()
+    command = [sys.executable, "-m", "engine.checkpoints", *map(str, argv)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end) as child:
+        os.close(end)
+        shown = b""
+        while True:
+            try:
+                shown += os.read(terminal, 4096)
+            except OSError:  # the other end is closed
+                break
+        assert child.wait(120) == 0
+    os.close(terminal)
+    return shown

@@ -24,7 +24,7 @@ from engine.checkpoints.arguments import _parser
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from tests.damaged.corpus import write_case
-from tests.support.checkpoints_program import Program, Ran, program
+from tests.support.checkpoints_program import Program, Ran, program, shown_on_a_terminal
 from tests.support.tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -492,7 +492,7 @@ def test_listing_loads_nothing_heavy(directory: Path) -> None:
     """What makes it slow to start is what it imports; time itself would depend on the machine."""
     code = (
         "import sys\n"
-        "from engine.checkpoints.__main__ import main\n"
+        "from engine.checkpoints.program import main\n"
         f"assert main(['list', {str(directory)!r}]) == 0\n"
         "heavy = {'torch', 'numpy', 'fsspec', 'rich', 'tyro', 'asyncio', 'multiprocessing'}\n"
         "sys.exit(str(sorted(heavy & sys.modules.keys())) if heavy & sys.modules.keys() else 0)\n"
@@ -512,16 +512,4 @@ def test_a_reader_that_has_seen_enough_is_no_error(directory: Path) -> None:
 
 
 def test_verify_shows_progress_on_a_terminal(directory: Path) -> None:
-    terminal, end = os.openpty()
-    command = [sys.executable, "-m", "engine.checkpoints", "verify", str(directory)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end) as child:
-        os.close(end)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(terminal, 4096)
-            except OSError:  # the other end is closed
-                break
-        assert child.wait(60) == 0
-    os.close(terminal)
-    assert b"MB" in shown
+    assert b"MB" in shown_on_a_terminal("verify", directory)

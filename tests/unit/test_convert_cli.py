@@ -15,7 +15,7 @@ import torch
 from engine.catalog import marks
 from engine.catalog.lease import Lease
 from engine.storage.local import LocalStorage
-from tests.support.checkpoints_program import Program, program
+from tests.support.checkpoints_program import Program, program, shown_on_a_terminal
 from tests.support.tiny_gpt2 import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,18 +208,19 @@ def test_a_signal_leaves_nothing_behind(
     code = (
         "import os, sys\n"
         "from engine.checkpoints import progress\n"
-        "from engine.checkpoints.__main__ import main\n"
+        "from engine.run.entry import enter\n"
         f"hit = progress.Meter(lambda n: None, lambda n: os.kill(os.getpid(), {int(signum)}))\n"
         "import contextlib\n"
         "@contextlib.contextmanager\n"
         "def meter(title):\n    yield hit\n"
         "progress.meter = meter\n"
-        f"sys.exit(main({[str(a) for a in argv]!r}))\n"
+        f"sys.argv[1:] = {[str(a) for a in argv]!r}\n"
+        "enter('engine.checkpoints.program')\n"
     )
     with as_process(code) as child:
         out, err = child.communicate(timeout=120)
         assert child.returncode == status, err
-    assert (out, err) == ("", "")
+    assert (out, err) == ("", "interrupted\n" if signum == signal.SIGINT else "")
     left = [os.path.join(d, f) for d, _, files in os.walk(target) for f in files]
     assert [name for name in left if "lease-" not in name] == []
     assert {name for name in os.listdir(tmp_path) if name != "in.pt"} <= {"out"}
@@ -230,18 +231,6 @@ def test_a_signal_leaves_nothing_behind(
 
 
 def test_progress_is_shown_on_a_terminal(trained: tuple[Path, list[str]], tmp_path: Path) -> None:
-    terminal, end = os.openpty()
-    command = [sys.executable, "-m", "engine.checkpoints", "export", str(trained[0])]
-    command += ["--to", str(tmp_path / "out"), "--format", "torch"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end) as child:
-        os.close(end)
-        shown = b""
-        while True:
-            try:
-                shown += os.read(terminal, 4096)
-            except OSError:  # the other end is closed
-                break
-        assert child.wait(120) == 0
-    os.close(terminal)
+    shown = shown_on_a_terminal("export", trained[0], "--to", tmp_path / "out", "--format", "torch")
     assert b"export" in shown
     assert b"kB" in shown

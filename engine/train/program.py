@@ -1,8 +1,4 @@
-"""`python -m engine.train`, alone or under torchrun: trains a GPT-2 with background checkpoints.
-
-Exit status: 0 at the end of the run and after a signal that left a checkpoint, 2 when the user has to do
-something (one sentence says what), 128 + n when signal n left no time to save. torchrun makes it 1.
-"""
+"""What `python -m engine.train` does around the training: flags, signals, log, and how it ends."""
 
 from __future__ import annotations
 
@@ -79,7 +75,7 @@ def _refuse(error: Exception, *, agreed: bool = True) -> int:
 
 
 def _list(session: TrainConfig) -> int:
-    from engine.checkpoints.__main__ import main as checkpoints
+    from engine.checkpoints.program import main as checkpoints
 
     options = [f"--storage_options={option}" for option in session.storage_options]
     if session.mirror is not None:
@@ -102,5 +98,6 @@ def _configure_logging() -> None:
         logger.propagate = False
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the program to the end of the process."""
     end_process(main())
