@@ -1,0 +1,31 @@
+"""The benchmark of many small tensors: what it measures, and its bars."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.small_tensors import Result, main
+
+
+def test_the_bars() -> None:
+    result = Result(1000, 4096, {}, save_secs=[0.03, 0.05, 0.04], copy_secs=[0.015], look_secs=[0.0009])
+    assert result.limit_secs == pytest.approx(0.040)
+    assert result.text().count("reached") == 2
+    result.save_secs, result.look_secs = [0.041], [0.0011]
+    assert result.text().count("MISSED") == 2
+
+
+def test_a_small_run_measures_everything_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    flags = ["--tensors", "20", "--bytes", "64", "--repeats", "3", "--dir", str(tmp_path / "runs")]
+    assert main([*flags, "--json", str(out)]) == 0
+    assert "20 tensors of 64 bytes, medians of 3" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert [len(document[f"{name}_secs"]) for name in ("save", "copy", "look")] == [3, 3, 3]
+    assert document["provenance"]["git"]["revision"]
+    assert not any((tmp_path / "runs").iterdir())
