@@ -3,12 +3,17 @@
 One pass lists the directories; then each manifest is read. On a store, whose listings come in pages, that
 pass leaves the shards out, and whether they have their full size only `verify` looks at. A listing that
 fails raises: an outage is never taken for an empty directory.
+
+Which of several is the newest only their manifests tell, for their order is that of their commits: a run that
+goes back to step 100 commits step 110 after step 300. So `latest` takes one read of each, side by side, and
+nothing else (`Directory`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from engine.catalog import marks
@@ -51,24 +56,98 @@ class Listed:
         return named[0] if named else None
 
 
-def list_checkpoints(storage: Storage) -> list[Listed]:
+Memory = dict[str, tuple[dict[str, int], Listed]]
+"""By directory, the names and sizes of its files and what was said of it: of committed checkpoints, which
+never change. Who lists again and again, as clean-up does after each save, then reads what is new."""
+
+
+class Directory:
+    """One listing of a checkpoint directory. Its manifests are read when somebody asks for them, each once.
+
+    NotFoundError when there is no such directory; StorageError when it cannot be listed.
+
+    Args:
+        memory: of earlier listings of this storage; brought up to date. Not for whoever is to find damage: a
+            manifest whose bytes have changed since is taken for what it was.
+    Attributes:
+        names: the attempts that have a manifest, and may be checkpoints.
+        others: the attempts that have none, or were abandoned.
+    """
+
+    def __init__(self, storage: Storage, memory: Memory | None = None) -> None:
+        heads = storage.list_heads()
+        self._storage, self._whole = storage, heads.whole
+        self._files = {
+            name: files
+            for name, files in heads.tree.items()
+            if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None
+        }
+        self.names = [
+            name
+            for name, files in self._files.items()
+            if MANIFEST in files and not name.startswith(DEAD_PREFIX)
+        ]
+        self.others = [name for name in self._files if name not in set(self.names)]
+        self._read: dict[str, Listed | None] = {}
+        self._memory: Memory = {} if memory is None else memory
+        for name in self._memory.keys() - self._files.keys():
+            del self._memory[name]
+        self._newest: Manifest | None = None
+        self._lock = threading.Lock()
+
+    def read(self, names: Collection[str]) -> list[Listed]:
+        """What is to say of these `names`, by sequence. One that was retired since the listing is left out.
+
+        The reason of a mark costs another read: it is "" until `explained` asks for it.
+        """
+        _each(self._storage, self._look_at, [name for name in names if name not in self._read])
+        return sorted((item for name in names if (item := self._read[name]) is not None), key=_order)
+
+    def explained(self, item: Listed) -> Listed:
+        """The same, with the reason of its mark."""
+        if item.status != "damaged" or item.reason:
+            return item
+        return replace(item, reason=marks.damage_reason(self._storage, item.id))
+
+    def everything(self) -> list[Listed]:
+        """Every attempt, explained, by sequence; those without a readable manifest last."""
+        found: list[Listed | None] = []
+        found += _each(self._storage, self.explained, self.read(self.names))
+        found += _each(self._storage, self._unfinished, self.others)
+        return sorted((item for item in found if item is not None), key=_order)
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a whole checkpoint; that of the newest one read so far is at hand."""
+        newest = self._newest
+        return newest if newest is not None and newest.id == name else read_manifest(self._storage, name)
+
+    def _look_at(self, name: str) -> None:
+        files, known = self._memory.get(name, ({}, None))
+        if known is not None and files == self._files[name]:
+            self._read[name] = known
+            return
+        item, manifest = _with_manifest(self._storage, name, self._files[name], self._whole)
+        with self._lock:
+            self._read[name] = item
+            if manifest is None or item is None or item.status != "committed":
+                return
+            self._memory[name] = (self._files[name], item)
+            # One is kept, not all: they can be large.
+            if self._newest is None or _age(manifest) > _age(self._newest):
+                self._newest = manifest
+
+    def _unfinished(self, name: str) -> Listed | None:
+        return _without_manifest(self._storage, name, self._files[name], self._whole)
+
+
+def list_checkpoints(storage: Storage, memory: Memory | None = None) -> list[Listed]:
     """Every attempt, by sequence; those without a readable manifest last. Other directories are ignored.
 
-    A file's size that differs from the manifest's shows as damaged where the listing tells sizes: always on
-    a disk, seldom on a store. Changed bytes only `verify` finds.
+    `memory`: as `Directory` takes it. A file's size that differs from the manifest's shows as damaged where
+    the listing tells sizes: always on a disk, seldom on a store. Changed bytes only `verify` finds.
     NotFoundError when there is no such directory; StorageError when it cannot be listed.
     """
-    heads = storage.list_heads()
-    tree = {
-        name: files
-        for name, files in heads.tree.items()
-        if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None
-    }
-    committed = [name for name in tree if MANIFEST in tree[name] and not name.startswith(DEAD_PREFIX)]
-    others = [name for name in tree if name not in set(committed)]
-    found = _each(storage, lambda name: _with_manifest(storage, name, tree[name], heads.whole), committed)
-    found += _each(storage, lambda name: _without_manifest(storage, name, tree[name], heads.whole), others)
-    return sorted((item for item in found if item is not None), key=_order)
+    return Directory(storage, memory).everything()
 
 
 def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
@@ -128,28 +207,30 @@ def _manifest(storage: Storage, name: str) -> tuple[Manifest, bytes]:
     return Manifest.from_bytes(raw, what=storage.describe(path)), raw
 
 
-def _with_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
-    """What to say of a directory with a manifest; None when it was retired since the listing."""
+def _with_manifest(
+    storage: Storage, name: str, files: dict[str, int], whole: bool
+) -> tuple[Listed | None, Manifest | None]:
+    """What to say of a directory with a manifest, and that; None when it was retired since the listing."""
     held, bytes = HELD in files, sum(files.values())
     try:
         manifest, raw = _manifest(storage, name)
     except NotFoundError:
-        return None
+        return None, None
     except DamagedError as error:
-        return Listed(name, "damaged", None, bytes, str(error), held)
+        return Listed(name, "damaged", None, bytes, str(error), held), None
     record = from_manifest(manifest, storage.uri, name=name, raw=raw)
     if not whole:
         bytes = record.bytes
     if manifest.id != name:
         reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
-        return Listed(name, "damaged", record, bytes, reason, held)
+        return Listed(name, "damaged", record, bytes, reason, held), manifest
     if DAMAGED in files:
-        return Listed(name, "damaged", record, bytes, marks.damage_reason(storage, name), held)
+        return Listed(name, "damaged", record, bytes, "", held), manifest
     wrong = size_damage(manifest, files) if whole else []
     if wrong:
         reason = wrong[0].sentence + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        return Listed(name, "damaged", record, bytes, reason, held)
-    return Listed(name, "committed", record, record.bytes, "", held)
+        return Listed(name, "damaged", record, bytes, reason, held), manifest
+    return Listed(name, "committed", record, record.bytes, "", held), manifest
 
 
 def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
@@ -164,20 +245,25 @@ def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole:
     return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
 
 
+def _age(manifest: Manifest) -> tuple[int, str]:
+    return manifest.sequence, manifest.id
+
+
 def _order(item: Listed) -> tuple[int, int, str]:
     if item.record is not None:
         return 0, item.record.sequence, item.id
     return (1 if item.status == "damaged" else 2), 0, item.id
 
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def _each(storage: Storage, work: Callable[[str], _Result], names: list[str]) -> list[_Result]:
-    """Apply `work` to each name: side by side on a store, where each is a round trip."""
-    if storage.is_local or len(names) < 2:
-        return [work(name) for name in names]
+def _each(storage: Storage, work: Callable[[_Item], _Result], items: list[_Item]) -> list[_Result]:
+    """Apply `work` to each: side by side on a store, where each is a round trip."""
+    if storage.is_local or len(items) < 2:
+        return [work(item) for item in items]
     from concurrent.futures import ThreadPoolExecutor  # costs start-up time that a local listing need not pay
 
-    with ThreadPoolExecutor(min(_STORE_THREADS, len(names))) as pool:
-        return list(pool.map(work, names))
+    with ThreadPoolExecutor(min(_STORE_THREADS, len(items))) as pool:
+        return list(pool.map(work, items))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.catalog.lease import Lease
-from engine.catalog.listing import committed, list_checkpoints
+from engine.catalog.listing import Memory, committed, list_checkpoints
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, surplus
@@ -34,10 +34,12 @@ def remove_surplus(
     mirror: Creditor | None = None,
     *,
     disk_full: bool = False,
+    memory: Memory | None = None,
 ) -> bool:
     """Remove what the policy makes surplus, and abandoned attempts; whether anything was removed.
 
     `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
+    `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
     Raises: LeaseLostError; StorageError when the directory cannot be listed.
     """
     lease.check()
@@ -45,7 +47,7 @@ def remove_surplus(
     given_up = None
     if retention is not None:
         try:
-            listed = list_checkpoints(storage)
+            listed = list_checkpoints(storage, memory)
         except NotFoundError:
             listed = []
         local = committed(listed)

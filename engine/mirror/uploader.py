@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.catalog import marks
 from engine.catalog.lease import Lease
-from engine.catalog.listing import committed, highest_sequence, list_checkpoints
+from engine.catalog.listing import Memory, committed, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, by_sequence, surplus
@@ -113,6 +113,7 @@ class Mirror:
         self._lease: Lease | None = None
         self._lock = threading.Lock()
         self._there: tuple[CheckpointRecord, ...] = ()
+        self._seen_here: Memory = {}
         self._held: frozenset[str] = frozenset()
         self._checked: set[str] = set()
         self._refused: set[str] = set()
@@ -270,7 +271,7 @@ class Mirror:
 
     def _local_records(self) -> list[CheckpointRecord]:
         try:
-            return committed(list_checkpoints(self._local))
+            return committed(list_checkpoints(self._local, self._seen_here))
         except NotFoundError:
             return []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from engine.catalog import marks
 from engine.catalog.listing import (
+    Memory,
     committed,
     highest_sequence,
     is_checkpoint_dir,
@@ -245,3 +247,38 @@ def test_a_renamed_checkpoint_can_be_read_by_its_new_name(tmp_path: Path) -> Non
     assert read_index(storage, manifest, 0, name="mine").attempt == id
     with pytest.raises(NotFoundError):
         read_index(storage, manifest, 0)
+
+
+def test_with_a_memory_only_what_is_new_or_has_changed_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = LocalStorage(tmp_path)
+    first, second = (write_checkpoint(storage, sequence=number) for number in (1, 2))
+    read: list[str] = []
+    real = LocalStorage.read_bytes
+
+    def spied(self: LocalStorage, path: str, *, max_bytes: int) -> bytes:
+        read.append(path)
+        return real(self, path, max_bytes=max_bytes)
+
+    monkeypatch.setattr(LocalStorage, "read_bytes", spied)
+    memory: Memory = {}
+
+    def newly_read() -> list[str]:
+        read.clear()
+        found = list_checkpoints(storage, memory)
+        paths = sorted(read)
+        assert found == list_checkpoints(storage), "as without a memory"
+        return paths
+
+    assert newly_read() == [f"{first}/{MANIFEST}", f"{second}/{MANIFEST}"]
+    assert newly_read() == []
+    marks.hold(storage, first)
+    assert newly_read() == [f"{first}/{MANIFEST}"], "the mark is new"
+    with open(tmp_path / second / "shard-00000.safetensors", "ab") as file:
+        file.write(b"more")
+    assert newly_read() == [f"{second}/{MANIFEST}"], "damaged by size"
+    assert newly_read() == [f"{second}/{MANIFEST}"], "what is damaged is looked at again"
+    shutil.rmtree(tmp_path / first)
+    newly_read()
+    assert first not in memory
