@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from engine.format.digest import block_digests, bytes_digest, combine, pack
-from engine.format.json import canonical_bytes
+from engine.format.json import MAX_DEPTH, canonical_bytes
 
 NASTY: list[Any] = [
     None,
@@ -43,6 +45,9 @@ NASTY: list[Any] = [
     [2**40, 2**40],
     {"a": {"b": {}}},
 ]
+
+DEEP = (MAX_DEPTH - 2, MAX_DEPTH - 1, MAX_DEPTH, MAX_DEPTH + 1)
+"""Levels of the lists that are put into a document: some fit, some go beyond what the engine reads."""
 
 
 @dataclass(frozen=True)
@@ -139,27 +144,43 @@ def signed(document: Any) -> bytes:
 
 
 def mutated(document: Any, dice: Random) -> Any:
-    """One to three values anywhere in it replaced, removed, doubled or renamed."""
+    """One to three values anywhere in it replaced, removed, doubled or renamed.
+
+    What goes in is always a copy: NASTY must stay as it is from one document to the next.
+    """
     for _ in range(dice.randint(1, 3)):
         places = list(_places(document))
         parent, key = dice.choice(places)
-        match dice.randrange(4):
-            case 0 | 1:
-                parent[key] = dice.choice(NASTY)
-            case 2:
+        match dice.randrange(9):
+            case 0 | 1 | 2 | 3:
+                parent[key] = copy.deepcopy(dice.choice(NASTY))
+            case 4 | 5:
                 del parent[key]
+            case 6:
+                parent[key] = nested(dice.choice(DEEP))
             case _ if isinstance(parent, dict):
-                parent[str(dice.choice(["", "../x", "a" * 300, str(key) + "2"]))] = parent[key]
+                parent[str(dice.choice(["", "../x", "a" * 300, str(key) + "2"]))] = copy.deepcopy(parent[key])
             case _:
-                parent.insert(key, parent[key])
+                parent.insert(key, copy.deepcopy(parent[key]))
         if not document:
             return document
     return document
 
 
-def _places(value: Any) -> Any:
-    if isinstance(value, dict | list):
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in keys:
-            yield value, key
-            yield from _places(value[key])
+def nested(levels: int) -> list[Any]:
+    """Lists within lists, that many levels of them."""
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in it. Not recursive: what is searched may be deep."""
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            for key in list(value) if isinstance(value, dict) else range(len(value)):
+                yield value, key
+                waiting.append(value[key])

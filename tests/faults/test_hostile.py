@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
+import json
 import logging
 import os
 import pickle
+import resource
 import shutil
 import stat
 import time
@@ -22,16 +25,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine
+from engine.catalog.leasefile import LeaseInfo
 from engine.catalog.listing import list_checkpoints
+from engine.catalog.process import ProcessIdentity
 from engine.catalog.verify import verify_checkpoint
 from engine.checkpointer import Checkpointer
 from engine.errors import DamagedError, HoldfastError
+from engine.format.digest import bytes_digest
 from engine.format.index import ShardIndex
 from engine.format.json import canonical_bytes
 from engine.format.layout import parse_header
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage
-from tests.faults.forgery import Original, forge, scramble
+from tests.faults.forgery import Original, forge, scramble, signed
 from tests.faults.invariants import resident_bytes
 from tests.faults.world import job
 
@@ -40,12 +46,13 @@ FUZZ_SECS = float(os.environ.get("HOLDFAST_FUZZ_SECS", "0"))
 
 
 def fuzz(examples: int) -> Any:
-    """Settings of a fuzzing test: seeded and short, or for as long as `make fuzz` says."""
+    """Settings of a fuzzing test: seeded and short, or for one round of `make fuzz`, each from a new seed."""
     return settings(
-        max_examples=examples if not FUZZ_SECS else 10**9,
+        max_examples=examples if not FUZZ_SECS else 5 * examples,
         derandomize=not FUZZ_SECS,
         deadline=None,
         database=None,
+        print_blob=True,
         suppress_health_check=list(HealthCheck),
         phases=[hypothesis.Phase.generate]
         if FUZZ_SECS
@@ -53,17 +60,13 @@ def fuzz(examples: int) -> Any:
     )
 
 
-class Budget:
-    """Counts examples, and ends a long run when its share of the time is over."""
-
-    def __init__(self, share: float) -> None:
-        self.count = 0
-        self._until = time.monotonic() + FUZZ_SECS * share
-
-    def take(self) -> bool:
-        """Whether to look at one more."""
-        self.count += 1
-        return not FUZZ_SECS or time.monotonic() < self._until
+def rounds(attack: Callable[[], None], share: float) -> None:
+    """Attack once, or for that share of the time that `make fuzz` has. A round is never cut short: to
+    Hypothesis, examples that draw nothing all of a sudden are a test that behaves differently each time."""
+    until = time.monotonic() + FUZZ_SECS * share
+    attack()
+    while FUZZ_SECS and time.monotonic() < until:
+        attack()
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,21 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Original:
         (record, _) = world.save(7, metrics={"val_loss": 2.5})
         assert not isinstance(record, BaseException), record
     return Original.read(root / record.id)
+
+
+ROOM_BYTES = 2 << 30
+"""Address space beyond what a fuzzing test begins with: for threads and their stacks. NASTY asks for more."""
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """Whatever allocates what a forged size says fails with a MemoryError, which is no HoldfastError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM_BYTES, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager
@@ -91,42 +109,47 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "manifest.json": lambda raw: Manifest.from_bytes(raw, what="it"),
     "shard-00001.json": lambda raw: ShardIndex.from_bytes(raw, what="it"),
     "shard-00000.safetensors": lambda raw: parse_header(raw, len(raw)),
+    "lease-00000001": lambda raw: LeaseInfo.from_bytes(raw, 1, what="it"),
 }
+LEASE = LeaseInfo(1, ProcessIdentity.current(), "run", heartbeat=3, heartbeat_at=1.5, released=False)
+SHARE = 1 / (len(PARSERS) + 2)
+"""Of the time of `make fuzz`, for each test."""
 
 
 @pytest.mark.timeout(0)
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("name", PARSERS)
 def test_parsers_answer_any_bytes(name: str, original: Original, covered: Callable[[int], None]) -> None:
-    parse, budget = PARSERS[name], Budget(0.2)
+    parse, count = PARSERS[name], itertools.count()
+    corpus = Original(original.id, {**original.files, "lease-00000001": LEASE.to_bytes()})
 
     @fuzz(400)
     @given(st.randoms(use_true_random=False))
     def attack(dice: Any) -> None:
-        if not budget.take():
-            return
-        raw = scramble(original.files[name], dice) if dice.random() < 0.5 else forge(original, name, dice)
+        next(count)
+        raw = scramble(corpus.files[name], dice) if dice.random() < 0.5 else forge(corpus, name, dice)
         with one_sentence():
             parse(raw)
 
-    _until_over(attack, budget)
-    covered(budget.count)
+    rounds(attack, SHARE)
+    covered(next(count))
 
 
 @pytest.mark.timeout(0)
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("kind", ["scrambled", "forged"])
 def test_a_whole_restore_answers_any_bytes(
     kind: str, original: Original, root: Path, covered: Callable[[int], None]
 ) -> None:
     """Scrambled bytes never load as something else. Forged ones, with digests that fit, do no harm."""
-    budget = Budget(0.2)
+    count = itertools.count()
     with job(root, 1, read_only=True) as world:
         before = resident_bytes()
 
         @fuzz(120)
         @given(st.randoms(use_true_random=False))
         def attack(dice: Any) -> None:
-            if not budget.take():
-                return
+            next(count)
             shutil.rmtree(root, ignore_errors=True)
             files = dict(original.files)
             name = dice.choice(sorted(files))
@@ -142,15 +165,9 @@ def test_a_whole_restore_answers_any_bytes(
             elif kind == "scrambled":
                 assert outcome is None or world.ranks[0].shows() == 7, f"{name} was changed and loaded"
 
-        _until_over(attack, budget)
+        rounds(attack, SHARE)
         assert resident_bytes() - before < 256 << 20
-    covered(budget.count)
-
-
-def _until_over(attack: Callable[[], None], budget: Budget) -> None:
-    attack()
-    while budget.take() and FUZZ_SECS:
-        attack()
+    covered(next(count))
 
 
 def test_restoring_runs_no_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +274,57 @@ def test_no_path_leaves_the_directory_and_nothing_hangs(
         assert [rank.shows() for rank in world.ranks] == [None, None] or all(
             rank.state["counter"]["step"] == -1 for rank in world.ranks
         )
+
+
+OUTSIDE = "stolen.safetensors"
+NAMES: dict[str, Callable[[Path], object]] = {
+    "parent": lambda folder: f"../{OUTSIDE}",
+    "absolute": lambda folder: str(folder / OUTSIDE),
+    "there and back": lambda folder: f"x/../../{OUTSIDE}",
+    "backslash": lambda folder: f"..\\{OUTSIDE}",
+    "NUL": lambda folder: f"../{OUTSIDE}\0.safetensors",
+    "right to left": lambda folder: "shard-00000\u202esrosnetefas.",
+    "half a character": lambda folder: "shard-00000\udcff.safetensors",
+    "too long": lambda folder: "x" * 300 + ".safetensors",
+    "empty": lambda folder: "",
+    "number": lambda folder: 7,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_forged_manifest_leads_nowhere(
+    name: str, original: Original, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that it names is whole and fits, and every digest does: only the name is wrong."""
+    files, wrong = dict(original.files), NAMES[name](root)
+    index = json.loads(files["shard-00000.json"])
+    index["files"][0]["file"] = wrong
+    files["shard-00000.json"] = raw = json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
+    manifest = json.loads(files["manifest.json"])
+    manifest["shards"][0]["files"][0]["file"] = wrong
+    manifest["shards"][0]["index"].update(bytes=len(raw), digest=bytes_digest(raw))
+    try:
+        files["manifest.json"] = signed(manifest)
+    except ValueError:  # our own writer refuses half a character
+        files["manifest.json"] = json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()
+    original.write(root, files)
+    (root / OUTSIDE).write_bytes(files.pop("shard-00000.safetensors"))
+    opened: list[str] = []
+    real = os.open
+
+    def noted(path: Any, *args: Any, **more: Any) -> int:
+        opened.append(str(path))
+        return real(path, *args, **more)
+
+    with job(root, 2, read_only=True) as world:
+        monkeypatch.setattr(os, "open", noted)
+        outcomes = world.restore(original.id)
+        listed = list_checkpoints(LocalStorage(root))
+    assert all(isinstance(outcome, HoldfastError) for outcome in outcomes), outcomes
+    assert [item.status for item in listed] == ["damaged"]
+    assert any(path.endswith("manifest.json") for path in opened)
+    assert not [path for path in opened if OUTSIDE in path]
+    assert [int(rank.state["counter"]["step"]) for rank in world.ranks] == [-1, -1]
 
 
 SECRET = "hunter2-in-the-clear"
