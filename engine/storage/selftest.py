@@ -20,6 +20,7 @@ from engine.storage.base import Storage
 
 RACERS = 8
 SPEED_BYTES = 64 << 20
+SYNCS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,17 @@ class _Bench:
         self.storage.publish(self.at("one"), b"second", exclusive=False)
         _expect(self._read("one") == b"second", "a replaced file still reads as the older one")
         return "replacing a file is seen at once"
+
+    def sync(self) -> str:
+        """Files and their names can be made durable; some mounts refuse to sync a directory."""
+        begun = time.monotonic()
+        for number in range(SYNCS):
+            self.storage.publish(self.at("synced"), str(number).encode(), exclusive=False)
+            self.storage.sync_dir(self.folder)
+        each_ms = (time.monotonic() - begun) / SYNCS * 1e3
+        _expect(self._read("synced") == str(SYNCS - 1).encode(), "a synced file reads back as an older one")
+        self.storage.delete_file(self.at("synced"))
+        return f"files and their names can be synced; {each_ms:.1f} ms until a small file is durable"
 
     def exclusive_create(self) -> str | None:
         if not self.storage.supports_exclusive_create:
@@ -159,6 +171,7 @@ def selftest(storage: Storage, *, speed_bytes: int = SPEED_BYTES) -> Iterator[Ch
         ("create", bench.create),
         ("list after write", bench.list_after_write),
         ("replace", bench.replace),
+        ("sync", bench.sync),
         ("exclusive create", bench.exclusive_create),
         ("partial upload", bench.partial_upload),
         ("rename", bench.rename),

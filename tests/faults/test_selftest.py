@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoints.__main__ import main
+from engine.checkpoints.program import main
+from engine.errors import StorageError
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
@@ -43,11 +44,16 @@ def flipped(real: Callable[[], bytes]) -> bytes:
     return bytes([real()[0] ^ 1])
 
 
+def refused(real: Callable[[], None]) -> None:
+    raise StorageError("could not sync: invalid argument")
+
+
 UNSAFE: list[tuple[str, Callable[[Path], Storage]]] = [
     ("create", only("read_bytes", flipped)),
     ("list after write", only("list_dir", lambda real: [])),
     ("exclusive create", LyingAboutRaces),
     ("rename", only("rename", lambda real: True)),
+    ("sync", only("sync_dir", refused)),
     ("speed", only("read_into", lambda real: None)),
     ("delete", only("delete_file", lambda real: None)),
     ("clean up", only("delete_tree", lambda real: None)),
