@@ -19,7 +19,14 @@ from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS, Act, fails_with, l
 from tests.faults.world import PATIENCE_SECS, Rank, World, job
 from tests.support.tiny_checkpoint import write_checkpoint
 
-OUTAGES = ("503", "reset", "denied", "EIO", "answer lost")
+OUTAGES = [
+    "503",
+    "reset",
+    "denied",
+    "EIO",
+    "answer lost",
+    *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("500", "full")),
+]
 
 
 def save_well(world: World, *steps: int) -> None:
@@ -77,9 +84,15 @@ def test_every_operation_of_a_restore_fails_once(
 
 def starts() -> list[Any]:
     """Level and fault; rank 1 makes no system call in a start that rank 0 has not made."""
-    asked = [pytest.param("asked", fault, rank) for fault in OUTAGES for rank in (0, 1)]
-    kinds = ("ENOSPC", "EIO", "EROFS", "EDQUOT", "EINTR", "short write")
-    return asked + [pytest.param("disk", fault, 0) for fault in kinds]
+    asked = [
+        pytest.param("asked", fault, rank, marks=pytest.mark.slow if fault in ("500", "full") else ())
+        for fault in STORAGE_FAULTS
+        for rank in (0, 1)
+    ]
+    return asked + [
+        pytest.param("disk", fault, 0, marks=pytest.mark.slow if fault == "ESTALE" else ())
+        for fault in SYSTEM_FAULTS
+    ]
 
 
 @pytest.mark.parametrize(("level", "fault", "faulty"), starts())

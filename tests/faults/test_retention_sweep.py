@@ -12,10 +12,13 @@ from engine.catalog.marks import hold, release
 from engine.errors import HoldfastError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files
-from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS
+from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS, lost, swallowed
 from tests.faults.world import Rank, World, job
 
 SURPLUS = 3
+DISK_FAULTS = {**SYSTEM_FAULTS, "lost": lost}
+ASKED_FAULTS = {**STORAGE_FAULTS, "lost": swallowed}
+"""Beside what fails, what reports success and does nothing."""
 QUICK = ("ENOSPC", "EINTR", "503", "answer lost")
 """What `make test` sweeps, beside the two that last; the others are for `make test-all`."""
 
@@ -45,8 +48,8 @@ def with_surplus(world: World, step: int) -> int:
 
 def passes() -> list[Any]:
     """Level, fault, and whether it lasts: from that operation on nothing works, as after a crash."""
-    disk = [("disk", fault, False) for fault in SYSTEM_FAULTS]
-    asked = [("asked", fault, False) for fault in ("503", "500", "reset", "denied", "EIO", "answer lost")]
+    disk = [("disk", fault, False) for fault in DISK_FAULTS]
+    asked = [("asked", fault, False) for fault in ASKED_FAULTS]
     once = [pytest.param(*one, marks=() if one[1] in QUICK else pytest.mark.slow) for one in disk + asked]
     return [*once, ("disk", "EIO", True), ("asked", "reset", True)]
 
@@ -56,7 +59,7 @@ def test_every_operation_of_a_retention_pass_fails_once(
     level: str, fault: str, lasts: bool, root: Path, covered: Callable[[int], None]
 ) -> None:
     """What is to stay stays whole, nothing is ever listed without its data, and the next pass clears up."""
-    act = (SYSTEM_FAULTS if level == "disk" else STORAGE_FAULTS)[fault]
+    act = (DISK_FAULTS if level == "disk" else ASKED_FAULTS)[fault]
 
     def clean_up(rank: Rank) -> None:
         if rank.rank == 0:

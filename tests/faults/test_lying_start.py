@@ -1,0 +1,65 @@
+"""A job that starts on a disk, or a storage, that reports success for one operation and does nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.catalog.lease import Lease
+from engine.errors import HoldfastError
+from engine.save.probe import probe_shared
+from tests.faults.invariants import committed_steps, engine_threads, leftovers
+from tests.faults.layer import Act, lost, swallowed
+from tests.faults.test_other_sweeps import save_well
+from tests.faults.test_two_jobs import Hours
+from tests.faults.world import World, job
+from tests.support.tiny_checkpoint import write_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def a_clock_that_sleeping_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease of which the bytes are lost is nobody's that can be asked: the next start waits a minute. And
+    ranks look half a minute for a probe that is not there."""
+    acquire = Lease.acquire
+
+    def at_once(storage: Any, *, run_id: str) -> Lease:
+        clock = Hours(0.0)
+        return acquire(storage, run_id=run_id, clock=clock, sleep=clock.sleep)
+
+    clock = Hours(0.0)
+    probe = functools.partial(probe_shared, clock=clock, sleep=clock.sleep)
+    monkeypatch.setattr("engine.checkpointer.Lease.acquire", at_once)
+    monkeypatch.setattr("engine.checkpointer.probe_shared", probe)
+
+
+@pytest.mark.parametrize(("level", "act"), [("disk", lost), ("asked", swallowed)], ids=["disk", "storage"])
+def test_a_start_on_a_disk_that_loses_one_operation(
+    level: str, act: Act, root: Path, covered: Callable[[int], None]
+) -> None:
+    """Taking the lease, fencing, clearing up: nothing that is committed is touched, and what the lost
+    operation leaves behind is the next start's to clear."""
+    with job(root, 2) as world:
+        save_well(world, 1, 2)
+    k, fired = 0, True
+    while fired:
+        write_checkpoint(root, sequence=90 + k, hex=f"{k:08x}", commit=False)
+        world = World(root, 2)
+        target = getattr(world.ranks[0], level)
+        target.arm(k, act)
+        with contextlib.suppress(HoldfastError), job(root, 2, world=world):
+            target.disarm()
+        fired = bool(target.fired)
+        where = f"operation {k} ({target.fired})"
+        assert set(committed_steps(root)) == {1, 2}, where
+        with job(root, 2) as after:
+            assert {record.step for record in after.restore()} == {2}, where  # type: ignore[union-attr]
+        assert leftovers(root) == [], where
+        assert engine_threads(but=()) == [], where
+        k += 1
+    assert k > 4
+    covered(k - 1)
