@@ -17,8 +17,8 @@ from engine.catalog.retention import Retention
 from engine.errors import DirectoryHeldError, StorageDeniedError, StorageUnavailableError
 from engine.format.names import MANIFEST, lease_name
 from engine.mirror import uploader
-from engine.mirror.keeping import remove_surplus
-from engine.mirror.uploader import Mirror, at_most
+from engine.mirror.keeping import close_mirror, remove_surplus
+from engine.mirror.uploader import Mirror, at_most, no_limit
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS
@@ -252,6 +252,53 @@ def test_a_mirror_that_does_not_answer_at_the_start(
         Desk(local, second).mirror.open(required=False)
 
 
+def free_at_once(storage: Storage) -> bool:
+    """Whether the next run gets the lease without waiting for a dead holder."""
+    try:
+        Lease.acquire(storage, run_id="next", sleep=lambda secs: pytest.fail("it is held")).release()
+    except DirectoryHeldError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("error", [StorageUnavailableError("503"), StorageDeniedError("403")], ids=repr)
+def test_a_start_that_fails_lets_go_of_the_mirror(
+    error: Exception, local: LocalStorage, second: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is taken by then; the next start must not be told that somebody holds the mirror."""
+    second.make_dir()
+
+    def refuses(storage: Storage) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uploader, "list_checkpoints", refuses)
+        with pytest.raises(type(error)):
+            Desk(local, second).mirror.open()
+    assert free_at_once(second)
+
+
+def test_a_mirror_that_never_began_lets_go_when_it_is_closed(local: LocalStorage, second: Storage) -> None:
+    mirror = Desk(local, second).mirror
+    mirror.open()
+    assert not free_at_once(second)
+    assert mirror.close()
+    assert free_at_once(second)
+
+
+def test_a_mirror_whose_lease_was_lost_goes_on_once_it_is_free(local: LocalStorage, second: Storage) -> None:
+    save(local, 1)
+    desk = Desk(local, second)
+    desk.mirror.open()
+    other = Lease.acquire(second, run_id="other", sleep=lambda secs: None, alive=lambda process: False)
+    assert not desk.mirror._try(desk.mirror.catch_up)
+    assert "another run has taken" in desk.events[0]["cause"]
+    assert steps_in(second) == []
+    other.release()
+    assert desk.mirror._try(desk.mirror.catch_up)
+    assert steps_in(second) == [10]
+
+
 class Running:
     """A mirror with its thread; `told` is released at every event."""
 
@@ -465,3 +512,19 @@ def test_a_full_disk_takes_what_nobody_is_owed_first(local: LocalStorage, second
     mirror = Desk(local, second, freq=40, retention=KEEP_2).mirror
     assert remove_surplus(local, lease_of(local), KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [40, 50]
+
+
+def test_a_clean_up_that_fails_after_the_mirror_was_closed_is_the_next_runs(
+    local: LocalStorage, second: Storage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(local, 1)
+    mirror = Desk(local, second).mirror
+    mirror.open()
+
+    def refuses(*_: Any) -> bool:
+        raise StorageUnavailableError("the mount is gone")
+
+    monkeypatch.setattr("engine.mirror.keeping.remove_surplus", refuses)
+    close_mirror(mirror, no_limit, local, lease_of(local), KEEP_2)
+    assert "the mount is gone" in caplog.text
+    assert free_at_once(second)

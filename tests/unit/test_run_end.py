@@ -6,10 +6,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from engine.mirror.uploader import THREAD_NAME
 from engine.run.end import end_process
+from engine.save.exit import leave_despite
 
 PROGRAM = """
 import atexit, sys
@@ -23,7 +26,8 @@ end_process(2)
 
 @pytest.mark.parametrize("ranks", [False, True])
 def test_among_ranks_the_interpreter_is_not_taken_down(ranks: bool) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "RANK"} | (
+    unset = ("RANK", "PYTHONUNBUFFERED")  # unbuffered, nothing would be left to flush
+    env = {name: value for name, value in os.environ.items() if name not in unset} | (
         {"RANK": "0"} if ranks else {}
     )
     ran = subprocess.run(
@@ -46,3 +50,25 @@ def test_log_handlers_are_flushed_first() -> None:
     assert said[0] == "flushed"
     assert said[-1] == "left with 0"
     handler.close()
+
+
+@pytest.mark.parametrize("hangs", ["save", "copy"])
+def test_what_hangs_does_not_keep_the_process_nor_its_exit_code(hangs: str) -> None:
+    """Taking the interpreter down would wait for a save's thread, and break a copy's off in mid-call."""
+    release = threading.Event()
+    name = THREAD_NAME if hangs == "copy" else "holdfast-save-7"
+    thread = threading.Thread(target=release.wait, name=name, daemon=True)
+    thread.start()
+    if hangs == "save":
+        leave_despite(thread)
+    left: list[int] = []
+    try:
+        end_process(3, {}, leave_at_once=left.append)
+    finally:
+        release.set()
+        thread.join()
+    assert left == [3]
+    with pytest.raises(SystemExit) as ended:
+        end_process(3, {}, leave_at_once=left.append)
+    assert ended.value.code == 3
+    assert left == [3], "nothing hangs any more"

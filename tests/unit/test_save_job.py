@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
 from engine.parallel.coordination import Channel
 from engine.save import job as job_module
-from engine.save.commit import SaveInfo, commit
+from engine.save.commit import SaveInfo, commit, confirm_files
 from engine.save.handle import SaveHandle
-from engine.save.job import Job, JobRunner, record_to_json
+from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
 from engine.snapshot.arena import Arena
 from engine.snapshot.filling import Filling
 from engine.storage.local import LocalStorage
@@ -43,6 +44,7 @@ class Rig:
         self.publish: Callable[[Job, tuple[Any, ...]], CheckpointRecord] = self._publish
         self.after_commit: Callable[[CheckpointRecord], None] = lambda record: None
         self.timeout_secs = DEADLINE_SECS
+        self.clock: Callable[[], float] = time.monotonic
         self.events: list[tuple[int, dict[str, Any]]] = []
         self.outcomes: list[tuple[int, CheckpointRecord | None]] = []
         self.info = SaveInfo(7, attempt_name(7, "aaaaaaaa"), ("manual",), world_size=world_size)
@@ -69,7 +71,7 @@ class Rig:
             "tensors": {"t": TensorInfo("F32", (ROWS, 3))},
             "shared_digests": {"n": "same"},
             "replica_digests": {},
-            "started": time.monotonic(),
+            "started": self.clock(),
         }
         return Job(**fields | self.more(rank))
 
@@ -82,6 +84,7 @@ class Rig:
             self.after_commit,
             lambda event: self.events.append((channel.rank, event)),
             lambda record: self.outcomes.append((channel.rank, record)),
+            clock=self.clock,
         )
 
     def run(self) -> list[Any]:
@@ -184,6 +187,52 @@ def test_a_copy_that_failed_in_the_training_thread(rank: int, rig: Rig) -> None:
 def test_values_that_differ_between_ranks(rig: Rig) -> None:
     rig.more = lambda rank: {"shared_digests": {"loader": str(rank // 2)}}
     rig.check_failed("loader differs on rank 2", "per_rank")
+
+
+class Hands:
+    """A clock that is moved by hand, or by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, secs: float) -> None:
+        self.now += secs
+
+
+def test_a_file_that_is_gone_by_the_commit_allows_none(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rank has reported it in good faith: the storage lost it, or is not the one that rank 0 sees."""
+    real = job_module.write_rank
+
+    def loses(storage: Any, attempt: str, *args: Any, **given: Any) -> Any:
+        receipt = real(storage, attempt, *args, **given)
+        if given["rank"] == 1:
+            storage.delete_file(f"{attempt}/{receipt.files[0].file}")
+        return receipt
+
+    rig.clock = clock = Hands()
+    monkeypatch.setattr(job_module, "write_rank", loses)
+    monkeypatch.setattr(job_module, "confirm_files", functools.partial(confirm_files, sleep=clock.sleep))
+    rig.check_failed("rank 1 wrote shard-00001.safetensors with", "rank 0 does not see it")
+
+
+@pytest.mark.parametrize("late_secs", [OUTCOME_GRACE_SECS / 2, OUTCOME_GRACE_SECS / 2 + 0.1])
+def test_a_rank_0_that_is_too_late_to_be_waited_for_does_not_commit(
+    late_secs: float, rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the other ranks may have counted the save as failed."""
+    rig.clock = clock = Hands()
+
+    def looks_for_long(*args: Any, **given: Any) -> None:
+        clock.now = rig.timeout_secs + late_secs
+
+    monkeypatch.setattr(job_module, "confirm_files", looks_for_long)
+    if late_secs > OUTCOME_GRACE_SECS / 2:
+        rig.check_failed("rank 0 was not ready to commit within")
+    else:
+        assert all(isinstance(result, CheckpointRecord) for result in rig.run())
 
 
 def test_a_commit_that_fails(rig: Rig) -> None:
