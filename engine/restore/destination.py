@@ -290,7 +290,9 @@ class Destination:
 
     def _finish_rng(self) -> None:
         if self._same_world:
-            rng.restore(values.decode(self._locals[self._rank][RNG_KEY], self._tensor))
+            saved = self._locals[self._rank].get(RNG_KEY)
+            if saved is not None:  # an imported model brings none: the generators stay as they are
+                rng.restore(values.decode(saved, self._tensor))
             return
         if self._rank == 0:
             log.info(

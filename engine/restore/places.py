@@ -25,7 +25,7 @@ from engine.storage.base import Storage
 Places = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
 
 MOST_BYTES = 4 << 20
-"""Longer lists of chunks are not handed on: torch's store takes no value above 8 MiB."""
+"""Longer lists of chunks are not handed on, to one rank after another: all read the indexes at once."""
 
 _THREADS = 8
 

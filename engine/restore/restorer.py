@@ -190,12 +190,13 @@ class Restorer:
     ) -> tuple[Destination, list[Slice], Located]:
         """Where everything lies and goes; returns when all ranks agree that it fits."""
         indexes = Indexes(storage, manifest, name)
-        places = self._places(key, storage, name, manifest, indexes)
+        chunks = self._chunks(key, storage, name, manifest, indexes)
         destination: Destination | None = None
         problem: Exception | None = None
         slices: list[Slice] = []
         found: Located = {}
         try:
+            places = places_of(indexes.every()) if chunks is None else read_description(manifest, chunks)
             destination = self._destination(manifest, indexes, wanted)
             destination.check(f"the checkpoint {storage.describe(name)}")
             slices, found = _plan(destination, manifest, places, indexes)
@@ -216,10 +217,10 @@ class Restorer:
             return self.mirror
         return open_storage(chosen["target"], self.storage_options) if chosen["target"] else self.storage
 
-    def _places(
+    def _chunks(
         self, key: str, storage: Storage, name: str, manifest: Manifest, indexes: Indexes
-    ) -> Mapping[str, list[Place]]:
-        """Where every chunk lies: rank 0 has read all indexes and says so, if that is not too long to say."""
+    ) -> dict[str, Any] | None:
+        """Where every chunk lies: rank 0 has read all indexes and says so. None: too long to say."""
 
         def describe() -> dict[str, Any] | None:
             try:
@@ -233,10 +234,10 @@ class Restorer:
                     raise
                 raise problem from error
 
-        document = rank0_decides(self.channel, f"{key}/chunks", describe, self.timeout_secs)
-        if document is not None:
-            return read_description(manifest, document)
-        return places_of(indexes.every())
+        document: dict[str, Any] | None = rank0_decides(
+            self.channel, f"{key}/chunks", describe, self.timeout_secs
+        )
+        return document
 
     def _destination(self, manifest: Manifest, indexes: Indexes, wanted: Wanted) -> Destination:
         if manifest.world_size != self.channel.world_size and self.capture.per_rank:
