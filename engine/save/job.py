@@ -11,6 +11,7 @@ deadline that is not needed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from typing import Any
 
 from engine.catalog.reaper import delete_attempt
 from engine.catalog.record import CheckpointRecord
-from engine.errors import HoldfastError, LateRanksError, SaveFailedError
+from engine.errors import CoordinationError, HoldfastError, LateRanksError, SaveFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.parallel.coordination import Channel
@@ -133,7 +134,8 @@ class JobRunner:
             raw = self.channel.broadcast(
                 f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
             )
-            self.channel.gather(f"{key}/ack", b"1", 0)
+            with contextlib.suppress(CoordinationError):  # rank 0 may be gone; its word stands
+                self.channel.gather(f"{key}/ack", b"1", 0)
             return None if raw == _AGAIN else _record_from(raw)
         record: CheckpointRecord | None = None
         failure: BaseException | None = None
@@ -218,15 +220,17 @@ class JobRunner:
             log.warning("the failed attempt %s was left behind: %s", job.info.attempt, problem)
 
     def _tell(self, job: Job, key: str, outcome: bytes) -> None:
-        """Give every rank the outcome, and see that they have it before the key goes."""
+        """Give every rank the outcome, and see that they have it before the key goes.
+
+        Ranks that cannot be told change nothing about it: what is committed is.
+        """
         self.doing = "telling the other ranks the outcome"
-        self.channel.broadcast(f"{key}/outcome", outcome, 0)
         try:
+            self.channel.broadcast(f"{key}/outcome", outcome, 0)
             self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS)
-        except LateRanksError as error:
+            self.channel.forget([f"{key}/outcome"])
+        except CoordinationError as error:  # that they are late among others
             log.warning("the outcome of step %d did not reach everyone: %s", job.info.step, error)
-            return
-        self.channel.forget([f"{key}/outcome"])
 
     def _emit(self, job: Job, event: str, **more: Any) -> None:
         document = {

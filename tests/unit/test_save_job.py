@@ -6,10 +6,12 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from engine.catalog.listing import committed, list_checkpoints
 from engine.catalog.record import CheckpointRecord
@@ -327,3 +329,45 @@ def test_a_deadline_that_passed_in_the_training_thread_still_asks_once(rig: Rig)
     rig.timeout_secs = 0.001
     rig.more = lambda rank: {"started": time.monotonic() - 10}
     assert all(isinstance(result, CheckpointRecord) for result in rig.run())
+
+
+class CutOff(MemoryStore):
+    """The connection is lost as soon as one kind of key is to be set or waited for."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def set(self, key: str, value: bytes, /) -> None:
+        self._reach(key)
+        super().set(key, value)
+
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+        self._reach(*keys)
+        super().wait(keys, timeout)
+
+    def _reach(self, *keys: str) -> None:
+        if any(f"/{self.kind}" in key for key in keys):
+            raise dist.DistNetworkError("connection reset by peer")
+
+
+@pytest.mark.parametrize(("kind", "told"), [("outcome", [0]), ("ack", [0, 1, 2])])
+def test_a_connection_that_is_lost_after_the_commit_does_not_undo_it(
+    kind: str, told: list[int], rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 has committed, and whoever has heard its word knows that."""
+    rig.store = CutOff(kind)
+    results = rig.run()
+    (record,) = rig.committed()
+    assert [rank for rank, result in enumerate(results) if result == record] == told
+    assert all(isinstance(results[rank], SaveFailedError) for rank in range(3) if rank not in told)
+    assert "the outcome of step 7 did not reach everyone" in caplog.text
+
+
+def test_a_failure_keeps_its_cause_when_it_cannot_be_told(rig: Rig) -> None:
+    def publish(job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
+        raise StorageUnavailableError("the store is down")
+
+    rig.publish = publish
+    rig.store = CutOff("outcome")
+    assert "the store is down" in str(rig.run()[0])
