@@ -1,78 +1,8 @@
-"""Entry of `python -m engine.checkpoints`: one command; errors become one sentence and an exit code.
-
-0: done, nothing wrong. 1: `verify` found damage, `diff` a difference, `selftest` an unsafe storage. 2: bad
-input, damage in what had to be read, or the storage did not answer.
-"""
+"""Entry of `python -m engine.checkpoints`."""
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import sys
-from collections.abc import Sequence
-
-from engine.checkpoints.arguments import parse
-from engine.checkpoints.text import printable
-from engine.errors import HoldfastError
-
-EXIT_BAD_INPUT = 2
-_EXIT_INTERRUPTED = 130
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code and never raises for a user's mistake."""
-    try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
-        _log_to_stderr()
-        code = _run(arguments)
-        sys.stdout.flush()
-    except HoldfastError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return _EXIT_INTERRUPTED
-    return code
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    """Import and run one command; the others' modules are not loaded, for the sake of a quick start."""
-    match arguments.command:
-        case "list":
-            from engine.checkpoints.listing import run
-        case "show":
-            from engine.checkpoints.showing import run
-        case "verify":
-            from engine.checkpoints.verifying import run
-        case "prune":
-            from engine.checkpoints.pruning import run
-        case "selftest":
-            from engine.checkpoints.selftesting import run
-        case "export":
-            from engine.checkpoints.exporting import run
-        case "import":
-            from engine.checkpoints.importing import run
-        case "merge":
-            from engine.checkpoints.merging import run
-        case "copy":
-            from engine.checkpoints.copying import run
-        case "diff":
-            from engine.checkpoints.diffing import run
-        case _:
-            from engine.checkpoints.holding import run
-    return run(arguments)
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("engine")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-
+from engine.run.entry import enter
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter("engine.checkpoints.program")
