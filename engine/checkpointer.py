@@ -18,14 +18,14 @@ from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.format.json import canonical_bytes
-from engine.format.manifest import REASONS, ShardReceipt
+from engine.format.manifest import ShardReceipt
 from engine.mirror.keeping import close_mirror, remove_surplus
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience, at_most, no_limit, second_tier
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
-from engine.save.arguments import check_addresses, check_arguments
+from engine.save.arguments import check_addresses, check_arguments, check_save, whole_numbers
 from engine.save.commit import SaveInfo, commit, software_versions
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
@@ -155,11 +155,8 @@ class Checkpointer:
             raise RestoreFailedError(
                 "the last restore broke off, so the state is undefined; restore successfully before saving"
             )
-        unknown = [reason for reason in reasons if reason not in REASONS]
-        if step < 0 or unknown or not reasons:
-            raise ConfigError(
-                f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}"
-            )
+        step, epoch, tokens = whole_numbers(step=step, epoch=epoch, tokens=tokens)
+        check_save(step, reasons)
         info = SaveInfo(
             step=step,
             attempt="",

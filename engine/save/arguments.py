@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import os
+from typing import SupportsIndex
 
 from engine.errors import ConfigError
+from engine.format.manifest import REASONS
 
 
 def check_arguments(busy: str, timeout_secs: float, overlap: bool | str, mirror_freq: int) -> None:
@@ -26,3 +29,22 @@ def check_addresses(*addresses: str | os.PathLike[str] | None) -> None:
             os.fspath(address or "").encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{address!a} is not text in UTF-8: give another directory") from None
+
+
+def whole_numbers(**given: SupportsIndex) -> list[int]:
+    """The numbers as JSON can hold them, in order; NumPy's and torch's are taken. ConfigError for others."""
+    for name, value in given.items():
+        try:
+            operator.index(value)
+        except TypeError:
+            raise ConfigError(f"{name} is {value!r}: it must be a whole number") from None
+    return [operator.index(value) for value in given.values()]
+
+
+def check_save(step: int, reasons: tuple[str, ...]) -> None:
+    """ConfigError for a save that makes no sense."""
+    unknown = [reason for reason in reasons if reason not in REASONS]
+    if step < 0 or unknown or not reasons:
+        raise ConfigError(
+            f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}"
+        )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -554,3 +555,15 @@ def test_an_address_that_cannot_be_written_down_is_refused(which: str, tmp_path:
     with pytest.raises(ConfigError, match="not text in UTF-8"):
         Checkpointer(given["directory"], state(), mirror=given["mirror"])
     assert not any(tmp_path.iterdir())
+
+
+def test_whole_numbers_of_any_kind_are_taken_and_others_refused(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, state()) as checkpointer:
+        for step in (1.0, "1", None):
+            with pytest.raises(ConfigError, match=f"^step is {step!r}: it must be a whole number"):
+                checkpointer.save(step)  # type: ignore[arg-type]
+        given: State = {"step": np.int64(3), "epoch": torch.tensor(1), "tokens": np.uint32(7)}
+        record = checkpointer.save(**given).result(DEADLINE_SECS)
+        assert record is not None
+        assert (record.step, record.epoch, record.tokens) == (3, 1, 7)
+        assert ids(checkpointer) == [record.id]
