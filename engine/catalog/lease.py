@@ -11,6 +11,7 @@ machines are never compared, except for the age in a message.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -102,6 +103,8 @@ class Lease:
             epoch = top.epoch + 1 if top is not None else 1
             info = LeaseInfo(epoch, me, run_id, heartbeat=0, heartbeat_at=wall(), released=False)
             if _create(storage, info, sleep, poll_secs):
+                if _overtaken(storage, info):
+                    continue
                 if top is not None and not top.released:
                     log.info("took %s over from %s, which is gone", storage.uri, top.describe())
                 lease = cls(storage, info, clock, wall)
@@ -298,6 +301,9 @@ def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], s
         if not _is_ours(storage, info, error):
             if isinstance(error, AlreadyExistsError):
                 return False
+            # The holder of a later lease sweeps up what takers of earlier ones were about to publish.
+            if isinstance(error, NotFoundError) and _higher(storage, info.epoch):
+                return False
             raise
         return True
     if storage.supports_exclusive_create:
@@ -306,6 +312,23 @@ def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], s
     sleep(settle_secs)
     written = _read(storage, info.epoch)
     return written is not None and written.same_holder(info)
+
+
+def _overtaken(storage: Storage, info: LeaseInfo) -> bool:
+    """Whether a higher lease is there already: then ours, just created, is taken back.
+
+    A look at the directory lists and then reads. While others take over from each other it may find that the
+    leases it has listed are gone, and see none at all: whoever then began at 1 would fence a live holder.
+    """
+    if not _higher(storage, info.epoch):
+        return False
+    with contextlib.suppress(StorageError):
+        storage.delete_file(lease_name(info.epoch))
+    return True
+
+
+def _higher(storage: Storage, epoch: int) -> bool:
+    return any(found > epoch for found in _epochs(storage))
 
 
 def _is_ours(storage: Storage, info: LeaseInfo, error: StorageError) -> bool:

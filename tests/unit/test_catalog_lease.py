@@ -22,6 +22,7 @@ from engine.errors import (
     DamagedError,
     DirectoryHeldError,
     LeaseLostError,
+    NotFoundError,
     StorageUnavailableError,
 )
 from engine.format.names import lease_name
@@ -199,6 +200,56 @@ def test_of_two_takers_one_wins(world: World, storage: RecordingStorage) -> None
     rivals[0].check()
 
 
+def test_a_taker_that_has_seen_no_lease_does_not_begin_at_one_beside_a_live_holder(
+    world: World, tmp_path: Path
+) -> None:
+    """Seen with three takers at once: what its listing showed was gone when it came to read it, because the
+    winner had swept it up. It put the winner's attempt out of reach, until its own first commit failed."""
+    holders: list[Lease] = []
+
+    class Swept(LocalStorage):
+        def read_bytes(self, path: str, *, max_bytes: int) -> bytes:
+            if not holders:
+                holders.append(World().acquire(LocalStorage(self.root), FAR, "winner", stale_secs=0))
+                world.meanwhile = holders[0].heartbeat
+                (tmp_path / ATTEMPT).mkdir()
+            return super().read_bytes(path, max_bytes=max_bytes)
+
+    world.acquire(LocalStorage(tmp_path), NEIGHBOUR)
+    world.living.add(FAR.pid)
+    with pytest.raises(DirectoryHeldError, match="run winner"):
+        world.acquire(Swept(tmp_path))
+    holders[0].check()
+    assert (tmp_path / ATTEMPT).is_dir(), "the winner's save in flight was fenced"
+    assert leases(LocalStorage(tmp_path)) == [lease_name(2)]
+
+
+def test_a_taker_whose_lease_a_later_holder_swept_up_is_told_who_holds(world: World, tmp_path: Path) -> None:
+    holders: list[Lease] = []
+
+    class SweptUp(LocalStorage):
+        def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+            if not holders:
+                World().acquire(LocalStorage(self.root), NEIGHBOUR, "first", stale_secs=0)
+                holders.append(World().acquire(LocalStorage(self.root), FAR, "second", stale_secs=0))
+                world.meanwhile = holders[0].heartbeat
+                raise NotFoundError("the temporary file is gone")
+            super().publish(path, data, exclusive=exclusive)
+
+    world.living.add(FAR.pid)
+    with pytest.raises(DirectoryHeldError, match="run second"):
+        world.acquire(SweptUp(tmp_path))
+
+
+def test_a_lease_that_cannot_be_created_at_all_is_an_error(world: World, tmp_path: Path) -> None:
+    class Gone(LocalStorage):
+        def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+            raise NotFoundError("no such mount")
+
+    with pytest.raises(NotFoundError, match="no such mount"):
+        world.acquire(Gone(tmp_path))
+
+
 def test_without_exclusive_creation_the_last_writer_wins(world: World, tmp_path: Path) -> None:
     storage = LastWriterWins(tmp_path)
     world.living.add(NEIGHBOUR.pid)
@@ -320,9 +371,9 @@ def test_the_thread_ends_when_the_lease_is_lost(world: World, storage: Recording
     lease = world.acquire(storage, FAR)
     world.acquire(storage)
     lease.start_heartbeat(interval_secs=0.001)
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == "holdfast-lease"]
-    thread.join(30)
-    assert not thread.is_alive()
+    assert lease._thread is not None
+    lease._thread.join(30)
+    assert not lease._thread.is_alive()
 
 
 def attempts(root: Path) -> None:
