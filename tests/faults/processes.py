@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 
 from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
-from engine.errors import SaveFailedError
+from engine.errors import CoordinationError, SaveFailedError
 from engine.parallel.answering import AnsweringStore
 from engine.parallel.coordination import Coordinator
 from engine.storage.local import LocalStorage
@@ -157,7 +157,7 @@ def outcome_of(ckpt: Checkpointer, state: dict[str, Any], step: int) -> list[Any
         record = ckpt.save(step).result()
         assert record is not None
         outcome = ["committed", record.step]
-    except SaveFailedError as error:
+    except (SaveFailedError, CoordinationError) as error:  # the latter: rank 0 died before it decided
         outcome = ["failed", str(error)]
     assert ckpt._saver is not None
     ckpt._saver.wait()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -66,3 +68,16 @@ def test_a_forged_file_that_is_too_deep_is_refused_for_that() -> None:
         except DamagedError as error:
             said.append(str(error))
     assert any("levels deep" in words for words in said), "the bound on the depth is never met"
+
+
+def test_make_fuzz_runs_every_fuzzing_test() -> None:
+    """It once ran the parsers only: "answer" is not in "answers"."""
+    root = Path(__file__).resolve().parents[2]
+    chosen = re.search(r"pytest tests/faults/test_hostile\.py -k (\w+)", (root / "Makefile").read_text())
+    assert chosen is not None
+    source = (root / "tests/faults/test_hostile.py").read_text()
+    fuzzing = [
+        body.partition("(")[0] for body in re.split(r"^def ", source, flags=re.MULTILINE) if "@fuzz(" in body
+    ]
+    assert len(fuzzing) == 2
+    assert [test for test in fuzzing if chosen[1] not in test] == []
