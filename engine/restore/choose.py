@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from engine.catalog.listing import Listed, committed, list_checkpoints, read_manifest
+from engine.catalog.listing import Directory, Listed, committed, read_manifest
 from engine.catalog.record import CheckpointRecord, from_manifest
 from engine.catalog.select import Selector, choose, parse_selector
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
-from engine.mirror.tiers import Tier, both_tiers
+from engine.format.names import parse_attempt_name
+from engine.mirror.tiers import Tier, Tiers, both_tiers
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from engine.storage.redact import redact_uri
@@ -51,6 +52,9 @@ def choose_checkpoint(
 ) -> Choice | None:
     """The checkpoint that the selector means; None when `latest` finds nothing at all.
 
+    Reads what decides it and no more: a listing, one manifest of each checkpoint that may be meant, and of
+    the mirror those alone that are not whole here.
+
     Args:
         passed_over: ids that failed to restore just now, and `in_mirror` of them; `latest` walks back past
             them.
@@ -61,39 +65,95 @@ def choose_checkpoint(
     selector = parse_selector(selector_text)
     if selector.kind == "path":
         return _at_path(selector_text, options)
-    local = _look(storage)
-    theirs = _look(mirror) if mirror is not None and not _is_here(local, selector, passed_over) else []
-    tiers = both_tiers(
-        [_unless_passed_over(item, item.id in passed_over) for item in local],
-        [_unless_passed_over(item, in_mirror(item.id) in passed_over) for item in theirs],
-    )
-    listed = list(tiers.listed)
-    records = committed(listed)
-    if not records and selector.kind == "latest":
-        if not listed:
-            return None
-        where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
-        raise DamagedError(_nothing_whole(where, listed))
-    record = choose(records, selector)
-    if selector.kind == "latest":
-        _tell_walk_back([item for item in listed if item.id not in passed_over], record)
-    if record.id in tiers.from_mirror:
-        assert mirror is not None
-        return Choice("", record.id, record, read_manifest(mirror, record.id), "mirror")
-    return Choice("", record.id, record, read_manifest(storage, record.id))
-
-
-def _look(storage: Storage) -> list[Listed]:
+    view = _View(storage, mirror, selector, frozenset(passed_over))
+    tiers = view.what_may_answer()
     try:
-        return list_checkpoints(storage)
+        record = choose(committed(tiers.listed), selector)
+    except SelectorError:
+        tiers = view.everything()  # to say what there is
+        if selector.kind == "latest" and not committed(tiers.listed):
+            if not tiers.listed:
+                return None
+            where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
+            raise DamagedError(_nothing_whole(where, list(tiers.listed))) from None
+        record = choose(committed(tiers.listed), selector)
+    if selector.kind == "latest":
+        _tell_walk_back(view, tiers, record)
+    tier: Tier = "mirror" if record.id in tiers.from_mirror else "local"
+    return Choice("", record.id, record, view.directory(tiers, record.id).manifest(record.id), tier)
+
+
+@dataclass(slots=True)
+class _View:
+    """What one choice sees of both tiers, each of them listed once."""
+
+    storage: Storage
+    mirror: Storage | None
+    selector: Selector
+    passed_over: frozenset[str]
+    _local: Directory | None = field(init=False)
+    _theirs: Directory | None = field(init=False, default=None)
+    _looked_at_mirror: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._local = _look(self.storage)
+
+    def what_may_answer(self) -> Tiers:
+        """The checkpoints that may be meant. The mirror's copy of one that is whole here is not looked at."""
+        wanted = _may_answer(self.selector)
+        mine = _read(self._local, lambda name: wanted(name) and name not in self.passed_over)
+        whole = {item.id for item in mine if item.status == "committed"}
+        if whole and self.selector.kind == "id":
+            return both_tiers(mine, [])  # decided: a mirror that does not answer stops nothing
+        theirs = _read(
+            self._see_mirror(),
+            lambda name: wanted(name) and name not in whole and in_mirror(name) not in self.passed_over,
+        )
+        return both_tiers(mine, theirs)
+
+    def everything(self) -> Tiers:
+        """All that lies in both."""
+        mine, theirs = (
+            [] if directory is None else directory.everything()
+            for directory in (self._local, self._see_mirror())
+        )
+        return both_tiers(
+            [_unless_passed_over(item, item.id in self.passed_over) for item in mine],
+            [_unless_passed_over(item, in_mirror(item.id) in self.passed_over) for item in theirs],
+        )
+
+    def directory(self, tiers: Tiers, id: str) -> Directory:
+        """Where that copy lies which `tiers` has chosen."""
+        found = self._theirs if id in tiers.from_mirror else self._local
+        assert found is not None
+        return found
+
+    def _see_mirror(self) -> Directory | None:
+        if self.mirror is not None and not self._looked_at_mirror:
+            self._theirs = _look(self.mirror)
+            self._looked_at_mirror = True
+        return self._theirs
+
+
+def _look(storage: Storage) -> Directory | None:
+    try:
+        return Directory(storage)
     except NotFoundError:
-        return []
+        return None
 
 
-def _is_here(local: list[Listed], selector: Selector, passed_over: Collection[str]) -> bool:
-    """Whether the local directory alone decides: then a mirror that does not answer stops nothing."""
-    wanted = [item for item in committed(local) if item.id == selector.text and item.id not in passed_over]
-    return selector.kind == "id" and bool(wanted)
+def _read(directory: Directory | None, wanted: Callable[[str], bool]) -> list[Listed]:
+    return [] if directory is None else directory.read([name for name in directory.names if wanted(name)])
+
+
+def _may_answer(selector: Selector) -> Callable[[str], bool]:
+    """Which directories' names leave it open whether they are meant."""
+    match selector.kind:
+        case "id":
+            return lambda name: name == selector.text
+        case "step":
+            return lambda name: (parse_attempt_name(name) or (None,))[0] == selector.number
+    return lambda name: True
 
 
 def _unless_passed_over(item: Listed, passed_over: bool) -> Listed:
@@ -123,8 +183,9 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
     )
 
 
-def _tell_walk_back(listed: list[Listed], record: CheckpointRecord) -> None:
-    for item in listed:
+def _tell_walk_back(view: _View, tiers: Tiers, record: CheckpointRecord) -> None:
+    for item in tiers.listed:
         newer = item.record is not None and item.record.sequence > record.sequence
-        if item.status == "damaged" and newer:
-            log.warning("passing over %s, which is damaged: %s", item.id, item.reason)
+        if item.status == "damaged" and newer and item.id not in view.passed_over:
+            reason = view.directory(tiers, item.id).explained(item).reason
+            log.warning("passing over %s, which is damaged: %s", item.id, reason)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.catalog.listing import Listed, committed, list_checkpoints, read_manifest
+from engine.catalog.listing import Directory, Listed, committed, read_manifest
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import by_loss, by_sequence
 from engine.catalog.select import Selector, choose, parse_selector
@@ -81,10 +81,11 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
     if path is not None and not directory_given:
         config = replace(config, checkpoint_dir=split_uri(path)[0])
     storage = open_storage(config.checkpoint_dir, config.storage_mapping)
-    listed = look(storage)
+    here = look(storage)
+    listed = [] if here is None else here.everything()
     records = committed(listed)
-    if restart.count > 0 and records:
-        manifest = read_manifest(storage, by_sequence(records)[-1].id)
+    if restart.count > 0 and records and here is not None:
+        manifest = here.manifest(by_sequence(records)[-1].id)
         if _is_own(manifest, restart):
             sentence = f"restart {restart.count} by torchrun: resuming latest, step {manifest.step}"
             # By its id where there is a mirror: an outage of that must not keep a run from going on here.
@@ -93,7 +94,8 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
     if path is not None:
         return _start_at_path(path, config, records)
     mirror = None if config.mirror is None else open_storage(config.mirror, config.storage_mapping)
-    mirrored = [] if mirror is None else look(mirror)
+    there = None if mirror is None else look(mirror)
+    mirrored = [] if there is None else there.everything()
     if selector is None:
         if not config.new_run:
             refuse_to_mix(listed, storage.uri)
@@ -107,18 +109,19 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         return Start(config.checkpoint_dir, sentence=sentence)
     record = pick(listed, selector, storage.uri)
     sentence = f"resuming {config.resume}, step {record.step}, from {record.path}"
-    if mirror is not None and config.mirror is not None and record.id in tiers.from_mirror:
-        start = _resumed(config, selector.text, sentence, read_manifest(mirror, record.id), records)
-        return replace(start, home=config.mirror)
-    return _resumed(config, selector.text, sentence, read_manifest(storage, record.id), records)
+    from_mirror = record.id in tiers.from_mirror
+    directory = there if from_mirror else here
+    assert directory is not None
+    start = _resumed(config, selector.text, sentence, directory.manifest(record.id), records)
+    return replace(start, home=config.mirror or "") if from_mirror else start
 
 
-def look(storage: Storage) -> list[Listed]:
-    """Every attempt in the directory; none when there is no directory yet. An outage raises StorageError."""
+def look(storage: Storage) -> Directory | None:
+    """The directory as it is listed now; None when there is none yet. An outage raises StorageError."""
     try:
-        return list_checkpoints(storage)
+        return Directory(storage)
     except NotFoundError:
-        return []
+        return None
 
 
 def pick(listed: Sequence[Listed], selector: Selector, uri: str) -> CheckpointRecord:
@@ -175,7 +178,7 @@ def _start_at_path(path: str, config: TrainConfig, records: Sequence[CheckpointR
 
 def _no_checkpoint_at(path: str, config: TrainConfig) -> SelectorError:
     inside = open_storage(path, config.storage_mapping)
-    if look(inside):
+    if (found := look(inside)) is not None and found.names + found.others:
         return SelectorError(
             f"{inside.uri} is a directory of checkpoints, not one of them: "
             f"give --checkpoint_dir {inside.uri} --resume latest"

@@ -13,6 +13,7 @@ import pytest
 from engine.catalog.listing import list_checkpoints
 from engine.catalog.marks import held_ids
 from engine.format.manifest import Manifest
+from engine.restore.choose import choose_checkpoint
 from engine.storage.remote import FsspecStorage
 from engine.storage.s3 import S3Bulk
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -124,3 +125,18 @@ def test_an_unfinished_attempt_costs_one_more(storage: FsspecStorage, requests: 
     requests.clear()
     assert [item.bytes for item in list_checkpoints(storage) if item.status == "partial"] == [5]
     assert requests == {"list": 1, "ls": 1, "cat_file": 3}
+
+
+def test_latest_costs_a_page_and_each_manifest_once(storage: FsspecStorage, requests: Counter[str]) -> None:
+    """Nothing for the chosen one again, for its size, or for what somebody is writing."""
+    write_many(storage, 100, 64)
+    storage.write_file("step-00009999-00009999/shard-00000.safetensors", b"12345")
+    requests.clear()
+    choice = choose_checkpoint(storage, "latest")
+    assert choice is not None
+    assert choice.manifest.sequence == 100
+    assert requests == {"list": 1, "cat_file": 100}
+    requests.clear()
+    for selector in (choice.record.id, "step:500"):
+        assert choose_checkpoint(storage, selector) is not None
+    assert requests == {"list": 2, "cat_file": 2}
