@@ -11,6 +11,7 @@ import random
 import socket
 import struct
 import threading
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -60,15 +61,26 @@ class FaultProxy:
         requests, refused, resets: how many came, were answered 503, met a reset.
         bytes_up: of request bodies passed on since `faults` were set.
         holding: set when `hold_at_bytes` was reached.
+
+    Args:
+        clock, sleep: what the cap on bytes a second goes by; those of the event loop if not given.
     """
 
-    def __init__(self, upstream_port: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        upstream_port: int,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._upstream_port = upstream_port
         self._dice = random.Random(seed)
         self._faults = Faults()
         self._free_at = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
+        self._clock, self._sleep = clock or self._loop.time, sleep
         self._changed = asyncio.Event()
         self.requests = self.refused = self.resets = self.bytes_up = 0
         self.holding = threading.Event()
@@ -168,9 +180,9 @@ class FaultProxy:
         while self._faults.blackhole:
             await self._changed.wait()
         if rate := self._faults.bytes_per_sec:
-            now = self._loop.time()
+            now = self._clock()
             self._free_at = max(now, self._free_at) + size / rate
-            await asyncio.sleep(self._free_at - now)
+            await self._sleep(self._free_at - now)
 
     def count_up(self, size: int) -> None:
         self.bytes_up += size

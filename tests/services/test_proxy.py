@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -111,6 +113,58 @@ def test_a_held_connection_goes_on_where_it_was(proxy: FaultProxy) -> None:
     proxy.faults = Faults()
     thread.join(30.0)
     assert answers == [(200, b"2000000")]
+
+
+class Time:
+    """A clock that only the proxy's own sleeping moves, to the end of the latest sleep."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.pauses: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, secs: float) -> None:
+        self.pauses.append(secs)
+        until = self.now + secs
+        await asyncio.sleep(0)
+        self.now = max(self.now, until)
+
+
+def test_bytes_pass_at_the_rate_given(upstream: int) -> None:
+    """Both directions count, heads too; the pauses make up the whole time that they may take."""
+    time = Time()
+    with FaultProxy(upstream, clock=time.clock, sleep=time.sleep) as proxy:
+        assert put(proxy, 3_000_000) == (200, b"3000000")
+        assert time.pauses == [], "no rate, no pause"
+        proxy.faults = Faults(bytes_per_sec=5e6)
+        assert put(proxy, 3_000_000) == (200, b"3000000")
+        passed = (time.now - 100.0) * 5e6
+        assert 3_005_000 < passed < 3_006_000, "body, answer of 5,007 bytes, and two heads"
+        assert sum(time.pauses) == pytest.approx(time.now - 100.0)
+        assert len(time.pauses) > 20, "in pieces: one pause for all of it would look like a hang"
+
+
+def test_all_connections_share_the_rate(upstream: int) -> None:
+    time = Time()
+    with FaultProxy(upstream, clock=time.clock, sleep=time.sleep) as proxy:
+        proxy.faults = Faults(bytes_per_sec=1e6)
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: put(proxy, 1_000_000), range(4)))
+    assert answers == [(200, b"1000000")] * 4
+    assert 4.02 < time.now - 100.0 < 4.03, "four times as many bytes, four times as long"
+
+
+def test_time_without_traffic_is_not_saved_up(upstream: int) -> None:
+    time = Time()
+    with FaultProxy(upstream, clock=time.clock, sleep=time.sleep) as proxy:
+        proxy.faults = Faults(bytes_per_sec=1e6)
+        put(proxy, 1_000_000)
+        first = time.now - 100.0
+        time.now += 1000.0
+        put(proxy, 1_000_000)
+        assert time.now - 1100.0 - first == pytest.approx(first, rel=1e-3)
 
 
 def test_a_server_that_is_down_resets() -> None:

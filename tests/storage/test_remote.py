@@ -166,11 +166,23 @@ def test_probe_that_fails_is_not_an_answer(
     assert storage.supports_exclusive_create is True
 
 
-def test_probe_runs_once(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("honoured", "said"), [(True, "honours"), (False, "does not honour")])
+def test_probe_runs_once_and_says_what_it_found(
+    storage: FsspecStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    honoured: bool,
+    said: str,
+) -> None:
+    if not honoured:
+        real = storage._fs.pipe_file
+        monkeypatch.setattr(storage._fs, "pipe_file", lambda path, data, mode="": real(path, data))
     calls = failing(monkeypatch, storage, "pipe_file")
-    assert storage.supports_exclusive_create
-    assert storage.supports_exclusive_create
+    with caplog.at_level("INFO", "engine.storage.remote"):
+        assert storage.supports_exclusive_create is honoured
+        assert storage.supports_exclusive_create is honoured
     assert len(calls) == 2
+    assert caplog.messages == [f"{storage.uri} {said} the precondition that an object does not exist"]
 
 
 def test_client_that_remembers_listings(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
