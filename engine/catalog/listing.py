@@ -91,7 +91,7 @@ class Directory:
         self._read: dict[str, Listed | None] = {}
         self._memory: Memory = {} if memory is None else memory
         for name in self._memory.keys() - self._files.keys():
-            del self._memory[name]
+            self._memory.pop(name, None)  # another thread may have been faster
         self._newest: Manifest | None = None
         self._lock = threading.Lock()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -282,3 +283,14 @@ def test_with_a_memory_only_what_is_new_or_has_changed_is_read(
     shutil.rmtree(tmp_path / first)
     newly_read()
     assert first not in memory
+
+
+def test_two_threads_may_share_a_memory(tmp_path: Path) -> None:
+    """At the end of a run the mirror's own thread may still list while it is asked what is left."""
+
+    class Shared(Memory):
+        def keys(self) -> Any:
+            return {"step-00000001-aaaaaaaa"}  # seen here, and removed by the other one right after
+
+    write_checkpoint(LocalStorage(tmp_path), sequence=1)
+    assert len(list_checkpoints(LocalStorage(tmp_path), Shared())) == 1
