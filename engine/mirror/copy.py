@@ -13,7 +13,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.catalog import marks
@@ -60,7 +60,6 @@ def copy_checkpoint(
     check: bool = False,
     progress: Progress = lambda count: None,
     cancel: threading.Event | None = None,
-    clock: Callable[[], float] = time.monotonic,
 ) -> Copied:
     """Have the committed checkpoint in the directory `name` of `source` whole and committed in `target`.
 
@@ -72,7 +71,7 @@ def copy_checkpoint(
     Raises: NotFoundError when the source is no committed checkpoint, or retired meanwhile; DamagedError when
         it is damaged; AlreadyExistsError when another checkpoint has its name; LeaseLostError; StorageError.
     """
-    return _Copy(source, name, target, lease, check, progress, cancel, clock).run()
+    return _Copy(source, name, target, lease, check, progress, cancel).run()
 
 
 class _Copy:
@@ -85,16 +84,14 @@ class _Copy:
         check: bool,
         progress: Progress,
         cancel: threading.Event | None,
-        clock: Callable[[], float],
     ) -> None:
         self._source, self._name, self._target = source, name, target
         self._lease, self._check, self._progress, self._cancel = lease, check, progress, cancel
-        self._clock = clock
         self._sent_bytes = 0
         self._marked = False
 
     def run(self) -> Copied:
-        begun = self._clock()
+        begun = time.monotonic()
         raw = self._source.read_bytes(f"{self._name}/{MANIFEST}", max_bytes=MAX_BYTES)
         manifest = Manifest.from_bytes(raw, what=self._source.describe(f"{self._name}/{MANIFEST}"))
         revive(self._target, manifest.id)
@@ -117,7 +114,7 @@ class _Copy:
             step=manifest.step,
             bytes=manifest.total_bytes,
             sent_bytes=self._sent_bytes,
-            secs=self._clock() - begun,
+            secs=time.monotonic() - begun,
         )
 
     def _files(self, id: str) -> dict[str, int]:

@@ -57,10 +57,10 @@ def no_limit() -> float | None:
     return None
 
 
-def at_most(secs: float, clock: Callable[[], float] = time.monotonic) -> Patience:
+def at_most(secs: float) -> Patience:
     """Wait for the mirror for so long, from now on."""
-    end = clock() + secs
-    return lambda: max(0.0, end - clock())
+    end = time.monotonic() + secs
+    return lambda: max(0.0, end - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,10 @@ class Mirror:
         storage: Storage,
         plan: MirrorPlan,
         on_event: Callable[[dict[str, Any]], None],
-        *,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._local, self.storage = local, storage
         self._plan = plan
-        self._on_event, self._clock = on_event, clock
+        self._on_event = on_event
         self._lease: Lease | None = None
         self._lock = threading.Lock()
         self._there: tuple[CheckpointRecord, ...] = ()
@@ -303,7 +301,6 @@ class Mirror:
                 lease=self._require_lease(),
                 check=True,
                 cancel=self._cancel,
-                clock=self._clock,
             )
         except (AlreadyExistsError, DamagedError, NotFoundError) as error:
             self._pass_over(record, error)
