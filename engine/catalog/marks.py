@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from engine.errors import DamagedError, NotFoundError
 from engine.format.json import canonical_bytes, parse_canonical
-from engine.format.names import DAMAGED, HELD, MANIFEST, parse_attempt_name
+from engine.format.names import DAMAGED, HELD, MANIFEST
 from engine.storage.base import Storage
 
 _MAX_REASON_CHARS = 4000
@@ -44,12 +44,6 @@ def release(storage: Storage, id: str) -> None:
     _require(storage, id)
     storage.delete_file(f"{id}/{HELD}")
     storage.sync_dir(id)
-
-
-def held_ids(storage: Storage) -> frozenset[str]:
-    """The ids of all held checkpoints."""
-    tree = storage.list_heads().tree
-    return frozenset(name for name, files in tree.items() if HELD in files and parse_attempt_name(name))
 
 
 def _require(storage: Storage, id: str) -> None:
