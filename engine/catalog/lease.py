@@ -103,12 +103,12 @@ class Lease:
             epoch = top.epoch + 1 if top is not None else 1
             info = LeaseInfo(epoch, me, run_id, heartbeat=0, heartbeat_at=wall(), released=False)
             if _create(storage, info, sleep, poll_secs):
-                if _overtaken(storage, info):
-                    continue
-                if top is not None and not top.released:
-                    log.info("took %s over from %s, which is gone", storage.uri, top.describe())
                 lease = cls(storage, info, clock, wall)
                 try:
+                    if _overtaken(storage, info):
+                        continue
+                    if top is not None and not top.released:
+                        log.info("took %s over from %s, which is gone", storage.uri, top.describe())
                     fence(storage, epoch)
                 except HoldfastError:
                     lease.give_back()
