@@ -12,6 +12,9 @@ from tests.services.s3 import Bucket
 
 pytestmark = pytest.mark.service
 
+LOCAL_CAUSES = {"wait", "capture", "copy", "write", "digest", "fsync", "index", "receipts", "commit"}
+"""What a save without a mirror spends its time on."""
+
 KEEPING = {"checkpoint_freq": 1, "keep_checkpoints": 3, "max_steps": 100_000}
 
 
@@ -47,7 +50,9 @@ def test_local_commits_do_not_wait_for_a_slow_mirror(
     job.process.terminate()
     assert job.wait(60.0) == 0, job.tail()
     assert mirrored.events("save_failed") == []
+    assert {cause for e in mirrored.events("save_committed") for cause in e["secs_by_cause"]} == LOCAL_CAUSES
     assert "Traceback" not in job.output()
+    program("engine.checkpoints", "verify", mirrored.checkpoints).ok()
     copied = {event["id"] for event in mirrored.events("mirror_copied")}
     assert manifests(bucket) <= copied
     verify(bucket)

@@ -24,12 +24,26 @@ PATIENCE_SECS = 150.0
 """Bounds waits for what is tried again with pauses: some 25 s an operation."""
 
 
+def assert_waits_for_the_save_in_flight_alone(run: StoreRun) -> list[tuple[str, int]]:
+    """A save starts once the one before has ended, and training is held up by nothing else; the order."""
+    kinds = ("step", "save_started", "save_committed")
+    order = [(event["event"], event["step"]) for event in run.events() if event["event"] in kinds]
+    saves = [event for event in order if event[0] != "step"]
+    steps = [step for kind, step in saves if kind == "save_started"]
+    assert saves == [(kind, step) for step in steps for kind in ("save_started", "save_committed")]
+    for event in run.events("save_snapshotted"):
+        assert set(event["secs_by_cause"]) == {"wait", "capture", "copy"}
+    return order
+
+
 def test_every_save_commits_and_every_restore_verifies_over_a_flaky_network(
     new_run: Callable[[str], StoreRun], proxy: FaultProxy
 ) -> None:
     run = new_run("flaky").by_way_of(proxy.endpoint)
     proxy.faults = FLAKY
-    run.train(2, max_steps=6, checkpoint_freq=2, keep_checkpoints=2, max_save_failures=1, dropout=0.0)
+    keeping = {"checkpoint_freq": 2, "keep_checkpoints": 2, "save_policy": "wait"}
+    run.train(2, max_steps=6, max_save_failures=1, dropout=0.0, **keeping)
+    assert_waits_for_the_save_in_flight_alone(run)
     run.train(2, resume="latest", max_steps=7)
     assert run.events("save_failed") == []
     assert run.committed() == [2, 4, 6, 7]
@@ -40,6 +54,23 @@ def test_every_save_commits_and_every_restore_verifies_over_a_flaky_network(
     assert "Traceback" not in (run.folder / "output.log").read_text()
     proxy.faults = Faults()
     assert sorted(c["step"] for c in run.listing()) == [6, 7]
+
+
+def test_with_wait_training_waits_for_the_save_in_flight_and_for_nothing_else(
+    new_run: Callable[[str], StoreRun], proxy: FaultProxy
+) -> None:
+    """The network takes half a shard and stands still: training goes on until the next save is due."""
+    run = new_run("waiting").by_way_of(proxy.endpoint)
+    proxy.faults = Faults(hold_at_bytes=1 << 20)
+    job = run.start(None, max_steps=12, checkpoint_freq=4, save_policy="wait", max_save_failures=1)
+    job.wait_until(lambda: proxy.holding.is_set() and len(run.events("step")) >= 8, PATIENCE_SECS)
+    assert run.committed() == []
+    proxy.faults = Faults()
+    job.finish(PATIENCE_SECS)
+    order = assert_waits_for_the_save_in_flight_alone(run)
+    must = [("save_started", 4), ("step", 8), ("save_committed", 4), ("save_started", 8), ("step", 9)]
+    assert [event for event in order if event in must] == must
+    assert [step for kind, step in order if kind == "save_committed"] == [4, 8, 12]
 
 
 def test_large_objects_pass_a_flaky_network_in_both_directions(bucket: Bucket, proxy: FaultProxy) -> None:
