@@ -30,6 +30,7 @@ import torch
 from engine.dcp.dtypes import to_torch
 from engine.errors import MemoryBudgetError
 from engine.format.layout import PlacedChunk, ShardLayout
+from engine.snapshot.host_memory import available_bytes
 
 log = logging.getLogger(__name__)
 
@@ -150,15 +151,6 @@ def prefault(address: int, size_bytes: int, stopped: Callable[[], bool] = lambda
         if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) != 0:
             for page in range(begin, begin + length, PAGE_BYTES):
                 ctypes.memmove(page, page, 1)
-
-
-def available_bytes() -> int:
-    """Host memory that can be taken without swapping, as the kernel estimates it."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 2**63 - 1
 
 
 def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> None:
