@@ -11,7 +11,7 @@ CALL_SECS = 150.0
 
 _SLOWEST_BYTES_PER_SEC = 16 << 10
 
-_MIRRORED = ("s3fs", "gcsfs")
+_MIRRORED = ("s3fs", "gcsfs", "adlfs")
 """Packages whose plain methods do nothing but wait for the asynchronous ones of the same name."""
 
 
