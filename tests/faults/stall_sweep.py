@@ -74,7 +74,9 @@ def stall_rank(victim: int, root: Path) -> int:
         assert heard is not None, f"I3, {where}"
         assert woken is not None, f"I3, {where}"
         if heard[0] == "failed":
-            assert f"rank {victim} did not" in heard[1], f"I4, {where}: {heard[1]}"
+            # In the middle of a question to the store, which rank 0 hosts, it hears the second.
+            named = (f"rank {victim} did not", f"lost its connection to rank {victim},")
+            assert any(words in heard[1] for words in named), f"I4, {where}: {heard[1]}"
             assert "within" in heard[1], f"I4, {where}: {heard[1]}"
             # Within the call that publishes, nobody can tell it to stop: see "Two outcomes of one save".
             assert (woken[0] == "committed") == (step + 1 in listed), f"{where}: {woken}, {listed}"

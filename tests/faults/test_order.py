@@ -53,6 +53,30 @@ def calls(trace: str, root: Path) -> list[str]:
     return found
 
 
+def joined(trace: str) -> str:
+    """Calls that others interrupt are split into two lines; joined, they count when they returned."""
+    begun: dict[str, str] = {}
+    whole = []
+    for line in trace.splitlines():
+        thread = line.partition(" ")[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>").rstrip()
+            continue
+        resumed = re.match(r"\d+ +<\.\.\. \w+ resumed>(.*)", line)
+        whole.append(begun.pop(thread) + resumed[1] if resumed and thread in begun else line)
+    return "\n".join(whole)
+
+
+def test_calls_of_several_threads_that_interrupt_each_other_are_put_together() -> None:
+    trace = """11 rename("a.tmp",  <unfinished ...>
+12 fsync(3 <unfinished ...>
+11 <... rename resumed>"a") = 0
+13 mkdir("d", 0777) = 0
+12 <... fsync resumed>) = 0"""
+    expected = ['11 rename("a.tmp","a") = 0', '13 mkdir("d", 0777) = 0', "12 fsync(3) = 0"]
+    assert joined(trace).splitlines() == expected
+
+
 def traced(program: str, root: Path, log: Path) -> list[str]:
     """The calls of a program that gets the root as its argument. Skips where nothing can be traced."""
     strace = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(log)]
@@ -67,13 +91,7 @@ def traced(program: str, root: Path, log: Path) -> list[str]:
     if "ptrace" in ran.stderr and ran.returncode:
         pytest.skip(f"strace may not trace here: {ran.stderr.splitlines()[0]}")
     assert ran.returncode == 0, ran.stderr
-    # A call that another thread's interrupts is split into two lines; joined, it counts when it returned.
-    text = re.sub(
-        r"(\d+) +(\w+)\((.*) <unfinished \.\.\.>\n((?:.*\n)*?)\1 +<\.\.\. \2 resumed>",
-        r"\4\1 \2(\3",
-        log.read_text(),
-    )
-    return calls(text, root)
+    return calls(joined(log.read_text()), root)
 
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
