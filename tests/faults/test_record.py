@@ -52,5 +52,10 @@ def test_every_count_is_in_the_document() -> None:
                 assert f"<!--n {path.name}::{test}-->" in text, f"{path.name}::{test} is not in the document"
 
 
+def test_no_count_is_missing() -> None:
+    missing = re.findall(r"<!--n ([\w.:]+)-->(?!\d)", record.DOCUMENT.read_text())
+    assert missing == [], f"run `{record.ASK}=1 python -m pytest tests/faults`"
+
+
 def test_a_count_is_one_for_all_parameters() -> None:
     assert record.name_of("tests/faults/test_x.py::test_y[a/b-1]") == "test_x.py::test_y"
