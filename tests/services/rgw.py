@@ -123,7 +123,9 @@ class Gateway:
 
     def _make_disk(self) -> None:
         identity = str(uuid.uuid4())
-        self._run("ceph", "--connect-timeout", "30", "osd", "new", identity, "0")
+        # Again and again: a monitor that has just come up lets clients connect, and may refuse what they ask.
+        new = ("ceph", "--connect-timeout", "30", "osd", "new", identity, "0")
+        self._daemons["mon"].wait_until(lambda: self._succeeds(*new), "the monitor")
         place = ("osd.0", "1.0", "root=default", "host=local")
         self._run("ceph", "--connect-timeout", "30", "osd", "crush", "add", *place)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", identity)
@@ -147,6 +149,13 @@ class Gateway:
                 f"{program} {' '.join(args[:4])} ended with {ran.returncode}: {ran.stderr[-500:]}"
             )
         return ran.stdout
+
+    def _succeeds(self, program: str, *args: str) -> bool:
+        try:
+            self._run(program, *args)
+        except ServiceError:
+            return False
+        return True
 
     def _answers(self) -> bool:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
