@@ -87,7 +87,8 @@ class Directory:
             for name, files in self._files.items()
             if MANIFEST in files and not name.startswith(DEAD_PREFIX)
         ]
-        self.others = [name for name in self._files if name not in set(self.names)]
+        complete = set(self.names)
+        self.others = [name for name in self._files if name not in complete]
         self._read: dict[str, Listed | None] = {}
         self._memory: Memory = {} if memory is None else memory
         for name in self._memory.keys() - self._files.keys():
