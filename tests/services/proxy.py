@@ -21,10 +21,10 @@ from tests.services.framing import Head, Requests
 CHUNK_BYTES = 1 << 17
 
 _BODY = b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>injected</Message></Error>'
-SLOW_DOWN = (
+_SLOW_DOWN = (
     b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nConnection: close\r\n"
     b"Content-Length: %d\r\n\r\n" % len(_BODY)
-) + _BODY
+)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ class _Connection:
         if proxy.happens(faults.answer_503):
             proxy.refused += 1
             self._answered = True
-            self._client.write(SLOW_DOWN)
+            # HEAD is answered without a body, or the client finds the answer broken, not the server busy.
+            self._client.write(_SLOW_DOWN + (b"" if head.method == "HEAD" else _BODY))
             self._client.write_eof()
             return False
         if proxy.happens(faults.reset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import random
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +83,18 @@ def test_503_is_answered_with_the_probability_given(proxy: FaultProxy) -> None:
     assert answered.count(503) == proxy.refused
     dice = random.Random(0)
     assert answered == [503 if dice.random() < 0.5 else 200 for _ in range(40)], "the dice are seeded"
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_only_the_answer_to_head_has_no_body(proxy: FaultProxy, method: str) -> None:
+    proxy.faults = Faults(answer_503=1.0)
+    with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+        client.sendall(f"{method} /x HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        client.shutdown(socket.SHUT_WR)
+        with client.makefile("rb") as answer:
+            head, _, body = answer.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 Slow Down")
+    assert (b"SlowDown" in body) == (method == "GET")
 
 
 @pytest.mark.parametrize("faults", [Faults(reset=1.0), Faults(reset_after_bytes=1000), Faults(reject=True)])
