@@ -9,7 +9,6 @@ Exit status: 0 after a run, whatever the figures; 2 for a wrong flag.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -30,11 +29,15 @@ if __package__ in (None, ""):
 
 import torch  # noqa: E402
 
+from bench.document import write_document  # noqa: E402
 from engine import Checkpointer  # noqa: E402
 from engine.mirror import uploader  # noqa: E402
 from engine.mirror.uploader import at_most  # noqa: E402
 from engine.storage.base import OnWindow, WriteStats  # noqa: E402
 from engine.storage.local import LocalStorage  # noqa: E402
+
+VERSION = 1
+"""Of the document that `--json` writes."""
 
 MOST = 1.05
 """Seconds with the mirror over seconds without it, at most."""
@@ -95,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     report = measure(options)
     if options.json is not None:
-        document = {**asdict(report), "ratio": report.ratio}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(options.json, VERSION, {**asdict(report), "ratio": report.ratio})
     print(report.text(), flush=True)
     return 0
 
@@ -127,12 +128,9 @@ def measure(options: argparse.Namespace) -> Report:
 def _block(folder: Path, state: dict[str, Any], options: argparse.Namespace, mirrored: bool) -> list[float]:
     """Seconds of each save but the first, which takes the arena's memory."""
     second = Slow(folder / "mirror", options.mb_per_sec * 1e6) if mirrored else None
-    copied: list[dict[str, Any]] = []
     secs = []
     with _opens(second):
-        checkpointer = Checkpointer(
-            folder / "local", state, mirror="slow:" if mirrored else None, on_event=copied.append
-        )
+        checkpointer = Checkpointer(folder / "local", state, mirror="slow:" if mirrored else None)
         for step in range(1, options.saves + 2):
             begun = time.perf_counter()
             checkpointer.save(step).result()

@@ -9,7 +9,6 @@ Exit status: 0 after a run, whatever the figures; 2 for a wrong flag.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -24,6 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     # Run by path: Python has put this folder first, where its modules would hide others of their names.
     sys.path[0] = str(ROOT)
+
+from bench.document import write_document  # noqa: E402
+
+VERSION = 1
+"""Of the document that `--json` writes."""
 
 MOST_TIMES_COPY = 2.0
 MOST_MORE_SECS = 0.010
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     result = measure(options)
     if options.json is not None:
-        options.json.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        write_document(options.json, VERSION, asdict(result))
     print(result.text(), flush=True)
     return 0
 
