@@ -220,7 +220,10 @@ class Restorer:
     def _chunks(
         self, key: str, storage: Storage, name: str, manifest: Manifest, indexes: Indexes
     ) -> dict[str, Any] | None:
-        """Where every chunk lies: rank 0 has read all indexes and says so. None: too long to say."""
+        """Where every chunk lies: rank 0 has read all indexes and says so.
+
+        None: too long to say, or there is nobody to tell.
+        """
 
         def describe() -> dict[str, Any] | None:
             try:

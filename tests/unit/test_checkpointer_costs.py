@@ -94,7 +94,7 @@ def test_a_save_is_one_write_of_each_file(storage: ControlledStorage) -> None:
 def test_clean_up_reads_no_manifest_twice(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading those of all checkpoints after each save cost 60 ms a checkpoint, with 10,000 tensors."""
+    """Reading those of all checkpoints after each save cost 76 ms a checkpoint, with 10,000 tensors."""
     with Checkpointer("ignored", training_state(), retention=Retention(rolling=100)) as checkpointer:
         read = counted(monkeypatch, listing, "_manifest")
         for step in range(1, 6):
