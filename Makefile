@@ -74,12 +74,12 @@ endif
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed-base: pyproject.toml constraints.txt $(VENV)/.created
+$(VENV)/.installed-base: setup.py $(wildcard engine/native/*.[ch]) pyproject.toml constraints.txt $(VENV)/.created
 	@echo "Installing into $(VENV) (torch is large: this can take minutes the first time)"
 	$(run) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt $(VENV)/.created
+$(VENV)/.installed-%: setup.py $(wildcard engine/native/*.[ch]) pyproject.toml constraints.txt $(VENV)/.created
 	$(if $(filter $*,$(known_extras)),,$(error no such extra: $*; there are: $(known_extras)))
 	$(run) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$*]'
 	@touch $@

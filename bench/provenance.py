@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.native import kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 _PACKAGES = ("torch", "numpy", "safetensors", "torch_checkpointing", "torchsnapshot")
@@ -27,6 +29,7 @@ def collect(directory: Path, device: str) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
             "kernel": platform.release(),
+            "compiled_loops": kernels.library is not None,
             "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
             "load_before": round(os.getloadavg()[0], 2),
         },

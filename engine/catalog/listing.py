@@ -219,7 +219,7 @@ def _with_manifest(
         return None, None
     except DamagedError as error:
         return Listed(name, "damaged", None, bytes, str(error), held), None
-    record = from_manifest(manifest, storage.uri, name=name, raw=raw)
+    record = from_manifest(manifest, storage.uri, name=name, manifest_digest=bytes_digest(raw))
     if not whole:
         bytes = record.bytes
     if manifest.id != name:

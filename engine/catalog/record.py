@@ -46,11 +46,11 @@ class CheckpointRecord:
 
 
 def from_manifest(
-    manifest: Manifest, root_uri: str, *, name: str | None = None, raw: bytes | None = None
+    manifest: Manifest, root_uri: str, *, name: str | None = None, manifest_digest: str = ""
 ) -> CheckpointRecord:
     """The record of a checkpoint in the directory `name` (default: its id) of the storage `root_uri`.
 
-    `raw`: the manifest's bytes, where they are at hand; they are serialised again otherwise.
+    `manifest_digest`: of the manifest's bytes, where it is known; they are serialised again otherwise.
     """
     return CheckpointRecord(
         id=manifest.id,
@@ -64,6 +64,6 @@ def from_manifest(
         reasons=manifest.reasons,
         world_size=manifest.world_size,
         bytes=manifest.total_bytes,
-        manifest_digest=bytes_digest(raw if raw is not None else manifest.to_bytes()),
+        manifest_digest=manifest_digest or bytes_digest(manifest.to_bytes()),
         metrics=dict(manifest.metrics),
     )

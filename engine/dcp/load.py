@@ -49,6 +49,14 @@ def plan_slices(
         infos: dtype and global shape of each saved tensor.
         chunks: the saved chunks of each tensor that together cover it.
     """
+    slices = [
+        # Told apart here: planned by DCP, 600 of them would be a sixth of what a warm restore's plan takes.
+        Slice(name, 0, (0,) * tensor.ndim, tuple(tensor.shape), tensor.detach())
+        for name, tensor in tensors.items()
+        if _is_one_chunk(tensor, chunks[name])
+    ]
+    whole = {item.name for item in slices}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in whole}
     saved = {
         name: TensorStorageMetadata(
             TensorProperties(dtype=to_torch(infos[name].dtype)),
@@ -61,7 +69,6 @@ def plan_slices(
     carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
     plain = {name: tensor for name, tensor in tensors.items() if name not in carriers}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    slices = []
     with torch.no_grad():
         metadata = Metadata({name: saved[name] for name in plain})
         planner.set_up_planner(plain, metadata, is_coordinator=False)
@@ -70,6 +77,16 @@ def plan_slices(
         for name, tensor in carriers.items():
             slices += _slices_of_boxes(name, tensor, saved[name])
     return slices
+
+
+def _is_one_chunk(tensor: torch.Tensor, chunks: Sequence[Chunk]) -> bool:
+    """Whether a rank that holds all of the tensor finds all of it in one saved chunk."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not carries_boxes(tensor)
+        and len(chunks) == 1
+        and chunks[0].sizes == tuple(tensor.shape)
+    )
 
 
 def _slices_of_boxes(name: str, tensor: torch.Tensor, saved: TensorStorageMetadata) -> list[Slice]:

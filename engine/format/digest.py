@@ -3,8 +3,8 @@
 A file's digests are packed as 8 bytes a block, big-endian, in file order; the last block may be short. One
 xxh3-128 over the packed digests stands for the file. They notice damage; they do not authenticate.
 
-Measured over 1.49 GB on one core: 0.11 s at 64 KiB blocks, of which the Python loop is 0.01 s. xxhash holds
-the GIL for a block this small (about 5 us) and the interpreter hands it over between blocks.
+Measured over 1.49 GB on one core: 0.11 s at 64 KiB blocks. The compiled loop lets go of the GIL for all of
+it; the xxhash package holds it for each block this small (about 5 us).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import xxhash
 
 from engine.errors import DamagedError
+from engine.native import kernels
 
 BLOCK_BYTES = 65536
 """Block size of what is written now. Readers take the size from the index."""
@@ -40,6 +41,8 @@ def block_digests(view: Buffer, block_bytes: int = BLOCK_BYTES) -> bytes:
     Called on windows of a file whose begin is a multiple of `block_bytes`, results may be joined.
     """
     flat = memoryview(view).cast("B")
+    if kernels.library is not None and len(flat) > block_bytes:
+        return kernels.block_digests(flat, block_bytes)
     digest = xxhash.xxh3_64_digest
     return b"".join([digest(flat[begin : begin + block_bytes]) for begin in range(0, len(flat), block_bytes)])
 

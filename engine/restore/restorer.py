@@ -49,7 +49,7 @@ from engine.restore.places import (
     places_of,
     read_description,
 )
-from engine.restore.read import STORE_THREADS, THREADS, Located, ReadStats, read_slices
+from engine.restore.read import LOCAL_PACE, STORE_PACE, Located, ReadStats, read_slices
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
@@ -140,6 +140,7 @@ class Restorer:
             "name": choice.name,
             "id": choice.record.id,
             "mirror": choice.tier == "mirror",
+            "digest": choice.record.manifest_digest,
             "manifest": "" if self.channel.world_size == 1 else choice.manifest.to_bytes().decode("utf-8"),
         }
 
@@ -161,8 +162,8 @@ class Restorer:
         stats: ReadStats | None = None
         problem: Exception | None = None
         try:
-            threads = THREADS if storage.is_local else STORE_THREADS
-            stats = read_slices(storage, name, slices, found, threads=threads)
+            threads, window_bytes = LOCAL_PACE if storage.is_local else STORE_PACE
+            stats = read_slices(storage, name, slices, found, threads=threads, window_bytes=window_bytes)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
@@ -170,7 +171,7 @@ class Restorer:
         all_agree(self.channel, f"{key}/read", problem, self.timeout_secs)
         assert stats is not None
         self.undefined = False
-        record = from_manifest(manifest, storage.uri, name=name)
+        record = from_manifest(manifest, storage.uri, name=name, manifest_digest=str(chosen["digest"]))
         self.on_event(
             {
                 "event": "restored",

@@ -15,7 +15,7 @@ import torch
 
 from engine.dcp.load import Slice
 from engine.errors import DamagedError
-from engine.format.digest import block_digests, expected_digest, scattered_digests
+from engine.format.digest import block_digests, expected_digest
 from engine.format.index import ShardFile
 from engine.restore.pieces import Piece, Window, straight
 from engine.storage.base import Reader, Storage
@@ -57,9 +57,11 @@ class WindowLoader:
             at = piece.end
         if at < window.end:
             views.append(scratch[at - window.begin : window.end - window.begin])
-        if self.readers[name].read_at_hand(window.begin, views) != window.end - window.begin:
+        block_bytes = self.files[name].block_bytes
+        count, found = self.readers[name].read_at_hand(window.begin, views, block_bytes)
+        if count != window.end - window.begin:
             return False
-        self._verify(name, window, scattered_digests(views, self.files[name].block_bytes))
+        self._verify(name, window, found)
         placed = {id(piece) for piece in chosen}
         for piece in window.pieces:
             if id(piece) not in placed:

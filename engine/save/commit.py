@@ -19,6 +19,7 @@ from engine.errors import (
     SaveFailedError,
     StorageError,
 )
+from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
 from engine.save.receipt import Receipt, disagreements, failures
@@ -158,7 +159,7 @@ def commit(
         lease.check()
     storage.publish(f"{info.attempt}/{MANIFEST}", raw, exclusive=True)
     _see_manifest(storage, f"{info.attempt}/{MANIFEST}", raw)
-    return from_manifest(manifest, storage.uri, raw=raw)
+    return from_manifest(manifest, storage.uri, manifest_digest=bytes_digest(raw))
 
 
 def _see_manifest(storage: Storage, path: str, raw: bytes) -> None:

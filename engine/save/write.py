@@ -16,12 +16,13 @@ from engine.format.digest import BLOCK_BYTES, block_digests, bytes_digest, combi
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.manifest import FileReceipt, ShardReceipt
 from engine.format.names import index_file
+from engine.native import kernels
 from engine.snapshot.arena import Arena, FileSlot
 from engine.snapshot.filling import Filling
 from engine.storage.base import Storage
 
-DIGEST_SLICE_BYTES = 1 << 20
-"""How much is digested without giving the GIL away: about 0.1 ms."""
+DIGEST_SLICE_BYTES = 1 << 20 if kernels.library is None else 16 << 20
+"""How much is digested at a time, about 0.1 or 1.2 ms: Python's loop holds the GIL for as long."""
 
 DIGEST_NICENESS = 8
 """How far the digesting thread stands back behind training, which then loses less than the digests take:
@@ -115,8 +116,8 @@ def _digest_when_filled(
         if stop.is_set():
             break
         packed.append(block_digests(view[at : at + DIGEST_SLICE_BYTES]))
-        # Gives the GIL away for a moment. A thread that only asks for it gets it after 5 ms, and training
-        # asks for it at every operation.
+        # Gives the GIL away for a moment, if it was held. A thread that only asks for it gets it after 5 ms,
+        # and training asks for it at every operation.
         time.sleep(0)
     return b"".join(packed), clock() - started
 

@@ -8,6 +8,7 @@ makes the compute stream wait for the copy's event: the device waits, the CPU do
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from engine.native import kernels
 from engine.snapshot.filling import Filling
+from engine.snapshot.streaming import Pair, stream_pairs
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""(destination in the arena, source) of equal shape and dtype."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,10 @@ class Copier:
     def __init__(self, stream: CopyStream | None, optimizers: Sequence[Optimizer]) -> None:
         self._stream = stream
         self._in_flight = False
+        if kernels.library is None:
+            log.info(
+                "copies and digests take the slower way, without the loops in C: %s", kernels.missing_because
+            )
         self._hooks = (
             [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
             if stream
@@ -137,7 +143,9 @@ class Copier:
 
 
 def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
-    """Copy each source into its destination, in one call for all of them."""
+    """Copy each source into its destination: between host tensors past the caches, the rest in one call."""
+    if not non_blocking:
+        pairs = stream_pairs(pairs)
     if pairs:
         with torch.no_grad():
             # Underscored, but what torch's own optimizers are built on; a test notices when it moves. With

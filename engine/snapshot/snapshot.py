@@ -19,8 +19,9 @@ from engine.format.json import canonical_bytes
 from engine.format.layout import Chunk, PlacedChunk, ShardLayout, plan_files
 from engine.snapshot.arena import Arena
 from engine.snapshot.captured import Captured
-from engine.snapshot.copy import Batch, Pair
+from engine.snapshot.copy import Batch
 from engine.snapshot.divide import Part
+from engine.snapshot.streaming import Pair
 
 Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 

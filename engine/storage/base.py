@@ -62,13 +62,14 @@ class Reader(ABC):
         DamagedError if the file ends before; StorageError if it cannot be read.
         """
 
-    def read_at_hand(self, offset: int, views: Sequence[memoryview]) -> int:
+    def read_at_hand(self, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
         """Fill the `views`, one after the other, from byte `offset` with what needs no waiting.
 
-        Returns the number of bytes filled: 0 where nothing is at hand, or where there is no telling.
-        What lies behind them in the views is undefined. StorageError if the file cannot be read.
+        Returns the number of bytes filled, 0 where nothing is at hand or where there is no telling, and the
+        packed digests of the blocks that they make up, counted from `offset`. What lies behind them in the
+        views is undefined. StorageError if the file cannot be read.
         """
-        return 0
+        return 0, b""
 
     def close(self) -> None:  # noqa: B027 - a store's reader has nothing to let go of
         """Let go of the file. May be called twice."""

@@ -13,6 +13,8 @@ import os
 from collections.abc import Sequence
 
 from engine.errors import DamagedError
+from engine.format.digest import scattered_digests
+from engine.native import kernels
 from engine.storage.base import Reader
 from engine.storage.failures import mapped
 from engine.storage.residency import in_page_cache
@@ -47,19 +49,22 @@ class LocalReader(Reader):
             while position < len(flat):
                 position += self._read_some(self._fd, flat[position:], offset + position, 0)
 
-    def read_at_hand(self, offset: int, views: Sequence[memoryview]) -> int:
+    def read_at_hand(self, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
         """One request, for what is wholly in the page cache."""
         if in_page_cache(self._fd, offset, sum(map(len, views))) is False:
-            return 0
+            return 0, b""
         with mapped("read", self._where):
             try:
-                return os.preadv(self._fd, views, offset, os.RWF_NOWAIT)
+                if kernels.library is not None:
+                    return kernels.read_at_hand(self._fd, offset, views, block_bytes)
+                count = os.preadv(self._fd, views, offset, os.RWF_NOWAIT)
             except (BlockingIOError, InterruptedError):
-                return 0
+                return 0, b""
             except OSError as error:
                 if error.errno in _REFUSED:
-                    return 0  # not on this file system
+                    return 0, b""  # not on this file system
                 raise
+        return count, scattered_digests(_first(count, views), block_bytes)
 
     def close(self) -> None:
         for fd in (self._fd, self._direct_fd):
@@ -101,6 +106,15 @@ class LocalReader(Reader):
                     f" and bytes up to {offset + len(view)} are needed"
                 )
             return count
+
+
+def _first(count: int, views: Sequence[memoryview]) -> list[memoryview]:
+    """The first `count` bytes of the views."""
+    parts = []
+    for view in views:
+        parts.append(view[:count])
+        count -= len(parts[-1])
+    return parts
 
 
 def _reopen_direct(fd: int) -> int:

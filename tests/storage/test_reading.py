@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import DamagedError
+from engine.errors import DamagedError, StorageError
+from engine.format.digest import block_digests
+from engine.native import kernels
 from engine.storage import reading
 from engine.storage.local import LocalStorage
 from engine.storage.residency import in_page_cache
@@ -114,16 +116,50 @@ def test_what_is_known_to_be_cold_is_only_read_direct(
         monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: False)
         view = aligned(SIZE)
         reader.read_into(0, view)
-        assert reader.read_at_hand(0, [aligned(4096)]) == 0
+        assert reader.read_at_hand(0, [aligned(4096)], 4096) == (0, b"")
     assert bytes(view) == DATA
     assert calls.seen == ["direct", "plain"], "a request that a miss answers makes the kernel read ahead"
 
 
-def test_what_is_at_hand_fills_views_one_after_the_other(storage: LocalStorage) -> None:
-    first, second = aligned(5000), aligned(3000)
+@pytest.fixture(params=["compiled", "plain"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled loops and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(kernels, "library", None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("offset", "sizes"),
+    [
+        (100, (5000, 3000)),
+        (0, (SIZE,)),
+        (4096, (1, 0, 4095, 8192, 100_000, 7)),
+        (0, (4096,) * (SIZE // 4096)),
+    ],
+)
+def test_what_is_at_hand_fills_views_one_after_the_other(
+    storage: LocalStorage, loops: str, offset: int, sizes: tuple[int, ...]
+) -> None:
+    views = [aligned(size + 1)[:size] for size in sizes]
+    end = offset + sum(sizes)
     with storage.open_reader("shard") as reader:
-        assert reader.read_at_hand(100, [first, second]) == 8000
-    assert bytes(first) + bytes(second) == DATA[100:8100]
+        count, digests = reader.read_at_hand(offset, views, 4096)
+    assert count == sum(sizes)
+    assert b"".join(views) == DATA[offset:end]
+    assert digests == block_digests(DATA[offset:end], 4096)
+
+
+def test_a_file_that_ends_is_at_hand_in_part(
+    storage: LocalStorage, loops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: None)
+    view = aligned(SIZE + 4096)
+    with storage.open_reader("shard") as reader:
+        count, digests = reader.read_at_hand(0, [view], 4096)
+    assert 0 <= count < len(view)
+    assert bytes(view[:count]) == DATA[:count]
+    assert digests == block_digests(DATA[:count], 4096)
 
 
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EINTR, errno.EOPNOTSUPP])
@@ -131,9 +167,28 @@ def test_nothing_is_at_hand(storage: LocalStorage, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> int:
         raise OSError(error, "no")
 
+    monkeypatch.setattr(kernels, "library", None)
     with storage.open_reader("shard") as reader:
         monkeypatch.setattr(os, "preadv", refuse)
-        assert reader.read_at_hand(0, [aligned(4096)]) == 0
+        assert reader.read_at_hand(0, [aligned(4096)], 4096) == (0, b"")
+
+
+@pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
+def test_blocks_that_the_compiled_loop_has_no_room_for_are_not_at_hand(storage: LocalStorage) -> None:
+    with storage.open_reader("shard") as reader:
+        assert reader.read_at_hand(0, [aligned(SIZE)], 1 << 20) == (0, b"")
+
+
+def test_a_file_that_cannot_be_read_is_an_error(
+    tmp_path: Path, loops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: None)
+    write_only = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+    with (
+        reading.LocalReader(write_only, 4096, "the file") as reader,
+        pytest.raises(StorageError, match="file"),
+    ):
+        reader.read_at_hand(0, [aligned(4096)], 4096)
 
 
 def test_the_kernel_tells_what_is_cached(tmp_path: Path) -> None:

@@ -26,10 +26,12 @@ def counted_reads() -> Iterator[Counter[str]]:
         read_into(reader, offset, view)
         counts["shards"] += view.nbytes
 
-    def counting_at_hand(reader: LocalReader, offset: int, views: Sequence[memoryview]) -> int:
-        count = at_hand(reader, offset, views)
+    def counting_at_hand(
+        reader: LocalReader, offset: int, views: Sequence[memoryview], block_bytes: int
+    ) -> tuple[int, bytes]:
+        count, digests = at_hand(reader, offset, views, block_bytes)
         counts["shards"] += count
-        return count
+        return count, digests
 
     def counting_whole(self: LocalStorage, path: str, *, max_bytes: int) -> bytes:
         raw = whole(self, path, max_bytes=max_bytes)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
     "errors",
+    "native",
     "format",
     "storage",
     "catalog",
@@ -32,7 +33,7 @@ FLOORS = (
     "run",
 )
 PROGRAMS = ("train", "resume", "checkpoints", "generate")
-TORCHLESS = ("errors", "format", "storage", "catalog", "mirror", "checkpoints")
+TORCHLESS = ("errors", "native", "format", "storage", "catalog", "mirror", "checkpoints")
 MAX_LINES = 400
 
 

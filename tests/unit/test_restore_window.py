@@ -10,7 +10,7 @@ import torch
 
 from engine.dcp.load import Slice
 from engine.errors import DamagedError
-from engine.format.digest import block_digests, combine
+from engine.format.digest import block_digests, combine, scattered_digests
 from engine.format.index import ShardFile
 from engine.format.layout import Chunk, PlacedChunk
 from engine.restore import read
@@ -70,17 +70,22 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def at_hand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the file's data are: `read_at_hand` gives all, nothing, or half of what it is asked for."""
 
-    def elsewhere(reader: Reader, offset: int, views: Sequence[memoryview]) -> int:
+    def elsewhere(
+        reader: Reader, offset: int, views: Sequence[memoryview], block_bytes: int
+    ) -> tuple[int, bytes]:
         if request.param == "partly at hand":
-            views[0][: len(views[0]) // 2] = bytes(len(views[0]) // 2)
-            return len(views[0]) // 2
-        return 0
+            half = views[0][: len(views[0]) // 2]
+            half[:] = bytes(len(half))
+            return len(half), block_digests(half, block_bytes)
+        return 0, b""
 
-    def here(reader: LocalReader, offset: int, views: Sequence[memoryview]) -> int:
+    def here(
+        reader: LocalReader, offset: int, views: Sequence[memoryview], block_bytes: int
+    ) -> tuple[int, bytes]:
         for view in views:
             reader.read_into(offset, view)
             offset += len(view)
-        return sum(map(len, views))
+        return sum(map(len, views)), scattered_digests(views, block_bytes)
 
     monkeypatch.setattr(LocalReader, "read_at_hand", here if request.param == "at hand" else elsewhere)
     return str(request.param)

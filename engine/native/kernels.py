@@ -1,0 +1,97 @@
+"""The compiled loops: copies past the caches, the digests of many blocks in one call, both with a read.
+
+Called through ctypes, so that building them takes a C compiler and not Python's headers as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import chain
+from pathlib import Path
+
+Buffer = bytes | bytearray | memoryview
+
+Run = tuple[int, int, int]
+"""(address to copy to, address to copy from, bytes)."""
+
+SOURCE_VERSION = 2
+"""What `holdfast_version` in kernels.c answers."""
+
+_DIGEST_BYTES = 8
+
+
+def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library beside this file, or None and the reason: it was not built, or from other source."""
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := directory / f"_kernels{suffix}").exists()]
+    if not built:
+        return None, "they were not built: install Holdfast again where there is a C compiler"
+    try:
+        found = ctypes.CDLL(str(built[0]))
+        version = found.holdfast_version()
+    except (OSError, AttributeError) as error:
+        return None, f"{built[0]} cannot be loaded ({error}): install Holdfast again"
+    if version != SOURCE_VERSION:
+        return None, f"{built[0]} was built from other source (version {version}): install Holdfast again"
+    pointer, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+    found.holdfast_copy.argtypes = (pointer, ctypes.c_size_t, number)
+    found.holdfast_copy.restype = None
+    found.holdfast_block_digests.argtypes = (pointer, ctypes.c_size_t, ctypes.c_size_t, pointer)
+    found.holdfast_block_digests.restype = None
+    found.holdfast_read_at_hand.argtypes = (number, size, pointer, size, size, pointer)
+    found.holdfast_read_at_hand.restype = ctypes.c_int64
+    return found, ""
+
+
+library, missing_because = load(Path(__file__).parent)
+"""The library, or None; then why."""
+
+
+def copy_runs(runs: Sequence[Run], threads: int) -> None:
+    """Copy every run, in `threads` threads. Only with `library`.
+
+    The memory has to be there, and no destination may overlap anything else: nothing can check that.
+    """
+    assert library is not None
+    assert threads > 0
+    table = array("Q", chain.from_iterable(runs))
+    library.holdfast_copy(table.buffer_info()[0], len(runs), threads)
+
+
+def block_digests(view: Buffer, block_bytes: int) -> bytes:
+    """xxh3-64 of each block of a contiguous view, 8 big-endian bytes each, joined. Only with `library`."""
+    assert library is not None
+    assert block_bytes > 0
+    if not len(view):
+        return b""
+    # ctypes gives no address of memory that must not be written. Programs that only list load no numpy.
+    import numpy as np
+
+    source = np.frombuffer(view, np.uint8)
+    digests = ctypes.create_string_buffer(-(-source.size // block_bytes) * _DIGEST_BYTES)
+    library.holdfast_block_digests(source.ctypes.data, source.size, block_bytes, digests)
+    return digests.raw
+
+
+def read_at_hand(fd: int, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
+    """Fill writable views, one after the other, from byte `offset` with what the page cache holds.
+
+    Only with `library`. Returns the bytes filled, all or whole blocks, and their digests, as `block_digests`
+    of the joined views gives them.
+    Raises: OSError; EOPNOTSUPP where reads cannot be told not to wait, and for blocks above 256 KiB.
+    """
+    assert library is not None
+    assert block_bytes > 0
+    held = [(ctypes.c_char.from_buffer(view), len(view)) for view in views if len(view)]
+    table = array("Q", chain.from_iterable((ctypes.addressof(first), size) for first, size in held))
+    total_bytes = sum(size for _, size in held)
+    digests = ctypes.create_string_buffer(-(-total_bytes // block_bytes) * _DIGEST_BYTES)
+    count = library.holdfast_read_at_hand(
+        fd, offset, table.buffer_info()[0], total_bytes, block_bytes, digests
+    )
+    if count < 0:
+        raise OSError(-count, os.strerror(-count))
+    return count, digests.raw[: -(-count // block_bytes) * _DIGEST_BYTES]
