@@ -56,13 +56,16 @@ class Indexes:
         """The indexes of these ranks; those that were not read yet are read side by side."""
         wanted = list(ranks)
         lacking = [rank for rank in dict.fromkeys(wanted) if rank not in self._read]
-        if lacking:
+        if len(lacking) == 1:
+            # A thread beside this one would have to ask for the interpreter lock again and again.
+            self._read[lacking[0]] = self._read_one(lacking[0])
+        elif lacking:
             with ThreadPoolExecutor(min(_THREADS, len(lacking))) as pool:
-                read = pool.map(
-                    lambda rank: read_index(self._storage, self._manifest, rank, name=self._name), lacking
-                )
-                self._read.update(zip(lacking, read, strict=True))
+                self._read.update(zip(lacking, pool.map(self._read_one, lacking), strict=True))
         return [self._read[rank] for rank in wanted]
+
+    def _read_one(self, rank: int) -> ShardIndex:
+        return read_index(self._storage, self._manifest, rank, name=self._name)
 
     def every(self) -> list[ShardIndex]:
         """The indexes of all ranks."""

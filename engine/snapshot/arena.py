@@ -1,15 +1,8 @@
 """One host buffer per rank, laid out as the shard files themselves.
 
 A fresh allocation costs more in page faults (0.4 to 1 s for 1.5 GB) than the copy into it (0.1 s), so the
-arena is taken once, prefaulted, and reused by every save. Its pages are
-
-- private and anonymous: `mmap(-1)` defaults to shared, which gets no huge pages;
-- huge where the kernel has them: 4 KiB pages cost the O_DIRECT write a third of its speed;
-- not shared with forked data workers (`MADV_WIPEONFORK`): direct I/O from pages that a fork has marked
-  copy-on-write can write what the child or parent sees, not what was snapshotted. The child gets an empty
-  range: with `MADV_DONTFORK` it gets none, puts memory of its own there, and loses that when its collector
-  frees the parent's object;
-- pinned on CUDA, so that the device copies without a bounce buffer.
+arena is taken once, prefaulted, and reused by every save. Its pages are made for direct I/O
+(`storage/pages.py`), and pinned on CUDA, so that the device copies without a bounce buffer.
 
 Each file starts on a 4 KiB boundary and is followed by zeros up to the next one, so that aligned writes
 of whole pages can go straight from here to the disk.
@@ -19,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,14 +23,12 @@ from engine.dcp.dtypes import to_torch
 from engine.errors import MemoryBudgetError
 from engine.format.layout import PlacedChunk, ShardLayout
 from engine.snapshot.host_memory import available_bytes
+from engine.storage.pages import PAGE_BYTES, map_pages
 
 log = logging.getLogger(__name__)
 
-PAGE_BYTES = 4096
-HUGE_PAGE_BYTES = 2 << 20
 _PREFAULT_SLICE_BYTES = 64 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it.
-_MADV_WIPEONFORK = 18  # Linux 4.14; nor for this.
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +73,7 @@ class Arena:
         self.size_bytes = sum(slot.padded_bytes for slot in self.slots)
         check_budget(self.size_bytes, budget_bytes, available_bytes())
         log.info("taking %.1f MB of host memory for snapshots", self.size_bytes / 1e6)
-        self._map, self._skip = _map_pages(self.size_bytes)
+        self._map, self._skip = map_pages(self.size_bytes)
         self._stop = False
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes, offset=self._skip)
         self.memory = memoryview(self._map)[self._skip : self._skip + self.size_bytes]
@@ -165,24 +155,6 @@ def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> N
             f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, but only {available:,} "
             "bytes are available; free memory, or save from more ranks"
         )
-
-
-def _map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map and advise. Returns the map and the offset of its first huge-page boundary."""
-    length = max(PAGE_BYTES, size_bytes)
-    huge = length >= HUGE_PAGE_BYTES
-    pages = mmap.mmap(
-        -1, length + (HUGE_PAGE_BYTES if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
-    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-    skip = -address % HUGE_PAGE_BYTES if huge else 0
-    pages.madvise(_MADV_WIPEONFORK)
-    if huge:
-        try:
-            pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            log.info("no huge pages for the snapshot (%s); writing it will take about a third longer", error)
-    return pages, skip
 
 
 def _pin(buffer: torch.Tensor) -> bool:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from engine.errors import MemoryBudgetError
 from engine.format.layout import ShardLayout, plan_files
 from engine.snapshot import arena as arena_module
-from engine.snapshot.arena import HUGE_PAGE_BYTES, PAGE_BYTES, Arena, check_budget, place_files
+from engine.snapshot.arena import Arena, check_budget, place_files
+from engine.storage.pages import HUGE_PAGE_BYTES, PAGE_BYTES
 from tests.support.boxes import box, shards, whole
 
 GIB = 1 << 30
@@ -168,7 +169,7 @@ def test_the_budget(need: int, budget: int | None, available: int, figures: tupl
 
 
 def test_the_budget_is_checked_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_map_pages", lambda size_bytes: pytest.fail("memory was taken"))
+    monkeypatch.setattr(arena_module, "map_pages", lambda size_bytes: pytest.fail("memory was taken"))
     with pytest.raises(MemoryBudgetError, match="above the budget of 4,096 bytes"):
         Arena(plan_files(0, [whole("w", 3000)]), pin=False, budget_bytes=4096)
 
