@@ -332,7 +332,7 @@ class Checkpointer:
         return Saver(
             capture=capture,
             snapshot=Snapshot(self.rank, pin=device.type == "cuda", budget_bytes=memory_budget_bytes),
-            copier=Copier(stream, optimizers),
+            copier=Copier(stream, optimizers, digest=device.type == "cpu"),
             channel=self._channel,
             runner=runner,
             run_key=f"{self._ranks.run_id}/{restarts}",

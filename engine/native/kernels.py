@@ -1,4 +1,4 @@
-"""The compiled loops: copies past the caches, the digests of many blocks in one call, both with a read.
+"""The compiled loops: copies and reads past the caches that digest what they move, and digests alone.
 
 Called through ctypes, so that building them takes a C compiler and not Python's headers as well.
 """
@@ -18,7 +18,7 @@ Buffer = bytes | bytearray | memoryview
 Run = tuple[int, int, int]
 """(address to copy to, address to copy from, bytes)."""
 
-SOURCE_VERSION = 2
+SOURCE_VERSION = 3
 """What `holdfast_version` in kernels.c answers."""
 
 _DIGEST_BYTES = 8
@@ -37,10 +37,15 @@ def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
     if version != SOURCE_VERSION:
         return None, f"{built[0]} was built from other source (version {version}): install Holdfast again"
     pointer, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
-    found.holdfast_copy.argtypes = (pointer, ctypes.c_size_t, number)
-    found.holdfast_copy.restype = None
+    found.holdfast_fill.argtypes = (
+        *(pointer, size, size, size),
+        *(pointer, ctypes.c_size_t, size, number, pointer),
+    )
+    found.holdfast_fill.restype = None
     found.holdfast_block_digests.argtypes = (pointer, ctypes.c_size_t, ctypes.c_size_t, pointer)
     found.holdfast_block_digests.restype = None
+    found.holdfast_scatter.argtypes = (pointer, pointer, size, size, pointer)
+    found.holdfast_scatter.restype = None
     found.holdfast_read_at_hand.argtypes = (number, size, pointer, size, size, pointer)
     found.holdfast_read_at_hand.restype = ctypes.c_int64
     return found, ""
@@ -50,15 +55,34 @@ library, missing_because = load(Path(__file__).parent)
 """The library, or None; then why."""
 
 
-def copy_runs(runs: Sequence[Run], threads: int) -> None:
-    """Copy every run, in `threads` threads. Only with `library`.
+def fill(
+    address: int,
+    file_bytes: int,
+    begin: int,
+    end: int,
+    runs: Sequence[Run],
+    block_bytes: int,
+    threads: int,
+    digests: bytearray,
+) -> None:
+    """Make bytes [begin, end) of a file in memory what the runs say; digest each block that is whole then.
 
+    Only with `library`. What lies between the runs stays as it is. `begin` is a multiple of `block_bytes`,
+    runs are in the order of their destinations, and `digests` has 8 bytes for each block of the file.
     The memory has to be there, and no destination may overlap anything else: nothing can check that.
     """
     assert library is not None
+    assert begin % block_bytes == 0 <= begin <= end <= file_bytes
+    assert len(digests) == -(-file_bytes // block_bytes) * _DIGEST_BYTES
     assert threads > 0
+    if begin == end:
+        return
     table = array("Q", chain.from_iterable(runs))
-    library.holdfast_copy(table.buffer_info()[0], len(runs), threads)
+    where = ctypes.addressof(ctypes.c_char.from_buffer(digests))
+    library.holdfast_fill(
+        *(address, file_bytes, begin, end),
+        *(table.buffer_info()[0], len(runs), block_bytes, threads, where),
+    )
 
 
 def block_digests(view: Buffer, block_bytes: int) -> bytes:
@@ -76,6 +100,24 @@ def block_digests(view: Buffer, block_bytes: int) -> bytes:
     return digests.raw
 
 
+def scatter(view: memoryview, places: Sequence[memoryview | int], block_bytes: int) -> bytes:
+    """Copy a contiguous view into places, one after the other; returns its digests as `block_digests` does.
+
+    Only with `library`. A place is a writable view, or a number of bytes that are copied nowhere. Together
+    they are as long as the view, and none overlaps it.
+    """
+    assert library is not None
+    assert block_bytes > 0
+    table, total_bytes, held = _table(places)
+    assert total_bytes == len(view)
+    digests = ctypes.create_string_buffer(-(-total_bytes // block_bytes) * _DIGEST_BYTES)
+    if total_bytes:
+        source = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        library.holdfast_scatter(source, table.buffer_info()[0], total_bytes, block_bytes, digests)
+    del held
+    return digests.raw
+
+
 def read_at_hand(fd: int, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
     """Fill writable views, one after the other, from byte `offset` with what the page cache holds.
 
@@ -85,13 +127,30 @@ def read_at_hand(fd: int, offset: int, views: Sequence[memoryview], block_bytes:
     """
     assert library is not None
     assert block_bytes > 0
-    held = [(ctypes.c_char.from_buffer(view), len(view)) for view in views if len(view)]
-    table = array("Q", chain.from_iterable((ctypes.addressof(first), size) for first, size in held))
-    total_bytes = sum(size for _, size in held)
+    table, total_bytes, held = _table(views)
     digests = ctypes.create_string_buffer(-(-total_bytes // block_bytes) * _DIGEST_BYTES)
     count = library.holdfast_read_at_hand(
         fd, offset, table.buffer_info()[0], total_bytes, block_bytes, digests
     )
+    del held
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count, digests.raw[: -(-count // block_bytes) * _DIGEST_BYTES]
+
+
+def _table(places: Sequence[memoryview | int]) -> tuple[array[int], int, list[ctypes.c_char]]:
+    """(address, bytes) of each place, address 0 for a mere number; their sum; what keeps them there."""
+    table: array[int] = array("Q")
+    total_bytes = 0
+    held = []
+    for place in places:
+        size = place if isinstance(place, int) else len(place)
+        if not size:
+            continue
+        address = 0
+        if not isinstance(place, int):
+            held.append(ctypes.c_char.from_buffer(place))
+            address = ctypes.addressof(held[-1])
+        table.extend((address, size))
+        total_bytes += size
+    return table, total_bytes, held

@@ -1,15 +1,16 @@
 """Load one window of a file: every block verified, every wanted byte where it belongs.
 
 Two ways. What the page cache holds is read straight into the destinations, only the rest of the window's
-blocks into the thread's buffer, and is verified where it lies: one pass over memory less. What has to come
-from the disk is read into the buffer, which lies on a page boundary, so that direct reads can fill it;
-it is verified there and copied out. Either way a bad block fails the restore before it reports success.
+blocks into the thread's buffer: one pass over memory less. What has to come from the disk is read into the
+buffer, which lies on a page boundary, so that direct reads can fill it, and copied out. Blocks are digested
+on their way: a bad one fails the restore before it reports success, but not before its bytes were copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,8 +18,12 @@ from engine.dcp.load import Slice
 from engine.errors import DamagedError
 from engine.format.digest import block_digests, expected_digest
 from engine.format.index import ShardFile
+from engine.native import kernels
 from engine.restore.pieces import Piece, Window, straight
 from engine.storage.base import Reader, Storage
+
+Gap = TypeVar("Gap", int, memoryview)
+"""Bytes of a window that go to no destination: their number, or where to put them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,36 +42,53 @@ class WindowLoader:
         Raises: DamagedError naming file, block, expected and found digest; StorageError.
         """
         raw = buffer[: window.end - window.begin]
-        if not self._load_straight(name, window, raw):
-            view = _bytes_of(raw)
-            self.readers[name].read_into(window.begin, view)
-            self._verify(name, window, block_digests(view, self.files[name].block_bytes))
-            for piece in window.pieces:
+        chosen: Sequence[Piece]
+        chosen = straight(window.pieces, lambda piece: self.slices[piece.slice].to.device.type == "cpu")
+        if not (chosen and self._read_at_hand(name, window, chosen, raw)):
+            self.readers[name].read_into(window.begin, _bytes_of(raw))
+            chosen = self._copy_straight(name, window, chosen, raw)
+        placed = {id(piece) for piece in chosen}
+        for piece in window.pieces:
+            if id(piece) not in placed:
                 self._copy_out(piece, window, raw)
 
-    def _load_straight(self, name: str, window: Window, raw: torch.Tensor) -> bool:
-        """Whether the whole window could be read from the page cache into its destinations."""
-        chosen = straight(window.pieces, lambda piece: self.slices[piece.slice].to.device.type == "cpu")
-        if not chosen:
-            return False
-        views, at, scratch = [], window.begin, _bytes_of(raw)
-        for piece in chosen:
-            if at < piece.begin:
-                views.append(scratch[at - window.begin : piece.begin - window.begin])
-            views.append(_bytes_of(_target(piece, self.slices[piece.slice])))
-            at = piece.end
-        if at < window.end:
-            views.append(scratch[at - window.begin : window.end - window.begin])
+    def _read_at_hand(self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
+        """Whether the whole window was in the page cache: `chosen` are in place then, the rest in `raw`."""
+        scratch = _bytes_of(raw)
+        views = self._places(window, chosen, lambda begin, end: scratch[begin:end])
         block_bytes = self.files[name].block_bytes
         count, found = self.readers[name].read_at_hand(window.begin, views, block_bytes)
         if count != window.end - window.begin:
             return False
         self._verify(name, window, found)
-        placed = {id(piece) for piece in chosen}
-        for piece in window.pieces:
-            if id(piece) not in placed:
-                self._copy_out(piece, window, raw)
         return True
+
+    def _copy_straight(
+        self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor
+    ) -> Sequence[Piece]:
+        """Verify what was read. Returns what was copied in the same pass: `chosen`, if the loops in C can."""
+        block_bytes = self.files[name].block_bytes
+        if kernels.library is None or not chosen:
+            self._verify(name, window, block_digests(_bytes_of(raw), block_bytes))
+            return ()
+        places = self._places(window, chosen, lambda begin, end: end - begin)
+        self._verify(name, window, kernels.scatter(_bytes_of(raw), places, block_bytes))
+        return chosen
+
+    def _places(
+        self, window: Window, chosen: Sequence[Piece], between: Callable[[int, int], Gap]
+    ) -> list[memoryview | Gap]:
+        """The destinations of `chosen`, in file order, and what stands for the bytes between them."""
+        places: list[memoryview | Gap] = []
+        at = window.begin
+        for piece in chosen:
+            if at < piece.begin:
+                places.append(between(at - window.begin, piece.begin - window.begin))
+            places.append(_bytes_of(_target(piece, self.slices[piece.slice])))
+            at = piece.end
+        if at < window.end:
+            places.append(between(at - window.begin, window.end - window.begin))
+        return places
 
     def _verify(self, name: str, window: Window, found: bytes) -> None:
         """Compare the digests of the window's blocks with those that were written."""

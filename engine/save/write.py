@@ -25,8 +25,8 @@ DIGEST_SLICE_BYTES = 1 << 20 if kernels.library is None else 16 << 20
 """How much is digested at a time, about 0.1 or 1.2 ms: Python's loop holds the GIL for as long."""
 
 DIGEST_NICENESS = 8
-"""How far the digesting thread stands back behind training, which then loses less than the digests take:
-they are made while a core has nothing else to do. Further back, a busy machine would delay the save."""
+"""How far the digesting thread stands back behind training, where the copy has left digests to make: they are
+made while a core has nothing else to do. Further back, a busy machine would delay the save."""
 
 
 def write_rank(
@@ -90,7 +90,7 @@ def _write_shard(
     # Not in the write loop: digesting holds the GIL, and while the snapshot is still being copied the
     # training thread needs it between copies.
     with ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as pool:
-        digesting = pool.submit(_digest_when_filled, padded[:file_bytes], slot.begin, filling, stop, clock)
+        digesting = pool.submit(_digest_when_filled, padded[:file_bytes], slot, filling, stop, clock)
         try:
             path = f"{attempt}/{slot.layout.file}"
             stats = storage.write_shard(path, padded, file_bytes, on_window=when_filled)
@@ -105,11 +105,14 @@ def _write_shard(
 
 
 def _digest_when_filled(
-    view: memoryview, begin: int, filling: Filling, stop: threading.Event, clock: Callable[[], float]
+    view: memoryview, slot: FileSlot, filling: Filling, stop: threading.Event, clock: Callable[[], float]
 ) -> tuple[bytes, float]:
-    """Packed digests of a whole file once the arena holds it, and the seconds they took."""
+    """Packed digests of a whole file once the arena holds it, and the seconds they took beyond the copy."""
     _stand_back()
-    filling.wait_until(begin + len(view))
+    filling.wait_until(slot.begin + len(view))
+    noted = filling.digests_of(slot.layout.file)
+    if noted is not None:
+        return noted, 0.0
     started = clock()
     packed = []
     for at in range(0, len(view), DIGEST_SLICE_BYTES):

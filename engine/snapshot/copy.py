@@ -16,19 +16,24 @@ from typing import Any, Protocol
 import torch
 from torch.optim import Optimizer
 
+from engine.format.digest import DIGEST_BYTES, block_count
 from engine.native import kernels
 from engine.snapshot.filling import Filling
-from engine.snapshot.streaming import Pair, stream_pairs
+from engine.snapshot.streaming import Pair, Span, fill_span, plain_runs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Copies that belong together; when they are made, the arena is filled up to byte `end`."""
+    """Copies that belong together; when they are made, the arena is filled up to byte `end`.
+
+    span: the bytes of the shard file that they fill; None where they fill none.
+    """
 
     pairs: tuple[Pair, ...]
     end: int
+    span: Span | None = None
 
 
 class CopyStream(Protocol):
@@ -83,10 +88,15 @@ class Copier:
     Args:
         stream: the side stream, or None to copy everything before `copy` returns.
         optimizers: those whose `step` must wait for an overlapped copy.
+        digest: whether to digest while copying, where the loops in C can: for a state in host memory, whose
+            bytes pass through the processor on their way.
     """
 
-    def __init__(self, stream: CopyStream | None, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, stream: CopyStream | None, optimizers: Sequence[Optimizer], *, digest: bool = False
+    ) -> None:
         self._stream = stream
+        self._digest = digest and kernels.library is not None
         self._in_flight = False
         if kernels.library is None:
             log.info(
@@ -107,6 +117,7 @@ class Copier:
         """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
 
         Without overlapped copies `filling` advances batch by batch, so that writing starts meanwhile.
+        It gets the digests of files that were digested on the way.
         """
         if overlapped:
             copy_pairs([pair for batch in eager for pair in batch.pairs], non_blocking=False)
@@ -117,8 +128,14 @@ class Copier:
                 self._in_flight = True
             filling.advance(eager[-1].end)
             return
+        digests: dict[str, bytearray] = {}
         for batch in eager:
-            copy_pairs(batch.pairs, non_blocking=False)
+            if self._digest and batch.span is not None:
+                copy_digesting(batch.pairs, batch.span, digests)
+                if batch.span.ends_file:
+                    filling.note_digests(batch.span.file, bytes(digests[batch.span.file]))
+            else:
+                copy_pairs(batch.pairs, non_blocking=False)
             filling.advance(batch.end)
 
     def finish(self) -> None:
@@ -143,9 +160,7 @@ class Copier:
 
 
 def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
-    """Copy each source into its destination: between host tensors past the caches, the rest in one call."""
-    if not non_blocking:
-        pairs = stream_pairs(pairs)
+    """Copy each source into its destination, in one call."""
     if pairs:
         with torch.no_grad():
             # Underscored, but what torch's own optimizers are built on; a test notices when it moves. With
@@ -153,6 +168,14 @@ def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
             torch._foreach_copy_(
                 [to for to, _ in pairs], [source for _, source in pairs], non_blocking=non_blocking
             )
+
+
+def copy_digesting(pairs: Sequence[Pair], span: Span, digests: dict[str, bytearray]) -> None:
+    """Copy what fills a span, and put the digests of its blocks into those of its file."""
+    runs, rest = plain_runs(pairs)
+    copy_pairs(rest, non_blocking=False)
+    packed = digests.setdefault(span.file, bytearray(block_count(span.file_bytes) * DIGEST_BYTES))
+    fill_span(span, runs, packed)
 
 
 def overlap_stream(

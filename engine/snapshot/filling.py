@@ -1,4 +1,7 @@
-"""How far the arena holds the current snapshot, so that writing can follow copying at its heels."""
+"""How far the arena holds the current snapshot, so that writing can follow copying at its heels.
+
+And what copying found on the way: the digests of whole files.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,15 @@ class Filling:
         self._settle = settle
         self._reached = 0
         self._error: BaseException | None = None
+        self._digests: dict[str, bytes] = {}
+
+    def note_digests(self, file: str, packed: bytes) -> None:
+        """The digests of all blocks of a file, taken while it was copied. Before `advance` to its end."""
+        self._digests[file] = packed
+
+    def digests_of(self, file: str) -> bytes | None:
+        """What was noted of a file, None if nothing was. After `wait_until` its end."""
+        return self._digests.get(file)
 
     def advance(self, reached_bytes: int) -> None:
         """Everything before `reached_bytes` has been copied, or its copy has been started."""

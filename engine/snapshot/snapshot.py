@@ -6,6 +6,7 @@ not changed costs one identity check and one batched copy.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from engine.dcp.held import Held, held_chunks
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes
 from engine.format.layout import Chunk, PlacedChunk, ShardLayout, plan_files
-from engine.snapshot.arena import Arena
+from engine.snapshot.arena import Arena, FileSlot
 from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Batch
 from engine.snapshot.divide import Part
-from engine.snapshot.streaming import Pair
+from engine.snapshot.streaming import Pair, Span
 
 Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
@@ -34,12 +35,10 @@ BATCH_BYTES = 64 << 20
 class _Copy:
     """One standing order: a held box, or some of its rows, into a view of the arena.
 
-    end: the byte of the arena that the view ends at. rows: (dim, start, length); None for the whole box.
+    rows: (dim, start, length); None for the whole box.
     """
 
     to: torch.Tensor
-    end: int
-    size_bytes: int
     held: int
     rows: tuple[int, int, int] | None
     file: str
@@ -110,8 +109,6 @@ class Snapshot:
                 self._orders.append(
                     _Copy(
                         to=self.arena.view(slot, placed),
-                        end=slot.begin + placed.end,
-                        size_bytes=placed.end - placed.begin,
                         held=part.held,
                         rows=None if whole else (part.dim, part.start, part.length),
                         file=slot.layout.file,
@@ -140,21 +137,30 @@ class Snapshot:
         10,000 small tensors every call for each of them shows: hence no narrowing, and no question, in vain.
         """
         batches: list[Batch] = []
-        pairs: list[Pair] = []
         overlapped: list[Pair] = []
-        batch_bytes = 0
-        for order in self._orders:
-            source = self._source(order)
-            if overlaps is not None and overlaps(order.placed.chunk.name, source):
-                overlapped.append((order.to, source))
-                continue
-            pairs.append((order.to, source))
-            batch_bytes += order.size_bytes
-            if batch_bytes >= BATCH_BYTES:
-                batches.append(Batch(tuple(pairs), order.end))
-                pairs, batch_bytes = [], 0
-        batches.append(Batch(tuple(pairs), self.arena.size_bytes if self.arena else 0))
+        orders = iter(self._orders)
+        for slot in self.arena.slots if self.arena else ():
+            pairs: list[Pair] = []
+            begin = 0
+            for order in itertools.islice(orders, len(slot.layout.chunks)):
+                source = self._source(order)
+                if overlaps is not None and overlaps(order.placed.chunk.name, source):
+                    overlapped.append((order.to, source))
+                    continue
+                pairs.append((order.to, source))
+                end = order.placed.end
+                if end - begin >= BATCH_BYTES:
+                    batches.append(self._batch(slot, pairs, begin, end))
+                    pairs, begin = [], end
+            batches.append(self._batch(slot, pairs, begin, slot.layout.file_bytes))
         return batches, overlapped
+
+    def _batch(self, slot: FileSlot, pairs: Sequence[Pair], begin: int, end: int) -> Batch:
+        """The copies that fill bytes [begin, end) of a file."""
+        assert self.arena is not None
+        address = self.arena.buffer.data_ptr() + slot.begin
+        span = Span(slot.layout.file, address, slot.layout.file_bytes, begin, end)
+        return Batch(tuple(pairs), slot.begin + end, span)
 
     def sources(self) -> Iterator[tuple[str, PlacedChunk, torch.Tensor]]:
         """(file, chunk in it, live memory) of everything that this rank writes, as last prepared."""

@@ -20,6 +20,7 @@ from engine.catalog import listing
 from engine.catalog.lease import Lease
 from engine.catalog.retention import Retention
 from engine.dcp import held as held_module
+from engine.native import kernels
 from engine.save import write
 from engine.snapshot import modules
 from engine.snapshot.arena import Arena
@@ -293,6 +294,7 @@ def test_digests_stand_back_behind_training_and_nothing_else_does(
         return real(view)
 
     monkeypatch.setattr(write, "block_digests", spied)
+    monkeypatch.setattr(kernels, "library", None)  # with it the copy leaves none to make
     before = os.getpriority(os.PRIO_PROCESS, 0)
     with Checkpointer("ignored", training_state()) as checkpointer:
         for step in (1, 2):
@@ -300,3 +302,16 @@ def test_digests_stand_back_behind_training_and_nothing_else_does(
         threads = [int(name) for name in os.listdir("/proc/self/task")]
         assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {before}
     assert set(levels) == {min(19, before + write.DIGEST_NICENESS)}
+
+
+@pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
+def test_digests_are_made_by_the_copy_and_not_once_more(
+    storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards they would take the cores that training computes on."""
+    monkeypatch.setattr(write, "block_digests", lambda view: pytest.fail("digested again"))
+    monkeypatch.setattr(kernels, "block_digests", lambda *args: pytest.fail("digested again"))
+    with Checkpointer("ignored", training_state()) as checkpointer:
+        for step in (1, 2):
+            record = checkpointer.save(step).result(DEADLINE_SECS)
+            assert record is not None

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from engine.format import digest
 from engine.native import kernels
 from engine.snapshot import streaming
-from engine.snapshot.copy import Copier, copy_pairs
+from engine.snapshot.copy import Batch, Copier, copy_digesting
+from engine.snapshot.filling import Filling
 
 DATA = np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8)
 
@@ -32,30 +33,81 @@ def test_they_are_there_where_there_is_a_compiler() -> None:
         assert kernels.library is not None, kernels.missing_because
 
 
+def page_aligned(size: int) -> np.ndarray:
+    """A file as it lies in the arena: on a page boundary, with bytes of its own."""
+    whole = np.zeros(size + 4096, np.uint8)
+    file = whole[-whole.ctypes.data % 4096 :][:size]
+    file[:] = np.resize(DATA[::-1], size)
+    return file
+
+
+def packed(file: np.ndarray, block_bytes: int) -> bytes:
+    blocks = [file[begin : begin + block_bytes].tobytes() for begin in range(0, len(file), block_bytes)]
+    return b"".join(map(xxhash.xxh3_64_digest, blocks))
+
+
 @compiled
 @given(
-    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 130), st.integers(0, 130)), max_size=6),
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 130), st.integers(0, 130)), max_size=5),
+        max_size=4,
+    ),
+    st.integers(0, 5000),
+    st.sampled_from([1, 64, 100, 241, 4096, 5000, 65536]),
     st.integers(1, 70),
 )
-def test_runs_of_any_size_and_alignment_are_copied_and_nothing_else(
-    runs: Sequence[tuple[int, int, int]], threads: int
+def test_files_are_filled_by_runs_of_any_size_and_digested(
+    spans: Sequence[Sequence[tuple[int, int, int]]], tail: int, block_bytes: int, threads: int
 ) -> None:
-    to, wanted = np.zeros(40_000, np.uint8), np.zeros(40_000, np.uint8)
-    orders, at = [], 0
-    for size, skip, source in runs:
-        at += skip
-        orders.append((to.ctypes.data + at, DATA.ctypes.data + source, size))
-        wanted[at : at + size] = DATA[source : source + size]
-        at += size
-    kernels.copy_runs(orders, threads)
-    assert np.array_equal(to, wanted)
+    """Span by span, as a snapshot does: each begins where the one before ended, amid a block."""
+    size = tail + sum(run_bytes + skip for span in spans for run_bytes, skip, _ in span)
+    file = page_aligned(size)
+    wanted, at, begin = file.copy(), 0, 0
+    digests = bytearray(-(-size // block_bytes) * 8)
+    for number, span in enumerate([*spans, []]):
+        runs = []
+        for run_bytes, skip, source in span:
+            at += skip
+            runs.append((file.ctypes.data + at, DATA.ctypes.data + source, run_bytes))
+            wanted[at : at + run_bytes] = DATA[source : source + run_bytes]
+            at += run_bytes
+        end = size if number == len(spans) else at
+        kernels.fill(
+            *(file.ctypes.data, size, begin - begin % block_bytes, end), runs, block_bytes, threads, digests
+        )
+        begin = end
+    assert np.array_equal(file, wanted)
+    assert bytes(digests) == packed(wanted, block_bytes)
 
 
 @compiled
-def test_more_bytes_than_threads_can_share_evenly() -> None:
-    to = np.zeros_like(DATA)
-    kernels.copy_runs([(to.ctypes.data, DATA.ctypes.data, DATA.size)], 7)
-    assert np.array_equal(to, DATA)
+def test_nothing_outside_of_a_span_is_touched() -> None:
+    """Its last block is not whole yet: neither its bytes nor its digest are this call's to write."""
+    file, digests = page_aligned(20_000), bytearray(b"x" * 40)
+    before = file.copy()
+    run = (file.ctypes.data + 5000, DATA.ctypes.data, 3500)
+    kernels.fill(file.ctypes.data, 20_000, 4096, 8500, [run], 4096, 2, digests)
+    assert np.array_equal(file[5000:8500], DATA[:3500])
+    assert np.array_equal(file[:5000], before[:5000])
+    assert np.array_equal(file[8500:], before[8500:])
+    assert bytes(digests) == b"x" * 8 + xxhash.xxh3_64_digest(file[4096:8192].tobytes()) + b"x" * 24
+
+
+@compiled
+@given(
+    st.lists(st.tuples(st.integers(0, 9000), st.booleans()), max_size=6),
+    st.sampled_from([1, 100, 241, 4096, 65536]),
+)
+def test_bytes_are_scattered_and_digested(parts: Sequence[tuple[int, bool]], block_bytes: int) -> None:
+    size = sum(part_bytes for part_bytes, _ in parts)
+    source = DATA[:size].copy()
+    to = [np.zeros(part_bytes, np.uint8) if wanted else part_bytes for part_bytes, wanted in parts]
+    places = [place if isinstance(place, int) else memoryview(place) for place in to]
+    assert kernels.scatter(memoryview(source), places, block_bytes) == packed(source, block_bytes)
+    at = 0
+    for place, (part_bytes, _) in zip(to, parts, strict=True):
+        assert isinstance(place, int) or np.array_equal(place, source[at : at + part_bytes])
+        at += part_bytes
 
 
 @compiled
@@ -75,20 +127,6 @@ def test_files_are_digested_by_the_compiled_loop(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(kernels, "library", None)
     assert digest.block_digests(DATA.tobytes()) == fast
     assert len(calls) == 1
-
-
-class Noted:
-    """Stands in for `copy_runs`: notes the sizes of what is copied past the caches."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sizes: list[int] = []
-        self.real = kernels.copy_runs
-        monkeypatch.setattr(kernels, "copy_runs", self)
-
-    def __call__(self, runs: Sequence[kernels.Run], threads: int) -> None:
-        assert threads == torch.get_num_threads()
-        self.sizes += [size for _, _, size in runs]
-        self.real(runs, threads)
 
 
 LEAST = streaming.LEAST_BYTES
@@ -112,16 +150,22 @@ LEAST = streaming.LEAST_BYTES
     ],
     ids=range(11),
 )
-def test_which_tensors_are_copied_past_the_caches(
-    source: torch.Tensor, streams: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noted = Noted(monkeypatch)
-    to = torch.zeros(source.shape, dtype=source.dtype)
-    small = torch.zeros(3), torch.ones(3)
-    copy_pairs([(to, source), small], non_blocking=False)
-    assert noted.sizes == ([source.nbytes] if streams else [])
+def test_which_tensors_are_copied_past_the_caches(source: torch.Tensor, streams: bool) -> None:
+    """All are copied, whichever way, and the digests are of what lies there then."""
+    header, small = 40, torch.ones(3)
+    file = page_aligned(header + source.nbytes + small.nbytes)
+    at = torch.from_numpy(file)
+    to = at[header : header + source.nbytes].view(source.dtype).view(source.shape)
+    last = at[header + source.nbytes :]
+    pairs = [(to, source), (last, small.view(torch.uint8))]
+    runs, rest = streaming.plain_runs(pairs)
+    assert [size for _, _, size in runs] == ([source.nbytes] if streams else [])
+    assert len(runs) + len(rest) == 2
+    digests: dict[str, bytearray] = {}
+    copy_digesting(pairs, streaming.Span("f", file.ctypes.data, file.size, 0, file.size), digests)
     assert bits(to) == bits(source)
-    assert bits(small[0]) == bits(small[1])
+    assert bits(last) == bits(small)
+    assert bytes(digests["f"]) == digest.block_digests(file.tobytes())
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -129,28 +173,23 @@ def bits(tensor: torch.Tensor) -> bytes:
     return plain.view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_a_source_on_a_device_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copies of a side stream may not be made here and now."""
-    monkeypatch.setattr(streaming, "stream_pairs", lambda pairs: pytest.fail("not for overlapped copies"))
-    monkeypatch.setattr("engine.snapshot.copy.stream_pairs", streaming.stream_pairs)
-    to, source = torch.zeros(LEAST), torch.rand(LEAST)
-    copy_pairs([(to, source)], non_blocking=True)
-    assert torch.equal(to, source)
+def test_a_source_on_a_device_is_left_to_torch() -> None:
     assert not streaming._plain(torch.empty(9, device="meta"))
 
 
-def test_without_them_everything_is_left_to_torch_and_the_log_says_so(
+def test_without_them_nothing_is_digested_by_copying_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels, "library", None)
     monkeypatch.setattr(kernels, "missing_because", "there is no compiler")
     with caplog.at_level("INFO"):
-        Copier(None, [])
+        copier = Copier(None, [], digest=True)
     assert "slower way, without the loops in C: there is no compiler" in caplog.text
-    to, source = torch.zeros(LEAST), torch.rand(LEAST)
-    assert streaming.stream_pairs([(to, source)]) == [(to, source)]
-    copy_pairs([(to, source)], non_blocking=False)
+    to, source, filling = torch.zeros(LEAST), torch.rand(LEAST), Filling()
+    span = streaming.Span("f", to.data_ptr(), to.nbytes, 0, to.nbytes)
+    copier.copy([Batch(((to, source),), to.nbytes, span)], [], filling)
     assert torch.equal(to, source)
+    assert filling.digests_of("f") is None
 
 
 def test_nothing_built_is_said_with_what_to_do(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from engine.errors import DamagedError
 from engine.format.digest import block_digests, combine, scattered_digests
 from engine.format.index import ShardFile
 from engine.format.layout import Chunk, PlacedChunk
-from engine.restore import read
-from engine.restore.pieces import LEAST_STRAIGHT_BYTES, Piece, straight
+from engine.native import kernels
+from engine.restore import read, window
+from engine.restore.pieces import LEAST_STRAIGHT_BYTES, WINDOW_BYTES, Piece, straight
+from engine.storage import pages
 from engine.storage.base import Reader
 from engine.storage.local import LocalStorage
 from engine.storage.reading import LocalReader
@@ -140,3 +142,40 @@ def test_what_is_read_straight() -> None:
     assert straight([long, short, rows], lambda _: True) == [long]
     assert straight([long, short, rows], lambda _: False) == []
     assert straight([long, piece(LEAST_STRAIGHT_BYTES - 1, 99_999)], lambda _: True) == [], "they overlap"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_comes_from_the_disk_is_digested_on_its_way_where_that_was_compiled(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    if compiled and kernels.library is None:
+        pytest.skip("nothing is compiled")
+    monkeypatch.setattr(LocalReader, "read_at_hand", lambda *_: (0, b""))
+    if compiled:
+        monkeypatch.setattr(window, "block_digests", lambda *_: pytest.fail("a pass of its own"))
+    else:
+        monkeypatch.setattr(kernels, "library", None)
+    to = checkpoint.empty()
+    checkpoint.load(to)
+    assert all(map(torch.equal, to, checkpoint.saved))
+
+
+def test_direct_reads_get_memory_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request to the disk takes few pieces of memory: small pages make it small."""
+    asked = []
+    real = pages.map_pages
+    monkeypatch.setattr(read, "map_pages", lambda size_bytes: asked.append(size_bytes) or real(size_bytes))
+    buffer = read._page_aligned(WINDOW_BYTES, pinned=False)
+    assert asked == [WINDOW_BYTES]
+    assert buffer.data_ptr() % pages.HUGE_PAGE_BYTES == 0
+    with open("/proc/self/smaps", encoding="ascii") as smaps:
+        begins, flags = 0, ""
+        for line in smaps:
+            first = line.split()[0]
+            if "-" in first and not first.endswith(":"):
+                begin, end = (int(part, 16) for part in first.split("-"))
+                begins = begin <= buffer.data_ptr() < end
+            elif begins and first == "VmFlags:":
+                flags = line
+    assert " hg" in flags
+    assert " wf" in flags, "wiped on fork"

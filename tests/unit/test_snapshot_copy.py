@@ -18,7 +18,7 @@ CUDA = torch.device("cuda")
 
 
 NOTHING = [Batch((), 0)]
-"""No eager copies: as a snapshot gives them, the last batch always reaches the arena's end."""
+"""No eager copies: as a snapshot gives them, the last batch always reaches the last file's end."""
 
 
 class FakeStream:

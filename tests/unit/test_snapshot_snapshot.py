@@ -12,13 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engine.errors import MemoryBudgetError, UnsavableValueError
+from engine.format.digest import block_digests
+from engine.native import kernels
 from engine.snapshot import snapshot as snapshot_module
 from engine.snapshot.arena import Arena
 from engine.snapshot.capture import StateCapture
-from engine.snapshot.copy import copy_pairs
+from engine.snapshot.copy import Copier, copy_pairs
 from engine.snapshot.divide import divide
+from engine.snapshot.filling import Filling
 from engine.snapshot.snapshot import Snapshot, plan_digest, state_bytes
 from tests.support.boxes import shards, whole
+from tests.support.carrier import every_nth_row
 
 
 def taken(snapshot: Snapshot, capture: StateCapture, folder: Path) -> dict[str, torch.Tensor]:
@@ -194,7 +198,7 @@ def test_batches_fill_the_arena_from_its_beginning_on(monkeypatch: pytest.Monkey
     assert snapshot.arena is not None
     batches, _ = snapshot.copies(lambda name, source: False)
     assert len(batches) > 4
-    assert batches[-1].end == snapshot.arena.size_bytes
+    assert batches[-1].end == snapshot.arena.slots[-1].layout.file_bytes
     base, reached = snapshot.arena.buffer.data_ptr(), 0
     for batch in batches:
         ends = [to.data_ptr() + to.nbytes - base for to, _ in batch.pairs]
@@ -204,6 +208,26 @@ def test_batches_fill_the_arena_from_its_beginning_on(monkeypatch: pytest.Monkey
     filled = sorted((to.data_ptr() - base, to.nbytes) for batch in batches for to, _ in batch.pairs)
     (slot,) = snapshot.arena.slots
     assert filled == [(p.begin, p.end - p.begin) for p in slot.layout.chunks]
+
+
+@pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
+def test_files_are_digested_while_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several files, in batches that end amid blocks: each file's digests are those of its bytes."""
+    monkeypatch.setattr(snapshot_module, "BATCH_BYTES", 200_000)
+    cards = every_nth_row(torch.rand(3, 50_001), 0, 1)
+    snapshot, capture = fresh({"values": [cards, *(torch.rand(40_001 + n) for n in range(12))]})
+    snapshot.prepare(capture.capture())
+    snapshot.adopt(divide([snapshot.held])[0])
+    assert snapshot.arena is not None
+    assert len(snapshot.arena.slots) == 3
+    for _ in range(2):
+        batches, overlapped = snapshot.copies(None)
+        assert len(batches) > len(snapshot.arena.slots) + 4
+        filling = Filling()
+        Copier(None, [], digest=True).copy(batches, overlapped, filling)
+        for slot in snapshot.arena.slots:
+            file = snapshot.arena.padded(slot)[: slot.layout.file_bytes]
+            assert filling.digests_of(slot.layout.file) == block_digests(file)
 
 
 def test_over_budget_there_is_no_plan_and_no_memory_taken() -> None:
