@@ -110,7 +110,9 @@ def train(
     model: nn.Module, config: GPT2Config, rank: int, world_size: int
 ) -> tuple[list[float], list[float]]:
     """A few accumulated, clipped AdamW steps on this rank's rows; the mean losses and the norms."""
-    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-2, fused=True)
+    # AdamW's first steps go by the sign of a gradient, also where it is hardly more than rounding left of it:
+    # seen on one processor in one of 100,514 elements. With an eps well above rounding they do not.
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-2, eps=1e-6, fused=True)
     generator = torch.Generator().manual_seed(0)
     losses, norms = [], []
     for _ in range(STEPS):
