@@ -85,7 +85,8 @@ def _write_shard(
     stop = threading.Event()
 
     def when_filled(begin: int, end: int) -> None:
-        filling.wait_until(slot.begin + end)
+        # Not from the first byte on: see DECISIONS 30.
+        filling.wait_until(max(slot.begin + end, arena.file_bytes // 2))
 
     # Not in the write loop: digesting holds the GIL, and while the snapshot is still being copied the
     # training thread needs it between copies.
