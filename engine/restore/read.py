@@ -27,7 +27,7 @@ from engine.storage.pages import map_pages
 
 LOCAL_PACE = (2, WINDOW_BYTES)
 """Threads, and the bytes of a window. Larger windows leave the processor's caches before they are copied out
-(16 MiB: cold reads took 15 % longer, warm ones 10 %); more threads gained nothing."""
+(16 MiB: cold restores took 15 % longer, warm ones 13 %); more threads gained nothing."""
 
 STORE_PACE = (8, WINDOW_BYTES)
 """A store answers each read after a round trip, and gives one connection a part of the line only."""
