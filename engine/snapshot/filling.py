@@ -1,4 +1,4 @@
-"""How far the arena holds the current snapshot, so that writing can follow copying at its heels.
+"""How far the arena holds the current snapshot, so that writing can follow copying.
 
 And what copying found on the way: the digests of whole files.
 """
