@@ -29,14 +29,15 @@ MAX_INT = 2**63 - 1
 
 _MAX_INT_DIGITS = 19
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_LONG_NUMBER = re.compile(rb"(?<![0-9.])[0-9]{%d}" % _MAX_INT_DIGITS)  # not the digits after a point
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
 
 
 def canonical_bytes(value: object) -> bytes:
     """Serialise a JSON value canonically. ValueError names the key path of whatever is not JSON."""
     _check(value, "", MAX_DEPTH)
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8")
+    return _spell(value)
 
 
 def parse_canonical(raw: bytes, *, what: str, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
@@ -45,11 +46,14 @@ def parse_canonical(raw: bytes, *, what: str, max_bytes: int = MAX_BYTES, max_de
     `what` names the document in errors. DamagedError: too large, too deep, not JSON, or not canonical
     (which covers duplicate keys: they do not survive a round trip).
     """
-    value = parse_bounded(raw, what=what, max_bytes=max_bytes, max_depth=max_depth)
+    value, has_long_numbers = _parse(raw, what, max_bytes, max_depth, None)
     try:
-        again = canonical_bytes(value)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{what} holds a value that the format does not allow: {error}") from None
+        if has_long_numbers:
+            _check(value, "", MAX_DEPTH)
+        again = _spell(value)
+    except ValueError as error:
+        fault = _fault(value, error)
+        raise DamagedError(f"{what} holds a value that the format does not allow: {fault}") from None
     if again != raw:
         raise DamagedError(f"{what} is not in canonical form: it was changed after it was written")
     return value
@@ -64,19 +68,7 @@ def parse_bounded(
     pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
     """Parse any JSON of bounded size and depth; DamagedError otherwise. It need not be canonical."""
-    if len(raw) > max_bytes:
-        raise DamagedError(f"{what} has {len(raw)} bytes, more than the {max_bytes} that are ever written")
-    structure = _STRING.sub(b"", raw)
-    if structure.count(b",") + structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
-        raise DamagedError(f"{what} holds more than the {MAX_VALUES} values that are ever written")
-    if _deeper_than(structure.translate(None, _NOT_BRACKETS), max_depth):
-        raise DamagedError(f"{what} is nested more than {max_depth} levels deep")
-    try:
-        return json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, parse_int=_int, object_pairs_hook=pairs_hook
-        )
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{what} is not valid JSON: {error}") from None
+    return _parse(raw, what, max_bytes, max_depth, pairs_hook)[0]
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,6 +94,34 @@ def decode_metric(value: object) -> float:
     if isinstance(value, str) and value not in ("nan", "inf", "-inf"):
         raise ValueError(f"{value[:40]!r} is not a metric: only nan, inf and -inf are spelled out")
     return float(value)
+
+
+def _parse(
+    raw: bytes,
+    what: str,
+    max_bytes: int,
+    max_depth: int,
+    pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None,
+) -> tuple[Any, bool]:
+    """The value, and whether the document has numbers of so many digits that they may be beyond 64 bits."""
+    if len(raw) > max_bytes:
+        raise DamagedError(f"{what} has {len(raw)} bytes, more than the {max_bytes} that are ever written")
+    structure = _STRING.sub(b"", raw)
+    if structure.count(b",") + structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
+        raise DamagedError(f"{what} holds more than the {MAX_VALUES} values that are ever written")
+    if _deeper_than(structure.translate(_ONE_BRACKET, _NOT_BRACKETS), max_depth):
+        raise DamagedError(f"{what} is nested more than {max_depth} levels deep")
+    has_long_numbers = _LONG_NUMBER.search(structure) is not None
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_int=_int if has_long_numbers else None,  # a call of Python for each integer
+            object_pairs_hook=pairs_hook,
+        )
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{what} is not valid JSON: {error}") from None
+    return value, has_long_numbers
 
 
 def _check(value: object, path: str, levels_left: int) -> None:
@@ -147,16 +167,15 @@ def _check_text(text: str, path: str) -> None:
 
 
 def _deeper_than(brackets: bytes, max_depth: int) -> bool:
-    """Whether brackets surely nest deeper than that, found before a parser recurses into them.
+    """Whether [ and ] nest deeper than that (or do not match), found before a parser recurses into them.
 
     The parser's own recursion limit would not do: a program may have raised it, and C stacks overflow then.
-    Each round strips one or two of the innermost levels, in C and in time linear in the document, so that
-    at most twice the depth passes; `_check` is exact.
+    Each round strips the innermost level, in C and in time linear in the document.
     """
     for _ in range(max_depth):
         if not brackets:
             return False
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        brackets = brackets.replace(b"[]", b"")
     return bool(brackets)
 
 
@@ -164,6 +183,24 @@ def _int(text: str) -> int:
     if len(text.lstrip("-")) > _MAX_INT_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
+
+
+def _spell(value: object) -> bytes:
+    """Of JSON as a parser returns it: json.dumps would quietly change other keys and values to text.
+
+    ValueError, without a key path, for what a parser lets through: numbers like 1e400, and broken Unicode.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def _fault(value: object, error: ValueError) -> ValueError:
+    """The error with the key path, which the C encoder's own does not have."""
+    try:
+        _check(value, "", MAX_DEPTH)
+    except ValueError as named:
+        return named
+    return error
 
 
 def _refuse_constant(name: str) -> float:

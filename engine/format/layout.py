@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from engine.errors import DamagedError, StateError
 from engine.format.dtypes import ITEMSIZES, itemsize
-from engine.format.fields import Fields, is_int
-from engine.format.json import MAX_INT, canonical_bytes, parse_bounded, unique_pairs
+from engine.format.fields import Fields, are_extents, is_int
+from engine.format.json import canonical_bytes, parse_bounded, unique_pairs
 from engine.format.names import parse_shard_file, shard_file
 
 ALIGN_BYTES = 4096
@@ -117,7 +117,7 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name[:40]!r} cannot name a tensor")
     if dtype not in ITEMSIZES:
         raise ValueError(f"tensor {name!r}: unknown element type {str(dtype)[:40]!r}")
-    if len(shape) > MAX_DIMS or not all(is_int(extent) and 0 <= extent <= MAX_INT for extent in shape):
+    if len(shape) > MAX_DIMS or not are_extents(shape):
         raise ValueError(f"tensor {name!r}: {str(shape)[:200]} is not a shape of up to {MAX_DIMS} dimensions")
 
 

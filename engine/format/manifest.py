@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import DamagedError
 from engine.format import digest
 from engine.format.dtypes import ITEMSIZES
-from engine.format.fields import Fields, validated
+from engine.format.fields import Fields, are_extents, validated
 from engine.format.index import FORMAT_VERSION, MAX_WORLD_SIZE, check_version
 from engine.format.json import canonical_bytes, decode_metric, encode_metric, parse_canonical
 from engine.format.layout import MAX_DIMS, check_tensor
@@ -23,6 +23,8 @@ from engine.format.names import index_file, parse_attempt_name, shard_file
 
 REASONS = ("interval", "epoch", "best", "signal", "final", "manual", "import", "merge")
 """Why a checkpoint was taken; one may have several."""
+
+_TENSOR_KEYS = {"dtype", "shape"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +128,11 @@ class Manifest:
         DamagedError unless the digest fits and everything declared agrees; NewerFormatError for a newer
         format. That the files have the sizes of their receipts is for the caller to compare.
         """
-        document = parse_canonical(raw, what=what)
-        fields = Fields(document, what)
+        fields = Fields(parse_canonical(raw, what=what), what)
         own_digest = fields.digest("digest")
-        rest = {key: value for key, value in document.items() if key != "digest"}
-        if digest.bytes_digest(canonical_bytes(rest)) != own_digest:
+        # Canonical bytes stay so without one key. Were the same text inside a value, nothing would fit.
+        rest = raw.replace(f'"digest":"{own_digest}",'.encode(), b"", 1)
+        if digest.bytes_digest(rest) != own_digest:
             raise DamagedError(f"{what} does not fit its own digest: it was changed after it was written")
         check_version(fields)
         values = _values_from_json(fields)
@@ -230,8 +232,7 @@ def _values_from_json(fields: Fields) -> dict[str, Any]:
         "world_size": fields.integer("world_size"),
         "mesh": fields.mapping("mesh"),
         "tensors": {
-            name: _tensor_from_json(Fields(value, f"{what}, at tensor {name[:80]!r},"))
-            for name, value in fields.mapping("tensors").items()
+            name: _tensor_from_json(name, value, what) for name, value in fields.mapping("tensors").items()
         },
         "aliases": _texts_by_name(fields, "aliases"),
         "objects": fields.mapping("objects"),
@@ -250,7 +251,14 @@ def _texts_by_name(fields: Fields, name: str) -> dict[str, str]:
     return value
 
 
-def _tensor_from_json(fields: Fields) -> TensorInfo:
+def _tensor_from_json(name: str, value: Any, what: str) -> TensorInfo:
+    # Hundreds in each manifest, and listing reads every manifest: `Fields` comes in where one is wrong.
+    if isinstance(value, dict) and value.keys() == _TENSOR_KEYS:
+        dtype, shape = value["dtype"], value["shape"]
+        is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMS and are_extents(shape)
+        if is_shape and isinstance(dtype, str):
+            return TensorInfo(dtype, tuple(shape))
+    fields = Fields(value, f"{what}, at tensor {name[:80]!r},")
     info = TensorInfo(fields.text("dtype"), fields.integers("shape", most_items=MAX_DIMS))
     fields.finish()
     return info

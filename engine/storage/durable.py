@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def write_fully(system: System, fd: int, view: memoryview, offset: int) -> None:
 
 def _write_temporary(system: System, target: str, data: bytes) -> str:
     """Write and sync `data` under another name; only the owner may read it until it is whole."""
-    temporary = f"{target}.{secrets.token_hex(4)}{TMP_SUFFIX}"
+    temporary = f"{target}.{os.urandom(4).hex()}{TMP_SUFFIX}"
     fd = system.create(temporary, 0o600)
     with _removed_on_error(system, temporary):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,21 +137,29 @@ def test_listing_loads_no_torch_and_is_quick(undisturbed_1: Run) -> None:
 
 
 @pytest.mark.slow
-def test_listing_twenty_takes_little_more_than_the_interpreter(new_run: Callable[[str], Run]) -> None:
+def test_listing_twenty_does_little_more_than_the_interpreter(new_run: Callable[[str], Run]) -> None:
+    """What takes the time, counted, since a count is the same on every machine. Seconds: bench/listing.py.
+
+    The figures are those of Python 3.11 with a third to spare: 100,000 calls took 0.2 s where it was counted.
+    """
     run = new_run("twenty")
     run.train(None, max_steps=20, checkpoint_freq=1, keep_checkpoints=100)
     assert len(run.listing()) == 20
-
-    def cpu_secs(command: list[str]) -> list[float]:
-        """CPU time of three runs: wall-clock time would depend on what else the machine does."""
-        took = []
-        for _ in range(3):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run(command, check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        return took
-
-    bare = min(cpu_secs([sys.executable, "-c", "pass"]))
-    listing = max(cpu_secs([sys.executable, "-m", "engine.checkpoints", "list", run.checkpoints]))
-    assert listing <= bare + 0.3, f"{listing:.3f} s against {bare:.3f} s for a bare interpreter"
+    code = (
+        "import json, runpy, sys\n"
+        "calls = 0\n"
+        "def count(frame, event, argument):\n    global calls\n    calls += event == 'call'\n"
+        f"sys.argv = ['checkpoints', 'list', {run.checkpoints!r}]\n"
+        "sys.setprofile(count)\n"
+        "try:\n    runpy.run_module('engine.checkpoints', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "sys.setprofile(None)\n"
+        "print(json.dumps([calls, len(sys.modules)]), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.count("committed") == 20
+    calls, modules = json.loads(done.stderr)
+    assert calls <= 120_000
+    assert modules <= 220

@@ -121,6 +121,37 @@ def test_not_canonical(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"a":[1,9223372036854775808]}', r"a\[1\] is an integer beyond 64 bits"),
+        (b'{"a":-9223372036854775808}', "a is an integer beyond 64 bits"),
+        (b'{"a":{"b":1e400}}', r"a\.b is inf"),
+        (b'{"a":"\\ud800"}', "a holds text that is not Unicode"),
+        (b'{"\\ud800":1}', "not Unicode"),
+        (b"[" + b"1" * 20 + b"]", "an integer of 20 digits"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_with_its_place(raw: bytes, words: str) -> None:
+    with pytest.raises(DamagedError, match=rf"^the index .*{words}"):
+        parse_canonical(raw, what="the index")
+
+
+def test_long_fractions_are_not_taken_for_long_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every integer of a document with a long one goes through Python; a learning rate must not do that."""
+    value = {"lr": 0.00012345678901234567, "offsets": [0, 123456789012345678]}
+    raw = canonical_bytes(value)
+    assert b"0.00012345678901234567" in raw
+    monkeypatch.setattr("engine.format.json._int", None)
+    monkeypatch.setattr("engine.format.json._check", None)
+    assert parse_canonical(raw, what="x") == value
+
+
+@pytest.mark.parametrize("value", [MAX_INT, -MAX_INT, [MAX_INT, 0.1, MAX_INT - 1]])
+def test_integers_of_64_bits(value: object) -> None:
+    assert parse_canonical(canonical_bytes(value), what="x") == value
+
+
+@pytest.mark.parametrize(
     "raw",
     [
         b"[" * 65 + b"]" * 65,

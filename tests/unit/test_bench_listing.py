@@ -1,0 +1,31 @@
+"""The benchmark of listing: what it measures, and its bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.listing import Result, main
+
+
+def test_the_bar() -> None:
+    result = Result(20, 592, {}, list_secs=[0.2, 0.5, 0.33], bare_secs=[0.04, 0.05, 0.03])
+    assert result.more_secs == pytest.approx(0.29)
+    assert "reached" in result.text()
+    result.list_secs = [0.35]
+    assert "MISSED" in result.text()
+
+
+def test_a_small_run_lists_every_checkpoint_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    flags = ["--checkpoints", "12", "--tensors", "3", "--repeats", "2", "--dir", str(tmp_path / "runs")]
+    assert main([*flags, "--json", str(out)]) == 0
+    assert "12 checkpoints, each 3 tensors; medians of 2" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert [len(document[f"{name}_secs"]) for name in ("list", "bare")] == [2, 2]
+    assert document["listed"] == 12
+    assert not any((tmp_path / "runs").iterdir())
