@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.records import NONE
+from bench.records import NONE, RAW
 
 Kind = Literal["window", "idle", "floor"]
 
@@ -15,11 +15,16 @@ NONE_WINDOWS = 4
 """Windows without a save per repeat: every other row is compared with them, so they get more samples."""
 COPY_PASSES = 3
 WRITE_PASSES = 3
+RAW_WINDOWS = 2
+"""Windows in which the bytes of a save are written, and nothing else is done for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to measure: a training window or an idle save of a row, or one pass of a floor."""
+    """One thing to measure: a training window or an idle save of a row, or one pass of a floor.
+
+    The floor `RAW` is a window, too.
+    """
 
     kind: Kind
     row: str
@@ -31,6 +36,7 @@ def order_of(rows: Sequence[str], repeat: int, seed: int) -> list[Item]:
     items = [Item("window", NONE, repeat)] * NONE_WINDOWS
     items += [Item(kind, row, repeat) for row in rows for kind in ("window", "idle")]
     items += [Item("floor", "copy", repeat)] * COPY_PASSES + [Item("floor", "write", repeat)] * WRITE_PASSES
+    items += [Item("floor", RAW, repeat)] * RAW_WINDOWS
     random.Random(f"{seed}/{repeat}").shuffle(items)
     return items
 

@@ -40,7 +40,9 @@ def draw(report: Report, path: Path) -> None:
     _panel(left, lost, names, "Training time lost per checkpoint", "seconds (less is better)")
     _panel(right, stored, names, "Checkpoint complete after", "seconds, while training goes on")
     if summary.write_floor:
-        _floor_line(right, summary.write_floor.middle)
+        _floor_line(right, summary.write_floor.middle, "the disk alone")
+    if summary.raw_lost:
+        _floor_line(left, max(summary.raw_lost.middle, 0.0), "writing the bytes, nothing else")
     if any(not bar.safe for bar in stored):
         patch = Rectangle((0, 0), 1, 1, **_style(Bar("", stored[0].spread, safe=False)))
         text = "says it is done, but is not on the disk yet: a power cut loses it"
@@ -103,9 +105,9 @@ def _panel(axes: Any, shown: Sequence[Bar], names: Sequence[str], title: str, un
         side.set_visible(False)
 
 
-def _floor_line(axes: Any, secs: float) -> None:
+def _floor_line(axes: Any, secs: float, what: str) -> None:
     axes.axvline(secs, color=_INK, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.5)
-    axes.text(secs, -0.75, f"  the disk alone: {secs:.2f} s", fontsize=9, color=_INK, va="center")
+    axes.text(secs, -0.75, f"  {what}: {secs:.2f} s", fontsize=9, color=_INK, va="center")
 
 
 def _label(name: str) -> str:

@@ -39,6 +39,8 @@ def section(report: Report, result: Path) -> str:
     header = ["s per save", "training lost", f"x {REFERENCE}", "blocked", "complete after", "CPU"]
     state, provenance = report.state, report.provenance
     floors = f"copy {_middle(summary.copy_floor, 3)} s, raw write and fsync {_middle(summary.write_floor)} s"
+    if summary.raw_lost:
+        floors += f", training lost to that write alone {_middle(summary.raw_lost)} s"
     machine, torch = provenance["machine"], provenance["versions"]["torch"]
     where = f"{state['ranks']} rank(s) on {machine['cores']} CPU cores, torch {torch}"
     revision = provenance["git"]["revision"][:12]

@@ -11,6 +11,8 @@ from typing import Any
 
 NONE = "none"
 """The row that saves nothing: what all others are compared with."""
+RAW = "raw write"
+"""The floor under training time lost: the bytes of a save written beside training, and nothing else done."""
 
 
 @dataclass(frozen=True, slots=True)

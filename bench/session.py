@@ -20,11 +20,13 @@ from bench import ranks
 from bench.floors import Floors, state_tensors
 from bench.modes.base import Context, Mode, Save
 from bench.modes.fsynced import wants_flush
+from bench.modes.raw import RawWrite
 from bench.modes.registry import FLUSHED, load
 from bench.options import Options
 from bench.plan import Item, order_of
 from bench.records import (
     NONE,
+    RAW,
     Failure,
     Growth,
     Measurements,
@@ -58,6 +60,7 @@ class Session:
         self.directory = directory
         self.measured = Measurements()
         self.rows: dict[str, Row] = {}
+        self._raw: Row | None = None
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Facts] = {}
 
@@ -75,6 +78,7 @@ class Session:
         )
         self._describe(training)
         floors = self._floors(training)
+        self._raw = Row(RAW, RawWrite(self._context(training, "raw"), floors), flushed=False)
         threads = thread_ids()
         training_bytes = training_memory(training, _MEMORY_STEPS)
         self.say(f"one rank writes {floors.rank_bytes / 1e9:.3f} GB; opening the modes")
@@ -177,13 +181,13 @@ class Session:
         """Take one measurement and gather it; raises on every rank where its save failed on one."""
         measured, timeout_secs = self.measured, self.options.timeout_secs
         label = f"[{item.repeat + 1}/{self.options.repeats}] {item.row}"
-        if item.kind == "floor":
+        if item.kind == "floor" and item.row != RAW:
             one = floors.copy(item.repeat) if item.row == "copy" else floors.write(item.repeat)
             floor = slowest_floor(ranks.gather(one))
             measured.floors.append(floor)
             self.say(f"{label}, floor: {floor.secs:.3f} s")
             return None
-        row = self.rows.get(item.row)
+        row = self._raw if item.row == RAW else self.rows.get(item.row)
         if item.kind == "idle":
             assert row is not None
             idle, save = run_idle(training, row, item.repeat, cpu, timeout_secs)

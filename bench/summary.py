@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from bench.records import NONE, Growth, Measurements, Memory, TrainingWindow
+from bench.records import NONE, RAW, Growth, Measurements, Memory, TrainingWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class Summary:
     copy_floor: Spread | None
     write_floor: Spread | None
     write_method: str
+    raw_lost: Spread | None = None
+    """Training seconds lost where the same bytes are written raw, and nothing is copied or digested."""
 
 
 def summarise(measured: Measurements, rows: Sequence[str]) -> Summary:
@@ -83,6 +85,11 @@ def summarise(measured: Measurements, rows: Sequence[str]) -> Summary:
         copy_floor=Spread.of(floor.secs for floor in measured.floors if floor.name == "copy"),
         write_floor=Spread.of(floor.secs for floor in write),
         write_method=write[0].method if write else "",
+        raw_lost=Spread.of(
+            lost_secs(window, steps[window.repeat])
+            for window in measured.windows
+            if window.row == RAW and window.repeat in steps
+        ),
     )
 
 

@@ -109,7 +109,8 @@ def _storage_line(row: RowSummary, summary: Summary, facts: dict[str, Facts]) ->
 def _floors(summary: Summary) -> str:
     return (
         f"Step without a save: {seconds(summary.step, 3)} s. Floors: copy {seconds(summary.copy_floor, 3)} "
-        f"s, write and fsync {seconds(summary.write_floor, 3)} s ({summary.write_method})."
+        f"s, write and fsync {seconds(summary.write_floor, 3)} s ({summary.write_method}), training lost to "
+        f"that write alone {seconds(summary.raw_lost)} s."
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from bench.plan import COPY_PASSES, NONE_WINDOWS, WRITE_PASSES, WindowLength, order_of
+from bench.plan import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES, WindowLength, order_of
 
 ROWS = ["torch.save", "dcp.async_save", "holdfast"]
 
@@ -17,6 +17,7 @@ def test_a_repeat_measures_everything() -> None:
         ("window", "none"): NONE_WINDOWS,
         ("floor", "copy"): COPY_PASSES,
         ("floor", "write"): WRITE_PASSES,
+        ("floor", "raw write"): RAW_WINDOWS,
         **{(kind, row): 1 for kind in ("window", "idle") for row in ROWS},
     }
 

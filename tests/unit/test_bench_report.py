@@ -70,6 +70,7 @@ def test_a_changed_tree_is_told(tmp_path: Path) -> None:
 def report() -> Report:
     windows = [TrainingWindow("none", 0, 4.0, (1.0,) * 4, process_cpu_secs=8.0)]
     for row, lost in (
+        ("raw write", 0.1),
         ("torch.save", 1.5),
         ("torch.save + fsync", 2.0),
         ("dcp.async_save", 3.0),
@@ -108,6 +109,7 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     assert second == first
     assert second.text() == first.text()
     assert "124.0 M parameters in 444 tensors" in first.text()
+    assert "training lost to that write alone 0.10 (0.10 - 0.10) s" in first.text()
     assert first.rows() == ["torch.save", "torch.save + fsync", "dcp.async_save", "holdfast"]
 
 

@@ -16,7 +16,7 @@ from bench.floors import Floors, state_tensors
 from bench.modes.base import Mode, Save
 from bench.modes.registry import load
 from bench.options import parse
-from bench.plan import COPY_PASSES, NONE_WINDOWS, WRITE_PASSES
+from bench.plan import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES
 from bench.session import Session
 from bench.summary import summarise
 from bench.training import Training, build_job
@@ -131,6 +131,9 @@ def test_a_run_measures_every_mode_and_outlives_a_broken_one(
         assert [w.repeat for w in measured.windows if w.row == row] == [0, 1]
         assert [i.repeat for i in measured.idle if i.row == row] == [0, 1]
     assert len([w for w in measured.windows if w.row == "none"]) == 2 * NONE_WINDOWS
+    raw = [window for window in measured.windows if window.row == "raw write"]
+    assert [window.repeat for window in raw] == [0] * RAW_WINDOWS + [1] * RAW_WINDOWS
+    assert all(window.stored_secs and sum(window.written_bytes) for window in raw)
     assert len(measured.floors) == 2 * (COPY_PASSES + WRITE_PASSES)
     assert {one.row for one in measured.growth} == {"torch.save", "dcp.async_save", "holdfast"}
     failures = {failure.row: failure.error for failure in measured.failures}

@@ -63,6 +63,19 @@ def test_figures_of_a_row() -> None:
     assert row.stream is None
 
 
+def test_writing_alone_is_a_floor_and_no_row() -> None:
+    measured = dataclasses.replace(
+        MEASURED,
+        windows=[*MEASURED.windows, window("raw write", 0, [1.3, 1.2]), window("raw write", 1, [2.1])],
+    )
+    summary = summarise(measured, ["holdfast"])
+    assert summary.raw_lost is not None
+    # Repeat 0: 2.5 s instead of 2 x 1.1 s; repeat 1: 2.1 s instead of 2.0 s.
+    assert (summary.raw_lost.low, summary.raw_lost.high) == pytest.approx((0.1, 0.3))
+    assert list(summary.rows) == ["holdfast"]
+    assert summarise(MEASURED, ["holdfast"]).raw_lost is None
+
+
 def test_what_other_modes_use_while_they_wait_is_not_the_saves() -> None:
     """With long steps, the polling of idle peers was most of what a save seemed to cost."""
     windows = [
