@@ -26,6 +26,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 from bench.document import write_document  # noqa: E402
+from bench.program import add_common_flags, verdict  # noqa: E402
 
 VERSION = 1
 """Of the document that `--json` writes."""
@@ -54,14 +55,14 @@ class Result:
 
     def text(self) -> str:
         """The figures against the bar."""
-        verdict = "reached" if self.more_secs <= MOST_MORE_SECS else "MISSED"
         repeats = len(self.list_secs)
+        outcome = verdict(self.more_secs, MOST_MORE_SECS)
         return "\n".join(
             [
                 f"{self.checkpoints} checkpoints, each {self.tensors} tensors; medians of {repeats}:",
                 f"  bare interpreter {median(self.bare_secs) * 1e3:6.0f} ms",
                 f"  list             {median(self.list_secs) * 1e3:6.0f} ms; "
-                f"{self.more_secs * 1e3:.0f} ms more, at most {MOST_MORE_SECS * 1e3:g} ms: {verdict}",
+                f"{self.more_secs * 1e3:.0f} ms more, at most {MOST_MORE_SECS * 1e3:g} ms: {outcome}",
             ]
         )
 
@@ -119,11 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tensors", type=int, default=592, help="in each (default: %(default)s, GPT-2 124M with AdamW)"
     )
     parser.add_argument("--repeats", type=int, default=9, help="runs that are timed (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of the order")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs/bench"), help="where to save (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    add_common_flags(parser)
     return parser
 
 

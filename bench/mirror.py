@@ -30,6 +30,7 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 
 from bench.document import write_document  # noqa: E402
+from bench.program import add_common_flags  # noqa: E402
 from engine import Checkpointer  # noqa: E402
 from engine.mirror import uploader  # noqa: E402
 from engine.mirror.uploader import at_most  # noqa: E402
@@ -161,11 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mb_per_sec", type=float, default=5.0, help="what the mirror takes (default: 5)")
     parser.add_argument("--saves", type=int, default=5, help="saves of a block that count (default: 5)")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of blocks (default: 7)")
-    parser.add_argument("--seed", type=int, default=1, help="of the order")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs/bench"), help="on the disk to measure (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    add_common_flags(parser, dir_help="on the disk to measure")
     return parser
 
 

@@ -21,10 +21,7 @@ RAW_WINDOWS = 2
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to measure: a training window or an idle save of a row, or one pass of a floor.
-
-    The floor `RAW` is a window, too.
-    """
+    """One thing to measure: a training window or an idle save of a row, or one pass of a floor."""
 
     kind: Kind
     row: str
@@ -36,7 +33,7 @@ def order_of(rows: Sequence[str], repeat: int, seed: int) -> list[Item]:
     items = [Item("window", NONE, repeat)] * NONE_WINDOWS
     items += [Item(kind, row, repeat) for row in rows for kind in ("window", "idle")]
     items += [Item("floor", "copy", repeat)] * COPY_PASSES + [Item("floor", "write", repeat)] * WRITE_PASSES
-    items += [Item("floor", RAW, repeat)] * RAW_WINDOWS
+    items += [Item("window", RAW, repeat)] * RAW_WINDOWS
     random.Random(f"{seed}/{repeat}").shuffle(items)
     return items
 

@@ -60,7 +60,6 @@ class Session:
         self.directory = directory
         self.measured = Measurements()
         self.rows: dict[str, Row] = {}
-        self._raw: Row | None = None
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Facts] = {}
 
@@ -78,15 +77,16 @@ class Session:
         )
         self._describe(training)
         floors = self._floors(training)
-        self._raw = Row(RAW, RawWrite(self._context(training, "raw"), floors), flushed=False)
+        self.rows[RAW] = Row(RAW, RawWrite(self._context(training, "raw"), floors), flushed=False)
         threads = thread_ids()
         training_bytes = training_memory(training, _MEMORY_STEPS)
         self.say(f"one rank writes {floors.rank_bytes / 1e9:.3f} GB; opening the modes")
         for name in options.modes:
             self._open(name, training, training_bytes, floors.rank_bytes)
         cpu = CpuMeter(threads)
+        modes = [name for name in self.rows if name != RAW]
         for repeat in range(options.repeats):
-            for item in order_of(list(self.rows), repeat, options.seed):
+            for item in order_of(modes, repeat, options.seed):
                 self._measure(item, training, floors, cpu)
         for mode in {id(row.mode): row.mode for row in self.rows.values()}.values():
             self._close(mode)
@@ -181,13 +181,13 @@ class Session:
         """Take one measurement and gather it; raises on every rank where its save failed on one."""
         measured, timeout_secs = self.measured, self.options.timeout_secs
         label = f"[{item.repeat + 1}/{self.options.repeats}] {item.row}"
-        if item.kind == "floor" and item.row != RAW:
+        if item.kind == "floor":
             one = floors.copy(item.repeat) if item.row == "copy" else floors.write(item.repeat)
             floor = slowest_floor(ranks.gather(one))
             measured.floors.append(floor)
             self.say(f"{label}, floor: {floor.secs:.3f} s")
             return None
-        row = self._raw if item.row == RAW else self.rows.get(item.row)
+        row = self.rows.get(item.row)
         if item.kind == "idle":
             assert row is not None
             idle, save = run_idle(training, row, item.repeat, cpu, timeout_secs)

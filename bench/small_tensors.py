@@ -25,6 +25,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 from bench.document import write_document  # noqa: E402
+from bench.program import add_common_flags, verdict  # noqa: E402
 
 VERSION = 1
 """Of the document that `--json` writes."""
@@ -64,9 +65,9 @@ class Result:
                 f"  plain copy   {copy * 1e3:8.2f} ms",
                 f"  save         {save * 1e3:8.2f} ms; at most {self.limit_secs * 1e3:.2f} ms "
                 f"({MOST_TIMES_COPY:g} x the copy + {MOST_MORE_SECS * 1e3:g} ms): "
-                + _verdict(save, self.limit_secs),
+                + verdict(save, self.limit_secs),
                 f"  identity     {look * 1e6:8.3f} us a tensor; at most {MOST_LOOK_SECS * 1e6:g} us: "
-                f"{_verdict(look, MOST_LOOK_SECS)}",
+                f"{verdict(look, MOST_LOOK_SECS)}",
             ]
         )
 
@@ -119,10 +120,6 @@ def measure(options: argparse.Namespace) -> Result:
     return result
 
 
-def _verdict(value: float, limit: float) -> str:
-    return "reached" if value <= limit else "MISSED"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="small_tensors", description="What `save` costs where the state is many small tensors."
@@ -130,11 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensors", type=int, default=10_000, help="how many (default: 10,000)")
     parser.add_argument("--bytes", type=int, default=4096, help="size of each (default: 4096)")
     parser.add_argument("--repeats", type=int, default=15, help="saves that are timed (default: 15)")
-    parser.add_argument("--seed", type=int, default=1, help="of the order")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("runs/bench"), help="where to save (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    add_common_flags(parser)
     return parser
 
 

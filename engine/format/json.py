@@ -50,9 +50,7 @@ def parse_canonical(raw: bytes, *, what: str, max_bytes: int = MAX_BYTES, max_de
     """
     value, has_long_numbers = _parse(raw, what, max_bytes, max_depth, None)
     try:
-        if has_long_numbers:
-            _check(value, "", MAX_DEPTH)
-        again = _spell(value)
+        again = canonical_bytes(value) if has_long_numbers else _spell(value)
     except ValueError as error:
         fault = _fault(value, error)
         raise DamagedError(f"{what} holds a value that the format does not allow: {fault}") from None

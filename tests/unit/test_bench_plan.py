@@ -17,7 +17,7 @@ def test_a_repeat_measures_everything() -> None:
         ("window", "none"): NONE_WINDOWS,
         ("floor", "copy"): COPY_PASSES,
         ("floor", "write"): WRITE_PASSES,
-        ("floor", "raw write"): RAW_WINDOWS,
+        ("window", "raw write"): RAW_WINDOWS,
         **{(kind, row): 1 for kind in ("window", "idle") for row in ROWS},
     }
 

@@ -1,0 +1,20 @@
+"""What the small benchmarks have in common: their last flags, and the word for a figure beside its bar."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_common_flags(parser: argparse.ArgumentParser, *, dir_help: str = "where to save") -> None:
+    """`--seed`, `--dir` and `--json`, which mean the same in each."""
+    parser.add_argument("--seed", type=int, default=1, help="of the order")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("runs/bench"), help=f"{dir_help} (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+
+
+def verdict(value: float, limit: float) -> str:
+    """Whether the figure is at most its limit."""
+    return "reached" if value <= limit else "MISSED"
