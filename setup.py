@@ -1,17 +1,21 @@
 """What pyproject.toml cannot say in every setuptools: the loops in C, and that they are optional."""
 
+import platform
+
 from setuptools import Extension, setup
 
-setup(
-    ext_modules=[
-        Extension(
-            # No Python module: engine/native/kernels.py opens it with ctypes.
-            "engine.native._kernels",
-            sources=["engine/native/kernels.c"],
-            depends=["engine/native/xxhash.h"],
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
-            extra_link_args=["-pthread"],
-            optional=True,
-        )
-    ]
-)
+
+def loops(name: str, *flags: str) -> Extension:
+    """One build of them. No Python module: engine/native/kernels.py opens it with ctypes."""
+    return Extension(
+        f"engine.native._{name}",
+        sources=[f"engine/native/{name}.c"],
+        depends=["engine/native/kernels.c", "engine/native/xxhash.h"],
+        extra_compile_args=["-O3", "-fvisibility=hidden", *flags],
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+
+
+wide = [loops("kernels_avx2", "-mavx2")] if platform.machine() in ("x86_64", "AMD64") else []
+setup(ext_modules=[loops("kernels"), *wide])

@@ -55,7 +55,7 @@ class Chunk:
                 f" for {len(self.shape)} dimensions"
             )
         for offset, size, extent in zip(self.offsets, self.sizes, self.shape, strict=True):
-            if not (is_int(offset) and is_int(size) and min(offset, size) >= 0 and offset + size <= extent):
+            if not (is_int(offset) and is_int(size) and 0 <= offset <= offset + size <= extent):
                 raise ValueError(
                     f"chunk of {self.name!r}: offsets {self.offsets} and sizes {self.sizes}"
                     f" leave the shape {self.shape}"

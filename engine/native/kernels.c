@@ -19,7 +19,16 @@
 #define PUBLIC __attribute__((visibility("default")))
 
 /* Raised with every change of a signature below: a library that was built from older source is not used. */
-PUBLIC int holdfast_version(void) { return 3; }
+PUBLIC int holdfast_version(void) { return 4; }
+
+/* Whether this processor runs what kernels_avx2.c is built to. */
+PUBLIC int holdfast_runs_avx2(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") != 0;
+#else
+    return 0;
+#endif
+}
 
 enum { LINE_BYTES = 64, MAX_THREADS = 64, STEP_BYTES = 256 << 10, PIECE_BYTES = 4096, TURN_BLOCKS = 16 };
 

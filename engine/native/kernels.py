@@ -18,15 +18,24 @@ Buffer = bytes | bytearray | memoryview
 Run = tuple[int, int, int]
 """(address to copy to, address to copy from, bytes)."""
 
-SOURCE_VERSION = 3
+SOURCE_VERSION = 4
 """What `holdfast_version` in kernels.c answers."""
 
 _DIGEST_BYTES = 8
 
 
 def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
-    """The library beside this file, or None and the reason: it was not built, or from other source."""
-    built = [path for suffix in EXTENSION_SUFFIXES if (path := directory / f"_kernels{suffix}").exists()]
+    """The fastest library in `directory` that this processor runs, or None and why there is none."""
+    found, reason = _open(directory, "_kernels")
+    if found is not None and found.holdfast_runs_avx2():
+        wide, _ = _open(directory, "_kernels_avx2")
+        return wide or found, ""
+    return found, reason
+
+
+def _open(directory: Path, name: str) -> tuple[ctypes.CDLL | None, str]:
+    """One library, or None and the reason: it was not built, or from other source."""
+    built = [path for suffix in EXTENSION_SUFFIXES if (path := directory / f"{name}{suffix}").exists()]
     if not built:
         return None, "they were not built: install Holdfast again where there is a C compiler"
     try:
@@ -36,6 +45,11 @@ def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{built[0]} cannot be loaded ({error}): install Holdfast again"
     if version != SOURCE_VERSION:
         return None, f"{built[0]} was built from other source (version {version}): install Holdfast again"
+    _declare(found)
+    return found, ""
+
+
+def _declare(found: ctypes.CDLL) -> None:
     pointer, size, number = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
     found.holdfast_fill.argtypes = (
         *(pointer, size, size, size),
@@ -48,7 +62,6 @@ def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
     found.holdfast_scatter.restype = None
     found.holdfast_read_at_hand.argtypes = (number, size, pointer, size, size, pointer)
     found.holdfast_read_at_hand.restype = ctypes.c_int64
-    return found, ""
 
 
 library, missing_because = load(Path(__file__).parent)

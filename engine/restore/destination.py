@@ -183,7 +183,7 @@ class Destination:
         return lines
 
     def _prepare_optimizers(self) -> None:
-        self._capture.refresh()
+        self._capture.make_ready()
         saved = {*self._manifest.tensors, *self._manifest.aliases}
         for key, capture in self._optimizers():
             absent = self._without_state[key] = optimizers.parameters_without_state(

@@ -83,6 +83,10 @@ def cut_slice(
     while dim > 0 and lengths[dim] == sizes[dim]:
         dim -= 1
     run_bytes = math.prod(lengths[dim:]) * itemsize
+    if contiguous and dim == 0:
+        first = begin + offsets[0] * math.prod(sizes[1:]) * itemsize
+        yield Piece(number, first, first + run_bytes, flat=True)
+        return
     if contiguous and (math.prod(lengths[:dim]) == 1 or run_bytes >= LEAST_RUN_BYTES):
         yield from _flat_pieces(number, begin, sizes, offsets, lengths, dim, itemsize)
         return

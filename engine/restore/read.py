@@ -25,11 +25,25 @@ from engine.restore.window import WindowLoader
 from engine.storage.base import Reader, Storage
 from engine.storage.pages import map_pages
 
-LOCAL_PACE = (2, WINDOW_BYTES)
-"""Threads, and the bytes of a window. Larger windows leave the processor's caches before they are copied out
-(16 MiB: cold restores took 15 % longer, warm ones 13 %); more threads gained nothing."""
 
-STORE_PACE = (8, WINDOW_BYTES)
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many windows of a file are held in memory at a time, and how many of them are being read.
+
+    Threads beyond the requests begin when one has had to wait: what is at hand takes no more of them.
+    """
+
+    threads: int
+    requests: int
+    window_bytes: int = WINDOW_BYTES
+
+
+LOCAL_PACE = Pace(threads=4, requests=2)
+"""Two requests keep a disk busy, while other threads digest and copy out what came before: see DECISIONS 33.
+Larger windows leave the processor's caches before they are copied out (16 MiB: cold restores took 15 %
+longer, warm ones 13 %)."""
+
+STORE_PACE = Pace(threads=8, requests=8)
 """A store answers each read after a round trip, and gives one connection a part of the line only."""
 
 Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tuple[ShardFile, PlacedChunk]]]
@@ -49,30 +63,32 @@ def read_slices(
     slices: Sequence[Slice],
     places: Located,
     *,
-    threads: int = LOCAL_PACE[0],
-    window_bytes: int = WINDOW_BYTES,
+    pace: Pace = LOCAL_PACE,
 ) -> ReadStats:
     """Fill every slice's destination.
 
     Args:
         directory: the checkpoint's directory in `storage`.
         places: for each tensor name its chunks, by their number when the slices were planned.
-        threads, window_bytes: how many windows of a file are held in memory at a time, and their size.
     Raises: DamagedError naming file, block, expected and found digest; StorageError. Destinations are
         then partly filled.
     """
-    files, pieces = _by_file(slices, places, window_bytes)
+    files, pieces = _by_file(slices, places, pace.window_bytes)
     plan = [
         (name, window)
         for name, shard in files.items()
-        for window in group(pieces[name], shard.block_bytes, shard.file_bytes, window_bytes)
+        for window in group(pieces[name], shard.block_bytes, shard.file_bytes, pace.window_bytes)
     ]
     with ExitStack() as stack:
         readers = {name: stack.enter_context(storage.open_reader(f"{directory}/{name}")) for name in files}
         for name, shard in files.items():
             _check_size(storage, directory, readers[name], shard)
-        loader = WindowLoader(storage, directory, slices, files, readers)
-        _run(loader, plan, threads, window_bytes)
+        loader = WindowLoader(
+            *(storage, directory, slices, files, readers),
+            turns=threading.Semaphore(pace.requests),
+            waited=threading.Event(),
+        )
+        _run(loader, plan, pace)
     return ReadStats(
         sum(window.end - window.begin for _, window in plan),
         sum(item.to.numel() * item.to.element_size() for item in slices),
@@ -110,7 +126,7 @@ def _check_size(storage: Storage, directory: str, reader: Reader, shard: ShardFi
         )
 
 
-def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], threads: int, window_bytes: int) -> None:
+def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], pace: Pace) -> None:
     """Work the windows off, in file order; the first failure stops the rest."""
     turn = iter(plan)
     lock = threading.Lock()
@@ -127,23 +143,27 @@ def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], threads: int,
     # From pinned memory a copy to a CUDA device takes no detour over another buffer.
     pinned = any(item.to.device.type == "cuda" for item in loader.slices)
 
-    def work() -> None:
-        buffer = _page_aligned(window_bytes, pinned)
+    def work(at_once: bool) -> None:
+        if not at_once:
+            loader.waited.wait()
+        buffer = torch.empty(0, dtype=torch.uint8)
         try:
             for name, window in next_window():
                 if buffer.numel() < window.end - window.begin:
-                    buffer = _page_aligned(window.end - window.begin, pinned)
+                    buffer = _page_aligned(max(pace.window_bytes, window.end - window.begin), pinned)
                 loader.load(name, window, buffer)
         except BaseException:
             stop.set()
             raise
+        finally:
+            loader.waited.set()
 
-    count = min(threads, len(plan))
+    count = min(pace.threads, len(plan))
     if count <= 1:
-        work()
+        work(True)
         return
     with ThreadPoolExecutor(count, thread_name_prefix="holdfast-read") as pool:
-        futures = [pool.submit(work) for _ in range(count)]
+        futures = [pool.submit(work, number < pace.requests) for number in range(count)]
         wait(futures, return_when=FIRST_EXCEPTION)
         for future in futures:
             future.result()

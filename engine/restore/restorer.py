@@ -162,8 +162,8 @@ class Restorer:
         stats: ReadStats | None = None
         problem: Exception | None = None
         try:
-            threads, window_bytes = LOCAL_PACE if storage.is_local else STORE_PACE
-            stats = read_slices(storage, name, slices, found, threads=threads, window_bytes=window_bytes)
+            pace = LOCAL_PACE if storage.is_local else STORE_PACE
+            stats = read_slices(storage, name, slices, found, pace=pace)
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
@@ -191,13 +191,15 @@ class Restorer:
     ) -> tuple[Destination, list[Slice], Located]:
         """Where everything lies and goes; returns when all ranks agree that it fits."""
         indexes = Indexes(storage, manifest, name)
+        self._read_ahead(indexes, manifest)
         chunks = self._chunks(key, storage, name, manifest, indexes)
         destination: Destination | None = None
         problem: Exception | None = None
         slices: list[Slice] = []
         found: Located = {}
         try:
-            places = places_of(indexes.every()) if chunks is None else read_description(manifest, chunks)
+            has_all = chunks is None or self.channel.rank == 0
+            places = places_of(indexes.every()) if has_all else read_description(manifest, chunks or "")
             destination = self._destination(manifest, indexes, wanted)
             destination.check(f"the checkpoint {storage.describe(name)}")
             slices, found = _plan(destination, manifest, places, indexes)
@@ -220,13 +222,13 @@ class Restorer:
 
     def _chunks(
         self, key: str, storage: Storage, name: str, manifest: Manifest, indexes: Indexes
-    ) -> dict[str, Any] | None:
+    ) -> str | None:
         """Where every chunk lies: rank 0 has read all indexes and says so.
 
         None: too long to say, or there is nobody to tell.
         """
 
-        def describe() -> dict[str, Any] | None:
+        def describe() -> str | None:
             try:
                 if self.channel.world_size == 1:
                     chunk_places(manifest, indexes.every())
@@ -238,10 +240,18 @@ class Restorer:
                     raise
                 raise problem from error
 
-        document: dict[str, Any] | None = rank0_decides(
-            self.channel, f"{key}/chunks", describe, self.timeout_secs
-        )
-        return document
+        text: str | None = rank0_decides(self.channel, f"{key}/chunks", describe, self.timeout_secs)
+        return text
+
+    def _read_ahead(self, indexes: Indexes, manifest: Manifest) -> None:
+        """While rank 0 reads all indexes, the others read those that they are likely to need."""
+        rank, world_size = self.channel.rank, self.channel.world_size
+        if rank == 0:
+            return
+        same_part = rank * manifest.world_size // world_size
+        for saved in {same_part} if manifest.world_size == world_size else {0, same_part}:
+            with contextlib.suppress(HoldfastError):  # it comes up again where it is needed
+                indexes.fetch([saved])
 
     def _destination(self, manifest: Manifest, indexes: Indexes, wanted: Wanted) -> Destination:
         if manifest.world_size != self.channel.world_size and self.capture.per_rank:

@@ -8,6 +8,7 @@ on their way: a bad one fails the restore before it reports success, but not bef
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,13 +29,19 @@ Gap = TypeVar("Gap", int, memoryview)
 
 @dataclass(frozen=True, slots=True)
 class WindowLoader:
-    """Loads windows; shared by the reader threads."""
+    """Loads windows; shared by the reader threads.
+
+    turns: how many of them may be waiting for the storage at a time.
+    waited: set once one had to.
+    """
 
     storage: Storage
     directory: str
     slices: Sequence[Slice]
     files: Mapping[str, ShardFile]
     readers: Mapping[str, Reader]
+    turns: threading.Semaphore
+    waited: threading.Event
 
     def load(self, name: str, window: Window, buffer: torch.Tensor) -> None:
         """Read, verify, and put in place. `buffer` has room for the window.
@@ -44,8 +51,12 @@ class WindowLoader:
         raw = buffer[: window.end - window.begin]
         chosen: Sequence[Piece]
         chosen = straight(window.pieces, lambda piece: self.slices[piece.slice].to.device.type == "cpu")
-        if not (chosen and self._read_at_hand(name, window, chosen, raw)):
-            self.readers[name].read_into(window.begin, _bytes_of(raw))
+        with self.turns:
+            at_hand = bool(chosen) and self._read_at_hand(name, window, chosen, raw)
+            if not at_hand:
+                self.waited.set()
+                self.readers[name].read_into(window.begin, _bytes_of(raw))
+        if not at_hand:
             chosen = self._copy_straight(name, window, chosen, raw)
         placed = {id(piece) for piece in chosen}
         for piece in window.pieces:

@@ -94,9 +94,7 @@ class StateCapture:
 
     def _capture_fixed(self) -> Captured:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""
-        unchanged = not self._walked_since
-        unchanged = unchanged and all(module.unchanged() for module in self._modules.values())
-        if unchanged and all(optimizer.unchanged() for optimizer in self._optimizers.values()):
+        if not self._walked_since and self._unchanged():
             return self._fixed
         self.refresh()
         tensors, aliases = self.fixed_tensors()
@@ -110,6 +108,17 @@ class StateCapture:
         )
         self._walked_since = False
         return self._fixed
+
+    def make_ready(self) -> None:
+        """See that modules and optimizers are as last walked, and can be written into."""
+        walked = len(self._modules) + len(self._optimizers) > 0
+        if walked and self._unchanged() and all(module.sharded_now for module in self._modules.values()):
+            return
+        self.refresh()
+
+    def _unchanged(self) -> bool:
+        modules = all(module.unchanged() for module in self._modules.values())
+        return modules and all(optimizer.unchanged() for optimizer in self._optimizers.values())
 
     def refresh(self) -> None:
         """Walk every module and optimizer anew."""

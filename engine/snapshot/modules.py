@@ -53,7 +53,8 @@ class ModuleCapture:
         """Whether the same tensors stand in the same places: one pass of identity checks.
 
         FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
-        back to the same DTensor, whose memory is what was captured.
+        back to the same DTensor, whose memory is what was captured. That is enough for a save; what is to be
+        written into has to be `sharded_now` besides.
         """
         if self._extra or any(len(holder) != size for holder, size in self._sizes):
             return False
@@ -69,6 +70,13 @@ class ModuleCapture:
                 if pointer_of(seen) != pointer:
                     return False
         return True
+
+    @property
+    def sharded_now(self) -> bool:
+        """Whether no parameter has been swapped for another tensor since: FSDP2's unsharded ones are copies,
+        and would go on being used.
+        """
+        return all(holder.get(name) is seen for holder, name, seen, _ in self._slots)
 
     def collect_values(self, captured: Captured) -> None:
         """Add this module's extra state: what of its state dict is not a tensor."""

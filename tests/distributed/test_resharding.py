@@ -11,10 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Checkpointer
+from engine.dcp import load
+from engine.dcp.load import Slice, plan_slices
+from engine.format.layout import Chunk
+from engine.format.manifest import TensorInfo
 from engine.storage.local import LocalStorage
 from tests.support.carrier import every_nth_row
 from tests.support.ranks import Ranks
@@ -208,6 +212,74 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     how: str, world_size: int, world: World, tmp_path: Path
 ) -> None:
     assert world(world_size).run(go_on, how, str(tmp_path)) == [[]] * world_size
+
+
+def roll_back(rank: int, world_size: int, how: str, directory: str) -> list[str]:
+    """Back to a checkpoint in the middle of training, right after an evaluation."""
+    network, optimizer = spread(how, 1, world_size)
+    with Checkpointer(directory, state_of(network, optimizer)) as checkpointer:
+        train(network, optimizer, 2)
+        checkpointer.save(2).result(60)
+        losses = train(network, optimizer, 3)
+        network.eval()
+        with torch.no_grad():
+            network(torch.arange(8))
+        network.train()
+        checkpointer.restore("latest")
+        again = train(network, optimizer, 3)
+    return [] if again == losses else [f"losses {again} instead of {losses}"]
+
+
+@pytest.mark.parametrize(("how", "world_size"), [("fsdp", 2), ("hsdp", 4), ("ddp", 2)])
+def test_a_roll_back_after_an_evaluation(how: str, world_size: int, world: World, tmp_path: Path) -> None:
+    """Full parameters that FSDP2 has left in place would go on being used."""
+    assert world(world_size).run(roll_back, how, str(tmp_path)) == [[]] * world_size
+
+
+GRID = {(0, 0): (3, 5), (3, 0): (4, 2), (3, 2): (4, 3)}
+"""Where the chunks of a [7, 5] tensor begin, and their sizes."""
+
+
+def plans(rank: int, world_size: int) -> tuple[list[Any], list[Any], int]:
+    """(our plan, DCP's own, how often DCP was asked for a shard) for many tensors of few kinds."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("one", "two"))
+    some = [Replicate(), Shard(0), Shard(1)]
+    tensors = {
+        f"{number} {one} {two}": distribute_tensor(torch.zeros(7, 5), mesh, [one, two])
+        for number in range(3)
+        for one in some
+        for two in some
+    }
+    tensors["scalar"] = distribute_tensor(torch.zeros(()), mesh, [Replicate(), Replicate()])
+    infos = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    chunks = {
+        name: [Chunk(name, "F32", (7, 5), *box) for box in GRID.items()]
+        if tensor.ndim
+        else [Chunk(name, "F32", (), (), ())]
+        for name, tensor in tensors.items()
+    }
+    asked, real = [], DTensor.__create_chunk_list__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "__create_chunk_list__", lambda self: asked.append(1) or real(self))
+        ours = plan_slices(tensors, infos, chunks)
+        count = len(asked)
+        patch.setattr(load._Shards, "slices", lambda *_: [])
+        theirs = plan_slices(tensors, infos, chunks)
+    return [described(item) for item in ours], [described(item) for item in theirs], count
+
+
+def described(item: Slice) -> tuple[Any, ...]:
+    to = item.to
+    memory = (to.data_ptr(), tuple(to.shape), to.stride()) if to.numel() else ()
+    return item.name, item.chunk, item.offsets, item.lengths, memory
+
+
+def test_shards_are_planned_as_dcp_plans_them(world: World) -> None:
+    """Its planner is asked for each kind of shard once, and what follows is the same."""
+    for ours, theirs, asked in world(4).run(plans):
+        assert sorted(ours) == sorted(theirs)
+        assert len({name for name, *_ in ours}) > 20
+        assert asked == 10
 
 
 def bytes_written(rank: int, world_size: int, how: str, directory: str) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,52 @@ DATA = np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8)
 
 compiled = pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
 
+HERE = Path(kernels.__file__).parent
+NARROW, WIDE = (kernels._open(HERE, name)[0] for name in ("_kernels", "_kernels_avx2"))
+USABLE = [NARROW] if NARROW is None or not NARROW.holdfast_runs_avx2() else [NARROW, WIDE]
+
+
+@pytest.fixture(params=USABLE, ids=["any processor", "AVX2"][: len(USABLE)], scope="module", autouse=True)
+def build(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test is for every build that this processor runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", request.param)
+        yield
+
 
 def test_they_are_there_where_there_is_a_compiler() -> None:
     """Or this suite would quietly test the slower way alone."""
     if shutil.which("cc") or shutil.which("gcc"):
         assert kernels.library is not None, kernels.missing_because
+        assert WIDE is not None or platform.machine() != "x86_64"
+
+
+SYMBOLS = ("fill", "block_digests", "scatter", "read_at_hand")
+
+
+@pytest.mark.parametrize(
+    ("runs", "wide_version", "chosen"),
+    [
+        (1, kernels.SOURCE_VERSION, "_kernels_avx2"),
+        (0, kernels.SOURCE_VERSION, "_kernels"),
+        (1, 1, "_kernels"),
+    ],
+)
+@compiled
+def test_the_wide_build_is_chosen_where_the_processor_runs_it(
+    tmp_path: Path, runs: int, wide_version: int, chosen: str
+) -> None:
+    for name, version in (("_kernels", kernels.SOURCE_VERSION), ("_kernels_avx2", wide_version)):
+        functions = "".join(f"void holdfast_{symbol}(void) {{}}" for symbol in SYMBOLS)
+        compile_at(
+            library_at(tmp_path, name),
+            f"int holdfast_version(void) {{ return {version}; }}"
+            f"int holdfast_runs_avx2(void) {{ return {runs}; }} {functions}",
+        )
+    found, reason = kernels.load(tmp_path)
+    assert found is not None
+    assert Path(found._name) == library_at(tmp_path, chosen)
+    assert reason == ""
 
 
 def page_aligned(size: int) -> np.ndarray:
@@ -211,16 +253,19 @@ def test_what_cannot_be_loaded_is_not_used(tmp_path: Path) -> None:
     [("int holdfast_version(void) { return 999; }", "version 999"), ("int other;", "cannot be loaded")],
 )
 def test_what_was_built_from_other_source_is_not_used(tmp_path: Path, source: str, sentence: str) -> None:
-    file = library_at(tmp_path)
-    (tmp_path / "other.c").write_text(source)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", file, tmp_path / "other.c"], check=True)
+    compile_at(library_at(tmp_path), source)
     found, reason = kernels.load(tmp_path)
     assert found is None
     assert sentence in reason
 
 
-def library_at(folder: Path) -> Path:
-    return folder / f"_kernels{kernels.EXTENSION_SUFFIXES[0]}"
+def library_at(folder: Path, name: str = "_kernels") -> Path:
+    return folder / f"{name}{kernels.EXTENSION_SUFFIXES[0]}"
+
+
+def compile_at(file: Path, source: str) -> None:
+    file.with_suffix(".c").write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", file, file.with_suffix(".c")], check=True)
 
 
 def test_an_installation_without_a_compiler_succeeds() -> None:

@@ -10,7 +10,6 @@ import pytest
 from engine import Checkpointer
 from engine.catalog.listing import read_manifest
 from engine.errors import DamagedError, NotFoundError
-from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import Manifest
 from engine.restore import places as places_module
 from engine.restore.places import Indexes, Locals, chunk_places, describe_chunks, places_of, read_description
@@ -70,7 +69,7 @@ def test_what_rank_0_tells_is_what_it_has_read(three: tuple[Counting, Manifest])
     indexes = Indexes(storage, manifest, manifest.id).every()
     document = describe_chunks(manifest, indexes)
     assert document is not None
-    told = read_description(manifest, parse_canonical(canonical_bytes(document), what="the chunks"))
+    told = read_description(manifest, document)
     assert told == places_of(indexes)
     for name, found in chunk_places(manifest, indexes).items():
         assert [(place.file, place.placed) for place in told[name]] == [(s.file, p) for s, p in found]

@@ -6,6 +6,7 @@ import threading
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from engine.format.index import ShardFile
 from engine.format.layout import Chunk, PlacedChunk, plan_files
 from engine.format.manifest import TensorInfo
 from engine.restore import read as read_module
-from engine.restore.pieces import WINDOW_BYTES
-from engine.restore.read import ReadStats, read_slices
+from engine.restore.pieces import WINDOW_BYTES, Piece, Window
+from engine.restore.read import Pace, ReadStats, read_slices
+from engine.restore.window import WindowLoader
 from engine.storage.base import Reader
 from engine.storage.local import LocalStorage
+from engine.storage.reading import LocalReader
 from tests.support.boxes import box, shards, whole
 from tests.support.damage import flip_byte
 
@@ -64,7 +67,8 @@ class Saved:
         return plan_slices(wanted, infos, chunks)
 
     def read(self, wanted: dict[str, torch.Tensor], threads: int = 2) -> ReadStats:
-        return read_slices(self.storage, "step", self.slices(wanted), self.places, threads=threads)
+        pace = Pace(threads, threads)
+        return read_slices(self.storage, "step", self.slices(wanted), self.places, pace=pace)
 
 
 def blank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -218,10 +222,99 @@ class Flaky(LocalStorage):
 def test_a_read_that_fails_stops_all_and_closes_everything(fail_at: int, threads: int, saved: Saved) -> None:
     storage = Flaky(saved.root, fail_at)
     before = threading.active_count()
+    slices, pace = saved.slices(blank(saved.tensors)), Pace(threads, threads)
     with pytest.raises(StorageUnavailableError, match="down"):
-        read_slices(storage, "step", saved.slices(blank(saved.tensors)), saved.places, threads=threads)
+        read_slices(storage, "step", slices, saved.places, pace=pace)
     assert sorted(storage.closed) == sorted(storage.opened)
     assert threading.active_count() == before
+
+
+SMALL_WINDOWS = 256 << 10
+
+
+def test_what_is_at_hand_takes_no_more_threads_than_requests(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes cores and nothing else: more threads would be in each other's way."""
+    at_work = set()
+
+    def here(loader: WindowLoader, *args: Any) -> bool:
+        at_work.add(threading.current_thread())
+        return fill(loader, *args)
+
+    monkeypatch.setattr(WindowLoader, "_read_at_hand", here)
+    wanted = blank({"large": saved.tensors["large"]})
+    read_slices(saved.storage, "step", saved.slices(wanted), saved.places, pace=Pace(20, 1, SMALL_WINDOWS))
+    assert equal(wanted, {"large": saved.tensors["large"]})
+    assert len(at_work) == 1
+
+
+def fill(loader: WindowLoader, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
+    loader.readers[name].read_into(window.begin, memoryview(raw.numpy()))
+    loader._copy_straight(name, window, chosen, raw)
+    return True
+
+
+def test_the_disk_is_read_while_others_digest_and_copy(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two windows are not copied before the next two are being read."""
+    begun, copied = threading.Semaphore(0), iter([3, 1])
+    into, copy = LocalReader.read_into, WindowLoader._copy_straight
+
+    def read_into(reader: LocalReader, offset: int, view: memoryview) -> None:
+        begun.release()
+        into(reader, offset, view)
+
+    def copy_straight(loader: WindowLoader, *args: Any) -> Sequence[Piece]:
+        for _ in range(next(copied, 0)):
+            assert begun.acquire(timeout=60), "nobody reads meanwhile"
+        return copy(loader, *args)
+
+    monkeypatch.setattr(LocalReader, "read_into", read_into)
+    monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
+    monkeypatch.setattr(WindowLoader, "_read_at_hand", lambda *_: False)
+    wanted = blank({"large": saved.tensors["large"]})
+    read_slices(saved.storage, "step", saved.slices(wanted), saved.places, pace=Pace(4, 2, SMALL_WINDOWS))
+    assert equal(wanted, {"large": saved.tensors["large"]})
+
+
+def test_only_so_many_wait_for_the_disk_at_a_time(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is read in its turn, and digested and copied out of it."""
+    inside: set[threading.Thread] = set()
+    counts: list[int] = []
+
+    class Turns(threading.Semaphore):
+        def __init__(self, count: int = 1) -> None:
+            super().__init__(count)
+            counts.append(count)
+
+        def __enter__(self) -> bool:
+            inside.add(threading.current_thread())
+            return self.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            inside.discard(threading.current_thread())
+            self.release()
+
+    reads, copies = [], []
+    into, copy = LocalReader.read_into, WindowLoader._copy_straight
+
+    def read_into(reader: LocalReader, offset: int, view: memoryview) -> None:
+        reads.append(threading.current_thread() in inside)
+        into(reader, offset, view)
+
+    def copy_straight(loader: WindowLoader, *args: Any) -> Sequence[Piece]:
+        copies.append(threading.current_thread() in inside)
+        return copy(loader, *args)
+
+    monkeypatch.setattr(read_module.threading, "Semaphore", Turns)
+    monkeypatch.setattr(LocalReader, "read_into", read_into)
+    monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
+    monkeypatch.setattr(WindowLoader, "_read_at_hand", lambda *_: False)
+    pace = Pace(4, 3, SMALL_WINDOWS)
+    read_slices(saved.storage, "step", saved.slices(blank(saved.tensors)), saved.places, pace=pace)
+    assert 3 in counts
+    assert set(reads) == {True}
+    assert set(copies) == {False}
 
 
 def test_memory_above_the_destinations_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +329,7 @@ def test_memory_above_the_destinations_stays_bounded(tmp_path: Path, monkeypatch
     wanted = torch.zeros(9000, 10)
     tracemalloc.start()
     stats = read_slices(
-        saved.storage, "step", [Slice("t", 0, (0, 500), (9000, 10), wanted)], saved.places, threads=2
+        saved.storage, "step", [Slice("t", 0, (0, 500), (9000, 10), wanted)], saved.places, pace=Pace(2, 2)
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -11,7 +11,7 @@ import torch
 
 from engine import Checkpointer
 from engine.restore import restorer
-from engine.restore.read import LOCAL_PACE, STORE_PACE
+from engine.restore.read import LOCAL_PACE, STORE_PACE, Pace
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -19,12 +19,12 @@ def test_a_store_is_read_by_more_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
     directory = f"memory://{uuid.uuid4()}/run" if remote else str(tmp_path)
-    asked: list[tuple[int, int]] = []
+    asked: list[Pace] = []
     real = restorer.read_slices
 
-    def noting(*args: Any, threads: int, window_bytes: int) -> Any:
-        asked.append((threads, window_bytes))
-        return real(*args, threads=threads, window_bytes=window_bytes)
+    def noting(*args: Any, pace: Pace) -> Any:
+        asked.append(pace)
+        return real(*args, pace=pace)
 
     monkeypatch.setattr(restorer, "read_slices", noting)
     weights = torch.arange(1000.0)
@@ -35,4 +35,4 @@ def test_a_store_is_read_by_more_threads(
         reading.restore()
     assert torch.equal(target["w"], weights)
     assert asked == [STORE_PACE if remote else LOCAL_PACE]
-    assert asked[0][0] * asked[0][1] <= 32 << 20, "what a rank may hold above its tensors"
+    assert asked[0].threads * asked[0].window_bytes <= 32 << 20, "what a rank may hold above its tensors"

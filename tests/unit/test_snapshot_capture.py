@@ -390,6 +390,24 @@ def test_a_walk_in_between_does_not_hide_a_change() -> None:
     assert len(live(second, "optimizer.")) == 12
 
 
+def test_what_has_not_changed_is_not_walked_again_to_be_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    capture = StateCapture({"model": model, "optimizer": optimizer}, (), 0)
+    walks: list[object] = []
+    real = modules.get_model_state_dict
+    monkeypatch.setattr(modules, "get_model_state_dict", lambda module: walks.append(module) or real(module))
+    capture.make_ready()
+    capture.make_ready()
+    assert len(walks) == 1
+    train(model, optimizer)
+    capture.make_ready()
+    assert len(walks) == 2, "the optimizer has its state now"
+    model.first.weight = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(UnsavableValueError, match="no module with this optimizer's parameters"):
+        capture.make_ready()
+
+
 def test_an_optimizer_that_makes_its_state_at_the_first_step_is_noticed() -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
