@@ -18,6 +18,9 @@ Buffer = bytes | bytearray | memoryview
 Run = tuple[int, int, int]
 """(address to copy to, address to copy from, bytes)."""
 
+Place = tuple[int, int]
+"""(address, bytes) of memory to fill, which the caller keeps where it is. Address 0: filled nowhere."""
+
 SOURCE_VERSION = 4
 """What `holdfast_version` in kernels.c answers."""
 
@@ -113,57 +116,59 @@ def block_digests(view: Buffer, block_bytes: int) -> bytes:
     return digests.raw
 
 
-def scatter(view: memoryview, places: Sequence[memoryview | int], block_bytes: int) -> bytes:
+def scatter(view: memoryview, places: Sequence[Place], block_bytes: int) -> bytes:
     """Copy a contiguous view into places, one after the other; returns its digests as `block_digests` does.
 
-    Only with `library`. A place is a writable view, or a number of bytes that are copied nowhere. Together
-    they are as long as the view, and none overlaps it.
+    Only with `library`. Together the places are as long as the view, and none overlaps it.
     """
     assert library is not None
     assert block_bytes > 0
-    table, total_bytes, held = _table(places)
+    table, total_bytes = _table(places)
     assert total_bytes == len(view)
     digests = ctypes.create_string_buffer(-(-total_bytes // block_bytes) * _DIGEST_BYTES)
     if total_bytes:
-        source = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        source, _ = place_of(view)
         library.holdfast_scatter(source, table.buffer_info()[0], total_bytes, block_bytes, digests)
-    del held
     return digests.raw
 
 
-def read_at_hand(fd: int, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
-    """Fill writable views, one after the other, from byte `offset` with what the page cache holds.
+def read_at_hand(fd: int, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
+    """Fill places, one after the other, from byte `offset` with what the page cache holds.
 
     Only with `library`. Returns the bytes filled, all or whole blocks, and their digests, as `block_digests`
-    of the joined views gives them.
+    of the joined places gives them.
     Raises: OSError; EOPNOTSUPP where reads cannot be told not to wait, and for blocks above 256 KiB.
     """
     assert library is not None
     assert block_bytes > 0
-    table, total_bytes, held = _table(views)
+    table, total_bytes = _table(places)
     digests = ctypes.create_string_buffer(-(-total_bytes // block_bytes) * _DIGEST_BYTES)
     count = library.holdfast_read_at_hand(
         fd, offset, table.buffer_info()[0], total_bytes, block_bytes, digests
     )
-    del held
     if count < 0:
         raise OSError(-count, os.strerror(-count))
     return count, digests.raw[: -(-count // block_bytes) * _DIGEST_BYTES]
 
 
-def _table(places: Sequence[memoryview | int]) -> tuple[array[int], int, list[ctypes.c_char]]:
-    """(address, bytes) of each place, address 0 for a mere number; their sum; what keeps them there."""
+def place_of(view: memoryview) -> Place:
+    """Where the bytes of a writable contiguous view are."""
+    return (ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0), len(view)
+
+
+def view_of(place: Place) -> memoryview:
+    """The memory of a place that is somewhere."""
+    address, size = place
+    assert address
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def _table(places: Sequence[Place]) -> tuple[array[int], int]:
+    """The places that are not empty, as the loops take them, and the sum of their bytes."""
     table: array[int] = array("Q")
     total_bytes = 0
-    held = []
     for place in places:
-        size = place if isinstance(place, int) else len(place)
-        if not size:
-            continue
-        address = 0
-        if not isinstance(place, int):
-            held.append(ctypes.c_char.from_buffer(place))
-            address = ctypes.addressof(held[-1])
-        table.extend((address, size))
-        total_bytes += size
-    return table, total_bytes, held
+        if place[1]:
+            table.extend(place)
+            total_bytes += place[1]
+    return table, total_bytes

@@ -20,10 +20,6 @@ LEAST_RUN_BYTES = 64 << 10
 """Shorter runs are read together with what lies between them."""
 
 
-LEAST_STRAIGHT_BYTES = 32 << 10
-"""Shorter pieces are not read straight into their destination: copying them costs less than naming them."""
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A byte range [begin, end) of one file and what of it goes where.
@@ -190,11 +186,7 @@ def straight(pieces: Sequence[Piece], fits: Callable[[Piece], bool]) -> list[Pie
     """
     if any(after.begin < before.end for before, after in itertools.pairwise(pieces)):
         return []
-    return [
-        piece
-        for piece in pieces
-        if piece.flat and piece.end - piece.begin >= LEAST_STRAIGHT_BYTES and fits(piece)
-    ]
+    return [piece for piece in pieces if piece.flat and fits(piece)]
 
 
 def _cut(piece: Piece, at: int) -> tuple[Piece, Piece | None]:

@@ -21,7 +21,7 @@ from engine.format.dtypes import itemsize
 from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
 from engine.restore.pieces import WINDOW_BYTES, Piece, Window, cut_slice, group
-from engine.restore.window import WindowLoader
+from engine.restore.window import WindowLoader, address_of
 from engine.storage.base import Reader, Storage
 from engine.storage.pages import map_pages
 
@@ -84,7 +84,7 @@ def read_slices(
         for name, shard in files.items():
             _check_size(storage, directory, readers[name], shard)
         loader = WindowLoader(
-            *(storage, directory, slices, files, readers),
+            *(storage, directory, slices, [address_of(item.to) for item in slices], files, readers),
             turns=threading.Semaphore(pace.requests),
             waited=threading.Event(),
         )

@@ -9,9 +9,8 @@ on their way: a bad one fails the restore before it reports success, but not bef
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -20,17 +19,16 @@ from engine.errors import DamagedError
 from engine.format.digest import block_digests, expected_digest
 from engine.format.index import ShardFile
 from engine.native import kernels
+from engine.native.kernels import Place
 from engine.restore.pieces import Piece, Window, straight
 from engine.storage.base import Reader, Storage
-
-Gap = TypeVar("Gap", int, memoryview)
-"""Bytes of a window that go to no destination: their number, or where to put them."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowLoader:
     """Loads windows; shared by the reader threads.
 
+    addresses: of each slice the destination's memory, 0 where it cannot be filled as plain bytes.
     turns: how many of them may be waiting for the storage at a time.
     waited: set once one had to.
     """
@@ -38,6 +36,7 @@ class WindowLoader:
     storage: Storage
     directory: str
     slices: Sequence[Slice]
+    addresses: Sequence[int]
     files: Mapping[str, ShardFile]
     readers: Mapping[str, Reader]
     turns: threading.Semaphore
@@ -49,8 +48,7 @@ class WindowLoader:
         Raises: DamagedError naming file, block, expected and found digest; StorageError.
         """
         raw = buffer[: window.end - window.begin]
-        chosen: Sequence[Piece]
-        chosen = straight(window.pieces, lambda piece: self.slices[piece.slice].to.device.type == "cpu")
+        chosen = straight(window.pieces, lambda piece: self.addresses[piece.slice] != 0)
         with self.turns:
             at_hand = bool(chosen) and self._read_at_hand(name, window, chosen, raw)
             if not at_hand:
@@ -58,6 +56,8 @@ class WindowLoader:
                 self.readers[name].read_into(window.begin, _bytes_of(raw))
         if not at_hand:
             chosen = self._copy_straight(name, window, chosen, raw)
+        if len(chosen) == len(window.pieces):
+            return
         placed = {id(piece) for piece in chosen}
         for piece in window.pieces:
             if id(piece) not in placed:
@@ -65,40 +65,41 @@ class WindowLoader:
 
     def _read_at_hand(self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
         """Whether the whole window was in the page cache: `chosen` are in place then, the rest in `raw`."""
-        scratch = _bytes_of(raw)
-        views = self._places(window, chosen, lambda begin, end: scratch[begin:end])
+        places = self._places(window, chosen, raw.data_ptr())
         block_bytes = self.files[name].block_bytes
-        count, found = self.readers[name].read_at_hand(window.begin, views, block_bytes)
+        count, found = self.readers[name].read_at_hand(window.begin, places, block_bytes)
         if count != window.end - window.begin:
             return False
         self._verify(name, window, found)
         return True
 
     def _copy_straight(
-        self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor
-    ) -> Sequence[Piece]:
+        self, name: str, window: Window, chosen: list[Piece], raw: torch.Tensor
+    ) -> list[Piece]:
         """Verify what was read. Returns what was copied in the same pass: `chosen`, if the loops in C can."""
         block_bytes = self.files[name].block_bytes
         if kernels.library is None or not chosen:
             self._verify(name, window, block_digests(_bytes_of(raw), block_bytes))
-            return ()
-        places = self._places(window, chosen, lambda begin, end: end - begin)
+            return []
+        places = self._places(window, chosen, None)
         self._verify(name, window, kernels.scatter(_bytes_of(raw), places, block_bytes))
         return chosen
 
-    def _places(
-        self, window: Window, chosen: Sequence[Piece], between: Callable[[int, int], Gap]
-    ) -> list[memoryview | Gap]:
-        """The destinations of `chosen`, in file order, and what stands for the bytes between them."""
-        places: list[memoryview | Gap] = []
+    def _places(self, window: Window, chosen: Sequence[Piece], rest: int | None) -> list[Place]:
+        """The destinations of `chosen`, in file order, and between them places for the window's other bytes.
+
+        rest: the address of memory for the whole window, where those belong; None: nowhere.
+        """
+        places: list[Place] = []
         at = window.begin
         for piece in chosen:
             if at < piece.begin:
-                places.append(between(at - window.begin, piece.begin - window.begin))
-            places.append(_bytes_of(_target(piece, self.slices[piece.slice])))
+                places.append((0 if rest is None else rest + at - window.begin, piece.begin - at))
+            # Worked out, not asked of a view: a window may hold thousands of small tensors.
+            places.append((self.addresses[piece.slice] + piece.to_row, piece.end - piece.begin))
             at = piece.end
         if at < window.end:
-            places.append(between(at - window.begin, window.end - window.begin))
+            places.append((0 if rest is None else rest + at - window.begin, window.end - at))
         return places
 
     def _verify(self, name: str, window: Window, found: bytes) -> None:
@@ -120,6 +121,12 @@ class WindowLoader:
 
     def _copy_out(self, piece: Piece, window: Window, raw: torch.Tensor) -> None:
         copy_out(piece, raw[piece.begin - window.begin : piece.end - window.begin], self.slices[piece.slice])
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's bytes are in host memory, as they are saved; 0 where they are not."""
+    plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
+    return tensor.data_ptr() if plain else 0
 
 
 def copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+from engine.native.kernels import Place
+
 WINDOW_BYTES = 16 << 20
 """Bytes of a shard that are written at a time; a multiple of every block and page size in use."""
 
@@ -62,12 +64,13 @@ class Reader(ABC):
         DamagedError if the file ends before; StorageError if it cannot be read.
         """
 
-    def read_at_hand(self, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
-        """Fill the `views`, one after the other, from byte `offset` with what needs no waiting.
+    def read_at_hand(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
+        """Fill the `places`, all of them somewhere, one after the other from byte `offset` with what needs no
+        waiting.
 
         Returns the number of bytes filled, 0 where nothing is at hand or where there is no telling, and the
         packed digests of the blocks that they make up, counted from `offset`. What lies behind them in the
-        views is undefined. StorageError if the file cannot be read.
+        places is undefined. StorageError if the file cannot be read.
         """
         return 0, b""
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from engine.errors import DamagedError
 from engine.format.digest import scattered_digests
 from engine.native import kernels
+from engine.native.kernels import Place
 from engine.storage.base import Reader
 from engine.storage.failures import mapped
 from engine.storage.residency import in_page_cache
@@ -49,14 +50,15 @@ class LocalReader(Reader):
             while position < len(flat):
                 position += self._read_some(self._fd, flat[position:], offset + position, 0)
 
-    def read_at_hand(self, offset: int, views: Sequence[memoryview], block_bytes: int) -> tuple[int, bytes]:
+    def read_at_hand(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
         """One request, for what is wholly in the page cache."""
-        if in_page_cache(self._fd, offset, sum(map(len, views))) is False:
+        if in_page_cache(self._fd, offset, sum(size for _, size in places)) is False:
             return 0, b""
         with mapped("read", self._where):
             try:
                 if kernels.library is not None:
-                    return kernels.read_at_hand(self._fd, offset, views, block_bytes)
+                    return kernels.read_at_hand(self._fd, offset, places, block_bytes)
+                views = [kernels.view_of(place) for place in places if place[1]]
                 count = os.preadv(self._fd, views, offset, os.RWF_NOWAIT)
             except (BlockingIOError, InterruptedError):
                 return 0, b""

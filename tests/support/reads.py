@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from engine.native.kernels import Place
 from engine.storage.local import LocalStorage
 from engine.storage.reading import LocalReader
 
@@ -27,9 +28,9 @@ def counted_reads() -> Iterator[Counter[str]]:
         counts["shards"] += view.nbytes
 
     def counting_at_hand(
-        reader: LocalReader, offset: int, views: Sequence[memoryview], block_bytes: int
+        reader: LocalReader, offset: int, places: Sequence[Place], block_bytes: int
     ) -> tuple[int, bytes]:
-        count, digests = at_hand(reader, offset, views, block_bytes)
+        count, digests = at_hand(reader, offset, places, block_bytes)
         counts["shards"] += count
         return count, digests
 

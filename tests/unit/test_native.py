@@ -144,7 +144,7 @@ def test_bytes_are_scattered_and_digested(parts: Sequence[tuple[int, bool]], blo
     size = sum(part_bytes for part_bytes, _ in parts)
     source = DATA[:size].copy()
     to = [np.zeros(part_bytes, np.uint8) if wanted else part_bytes for part_bytes, wanted in parts]
-    places = [place if isinstance(place, int) else memoryview(place) for place in to]
+    places = [(0, place) if isinstance(place, int) else kernels.place_of(memoryview(place)) for place in to]
     assert kernels.scatter(memoryview(source), places, block_bytes) == packed(source, block_bytes)
     at = 0
     for place, (part_bytes, _) in zip(to, parts, strict=True):

@@ -14,8 +14,9 @@ from engine.format.digest import block_digests, combine, scattered_digests
 from engine.format.index import ShardFile
 from engine.format.layout import Chunk, PlacedChunk
 from engine.native import kernels
+from engine.native.kernels import Place
 from engine.restore import read, window
-from engine.restore.pieces import LEAST_STRAIGHT_BYTES, WINDOW_BYTES, Piece, straight
+from engine.restore.pieces import WINDOW_BYTES, Piece, straight
 from engine.storage import pages
 from engine.storage.base import Reader
 from engine.storage.local import LocalStorage
@@ -73,17 +74,19 @@ def at_hand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Where the file's data are: `read_at_hand` gives all, nothing, or half of what it is asked for."""
 
     def elsewhere(
-        reader: Reader, offset: int, views: Sequence[memoryview], block_bytes: int
+        reader: Reader, offset: int, places: Sequence[Place], block_bytes: int
     ) -> tuple[int, bytes]:
         if request.param == "partly at hand":
-            half = views[0][: len(views[0]) // 2]
+            address, size = places[0]
+            half = kernels.view_of((address, size // 2))
             half[:] = bytes(len(half))
             return len(half), block_digests(half, block_bytes)
         return 0, b""
 
     def here(
-        reader: LocalReader, offset: int, views: Sequence[memoryview], block_bytes: int
+        reader: LocalReader, offset: int, places: Sequence[Place], block_bytes: int
     ) -> tuple[int, bytes]:
+        views = [kernels.view_of(place) for place in places]
         for view in views:
             reader.read_into(offset, view)
             offset += len(view)
@@ -137,11 +140,10 @@ def piece(begin: int, end: int, *, flat: bool = True) -> Piece:
 
 
 def test_what_is_read_straight() -> None:
-    long, short = piece(0, LEAST_STRAIGHT_BYTES), piece(40_000, 40_000 + LEAST_STRAIGHT_BYTES - 1)
-    rows = piece(100_000, 200_000, flat=False)
-    assert straight([long, short, rows], lambda _: True) == [long]
-    assert straight([long, short, rows], lambda _: False) == []
-    assert straight([long, piece(LEAST_STRAIGHT_BYTES - 1, 99_999)], lambda _: True) == [], "they overlap"
+    long, short, rows = piece(0, 40_000), piece(40_000, 40_004), piece(100_000, 200_000, flat=False)
+    assert straight([long, short, rows], lambda _: True) == [long, short]
+    assert straight([long, short, rows], lambda piece: piece is short) == [short]
+    assert straight([long, piece(39_999, 99_999)], lambda _: True) == [], "they overlap"
 
 
 @pytest.mark.parametrize("compiled", [True, False])
