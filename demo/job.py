@@ -83,11 +83,11 @@ class Job:
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
         """Send SIGKILL to every process of the job and wait until none is left."""
-        while pids := self.pids():
+        # Its first process has no environment to be found by before its program has begun.
+        while pids := {*self.pids(), *([self.process.pid] if self.process.poll() is None else [])}:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sig)
-            self.process.poll()
         self.process.wait()
 
     def output(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,13 @@ def test_ctrl_c_while_the_end_is_awaited_kills_the_job(job: Job, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         job.finish(60.0)
     assert job.pids() == []
+
+
+def test_a_job_that_has_hardly_begun_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment cannot be read yet, by which its processes are found."""
+    monkeypatch.setattr(Job, "pids", lambda self: [])
+    job.kill()
+    assert job.process.returncode == -signal.SIGKILL
 
 
 def test_only_a_folder_of_the_demos_own_is_emptied(tmp_path: Path) -> None:
