@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,16 +27,14 @@ class RawRead:
     def read(self, threads: int) -> float:
         """Read it all through the page cache, 16 MiB at a time; returns seconds."""
         sizes = [end - begin for _, begin, end in self._share]
-        workers = [
-            threading.Thread(target=self._read_part, args=(share_of(sizes, part, threads), sizes))
-            for part in range(threads)
-        ]
-        begin = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return time.perf_counter() - begin
+        with ThreadPoolExecutor(threads) as pool:
+            begin = time.perf_counter()
+            reads = [
+                pool.submit(self._read_part, share_of(sizes, part, threads), sizes) for part in range(threads)
+            ]
+            for read in reads:
+                read.result()
+            return time.perf_counter() - begin
 
     def _read_part(self, pieces: Sequence[tuple[int, int, int]], sizes: Sequence[int]) -> None:
         view = memoryview(self._buffer.numpy())  # type: ignore[arg-type]

@@ -137,6 +137,16 @@ def test_the_floor_reads_every_byte_once(tmp_path: Path, threads: int) -> None:
     assert b"".join(parts) == whole
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_floor_that_did_not_read_everything_is_none(tmp_path: Path, threads: int) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(bytes(5000))
+    floor = RawRead([file], 0, 1)
+    os.truncate(file, 4000)
+    with pytest.raises(AssertionError, match="shorter"):
+        floor.read(threads)
+
+
 def test_a_real_run(tmp_path: Path) -> None:
     rows = (HOLDFAST, REFERENCE, STOCK_READER, TORCH_LOAD)
     saving = Session(TINY, World(), torch.device("cpu"), tmp_path, seed=1)
