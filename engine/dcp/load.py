@@ -103,7 +103,7 @@ class _Shards:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self._boxes: dict[Hashable, ChunkStorageMetadata] = {}
+        self._boxes: dict[Hashable, list[ChunkStorageMetadata]] = {}
 
     def slices(self, name: str, tensor: torch.Tensor, chunks: Sequence[Chunk]) -> list[Slice]:
         """What fills a DTensor whose local tensor is plain; nothing for any other, which is left to DCP."""
@@ -112,18 +112,20 @@ class _Shards:
         if tensor.device_mesh.get_coordinate() is None:  # this rank is not in it
             return []
         local = tensor.to_local().detach()
-        box = self._box(tensor)
-        if type(local) is not torch.Tensor or box.sizes != local.shape:
+        if type(local) is not torch.Tensor:  # it may know of boxes of its own
+            return []
+        boxes = self._boxes_of(tensor)
+        if len(boxes) != 1 or boxes[0].sizes != local.shape:
             return []
         self.names.add(name)
-        found = (_overlap(name, number, chunk, box, local) for number, chunk in enumerate(chunks))
+        found = (_overlap(name, number, chunk, boxes[0], local) for number, chunk in enumerate(chunks))
         return [item for item in found if item is not None]
 
-    def _box(self, tensor: DTensor) -> ChunkStorageMetadata:
+    def _boxes_of(self, tensor: DTensor) -> list[ChunkStorageMetadata]:
         kind = (tensor.device_mesh, tensor.placements, tensor.shape)
         if kind not in self._boxes:
-            # What DCP's planner calls. It says nothing of the tensor but its mesh, placements and shape.
-            (self._boxes[kind],) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+            # What DCP's planner calls. Over a plain local tensor it depends on nothing else; a test compares.
+            self._boxes[kind] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
         return self._boxes[kind]
 
 

@@ -39,7 +39,7 @@ class Pace:
 
 
 LOCAL_PACE = Pace(threads=4, requests=2)
-"""Two requests keep a disk busy, while other threads digest and copy out what came before: see DECISIONS 33.
+"""Two requests keep a disk busy, while other threads digest and copy out what came before: see DECISIONS 34.
 Larger windows leave the processor's caches before they are copied out (16 MiB: cold restores took 15 %
 longer, warm ones 13 %)."""
 

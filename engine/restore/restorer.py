@@ -250,7 +250,7 @@ class Restorer:
             return
         same_part = rank * manifest.world_size // world_size
         for saved in {same_part} if manifest.world_size == world_size else {0, same_part}:
-            with contextlib.suppress(HoldfastError):  # it comes up again where it is needed
+            with contextlib.suppress(Exception):  # it comes up again where it is needed
                 indexes.fetch([saved])
 
     def _destination(self, manifest: Manifest, indexes: Indexes, wanted: Wanted) -> Destination:

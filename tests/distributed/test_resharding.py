@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -280,6 +280,26 @@ def test_shards_are_planned_as_dcp_plans_them(world: World) -> None:
         assert sorted(ours) == sorted(theirs)
         assert len({name for name, *_ in ours}) > 20
         assert asked == 10
+
+
+def left_to_dcp(rank: int, world_size: int) -> list[bool]:
+    """Whether nothing was planned: (for a shard of two boxes, for a mesh without this rank)."""
+    rows = distribute_tensor(torch.zeros(4, 5), init_device_mesh("cpu", (world_size,)), [Shard(0)])
+    chunks = [Chunk("t", "F32", (4, 5), (0, 0), (4, 5))]
+    of_rank_0 = DeviceMesh("cpu", [0], _rank=rank)
+    elsewhere = DTensor.from_local(torch.zeros(4, 5), of_rank_0, [Shard(0)], run_check=False)
+    found = []
+    real = DTensor.__create_chunk_list__
+    for tensor, boxes in ((rows, lambda self: real(self) * 2), (elsewhere, real)):
+        shards = load._Shards()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DTensor, "__create_chunk_list__", boxes)
+            found.append(shards.slices("t", tensor, chunks) == [] and not shards.names)
+    return found
+
+
+def test_other_dtensors_are_left_to_dcp(world: World) -> None:
+    assert world(2).run(left_to_dcp) == [[True, False], [True, True]]
 
 
 def bytes_written(rank: int, world_size: int, how: str, directory: str) -> int:
