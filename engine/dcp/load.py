@@ -57,9 +57,12 @@ def plan_slices(
         if _is_one_chunk(tensor, chunks[name])
     ]
     shards = _Shards()
+    planned = {item.name for item in slices}
     for name, tensor in tensors.items():
-        slices += shards.slices(name, tensor, chunks[name])
-    planned = {item.name for item in slices} | shards.names
+        found = shards.slices(name, tensor, chunks[name])
+        if found is not None:
+            slices += found
+            planned.add(name)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in planned}
     saved = {
         name: TensorStorageMetadata(
@@ -97,27 +100,23 @@ class _Shards:
     """Plans DTensors as DCP would, but asks it once for each kind of shard.
 
     A model has hundreds of tensors and a dozen of kinds; to ask for each is most of a resharding plan's time.
-
-    names: the tensors that were planned, those included of which this rank needs nothing.
     """
 
     def __init__(self) -> None:
-        self.names: set[str] = set()
         self._boxes: dict[Hashable, list[ChunkStorageMetadata]] = {}
 
-    def slices(self, name: str, tensor: torch.Tensor, chunks: Sequence[Chunk]) -> list[Slice]:
-        """What fills a DTensor whose local tensor is plain; nothing for any other, which is left to DCP."""
+    def slices(self, name: str, tensor: torch.Tensor, chunks: Sequence[Chunk]) -> list[Slice] | None:
+        """What fills a DTensor whose local tensor is plain; None for any other, which is left to DCP."""
         if type(tensor) is not DTensor or carries_boxes(tensor):
-            return []
+            return None
         if tensor.device_mesh.get_coordinate() is None:  # this rank is not in it
-            return []
+            return None
         local = tensor.to_local().detach()
         if type(local) is not torch.Tensor:  # it may know of boxes of its own
-            return []
+            return None
         boxes = self._boxes_of(tensor)
         if len(boxes) != 1 or boxes[0].sizes != local.shape:
-            return []
-        self.names.add(name)
+            return None
         found = (_overlap(name, number, chunk, boxes[0], local) for number, chunk in enumerate(chunks))
         return [item for item in found if item is not None]
 

@@ -79,7 +79,7 @@ def cut_slice(
     while dim > 0 and lengths[dim] == sizes[dim]:
         dim -= 1
     run_bytes = math.prod(lengths[dim:]) * itemsize
-    if contiguous and dim == 0:
+    if contiguous and dim == 0:  # whole rows, as nearly always: one run, for what the loops below take longer
         first = begin + offsets[0] * math.prod(sizes[1:]) * itemsize
         yield Piece(number, first, first + run_bytes, flat=True)
         return

@@ -198,8 +198,10 @@ class Restorer:
         slices: list[Slice] = []
         found: Located = {}
         try:
-            has_all = chunks is None or self.channel.rank == 0
-            places = places_of(indexes.every()) if has_all else read_description(manifest, chunks or "")
+            if chunks is None or self.channel.rank == 0:
+                places = places_of(indexes.every())
+            else:
+                places = read_description(manifest, chunks)
             destination = self._destination(manifest, indexes, wanted)
             destination.check(f"the checkpoint {storage.describe(name)}")
             slices, found = _plan(destination, manifest, places, indexes)

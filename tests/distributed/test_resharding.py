@@ -263,7 +263,7 @@ def plans(rank: int, world_size: int) -> tuple[list[Any], list[Any], int]:
         patch.setattr(DTensor, "__create_chunk_list__", lambda self: asked.append(1) or real(self))
         ours = plan_slices(tensors, infos, chunks)
         count = len(asked)
-        patch.setattr(load._Shards, "slices", lambda *_: [])
+        patch.setattr(load._Shards, "slices", lambda *_: None)
         theirs = plan_slices(tensors, infos, chunks)
     return [described(item) for item in ours], [described(item) for item in theirs], count
 
@@ -291,10 +291,9 @@ def left_to_dcp(rank: int, world_size: int) -> list[bool]:
     found = []
     real = DTensor.__create_chunk_list__
     for tensor, boxes in ((rows, lambda self: real(self) * 2), (elsewhere, real)):
-        shards = load._Shards()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DTensor, "__create_chunk_list__", boxes)
-            found.append(shards.slices("t", tensor, chunks) == [] and not shards.names)
+            found.append(load._Shards().slices("t", tensor, chunks) is None)
     return found
 
 
