@@ -36,7 +36,7 @@ from bench.records import (
     merge_windows,
     slowest_floor,
 )
-from bench.resources import CpuMeter, thread_ids
+from bench.resources import CpuMeter, mapped_blocks, thread_ids
 from bench.sizes import parse_state
 from bench.targets import Facts
 from bench.training import Training
@@ -79,10 +79,11 @@ class Session:
         floors = self._floors(training)
         self.rows[RAW] = Row(RAW, RawWrite(self._context(training, "raw"), floors), flushed=False)
         threads = thread_ids()
-        training_bytes = training_memory(training, _MEMORY_STEPS)
         self.say(f"one rank writes {floors.rank_bytes / 1e9:.3f} GB; opening the modes")
-        for name in options.modes:
-            self._open(name, training, training_bytes, floors.rank_bytes)
+        with mapped_blocks():
+            training_bytes = training_memory(training, _MEMORY_STEPS)
+            for name in options.modes:
+                self._open(name, training, training_bytes, floors.rank_bytes)
         cpu = CpuMeter(threads)
         modes = [name for name in self.rows if name != RAW]
         for repeat in range(options.repeats):

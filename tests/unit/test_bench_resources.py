@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import subprocess
@@ -110,6 +111,46 @@ def test_the_peak_is_noticed_although_it_is_gone() -> None:
         held.close()
     assert memory_bytes() < level + 16 * MEGABYTE
     assert peak.peak_bytes >= level + 30 * MEGABYTE
+
+
+FREED_BETWEEN = """
+import ctypes, sys
+from bench.resources import mapped_blocks, memory_bytes, settle_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def block(size):
+    address = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(address, 1, size)
+    return address
+
+def left_by_a_block():
+    settle_memory()
+    # Below another block, so that the heap cannot give it back by getting shorter.
+    lower, upper = block(8 << 20), block(4096)
+    held = memory_bytes()
+    libc.free(lower)
+    freed = held - memory_bytes()
+    libc.free(upper)
+    return (8 << 20) - freed
+
+libc.free(block(30 << 20))
+print(left_by_a_block())
+with mapped_blocks():
+    print(left_by_a_block())
+print(left_by_a_block())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
+def test_what_is_freed_is_gone_while_memory_is_measured() -> None:
+    """In a process of its own: the limits of malloc are not given back."""
+    run = subprocess.run([sys.executable, "-c", FREED_BETWEEN], capture_output=True, text=True, check=True)
+    before, within, after = (int(line) for line in run.stdout.split())
+    assert before > 7 * MEGABYTE
+    assert within < MEGABYTE
+    assert after > 7 * MEGABYTE
 
 
 def test_syncing_a_file_system_needs_a_directory(tmp_path: Path) -> None:
