@@ -26,7 +26,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 from bench.document import write_document  # noqa: E402
-from bench.program import add_common_flags, verdict  # noqa: E402
+from bench.program import add_common_flags, at_least, verdict  # noqa: E402
 
 VERSION = 1
 """Of the document that `--json` writes."""
@@ -115,11 +115,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="listing", description="What listing checkpoints costs beyond starting Python."
     )
-    parser.add_argument("--checkpoints", type=int, default=20, help="how many (default: %(default)s)")
+    parser.add_argument("--checkpoints", type=at_least(1), default=20, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--tensors", type=int, default=592, help="in each (default: %(default)s, GPT-2 124M with AdamW)"
+        "--tensors",
+        type=at_least(1),
+        default=592,
+        help="in each (default: %(default)s, GPT-2 124M with AdamW)",
     )
-    parser.add_argument("--repeats", type=int, default=9, help="runs that are timed (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=9, help="runs that are timed (default: %(default)s)"
+    )
     add_common_flags(parser)
     return parser
 

@@ -30,7 +30,7 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 
 from bench.document import write_document  # noqa: E402
-from bench.program import add_common_flags  # noqa: E402
+from bench.program import add_common_flags, at_least  # noqa: E402
 from engine import Checkpointer  # noqa: E402
 from engine.mirror import uploader  # noqa: E402
 from engine.mirror.uploader import at_most  # noqa: E402
@@ -96,7 +96,10 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
-    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if not options.mb_per_sec > 0:
+        parser.error(f"--mb_per_sec is {options.mb_per_sec:g}, but must be above 0")
     report = measure(options)
     if options.json is not None:
         write_document(options.json, VERSION, {**asdict(report), "ratio": report.ratio})
@@ -158,10 +161,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mirror", description="What a slow mirror costs the saves in front of it."
     )
-    parser.add_argument("--state_mb", type=int, default=250, help="size of the state in MB (default: 250)")
+    parser.add_argument(
+        "--state_mb", type=at_least(1), default=250, help="size of the state in MB (default: 250)"
+    )
     parser.add_argument("--mb_per_sec", type=float, default=5.0, help="what the mirror takes (default: 5)")
-    parser.add_argument("--saves", type=int, default=5, help="saves of a block that count (default: 5)")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs of blocks (default: 7)")
+    parser.add_argument(
+        "--saves", type=at_least(1), default=5, help="saves of a block that count (default: 5)"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="pairs of blocks (default: 7)")
     add_common_flags(parser, dir_help="on the disk to measure")
     return parser
 

@@ -1,8 +1,9 @@
-"""What the small benchmarks have in common: their last flags, and the word for a figure beside its bar."""
+"""What the small benchmarks have in common: flags, numbers in them, and the word for a figure beside its bar."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -13,6 +14,21 @@ def add_common_flags(parser: argparse.ArgumentParser, *, dir_help: str = "where 
         "--dir", type=Path, default=Path("runs/bench"), help=f"{dir_help} (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For a flag's `type`: a whole number, no less than that."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} given, but it must be at least {least}")
+        return value
+
+    return parse
 
 
 def verdict(value: float, limit: float) -> str:

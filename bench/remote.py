@@ -23,6 +23,7 @@ if __package__ in (None, ""):
     # Run by path: Python has put this folder first, where its modules would hide others of their names.
     sys.path[0] = str(ROOT)
 
+from bench.program import at_least  # noqa: E402
 from bench.remoting.report import Figures, Report, read  # noqa: E402
 from bench.remoting.rows import ROWS  # noqa: E402
 from bench.remoting.worker import serve  # noqa: E402
@@ -126,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         "--storage_options", nargs="*", default=[], metavar="KEY=VALUE", help="as the programs take them"
     )
     parser.add_argument("--server", default="", help="what the server is, for the record")
-    parser.add_argument("--shard_mb", type=int, default=256, help="size of a shard in MB (default: 256)")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of every row (default: 7)")
+    parser.add_argument(
+        "--shard_mb", type=at_least(1), default=256, help="size of a shard in MB (default: 256)"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="samples of every row (default: 7)")
     parser.add_argument("--seed", type=int, default=1, help="of the order")
     parser.add_argument("--json", type=Path, help="write everything that was measured here")
     return parser

@@ -25,7 +25,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(ROOT)
 
 from bench.document import write_document  # noqa: E402
-from bench.program import add_common_flags, verdict  # noqa: E402
+from bench.program import add_common_flags, at_least, verdict  # noqa: E402
 
 VERSION = 1
 """Of the document that `--json` writes."""
@@ -124,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="small_tensors", description="What `save` costs where the state is many small tensors."
     )
-    parser.add_argument("--tensors", type=int, default=10_000, help="how many (default: 10,000)")
-    parser.add_argument("--bytes", type=int, default=4096, help="size of each (default: 4096)")
-    parser.add_argument("--repeats", type=int, default=15, help="saves that are timed (default: 15)")
+    parser.add_argument("--tensors", type=at_least(1), default=10_000, help="how many (default: 10,000)")
+    parser.add_argument("--bytes", type=at_least(4), default=4096, help="size of each (default: 4096)")
+    parser.add_argument("--repeats", type=at_least(1), default=15, help="saves that are timed (default: 15)")
     add_common_flags(parser)
     return parser
 
