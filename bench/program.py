@@ -1,4 +1,4 @@
-"""What the small benchmarks have in common: flags, numbers in them, and the word for a figure beside its bar."""
+"""What the small benchmarks have in common: flags, numbers in them, and the word for a figure and its bar."""
 
 from __future__ import annotations
 
