@@ -1,4 +1,4 @@
-"""What the small benchmarks have in common: flags that cannot work are refused, before anything is measured."""
+"""What the small benchmarks have in common: flags that cannot work are refused before they measure."""
 
 from __future__ import annotations
 
