@@ -115,8 +115,8 @@ def is_int(value: object) -> bool:
 
 def are_extents(values: Iterable[object]) -> bool:
     """Whether each is an integer in [0, MAX_INT]. A plain loop: documents hold hundreds of short lists."""
-    for value in values:
-        if not isinstance(value, int) or value is True or value is False or not 0 <= value <= MAX_INT:
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or not 0 <= value <= MAX_INT:
             return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from engine.errors import NewerFormatError
@@ -18,16 +19,9 @@ FORMAT_VERSION = 1
 
 MAX_WORLD_SIZE = 1_000_000
 
-_CHUNK_KINDS = {
-    "name": str,
-    "dtype": str,
-    "shape": list,
-    "offsets": list,
-    "sizes": list,
-    "begin": int,
-    "end": int,
-}
-"""The fields of a chunk in JSON."""
+_CHUNK_FIELDS = ("name", "dtype", "shape", "offsets", "sizes", "begin", "end")
+"""Of a chunk in JSON."""
+_chunk_values = itemgetter(*_CHUNK_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +179,12 @@ def _chunk_from_json(item: Any, what: str) -> PlacedChunk:
 
 def _well_formed(item: Any) -> PlacedChunk | None:
     """The chunk, or None where anything about it is wrong. `Chunk` itself looks into shapes and extents."""
-    if not isinstance(item, dict) or item.keys() != _CHUNK_KINDS.keys():
-        return None
-    if any(type(item[key]) is not kind for key, kind in _CHUNK_KINDS.items()):
-        return None
-    boxes = (tuple(item[key]) for key in ("shape", "offsets", "sizes"))
     try:
-        return PlacedChunk(Chunk(item["name"], item["dtype"], *boxes), item["begin"], item["end"])
-    except ValueError:
+        name, dtype, shape, offsets, sizes, begin, end = _chunk_values(item)
+        if len(item) != len(_CHUNK_FIELDS) or not type(name) is type(dtype) is str:
+            return None
+        if not type(shape) is type(offsets) is type(sizes) is list or not type(begin) is type(end) is int:
+            return None
+        return PlacedChunk(Chunk(name, dtype, tuple(shape), tuple(offsets), tuple(sizes)), begin, end)
+    except (TypeError, KeyError, ValueError):
         return None

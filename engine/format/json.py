@@ -30,6 +30,8 @@ MAX_INT = 2**63 - 1
 _MAX_INT_DIGITS = 19
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"(?<![0-9.])[0-9]{%d}" % _MAX_INT_DIGITS)  # not the digits after a point
+_MAX_SPLIT_BYTES = 4 << 20
+"""Longer documents are not split at their quotes: each part of two bytes would take 45."""
 _ONE_DIGIT = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_RUN = b"0" * _MAX_INT_DIGITS
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -106,7 +108,7 @@ def _parse(
     """The value, and whether the document has numbers of so many digits that they may be beyond 64 bits."""
     if len(raw) > max_bytes:
         raise DamagedError(f"{what} has {len(raw)} bytes, more than the {max_bytes} that are ever written")
-    structure = _STRING.sub(b"", raw)
+    structure = _outside_strings(raw)
     if structure.count(b",") + structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
         raise DamagedError(f"{what} holds more than the {MAX_VALUES} values that are ever written")
     if _deeper_than(structure.translate(_ONE_BRACKET, _NOT_BRACKETS), max_depth):
@@ -123,6 +125,13 @@ def _parse(
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{what} is not valid JSON: {error}") from None
     return value, has_long_numbers
+
+
+def _outside_strings(raw: bytes) -> bytes:
+    """The document without its strings; one that does not end reaches to the end."""
+    if len(raw) <= _MAX_SPLIT_BYTES and b"\\" not in raw:  # no quote in a string: a tenth of the time
+        return b"".join(raw.split(b'"')[::2])
+    return _STRING.sub(b"", raw)
 
 
 def _check(value: object, path: str, levels_left: int) -> None:

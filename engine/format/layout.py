@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import DamagedError, StateError
 from engine.format.dtypes import ITEMSIZES, itemsize
-from engine.format.fields import Fields, are_extents, is_int
+from engine.format.fields import Fields, are_extents
 from engine.format.json import canonical_bytes, parse_bounded, unique_pairs
 from engine.format.names import parse_shard_file, shard_file
 
@@ -55,7 +55,8 @@ class Chunk:
                 f" for {len(self.shape)} dimensions"
             )
         for offset, size, extent in zip(self.offsets, self.sizes, self.shape, strict=True):
-            if not (is_int(offset) and is_int(size) and 0 <= offset <= offset + size <= extent):
+            whole = type(offset) is int and type(size) is int  # calls would be half of parsing an index
+            if not (whole and 0 <= offset <= offset + size <= extent):
                 raise ValueError(
                     f"chunk of {self.name!r}: offsets {self.offsets} and sizes {self.sizes}"
                     f" leave the shape {self.shape}"

@@ -176,9 +176,17 @@ def test_depth_is_bounded_before_parsing(raw: bytes) -> None:
         sys.setrecursionlimit(before)
 
 
-def test_brackets_in_text_are_not_nesting() -> None:
-    value = {"a": "[" * 1000 + '\\"' + "{" * 1000, "[" * 100: "]"}
+@pytest.mark.parametrize("between", ['\\"', "\\", "", "\x00"])
+def test_brackets_in_text_are_not_nesting(between: str) -> None:
+    value = {"a": "[" * 1000 + between + "{" * 1000, "[" * 100: "]"}
     assert parse_canonical(canonical_bytes(value), what="x") == value
+    with pytest.raises(DamagedError, match="not valid JSON"):  # a string that does not end
+        parse_bounded(canonical_bytes(value["a"])[:-1], what="x")
+
+
+def test_long_documents_are_not_split_at_their_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.format.json._MAX_SPLIT_BYTES", 0)
+    test_brackets_in_text_are_not_nesting("")
 
 
 def test_escaped_quotes_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
