@@ -38,6 +38,7 @@ class Slice:
     to: torch.Tensor
 
 
+@torch.no_grad()  # with gradients each look at a local tensor would make a node of their graph
 def plan_slices(
     tensors: Mapping[str, torch.Tensor],
     infos: Mapping[str, TensorInfo],
@@ -76,13 +77,12 @@ def plan_slices(
     carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
     plain = {name: tensor for name, tensor in tensors.items() if name not in carriers}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with torch.no_grad():
-        metadata = Metadata({name: saved[name] for name in plain})
-        planner.set_up_planner(plain, metadata, is_coordinator=False)
-        for item in planner.create_local_plan().items:
-            slices.append(_slice(item, planner.resolve_tensor(item).detach()))
-        for name, tensor in carriers.items():
-            slices += _slices_of_boxes(name, tensor, saved[name])
+    metadata = Metadata({name: saved[name] for name in plain})
+    planner.set_up_planner(plain, metadata, is_coordinator=False)
+    for item in planner.create_local_plan().items:
+        slices.append(_slice(item, planner.resolve_tensor(item).detach()))
+    for name, tensor in carriers.items():
+        slices += _slices_of_boxes(name, tensor, saved[name])
     return slices
 
 
