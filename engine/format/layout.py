@@ -55,7 +55,7 @@ class Chunk:
                 f" for {len(self.shape)} dimensions"
             )
         for offset, size, extent in zip(self.offsets, self.sizes, self.shape, strict=True):
-            whole = type(offset) is int and type(size) is int  # calls would be half of parsing an index
+            whole = type(offset) is int and type(size) is int  # no calls: hundreds of chunks an index
             if not (whole and 0 <= offset <= offset + size <= extent):
                 raise ValueError(
                     f"chunk of {self.name!r}: offsets {self.offsets} and sizes {self.sizes}"

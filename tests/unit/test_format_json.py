@@ -185,8 +185,13 @@ def test_brackets_in_text_are_not_nesting(between: str) -> None:
 
 
 def test_long_documents_are_not_split_at_their_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.format.json._MAX_SPLIT_BYTES", 0)
-    test_brackets_in_text_are_not_nesting("")
+    """Parts of two bytes would take twenty times their size."""
+    monkeypatch.setattr("engine.format.json._MAX_SPLIT_BYTES", 3)
+    assert parse_bounded(b'"a"', what="x") == "a"
+    monkeypatch.setattr("engine.format.json._STRING", None)
+    assert parse_bounded(b'"b"', what="x") == "b"
+    with pytest.raises(AttributeError):  # what is looked for instead is gone
+        parse_bounded(b'"ab"', what="x")
 
 
 def test_escaped_quotes_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
