@@ -18,6 +18,9 @@ from engine.snapshot.captured import Captured
 EXTRA_STATE = "_extra_state"
 """The last part of the name of what a module's get_extra_state() returns."""
 
+PLAIN_TYPES = (nn.Parameter, torch.Tensor)
+"""What can be asked for its address without a call of Python: it is asked of every tensor at every save."""
+
 
 class ModuleCapture:
     """The canonical names of a module's parameters and buffers, and the tensors behind them."""
@@ -67,7 +70,11 @@ class ModuleCapture:
                 now = holder.get(name)
                 if now is not seen and (isinstance(now, DTensor) or not isinstance(seen, DTensor)):
                     return False
-                if pointer_of(seen) != pointer:
+                if seen is None or type(seen) not in PLAIN_TYPES:
+                    address = pointer_of(seen)
+                else:
+                    address = seen.data_ptr()
+                if address != pointer:
                     return False
         return True
 
