@@ -330,6 +330,10 @@ def move_data(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
     model.first.weight.data = torch.full((3, 4), 8.0)
 
 
+def move_state(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[model.first.weight]["exp_avg"].data = torch.full((3, 4), 8.0)
+
+
 def cast(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
     model.to(torch.float64)
 
@@ -352,6 +356,7 @@ CHANGES = [
     remove_buffer,
     replace_buffer,
     move_data,
+    move_state,
     cast,
     add_group,
 ]
