@@ -18,8 +18,10 @@ from engine.snapshot.captured import Captured
 EXTRA_STATE = "_extra_state"
 """The last part of the name of what a module's get_extra_state() returns."""
 
-PLAIN_TYPES = (nn.Parameter, torch.Tensor)
-"""What can be asked for its address without a call of Python: it is asked of every tensor at every save."""
+Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
+"""Where a tensor stands: (holder, key, tensor, the address of its local memory)."""
+
+_PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
 
 class ModuleCapture:
@@ -65,18 +67,7 @@ class ModuleCapture:
             return False
         if any(geometry(tensor) != seen for tensor, seen in self._boxes):
             return False
-        with torch.no_grad():
-            for holder, name, seen, pointer in self._slots:
-                now = holder.get(name)
-                if now is not seen and (isinstance(now, DTensor) or not isinstance(seen, DTensor)):
-                    return False
-                if seen is None or type(seen) not in PLAIN_TYPES:
-                    address = pointer_of(seen)
-                else:
-                    address = seen.data_ptr()
-                if address != pointer:
-                    return False
-        return True
+        return in_place(self._slots, may_be_unsharded=True)
 
     @property
     def sharded_now(self) -> bool:
@@ -126,9 +117,28 @@ def pointer_of(tensor: torch.Tensor | None) -> int:
     return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
 
 
-def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor | None, int]]:
-    """(holder, key, tensor, pointer) for every parameter and persistent buffer."""
-    slots: list[tuple[dict[str, Any], str, torch.Tensor | None, int]] = []
+def in_place(slots: Iterable[Slot], *, may_be_unsharded: bool = False) -> bool:
+    """Whether the same tensors stand in the same places, in the same memory.
+
+    may_be_unsharded: a plain tensor may stand for a DTensor.
+    """
+    with torch.no_grad():
+        for holder, name, seen, pointer in slots:
+            now = holder.get(name)
+            if now is not seen and not (
+                may_be_unsharded and isinstance(seen, DTensor) and not isinstance(now, DTensor)
+            ):
+                return False
+            # Asked of every tensor at every save: of a plain one without a call of Python.
+            address = pointer_of(seen) if seen is None or type(seen) not in _PLAIN_TYPES else seen.data_ptr()
+            if address != pointer:
+                return False
+    return True
+
+
+def _slots(module: nn.Module) -> list[Slot]:
+    """Every parameter and persistent buffer."""
+    slots: list[Slot] = []
     with torch.no_grad():
         for child in module.modules():
             for name, parameter in child._parameters.items():

@@ -14,7 +14,7 @@ from engine.dcp.boxes import detached
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.captured import Captured
-from engine.snapshot.modules import PLAIN_TYPES, ModuleCapture, pointer_of
+from engine.snapshot.modules import ModuleCapture, Slot, in_place, pointer_of
 
 
 class OptimizerCapture:
@@ -34,7 +34,7 @@ class OptimizerCapture:
         self._names = parameter_names(owner, optimizer)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._states: list[tuple[torch.Tensor, Any]] = []
-        self._entries: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+        self._entries: list[Slot] = []
         self._counters: list[tuple[str, dict[str, Any], str]] = []
         for parameter, name in self._names.items():
             entry: dict[str, Any] = optimizer.state.get(parameter, {})
@@ -52,8 +52,8 @@ class OptimizerCapture:
         groups = self.optimizer.param_groups
         if len(groups) != len(self._groups):
             return False
-        for group, known in zip(groups, self._groups, strict=True):
-            if len(group["params"]) != len(known) or any(map(operator.is_not, group["params"], known)):
+        for group, seen in zip(groups, self._groups, strict=True):
+            if len(group["params"]) != len(seen) or any(map(operator.is_not, group["params"], seen)):
                 return False
         state = self.optimizer.state
         if sum(map(len, state.values())) != len(self._entries) + len(self._counters):
@@ -61,13 +61,7 @@ class OptimizerCapture:
         # load_state_dict() gives every parameter a new entry and leaves the old ones as they were.
         if any(state.get(parameter) is not entry for parameter, entry in self._states):
             return False
-        with torch.no_grad():
-            for entry, name, seen, pointer in self._entries:
-                if entry.get(name) is not seen:
-                    return False
-                if (seen.data_ptr() if type(seen) in PLAIN_TYPES else pointer_of(seen)) != pointer:
-                    return False
-        return True
+        return in_place(self._entries)
 
     def guarded(self, modules: Mapping[str, ModuleCapture]) -> list[str]:
         """The names of everything that only this optimizer's step changes."""
