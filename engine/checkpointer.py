@@ -11,33 +11,24 @@ from typing import Any
 
 import torch
 
-from engine.catalog.lease import Lease
-from engine.catalog.listing import Listed, Memory, highest_sequence, list_checkpoints
-from engine.catalog.reaper import reap_abandoned
+from engine.catalog.listing import Listed, list_checkpoints
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.format.json import canonical_bytes
-from engine.format.manifest import ShardReceipt
-from engine.mirror.keeping import close_mirror, remove_surplus
-from engine.mirror.uploader import Mirror, MirrorPlan, Patience, at_most, no_limit, second_tier
-from engine.parallel.agreement import all_agree, rank0_decides
+from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
 from engine.save.arguments import check_addresses, check_arguments, check_save, whole_numbers
-from engine.save.commit import SaveInfo, commit, software_versions
+from engine.save.commit import SaveInfo, software_versions
+from engine.save.directory import HeldDirectory
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
-from engine.save.job import Job, JobRunner
 from engine.save.listener import Listener, guarded
-from engine.save.probe import probe_shared
+from engine.save.make import SaverOptions, make_saver
 from engine.save.saver import Busy, Checks, Saver
 from engine.snapshot.capture import StateCapture
-from engine.snapshot.copy import Copier, overlap_stream
-from engine.snapshot.guard import state_device, why_unguarded
-from engine.snapshot.snapshot import Snapshot
-from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
@@ -99,39 +90,31 @@ class Checkpointer:
         check_addresses(directory, mirror)
         self._config = dict(config or {})
         canonical_bytes(self._config)
-        self._retention = retention
-        self._listener = guarded(on_event)
-        self._timeout_secs = timeout_secs
-        self._ranks = connect_ranks(timeout_secs)
-        self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
-        self._channel = self._ranks.channel()
-        self._sequence = 0
-        self._parent: str | None = None
-        self._lease: Lease | None = None
-        self._seen: Memory = {}
+        listener = guarded(on_event)
+        ranks = connect_ranks(timeout_secs)
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        channel = ranks.channel()
         self._closed = False
         self.last_committed: CheckpointRecord | None = None
         self.failed_saves = 0
         self._storage = open_storage(directory, storage_options)
-        self._mirror: Mirror | None = None
         second = second_tier(mirror, self._storage, storage_options)
         capture = StateCapture(state, per_rank, self.rank)
         self._restorer = Restorer(
-            self._storage,
-            capture,
-            self._channel,
-            seed,
-            timeout_secs,
-            storage_options,
-            self._listener,
-            read_only,
-            second,
+            self._storage, capture, channel, seed, timeout_secs, storage_options, listener, read_only, second
         )
         self._saver: Saver | None = None
+        self._directory = HeldDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
             checks = Checks(check_replicas, check_snapshots)
-            self._saver = self._make_saver(capture, busy, checks, memory_budget_bytes, overlap)
-            self._take_directory(second, mirror_freq)  # last: what fails before it leaves no lease behind
+            options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
+            saver = make_saver(ranks, channel, capture, self._directory, options, self._on_outcome)
+            try:  # last: what fails before it leaves no lease behind
+                self._directory.take(channel, mirror_freq, timeout_secs)
+            except HoldfastError:
+                saver.copier.remove()
+                raise
+            self._saver = saver
         self._forget_at_exit = call_at_exit(self._at_exit)
 
     def save(
@@ -205,7 +188,7 @@ class Checkpointer:
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
         record = self._restorer.restore(selector, wanted)
         if record is not None and wanted.everything:
-            self._parent = record.id
+            self._directory.parent = record.id
         return record
 
     def poll(self) -> None:
@@ -255,13 +238,7 @@ class Checkpointer:
                 saver.copier.remove()
                 saver.snapshot.forget_plan()
         finally:
-            stuck = saver is not None and saver.stuck
-            if self._mirror is not None and stuck:
-                self._mirror.close(mirror_patience)
-            elif self._mirror is not None and self._lease is not None:
-                close_mirror(self._mirror, mirror_patience, self._storage, self._lease, self._retention)
-            if self._lease is not None:
-                (self._lease.abandon if stuck else self._lease.release)()
+            self._directory.let_go(mirror_patience, stuck=saver is not None and saver.stuck)
         self.poll()
 
     def __enter__(self) -> Checkpointer:
@@ -271,106 +248,6 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close() if error is None else self._close_quietly(0.0)
-
-    def _take_directory(self, second: Storage | None, mirror_freq: int) -> None:
-        """Rank 0 takes the leases; then every rank checks that it sees the same directory."""
-
-        def take() -> dict[str, Any]:
-            self._storage.make_dir()
-            self._lease = Lease.acquire(self._storage, run_id=self._ranks.run_id)
-            self._lease.start_heartbeat()
-            self._sequence = highest_sequence(list_checkpoints(self._storage, self._seen))
-            reap_abandoned(self._storage, lease=self._lease)
-            if second is not None:
-                plan = MirrorPlan(mirror_freq, self._retention, self._ranks.run_id)
-                self._mirror = Mirror(self._storage, second, plan, self._listener)
-                self._mirror.open(required=self._sequence == 0)
-            return {}
-
-        try:
-            rank0_decides(self._channel, "start/lease", take, self._timeout_secs)
-            problem: Exception | None = None
-            try:
-                probe_shared(self._storage, self._channel, self._ranks.run_id, self._timeout_secs)
-            except HoldfastError as error:
-                problem = error
-            all_agree(self._channel, "start/probe", problem, self._timeout_secs)
-        except HoldfastError:
-            if self._saver is not None:
-                self._saver.copier.remove()
-            if self._mirror is not None:
-                self._mirror.give_back()
-            if self._lease is not None:
-                self._lease.give_back()
-            raise
-        if self._mirror is not None:
-            self._mirror.start()
-
-    def _make_saver(
-        self,
-        capture: StateCapture,
-        busy: Busy,
-        checks: Checks,
-        memory_budget_bytes: int | None,
-        overlap: bool | str,
-    ) -> Saver:
-        device = state_device(capture.state)
-        stream, reason = overlap_stream(overlap, device, lambda: why_unguarded(capture.state))
-        log.info("snapshots: %s", reason)
-        optimizers = [entry for entry in capture.state.values() if isinstance(entry, torch.optim.Optimizer)]
-        runner = JobRunner(
-            self._storage,
-            self._ranks.channel(),
-            self._timeout_secs,
-            self._publish,
-            self._clean_up,
-            self._listener,
-            self._on_outcome,
-            lambda: self._remove_surplus(disk_full=True),
-        )
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return Saver(
-            capture=capture,
-            snapshot=Snapshot(self.rank, pin=device.type == "cuda", budget_bytes=memory_budget_bytes),
-            copier=Copier(stream, optimizers, digest=device.type == "cpu"),
-            channel=self._channel,
-            runner=runner,
-            run_key=f"{self._ranks.run_id}/{restarts}",
-            busy=busy,
-            timeout_secs=self._timeout_secs,
-            checks=checks,
-            on_event=self._listener,
-        )
-
-    def _publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
-        # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
-        self._sequence = max(self._sequence, self._mirror.highest_sequence if self._mirror else 0) + 1
-        record = commit(
-            self._storage,
-            self._lease,
-            job.info,
-            shards,
-            job.tensors,
-            job.aliases,
-            job.objects,
-            sequence=self._sequence,
-            parent=self._parent,
-        )
-        self._parent = record.id
-        return record
-
-    def _clean_up(self, record: CheckpointRecord) -> None:
-        """What follows a commit, by rank 0: the mirror hears of it, then retention."""
-        if self._mirror is not None:
-            self._mirror.committed()
-        self._remove_surplus()
-
-    def _remove_surplus(self, *, disk_full: bool = False) -> bool:
-        """Whether anything was removed. Never latest, backup or best."""
-        assert self._lease is not None
-        return remove_surplus(
-            self._storage, self._lease, self._retention, self._mirror, disk_full=disk_full, memory=self._seen
-        )
 
     def _on_outcome(self, record: CheckpointRecord | None) -> None:
         if record is None:

@@ -173,12 +173,12 @@ def moments() -> dict[str, tuple[int, Arm, bool]]:
         "coordinator, before it has written itself": (0, _dies_before("engine.save.job.write_rank"), False),
         "coordinator, all receipts in, before the manifest": (
             0,
-            _dies_before("engine.checkpointer.commit"),
+            _dies_before("engine.save.directory.commit"),
             False,
         ),
         "coordinator, manifest there, nobody told": (
             0,
-            _dies_after("engine.checkpointer.commit", commit),
+            _dies_after("engine.save.directory.commit", commit),
             True,
         ),
     }

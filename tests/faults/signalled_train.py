@@ -21,7 +21,7 @@ PHASES = {
     "eval": "engine.run.trainer:_Loop._evaluate",
     "snapshot": "engine.save.saver:Saver._copy",
     "write": "engine.save.job:write_rank",
-    "commit": "engine.checkpointer:commit",
+    "commit": "engine.save.directory:commit",
     "retention": "engine.catalog.reaper:_retire",
     "restore": "engine.restore.restorer:Restorer._restore",
 }

@@ -169,7 +169,7 @@ def test_a_storage_that_does_not_take_the_release_holds_nobody_up(
         hang.wake()
         assert isinstance(outcome, TimeoutError | OSError), repr(outcome)
         assert "the lease could not be let go of" in str(outcome)
-        lease = world.ranks[0].ckpt._lease
+        lease = world.ranks[0].ckpt._directory.lease
         assert lease is not None
         assert lease._thread is not None
         lease._thread.join(PATIENCE_SECS)

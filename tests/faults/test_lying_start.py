@@ -28,8 +28,8 @@ def a_clock_that_sleeping_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = Hours(0.0)
     probe = functools.partial(probe_shared, clock=clock, sleep=clock.sleep)
-    monkeypatch.setattr("engine.checkpointer.Lease.acquire", at_once)
-    monkeypatch.setattr("engine.checkpointer.probe_shared", probe)
+    monkeypatch.setattr("engine.save.directory.Lease.acquire", at_once)
+    monkeypatch.setattr("engine.save.directory.probe_shared", probe)
 
 
 @pytest.mark.parametrize(("level", "act"), [("disk", lost), ("asked", swallowed)], ids=["disk", "storage"])

@@ -63,7 +63,7 @@ def test_every_operation_of_a_retention_pass_fails_once(
 
     def clean_up(rank: Rank) -> None:
         if rank.rank == 0:
-            rank.ckpt._remove_surplus()
+            rank.ckpt._directory.remove_surplus()
 
     with job(root, 2) as world:
         target = getattr(world.ranks[0], level)

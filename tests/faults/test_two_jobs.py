@@ -44,7 +44,7 @@ def each_job_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         process = dataclasses.replace(me, host=f"host-{number}", boot_id=f"boot-{number}")
         return acquire(storage, run_id=run_id, clock=clock, sleep=clock.sleep, process=process, wall=clock)
 
-    monkeypatch.setattr("engine.checkpointer.Lease.acquire", elsewhere)
+    monkeypatch.setattr("engine.save.directory.Lease.acquire", elsewhere)
 
 
 def paused_save(world: World, step: int) -> tuple[threading.Thread, list[Any]]:
@@ -121,7 +121,7 @@ def test_of_takers_that_come_at_once_one_wins(root: Path, covered: Callable[[int
                 outcomes[at] = error
 
         with job(root, 1, world=World(root, 1)) as first:
-            first.ranks[0].ckpt._lease._stop.set()  # type: ignore[union-attr]
+            first.ranks[0].ckpt._directory.lease._stop.set()  # type: ignore[union-attr]
             threads = [threading.Thread(target=take, args=(at,)) for at in range(len(worlds))]
             for thread in threads:
                 thread.start()
@@ -141,7 +141,7 @@ def test_of_takers_that_come_at_once_one_wins(root: Path, covered: Callable[[int
 def test_a_second_job_is_refused_while_the_first_one_lives(root: Path) -> None:
     with job(root, 2) as world:
         world.save(1)
-        lease = world.ranks[0].ckpt._lease
+        lease = world.ranks[0].ckpt._directory.lease
         assert lease is not None
         real = Hours.sleep
 
@@ -166,6 +166,6 @@ def test_the_retention_of_a_loser_removes_nothing(root: Path) -> None:
                 hold(storage, committed_steps(root)[1])
         release(storage, committed_steps(root)[1])
         with job(root, 1):
-            (outcome,) = loser.each(lambda rank: rank.ckpt._remove_surplus())
+            (outcome,) = loser.each(lambda rank: rank.ckpt._directory.remove_surplus())
             assert isinstance(outcome, LeaseLostError), repr(outcome)
             assert set(committed_steps(root)) == {1, 2, 3}

@@ -526,7 +526,7 @@ def test_a_start_that_fails_leaves_the_directory_free(
         raise RuntimeError("CUDA error: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.checkpointer.overlap_stream", out_of_memory)
+        patch.setattr("engine.save.make.overlap_stream", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             Checkpointer(tmp_path, state())
     Checkpointer(tmp_path, state()).close()
@@ -538,7 +538,7 @@ def test_a_start_that_is_refused_leaves_the_optimizer_alone(
     class Stream:
         """Enough of one for hooks to be set."""
 
-    monkeypatch.setattr("engine.checkpointer.overlap_stream", lambda *args: (Stream(), "overlapped"))
+    monkeypatch.setattr("engine.save.make.overlap_stream", lambda *args: (Stream(), "overlapped"))
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
     with Checkpointer(tmp_path, {"model": net}):

@@ -1,0 +1,120 @@
+"""The checkpoint directory as the run that writes to it holds it: lease, order of checkpoints, mirror."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.catalog.lease import Lease
+from engine.catalog.listing import Memory, highest_sequence, list_checkpoints
+from engine.catalog.reaper import reap_abandoned
+from engine.catalog.record import CheckpointRecord
+from engine.catalog.retention import Retention
+from engine.errors import HoldfastError
+from engine.format.manifest import ShardReceipt
+from engine.mirror.keeping import close_mirror, remove_surplus
+from engine.mirror.uploader import Mirror, MirrorPlan, Patience
+from engine.parallel.agreement import all_agree, rank0_decides
+from engine.parallel.coordination import Channel
+from engine.save.commit import commit
+from engine.save.job import Job
+from engine.save.listener import Listener
+from engine.save.probe import probe_shared
+from engine.storage.base import Storage
+
+
+@dataclass(slots=True)
+class HeldDirectory:
+    """One directory and what rank 0 holds of it. On other ranks it has neither lease nor mirror.
+
+    Args:
+        run_id: names this run in the lease and in the probe.
+        second: the storage of the mirror, if there is one.
+        parent: id of the checkpoint that the next one follows.
+    """
+
+    storage: Storage
+    second: Storage | None
+    run_id: str
+    retention: Retention | None
+    listener: Listener
+    parent: str | None = None
+    lease: Lease | None = None
+    mirror: Mirror | None = None
+    _sequence: int = 0
+    _seen: Memory = field(default_factory=dict)
+
+    def take(self, channel: Channel, mirror_freq: int, timeout_secs: float) -> None:
+        """Rank 0 takes the leases; then every rank checks that it sees the same directory.
+
+        Raises: whatever kept a rank from it, on every rank; nothing is held then.
+        """
+
+        def acquire() -> dict[str, Any]:
+            self.storage.make_dir()
+            self.lease = Lease.acquire(self.storage, run_id=self.run_id)
+            self.lease.start_heartbeat()
+            self._sequence = highest_sequence(list_checkpoints(self.storage, self._seen))
+            reap_abandoned(self.storage, lease=self.lease)
+            if self.second is not None:
+                plan = MirrorPlan(mirror_freq, self.retention, self.run_id)
+                self.mirror = Mirror(self.storage, self.second, plan, self.listener)
+                self.mirror.open(required=self._sequence == 0)
+            return {}
+
+        try:
+            rank0_decides(channel, "start/lease", acquire, timeout_secs)
+            problem: Exception | None = None
+            try:
+                probe_shared(self.storage, channel, self.run_id, timeout_secs)
+            except HoldfastError as error:
+                problem = error
+            all_agree(channel, "start/probe", problem, timeout_secs)
+        except HoldfastError:
+            if self.mirror is not None:
+                self.mirror.give_back()
+            if self.lease is not None:
+                self.lease.give_back()
+            raise
+        if self.mirror is not None:
+            self.mirror.start()
+
+    def publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
+        """Commit a save: rank 0 alone, once every shard is confirmed."""
+        # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
+        self._sequence = max(self._sequence, self.mirror.highest_sequence if self.mirror else 0) + 1
+        record = commit(
+            self.storage,
+            self.lease,
+            job.info,
+            shards,
+            job.tensors,
+            job.aliases,
+            job.objects,
+            sequence=self._sequence,
+            parent=self.parent,
+        )
+        self.parent = record.id
+        return record
+
+    def clean_up(self, record: CheckpointRecord) -> None:
+        """What follows a commit, by rank 0: the mirror hears of it, then retention."""
+        if self.mirror is not None:
+            self.mirror.committed()
+        self.remove_surplus()
+
+    def remove_surplus(self, *, disk_full: bool = False) -> bool:
+        """Whether anything was removed. Never latest, backup or best."""
+        assert self.lease is not None
+        return remove_surplus(
+            self.storage, self.lease, self.retention, self.mirror, disk_full=disk_full, memory=self._seen
+        )
+
+    def let_go(self, mirror_patience: Patience, *, stuck: bool) -> None:
+        """Close the mirror and give the directory back; with a save that hangs it stays this run's."""
+        if self.mirror is not None and stuck:
+            self.mirror.close(mirror_patience)
+        elif self.mirror is not None and self.lease is not None:
+            close_mirror(self.mirror, mirror_patience, self.storage, self.lease, self.retention)
+        if self.lease is not None:
+            (self.lease.abandon if stuck else self.lease.release)()

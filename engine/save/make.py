@@ -1,0 +1,71 @@
+"""Puts a saver together: where its snapshot lies, how it is copied, what writes it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from engine.catalog.record import CheckpointRecord
+from engine.parallel.coordination import Channel, Coordinator
+from engine.save.directory import HeldDirectory
+from engine.save.job import JobRunner
+from engine.save.saver import Busy, Checks, Saver
+from engine.snapshot.capture import StateCapture
+from engine.snapshot.copy import Copier, overlap_stream
+from engine.snapshot.guard import state_device, why_unguarded
+from engine.snapshot.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SaverOptions:
+    """What the caller of a Checkpointer chose about saving."""
+
+    busy: Busy
+    timeout_secs: float
+    checks: Checks
+    memory_budget_bytes: int | None
+    overlap: bool | str
+
+
+def make_saver(
+    ranks: Coordinator,
+    channel: Channel,
+    capture: StateCapture,
+    directory: HeldDirectory,
+    options: SaverOptions,
+    on_outcome: Callable[[CheckpointRecord | None], None],
+) -> Saver:
+    """A saver of this state into that directory. `channel` is the training thread's."""
+    device = state_device(capture.state)
+    stream, reason = overlap_stream(options.overlap, device, lambda: why_unguarded(capture.state))
+    log.info("snapshots: %s", reason)
+    optimizers = [entry for entry in capture.state.values() if isinstance(entry, torch.optim.Optimizer)]
+    runner = JobRunner(
+        directory.storage,
+        ranks.channel(),
+        options.timeout_secs,
+        directory.publish,
+        directory.clean_up,
+        directory.listener,
+        on_outcome,
+        lambda: directory.remove_surplus(disk_full=True),
+    )
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Saver(
+        capture=capture,
+        snapshot=Snapshot(ranks.rank, pin=device.type == "cuda", budget_bytes=options.memory_budget_bytes),
+        copier=Copier(stream, optimizers, digest=device.type == "cpu"),
+        channel=channel,
+        runner=runner,
+        run_key=f"{ranks.run_id}/{restarts}",
+        busy=options.busy,
+        timeout_secs=options.timeout_secs,
+        checks=options.checks,
+        on_event=directory.listener,
+    )
