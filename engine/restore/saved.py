@@ -1,0 +1,83 @@
+"""One checkpoint as one rank sees it: its documents, and the tensors inside of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from engine.dcp.boxes import detached, global_shape
+from engine.dcp.dtypes import to_torch
+from engine.errors import DamagedError
+from engine.format.manifest import Manifest, TensorInfo
+from engine.snapshot import values
+
+
+class Saved:
+    """The saved values of a checkpoint, and memory to read the tensors inside of them into.
+
+    Args:
+        manifest: the checkpoint's.
+        locals_: each saved rank's rank-local JSON.
+        rank, world_size: of the run that restores.
+    Attributes:
+        tensors: what is read for values, by saved name.
+    """
+
+    def __init__(
+        self, manifest: Manifest, locals_: Sequence[Mapping[str, Any]], rank: int, world_size: int
+    ) -> None:
+        self.manifest = manifest
+        self.locals_ = locals_
+        self.rank = rank
+        self.world_size = world_size
+        self.same_world = manifest.world_size == world_size
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def own(self) -> Mapping[str, Any]:
+        """The rank-local values of this very rank, or of rank 0 where the world was another."""
+        return self.locals_[self.rank if self.same_world else 0] if self.locals_ else {}
+
+    @property
+    def value_keys(self) -> set[str]:
+        """Every state key that has a document."""
+        return {*self.manifest.objects, *self.own}
+
+    @property
+    def keys(self) -> set[str]:
+        """Every state key that the checkpoint has something for."""
+        names = (*self.manifest.tensors, *self.manifest.aliases)
+        return self.value_keys | {name.partition(".")[0] for name in names}
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and global shape of a tensor that a document refers to."""
+        info = self.manifest.tensors.get(name)
+        if info is None:
+            raise DamagedError(f"{self.manifest.id} refers to the tensor {name}, which it does not list")
+        return info
+
+    def will_read(self, document: Any, live: Mapping[str, torch.Tensor]) -> None:
+        """Have the tensors inside a document read: into the live ones of that name where those fit."""
+        for name in values.tensor_names(document):
+            info = self.info(name)
+            own = live.get(name)
+            if own is not None and global_shape(own) == info.shape and own.dtype == to_torch(info.dtype):
+                self.tensors[name] = detached(own)
+            else:
+                self.tensors[name] = torch.empty(info.shape, dtype=to_torch(info.dtype))
+
+    def document(self, key: str) -> Any:
+        """The value that all ranks share under a state key; its tensors must have been read."""
+        return self.decoded(self.manifest.objects[key])
+
+    def decoded(self, document: Any) -> Any:
+        """A document's value; its tensors must have been read."""
+        return values.decode(document, self._tensor)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        found = self.tensors.get(name)
+        if found is None:
+            raise DamagedError(f"{self.manifest.id} refers to the tensor {name}, which was not read")
+        return found
