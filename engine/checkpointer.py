@@ -92,6 +92,7 @@ class Checkpointer:
         canonical_bytes(self._config)
         listener = guarded(on_event)
         ranks = connect_ranks(timeout_secs)
+        self._ranks = ranks  # at rank 0 it hosts the store
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
         self._closed = False
