@@ -10,12 +10,10 @@ from typing import Any
 from engine.errors import NewerFormatError
 from engine.format import digest
 from engine.format.fields import Fields, validated
+from engine.format.forms import FORMAT_VERSION, version_needed
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.layout import ALIGN_BYTES, MAX_DIMS, Chunk, PlacedChunk, check_tiling
 from engine.format.names import parse_attempt_name, shard_file
-
-FORMAT_VERSION = 1
-"""Version of indexes and manifests that is written, and the newest that is read."""
 
 MAX_WORLD_SIZE = 1_000_000
 
@@ -59,15 +57,12 @@ class ShardIndex:
     world_size: int
     files: tuple[ShardFile, ...]
     local: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if parse_attempt_name(self.attempt) is None:
             raise ValueError(f"{self.attempt[:80]!r} is not an attempt's name")
         if not 0 <= self.rank < self.world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"rank {self.rank} of {self.world_size}")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"format version {self.format_version}, where {FORMAT_VERSION} is written")
         for part, shard in enumerate(self.files):
             if shard.file != shard_file(self.rank, part):
                 raise ValueError(f"{shard.file[:80]!r} is not part {part} of rank {self.rank}")
@@ -81,7 +76,9 @@ class ShardIndex:
         """Canonical JSON. ValueError names a rank-local value that is not JSON."""
         return canonical_bytes(
             {
-                "format_version": self.format_version,
+                "format_version": version_needed(
+                    dict(self.local), dtypes={placed.chunk.dtype for _, placed in self.chunks}
+                ),
                 "attempt": self.attempt,
                 "rank": self.rank,
                 "world_size": self.world_size,

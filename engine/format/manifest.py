@@ -16,7 +16,8 @@ from engine.errors import DamagedError
 from engine.format import digest
 from engine.format.dtypes import ITEMSIZES
 from engine.format.fields import Fields, are_extents, validated
-from engine.format.index import FORMAT_VERSION, MAX_WORLD_SIZE, check_version
+from engine.format.forms import version_needed
+from engine.format.index import MAX_WORLD_SIZE, check_version
 from engine.format.json import canonical_bytes, decode_metric, encode_metric, parse_canonical
 from engine.format.layout import MAX_DIMS, check_tensor
 from engine.format.names import index_file, parse_attempt_name, shard_file
@@ -104,7 +105,6 @@ class Manifest:
     objects: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     software: Mapping[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         self._check_identity()
@@ -141,7 +141,9 @@ class Manifest:
 
     def _to_json(self) -> dict[str, Any]:
         return {
-            "format_version": self.format_version,
+            "format_version": version_needed(
+                dict(self.objects), dtypes={info.dtype for info in self.tensors.values()}
+            ),
             "id": self.id,
             "sequence": self.sequence,
             "step": self.step,
@@ -175,8 +177,6 @@ class Manifest:
         named = parse_attempt_name(self.id)
         if named is None or named[0] != self.step:
             raise ValueError(f"the id {self.id[:80]!r} is not an attempt at step {self.step}")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(f"format version {self.format_version}, where {FORMAT_VERSION} is written")
         if min(self.sequence, self.epoch, self.tokens) < 0 or not math.isfinite(self.created):
             raise ValueError(
                 f"sequence {self.sequence}, epoch {self.epoch}, tokens {self.tokens}, created {self.created}:"

@@ -291,7 +291,7 @@ CASES: dict[str, Case] = {
         edit_index(set_field("rank", 0)), "committed", rf".*{INDEX}.*is not part 0 of rank 0"
     ),
     "index_with_hole_in_file": Case(edit_index(move_chunk), "committed", rf".*{INDEX}.*{SHARD}"),
-    "index_newer": Case(edit_index(set_field("format_version", 2)), "committed", "newer"),
+    "index_newer": Case(edit_index(set_field("format_version", 3)), "committed", "newer"),
     "duplicated_chunk": Case(
         nothing,
         "committed",
@@ -329,7 +329,7 @@ CASES: dict[str, Case] = {
         "damaged",
         r".*manifest\.json does not fit its own digest: it was changed after it was written",
     ),
-    "manifest_newer": Case(edit_manifest(set_field("format_version", 2)), "damaged", "newer"),
+    "manifest_newer": Case(edit_manifest(set_field("format_version", 3)), "damaged", "newer"),
     "manifest_of_other_checkpoint": Case(
         take_from_older("manifest.json"),
         "damaged",

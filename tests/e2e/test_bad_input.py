@@ -176,7 +176,7 @@ def test_only_damaged_ones_left_is_an_error_not_a_fresh_start(trained: Run) -> N
 def test_a_newer_format_says_so(trained: Run) -> None:
     path = directory_of(trained, 12) / "manifest.json"
     manifest = json.loads(path.read_bytes())
-    manifest["format_version"] += 1
+    manifest["format_version"] = 99
     del manifest["digest"]
     manifest["digest"] = bytes_digest(canonical_bytes(manifest))
     path.write_bytes(canonical_bytes(manifest))

@@ -163,8 +163,8 @@ def test_contradictions(change: Change) -> None:
 
 
 def test_newer_format() -> None:
-    document = {**json.loads(RAW), "format_version": 2, "something": "new"}
-    with pytest.raises(NewerFormatError, match=r"format version 2.*update Holdfast"):
+    document = {**json.loads(RAW), "format_version": 3, "something": "new"}
+    with pytest.raises(NewerFormatError, match=r"format version 3.*update Holdfast"):
         ShardIndex.from_bytes(canonical_bytes(document), what="x")
 
 

@@ -104,8 +104,8 @@ def test_any_changed_byte_is_noticed() -> None:
 
 
 def test_newer_format() -> None:
-    raw = sealed({**json.loads(RAW), "format_version": 2, "something": "new"})
-    with pytest.raises(NewerFormatError, match=r"m\.json has format version 2.*update Holdfast"):
+    raw = sealed({**json.loads(RAW), "format_version": 3, "something": "new"})
+    with pytest.raises(NewerFormatError, match=r"m\.json has format version 3.*update Holdfast"):
         Manifest.from_bytes(raw, what="m.json")
 
 

@@ -1,0 +1,64 @@
+"""The `$` forms that stored values may take, and the format version that each of them needs.
+
+A document is written as version 2 exactly when something in it needs version 2, so that an older Holdfast
+says "newer" of it and not "damaged", and goes on reading everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+FIRST_VERSION = 1
+"""What is written where nothing needs more."""
+
+FORMAT_VERSION = 2
+"""The newest version that is written and read."""
+
+FORMS: dict[str, int] = {
+    "$tensor": 1,
+    "$tuple": 1,
+    "$float": 1,
+    "$items": 1,
+    "$counter": 1,
+    "$nan": 2,
+    "$int": 2,
+    "$complex": 2,
+    "$bytes": 2,
+    "$bytearray": 2,
+    "$mapping": 2,
+    "$set": 2,
+    "$frozenset": 2,
+    "$deque": 2,
+    "$namedtuple": 2,
+    "$enum": 2,
+    "$path": 2,
+    "$date": 2,
+    "$time": 2,
+    "$datetime": 2,
+    "$timedelta": 2,
+    "$timezone": 2,
+    "$dtype": 2,
+    "$device": 2,
+    "$size": 2,
+    "$scalar": 2,
+    "$array": 2,
+}
+"""Form -> the version that brought it. A `$` key that is not listed here is damage."""
+
+DTYPES: dict[str, int] = {}
+"""Element type -> the version that brought it, where that is not the first."""
+
+
+def version_needed(*values: Any, dtypes: Iterable[str] = ()) -> int:
+    """The format version that a document with these JSON values and element types has to declare."""
+    needed = max((DTYPES.get(dtype, FIRST_VERSION) for dtype in dtypes), default=FIRST_VERSION)
+    left = [*values]
+    while left and needed < FORMAT_VERSION:
+        value = left.pop()
+        if isinstance(value, dict):
+            needed = max(needed, *(FORMS.get(key, FIRST_VERSION) for key in value), FIRST_VERSION)
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)
+    return needed

@@ -1,0 +1,93 @@
+"""Enums and named tuples: values whose class the checkpoint can only name.
+
+Nothing is ever imported by a name that a checkpoint holds. The class is looked for among the modules that the
+program has imported by itself, in their dictionaries (a module's `__getattr__` is code), and a value is made
+without calling it. At save the class has to be found in the same way, or the value is refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from typing import Any
+
+from engine.errors import DamagedError, StateMismatchError, UnsavableValueError
+
+Json = Any
+
+_FIELDS = {"$enum": {"type", "name"}, "$namedtuple": {"type", "fields", "items"}}
+
+
+def type_name(value: object, path: str, instead: str) -> str:
+    """How the value's class is named in a checkpoint, "module:Class.Inner".
+
+    Raises: UnsavableValueError, which proposes `instead`, when it could not be found by that name.
+    """
+    kind = type(value)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    if _find(name) is not kind:
+        raise UnsavableValueError(
+            f"{path}: the class {kind.__qualname__} is not found under its name in {kind.__module__}, so no "
+            f"other process could make the value again; define it at the top of a module, or store {instead}"
+        )
+    return name
+
+
+def encode_enum(value: enum.Enum, path: str) -> Json:
+    """The form of a member of an enum. Raises: UnsavableValueError for one without a name of its own."""
+    if type(value).__members__.get(value.name) is not value:
+        raise UnsavableValueError(f"{path}: {value!r} combines members of an enum; store its .value")
+    return {"$enum": {"type": type_name(value, path, "its .value"), "name": value.name}}
+
+
+def decode_named(form: str, inner: Json, items: Any) -> Any:
+    """The member or named tuple of a form; `items` are a tuple's values.
+
+    Raises: StateMismatchError when the program has no such class; DamagedError.
+    """
+    kind = _named_class(form, inner)
+    if form == "$enum":
+        return kind.__members__[inner["name"]]
+    return tuple.__new__(kind, items)
+
+
+def missing_class(form: str, inner: Json) -> str:
+    """Why a value cannot be made here, in a sentence; else ""."""
+    try:
+        _named_class(form, inner)
+    except StateMismatchError as error:
+        return str(error)
+    return ""
+
+
+def _named_class(form: str, inner: Json) -> Any:
+    if not isinstance(inner, dict) or inner.keys() != _FIELDS[form] or not isinstance(inner["type"], str):
+        raise DamagedError(f"a stored {form} is not one: {str(inner)[:40]!a}")
+    kind: Any = _find(inner["type"])
+    module, _, name = inner["type"].partition(":")
+    if kind is None:
+        raise StateMismatchError(
+            f"a value of the class {name[:80]} was saved, and this program has no such class in "
+            f"{module[:80]}: import that module before restoring"
+        )
+    if form == "$enum":
+        fits = issubclass(kind, enum.Enum) and inner["name"] in kind.__members__
+    else:
+        fits = issubclass(kind, tuple) and list(vars(kind).get("_fields", ())) == inner["fields"]
+    if not fits:
+        what = inner["name"] if form == "$enum" else ", ".join(map(str, inner["fields"]))
+        raise StateMismatchError(
+            f"a value of {module[:80]}.{name[:80]} was saved with {what[:80]}, and the class here has "
+            "nothing of the kind"
+        )
+    return kind
+
+
+def _find(name: str) -> type | None:
+    module, _, qualname = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        if not hasattr(type(found), "__dict__") or not hasattr(found, "__dict__"):
+            return None
+        found = vars(found).get(part)
+    return found if isinstance(found, type) else None
