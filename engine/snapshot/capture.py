@@ -1,9 +1,8 @@
 """What a checkpoint holds: a flat list of named tensors and, beside it, JSON.
 
 Every entry of the state is one of: a module, an optimizer, anything with `state_dict()`, or a plain tensor,
-dict, list or JSON value. Modules go through DCP's `get_model_state_dict`, which gives canonical
-names (also under `torch.compile` and DDP) and brings FSDP2 back to its sharded parameters: after a no-grad
-evaluation its root is left unsharded, and `named_parameters()` would hand out full plain tensors.
+dict, list or JSON value. Of modules the live tensors are captured, under canonical names (the same with and
+without DDP, `torch.compile` and other wrappers), and what `state_dict()` holds besides.
 Optimizers are read directly, under the same names: `get_optimizer_state_dict` would take a step to create
 missing state.
 
@@ -25,6 +24,7 @@ from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.snapshot.modules import ModuleCapture, take_ties_out
 from engine.snapshot.optimizers import OptimizerCapture, owner_of
+from engine.snapshot.wrappers import unwrapped_optimizer
 
 
 class StateCapture:
@@ -57,7 +57,7 @@ class StateCapture:
                 raise UnsavableValueError(
                     f"per_rank names {name!r}, which is not in the state or is a module or an optimizer"
                 )
-        self.state = dict(state)
+        self.state = {key: unwrapped_optimizer(entry) for key, entry in state.items()}
         self.per_rank = frozenset(per_rank)
         self._rank = rank
         self._modules: dict[str, ModuleCapture] = {}

@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from engine.dcp.boxes import detached, geometry
-from engine.snapshot import values
 from engine.snapshot.captured import Captured
-
-EXTRA_STATE = "_extra_state"
-"""The last part of the name of what a module's get_extra_state() returns."""
+from engine.snapshot.state_dicts import encode_values, has_own_state_dict, read_state_dict
+from engine.snapshot.wrappers import refuse_unsavable
 
 Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
 """Where a tensor stands: (holder, key, tensor, the address of its local memory)."""
@@ -28,30 +25,19 @@ class ModuleCapture:
     """The canonical names of a module's parameters and buffers, and the tensors behind them."""
 
     def __init__(self, key: str, module: nn.Module) -> None:
+        refuse_unsavable(key, module)
         self.key = key
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._extra: dict[str, Any] = {}
-        # state_dict() brings FSDP2 back to its sharded parameters before it reads them.
-        saved = get_model_state_dict(module)
-        named = {
-            canonical(module, name): tensor
-            for name, tensor in (
-                *module.named_parameters(remove_duplicate=False),
-                *module.named_buffers(remove_duplicate=False),
-            )
-        }
-        for name, value in saved.items():
-            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
-            if isinstance(value, torch.Tensor) and name.rpartition(".")[2] != EXTRA_STATE:
-                self.tensors[f"{key}.{name}"] = detached(value, like=named.get(name))
-            else:
-                self._extra[name] = value
+        self.module = module
+        self.state = read_state_dict(key, module)
+        self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
+        named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
+        self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
+        self.identities = {name: id(tensor) for name, tensor in named.items()}
         self._slots = _slots(module)
         self._children = [
             (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
         ]
         self._sizes = _sizes(module)
-        self.identities = {f"{key}.{name}": id(tensor) for name, tensor in named.items()}
         self._boxes = [(tensor, geometry(tensor)) for tensor in named.values() if geometry(tensor)]
 
     def unchanged(self) -> bool:
@@ -59,15 +45,23 @@ class ModuleCapture:
 
         FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
         back to the same DTensor, whose memory is what was captured. That is enough for a save; what is to be
-        written into has to be `sharded_now` besides.
+        written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is asked
+        for it anew.
         """
-        if self._extra or any(len(holder) != size for holder, size in self._sizes):
+        if self._asks_each_time and not self._still_hands_out():
+            return False
+        if any(len(holder) != size for holder, size in self._sizes):
             return False
         if any(holder.get(name) is not child for holder, name, child in self._children):
             return False
         if any(geometry(tensor) != seen for tensor, seen in self._boxes):
             return False
         return in_place(self._slots, may_be_unsharded=True)
+
+    def _still_hands_out(self) -> bool:
+        before, self.state = self.state, read_state_dict(self.key, self.module)
+        now = self.state.tensors
+        return before.tensors.keys() == now.keys() and all(now[n] is t for n, t in before.tensors.items())
 
     @property
     def sharded_now(self) -> bool:
@@ -77,21 +71,10 @@ class ModuleCapture:
         return all(holder.get(name) is seen for holder, name, seen, _ in self._slots)
 
     def collect_values(self, captured: Captured) -> None:
-        """Add this module's extra state: what of its state dict is not a tensor."""
-        if self._extra:
-            captured.shared[self.key] = values.encode(self._extra, self.key, captured.tensors)
-
-
-def canonical(module: nn.Module, name: str) -> str:
-    """A parameter's name without the wrappers of DDP and torch.compile, as DCP's state dicts have it."""
-    parts = []
-    current: Any = module
-    for part in name.split("."):
-        wrapped = isinstance(current, DistributedDataParallel) and part == "module"
-        if not wrapped and part != "_orig_mod":
-            parts.append(part)
-        current = getattr(current, part)
-    return ".".join(parts)
+        """Add what state_dict() holds besides live tensors: extra state, whatever hooks and overrides add."""
+        if self.state.values:
+            captured.shared[self.key] = encode_values(self.key, self.state, captured.tensors)
+            self.state.values = {}  # may be copies of the whole model; the next save asks anew
 
 
 def take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -150,8 +133,13 @@ def _slots(module: nn.Module) -> list[Slot]:
 
 
 def _sizes(module: nn.Module) -> list[tuple[Mapping[str, Any], int]]:
-    """How many parameters, buffers and children every module has: what was added later shows in it."""
+    """How many parameters, buffers, children and hooks every module has: what was added later shows in it."""
     holders = [
-        holder for child in module.modules() for holder in (child._parameters, child._buffers, child._modules)
+        holder
+        for child in module.modules()
+        for holder in (
+            *(child._parameters, child._buffers, child._modules),
+            *(child._state_dict_hooks, child._state_dict_pre_hooks),
+        )
     ]
     return [(holder, len(holder)) for holder in holders]

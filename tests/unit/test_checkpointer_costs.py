@@ -122,7 +122,7 @@ def test_the_arena_is_taken_once(storage: ControlledStorage, monkeypatch: pytest
 def test_nothing_is_walked_or_planned_when_nothing_changed(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    walks = counted(monkeypatch, modules, "get_model_state_dict")
+    walks = counted(monkeypatch, modules, "read_state_dict")
     plans = counted(monkeypatch, held_module.DefaultSavePlanner, "create_local_plan")
     state = training_state()
     with Checkpointer("ignored", state) as checkpointer:

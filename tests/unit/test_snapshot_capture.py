@@ -248,13 +248,13 @@ class Walks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        real = modules.get_model_state_dict
+        real = modules.read_state_dict
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(modules, "get_model_state_dict", counted)
+        monkeypatch.setattr(modules, "read_state_dict", counted)
 
 
 @pytest.fixture
@@ -400,8 +400,8 @@ def test_what_has_not_changed_is_not_walked_again_to_be_written_into(monkeypatch
     optimizer = torch.optim.AdamW(model.parameters())
     capture = StateCapture({"model": model, "optimizer": optimizer}, (), 0)
     walks: list[object] = []
-    real = modules.get_model_state_dict
-    monkeypatch.setattr(modules, "get_model_state_dict", lambda module: walks.append(module) or real(module))
+    real = modules.read_state_dict
+    monkeypatch.setattr(modules, "read_state_dict", lambda key, module: walks.append(module) or real(key, module))
     capture.make_ready()
     capture.make_ready()
     assert len(walks) == 1

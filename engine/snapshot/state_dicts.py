@@ -1,0 +1,271 @@
+"""What a module's state_dict() hands out, held against the tensors that the module has.
+
+Hooks and overrides may hand out copies, other names, more or fewer keys. A checkpoint holds the live
+parameters and buffers in any case: a copy is of the moment it was made, may be rounded, and reading into it
+would leave the live weights as they are. A key that the live tensors account for is theirs; what is left is
+kept as a value and handed to load_state_dict().
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from engine.errors import UnsavableValueError
+from engine.snapshot import values
+from engine.snapshot.wrappers import Place, places
+
+EXTRA_STATE = "_extra_state"
+"""The last part of the name of what a module's get_extra_state() returns."""
+
+HANDED_OUT = "$state_dict"
+"""Stands before the name of a tensor that state_dict() hands out under the name of another."""
+
+_SAVING = ("state_dict", "_save_to_state_dict")
+_OWN_CODE = ("torch", "lightning.fabric.wrappers", "lightning_fabric.wrappers")
+"""Whose hooks and overrides hand out the live tensors in every call if they do so in one."""
+
+
+@dataclass(slots=True)
+class StateDict:
+    """A module's state: live tensors by name, and what else its state_dict() holds.
+
+    tensors: canonical name -> parameter or persistent buffer. Tied ones stand under each of their names.
+    standing: canonical name -> key of state_dict(), for the keys whose value a live tensor accounts for.
+    values: canonical name -> value, for all other keys.
+    spelled: canonical name -> key of state_dict(), of every key.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    standing: dict[str, str] = field(default_factory=dict)
+    values: dict[Any, Any] = field(default_factory=dict)
+    spelled: dict[Any, Any] = field(default_factory=dict)
+
+
+def read_state_dict(key: str, root: nn.Module) -> StateDict:
+    """Ask a module for its state_dict(), and tell live tensors from what else is in there.
+
+    Asking first brings FSDP2 back to its sharded parameters: after a no-grad evaluation its root is left
+    unsharded, and named_parameters() would hand out full plain tensors.
+    Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out.
+    """
+    with torch.no_grad():
+        handed_out: Any = root.state_dict()
+        if not isinstance(handed_out, Mapping):
+            raise UnsavableValueError(
+                f"{key}: state_dict() of {type(root).__qualname__} returns a {type(handed_out).__name__}, "
+                "no dict"
+            )
+        tree = places(root)
+        live = live_tensors(tree)
+        by_memory: dict[Hashable, str] = {}
+        for name, tensor in live.items():
+            by_memory.setdefault(_memory(tensor), name)
+        found = StateDict()
+        prefixes = _prefixes(tree)
+        covered: set[int] = set()
+        unclear: dict[str, Any] = {}
+        for spelled, value in handed_out.items():
+            name = _canonical(spelled, prefixes) if isinstance(spelled, str) else spelled
+            found.spelled[name] = spelled
+            stands = None
+            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
+            if isinstance(value, torch.Tensor) and not is_extra_state(name):
+                stands = _live_one(name, value, live, by_memory)
+            if stands is None:
+                unclear[name] = value
+            else:
+                covered.add(id(stands))
+                found.tensors[name] = stands
+                found.standing[name] = spelled
+        for name, tensor in live.items():
+            if id(tensor) not in covered:
+                _keep_left_out(key, name, tensor, found)
+        for name, value in unclear.items():
+            if name in found.tensors and _is_copy(value, found.tensors[name]):
+                found.standing[name] = found.spelled[name]
+            else:
+                found.values[name] = value
+    return found
+
+
+def encode_values(key: str, state: StateDict, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON of what state_dict() holds besides live tensors; its tensors are added to `tensors` by name.
+
+    A live tensor inside a nested value is referred to by the name it has already. A tensor that would take
+    the name of a live one (the module hands out something else under a parameter's name) gets another.
+    """
+    mine: dict[str, torch.Tensor] = {}
+    document = values.encode(state.values, key, mine)
+    by_memory: dict[Hashable, str] = {}
+    with torch.no_grad():
+        for name, tensor in state.tensors.items():
+            by_memory.setdefault(_memory(tensor), name)
+        names: dict[str, str] = {}
+        for path, tensor in mine.items():
+            memory = _memory(tensor)
+            if memory is not None and memory in by_memory:
+                names[path] = f"{key}.{by_memory[memory]}"
+                continue
+            inside = path.removeprefix(f"{key}.")
+            names[path] = f"{key}.{HANDED_OUT}.{inside}" if inside in state.tensors else path
+            tensors[names[path]] = tensor
+    return _renamed(document, names)
+
+
+def _renamed(document: Any, names: Mapping[str, str]) -> Any:
+    """The JSON with other names for its tensors."""
+    if isinstance(document, list):
+        return [_renamed(item, names) for item in document]
+    if not isinstance(document, dict):
+        return document
+    if document.keys() == {"$tensor"}:
+        return {"$tensor": names[document["$tensor"]]}
+    return {key: _renamed(inner, names) for key, inner in document.items()}
+
+
+def is_extra_state(name: Any) -> bool:
+    """Whether the name is that of what a module's get_extra_state() returns."""
+    return isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE
+
+
+def has_own_state_dict(root: nn.Module) -> bool:
+    """Whether code that is not torch's takes part in state_dict(): it may hand out other values each time."""
+    return any(_takes_part(module) for module in root.modules())
+
+
+def loads_by_itself(module: nn.Module) -> bool:
+    """Whether code that is not torch's takes part when this very module, not its children, is loaded."""
+    if any(not _is_torchs(_function(module, name)) for name in ("load_state_dict", "_load_from_state_dict")):
+        return True
+    # torch keeps pre-hooks in an object of its own, under `hook`.
+    pre = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+    hooks = [*pre, *module._load_state_dict_post_hooks.values()]
+    return any(not _is_torchs(hook) for hook in hooks)
+
+
+def live_tensors(tree: Iterable[Place]) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer by canonical name, tied ones under each of their names."""
+    found: dict[str, torch.Tensor] = {}
+    for place in tree:
+        module = place.module
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(place.name + name, parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(place.name + name, buffer)
+    return found
+
+
+def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) -> None:
+    """A rebuilt module needs it: state_dict() does not hand it out, or a copy of it."""
+    if name in found.tensors:
+        raise UnsavableValueError(
+            f"{key}.{name}: state_dict() hands out another tensor of the module under this name, and this one "
+            "under none; give each its own"
+        )
+    found.tensors[name] = tensor
+
+
+def _live_one(
+    name: Any, value: torch.Tensor, live: Mapping[str, torch.Tensor], by_memory: Mapping[Hashable, str]
+) -> torch.Tensor | None:
+    """The live tensor whose memory the value is, by preference that of its own name."""
+    memory = _memory(value)
+    own = live.get(name) if isinstance(name, str) else None
+    if own is not None and _same(value, own, memory):
+        return own
+    if memory is None:
+        return next((tensor for tensor in live.values() if tensor is value), None)
+    return live[by_memory[memory]] if memory in by_memory else None
+
+
+def _same(value: torch.Tensor, own: torch.Tensor, memory: Hashable) -> bool:
+    if value is own:
+        return True
+    if memory is None:  # no memory to tell by: nothing can be lost with it
+        return value.layout == own.layout and _memory(own) is None and value.shape == own.shape
+    return memory == _memory(own)
+
+
+def _memory(tensor: torch.Tensor) -> Hashable:
+    """Where a tensor's elements lie and how; None where that cannot be told (nothing there, sparse, meta)."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
+    if tensor.is_nested or tensor.is_quantized or tensor.numel() == 0:
+        return None
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        kind = (tensor.shape, tensor.placements, tensor.device_mesh)
+        return (kind, _memory(local) if local.numel() else (local.shape, local.dtype))
+    if is_traceable_wrapper_subclass(tensor):
+        names, context = tensor.__tensor_flatten__()
+        return (type(tensor), tensor.shape, *(_memory(getattr(tensor, name)) for name in names))
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+
+
+def _is_copy(value: Any, live: torch.Tensor) -> bool:
+    """Whether a value is what one gets by copying the live tensor, perhaps into a smaller dtype."""
+    if not isinstance(value, torch.Tensor) or value.shape != live.shape:
+        return False
+    if isinstance(value, DTensor) != isinstance(live, DTensor):
+        return False
+    if isinstance(value, DTensor) and isinstance(live, DTensor):
+        if (value.placements, value.device_mesh) != (live.placements, live.device_mesh):
+            return False
+        value, live = value.to_local(), live.to_local()
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided for t in (value, live))
+    if not plain or value.is_quantized or live.is_quantized:
+        return False
+    return torch.equal(_bytes(live.to(value.device, value.dtype)), _bytes(value))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # NaN is not equal to itself, its bytes are.
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _prefixes(tree: Iterable[Place]) -> dict[str, str]:
+    """The spelled name of each module in state_dict() -> its canonical one, where they differ."""
+    return {place.spelled: place.name for place in tree}
+
+
+def _canonical(spelled: str, prefixes: Mapping[str, str]) -> str:
+    """The key without wrappers, by the innermost module that it begins with."""
+    end = spelled.rfind(".")
+    while end >= 0:
+        prefix = spelled[: end + 1]
+        if prefix in prefixes:
+            return prefixes[prefix] + spelled[end + 1 :]
+        end = spelled.rfind(".", 0, end)
+    return spelled
+
+
+def _takes_part(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.get_extra_state is not nn.Module.get_extra_state:
+        return True
+    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+    if any(not _is_torchs(hook) for hook in hooks):
+        return True
+    return any(not _is_torchs(_function(module, name)) for name in _SAVING)
+
+
+def _function(module: nn.Module, name: str) -> Any:
+    return module.__dict__.get(name) or getattr(type(module), name)
+
+
+def _is_torchs(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home in _OWN_CODE or home.startswith("torch.")

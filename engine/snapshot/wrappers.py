@@ -1,0 +1,123 @@
+"""Wrappers that stand for what they wrap: a model has the same names with them and without.
+
+A wrapper is recognised by its class. The class is looked up among the modules that are loaded already: a
+library that nobody has imported has wrapped nothing, and importing torch._dynamo alone takes seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.errors import UnsavableValueError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A module below a root, as often as it occurs there.
+
+    name: its canonical name: without the wrappers above it, "" for the root. spelled: the name that the
+    root's state_dict() gives it. Both end with a dot unless empty.
+    """
+
+    name: str
+    spelled: str
+    module: nn.Module
+
+
+_FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+
+_WRAPPERS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    # (module, class, {attribute that holds what is wrapped: the same in the keys of its state_dict()})
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", {"module": "module."}),
+    ("torch.nn.parallel.data_parallel", "DataParallel", {"module": "module."}),
+    ("torch._dynamo.eval_frame", "OptimizedModule", {"_orig_mod": "_orig_mod."}),
+    # Base of torch's checkpoint_wrapper and offload_wrapper; its hook takes the attribute out of the keys.
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "ActivationWrapper",
+        {"_checkpoint_wrapped_module": ""},
+    ),
+    # Its state_dict() is that of the module that the user has built; the other is DDP or the like around it.
+    *((name, "_FabricModule", {"_original_module": "", "_forward_module": ""}) for name in _FABRIC),
+)
+
+_OPTIMIZER_WRAPPERS = (
+    ("accelerate.optimizer", "AcceleratedOptimizer"),
+    *((name, "_FabricOptimizer") for name in _FABRIC),
+    ("lightning.pytorch.core.optimizer", "LightningOptimizer"),
+    ("pytorch_lightning.core.optimizer", "LightningOptimizer"),
+)
+
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+
+
+def places(root: nn.Module) -> list[Place]:
+    """Every module of a tree with its canonical name, wrappers included, in the order of state_dict()."""
+    wrappers = [
+        (found, attributes)
+        for module, name, attributes in _WRAPPERS
+        if (found := _loaded(module, name)) is not None
+    ]
+    return list(_walk(root, "", "", wrappers, set()))
+
+
+def _walk(
+    module: nn.Module,
+    name: str,
+    spelled: str,
+    wrappers: list[tuple[type, dict[str, str]]],
+    above: set[int],
+) -> Iterator[Place]:
+    yield Place(name, spelled, module)
+    inside: dict[str, str] = next((found for kind, found in wrappers if isinstance(module, kind)), {})
+    above = above | {id(module)}
+    for attribute, child in module._modules.items():
+        if child is None or id(child) in above:
+            continue
+        part = f"{attribute}."
+        wrapped = attribute in inside
+        yield from _walk(
+            child,
+            name if wrapped else name + part,
+            spelled + (inside[attribute] if wrapped else part),
+            wrappers,
+            above,
+        )
+
+
+def refuse_unsavable(key: str, root: nn.Module) -> None:
+    """Raises: UnsavableValueError for a wrapper whose parameters are not those of the modules inside it."""
+    fsdp1 = _loaded(*_FSDP1)
+    if fsdp1 is None:
+        return
+    for name, module in root.named_modules():
+        if isinstance(module, fsdp1):
+            raise UnsavableValueError(
+                f"{key}{'.' if name else ''}{name} is a FullyShardedDataParallel (FSDP1), which keeps its "
+                "parameters flattened and cannot be saved as it is; shard the model with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+            )
+
+
+def unwrapped_optimizer(entry: object) -> object:
+    """The optimizer that a framework's wrapper hands its steps to; anything else as it is.
+
+    A wrapper may hold a copy of the optimizer's attributes, which load_state_dict() leaves behind.
+    """
+    if not isinstance(entry, Optimizer) and type(entry).__module__.partition(".")[0] == "torch":
+        return entry
+    for module, name in _OPTIMIZER_WRAPPERS:
+        found = _loaded(module, name)
+        if found is not None and isinstance(entry, found):
+            return unwrapped_optimizer(entry.optimizer)
+    return entry
+
+
+def _loaded(module: str, name: str) -> type | None:
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
