@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from engine.snapshot.modules import EXTRA_STATE, canonical
+from engine.snapshot.state_dicts import EXTRA_STATE
+from engine.snapshot.wrappers import places
 
 
 def set_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Give submodules what their get_extra_state() returned, under canonical names."""
-    for name, child in module.named_modules():
-        prefix = canonical(module, name) if name else ""
-        key = f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE
+    for place in places(module):
+        key = place.name + EXTRA_STATE
         # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
-        has_some = type(child).get_extra_state is not nn.Module.get_extra_state
+        has_some = type(place.module).get_extra_state is not nn.Module.get_extra_state
         if has_some and key in saved:
-            child.set_extra_state(saved[key])
+            place.module.set_extra_state(saved[key])

@@ -45,8 +45,8 @@ class ModuleCapture:
 
         FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
         back to the same DTensor, whose memory is what was captured. That is enough for a save; what is to be
-        written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is asked
-        for it anew.
+        written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is
+        asked anew.
         """
         if self._asks_each_time and not self._still_hands_out():
             return False
@@ -95,7 +95,7 @@ def take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Ten
 
 def pointer_of(tensor: torch.Tensor | None) -> int:
     """The address of the local memory. To be called without gradients: `to_local` then makes no view."""
-    if tensor is None:
+    if tensor is None or is_lazy(tensor):
         return 0
     return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
 
@@ -132,9 +132,9 @@ def _slots(module: nn.Module) -> list[Slot]:
     return slots
 
 
-def _sizes(module: nn.Module) -> list[tuple[Mapping[str, Any], int]]:
+def _sizes(module: nn.Module) -> list[tuple[Mapping[Any, Any], int]]:
     """How many parameters, buffers, children and hooks every module has: what was added later shows in it."""
-    holders = [
+    holders: list[Mapping[Any, Any]] = [
         holder
         for child in module.modules()
         for holder in (

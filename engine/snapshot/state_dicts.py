@@ -170,8 +170,8 @@ def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) 
     """A rebuilt module needs it: state_dict() does not hand it out, or a copy of it."""
     if name in found.tensors:
         raise UnsavableValueError(
-            f"{key}.{name}: state_dict() hands out another tensor of the module under this name, and this one "
-            "under none; give each its own"
+            f"{key}.{name}: state_dict() hands out another tensor of the module under this name, and this "
+            "one under none; give each a name of its own"
         )
     found.tensors[name] = tensor
 
@@ -208,7 +208,7 @@ def _memory(tensor: torch.Tensor) -> Hashable:
         kind = (tensor.shape, tensor.placements, tensor.device_mesh)
         return (kind, _memory(local) if local.numel() else (local.shape, local.dtype))
     if is_traceable_wrapper_subclass(tensor):
-        names, context = tensor.__tensor_flatten__()
+        names, _ = tensor.__tensor_flatten__()
         return (type(tensor), tensor.shape, *(_memory(getattr(tensor, name)) for name in names))
     return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
 

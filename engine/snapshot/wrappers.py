@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -104,7 +105,7 @@ def refuse_unsavable(key: str, root: nn.Module) -> None:
             )
 
 
-def unwrapped_optimizer(entry: object) -> object:
+def unwrapped_optimizer(entry: Any) -> Any:
     """The optimizer that a framework's wrapper hands its steps to; anything else as it is.
 
     A wrapper may hold a copy of the optimizer's attributes, which load_state_dict() leaves behind.
@@ -118,6 +119,6 @@ def unwrapped_optimizer(entry: object) -> object:
     return entry
 
 
-def _loaded(module: str, name: str) -> type | None:
+def _loaded(module: str, name: str) -> Any:
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None

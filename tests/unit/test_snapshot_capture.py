@@ -401,7 +401,7 @@ def test_what_has_not_changed_is_not_walked_again_to_be_written_into(monkeypatch
     capture = StateCapture({"model": model, "optimizer": optimizer}, (), 0)
     walks: list[object] = []
     real = modules.read_state_dict
-    monkeypatch.setattr(modules, "read_state_dict", lambda key, module: walks.append(module) or real(key, module))
+    monkeypatch.setattr(modules, "read_state_dict", lambda *args: walks.append(args) or real(*args))
     capture.make_ready()
     capture.make_ready()
     assert len(walks) == 1
