@@ -15,6 +15,7 @@ from engine.catalog.listing import Listed, list_checkpoints
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
+from engine.forks import Home
 from engine.format.json import canonical_bytes
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
 from engine.parallel.coordination import connect_ranks
@@ -28,6 +29,7 @@ from engine.save.handle import SaveHandle
 from engine.save.listener import Listener, guarded
 from engine.save.make import SaverOptions, make_saver
 from engine.save.saver import Busy, Checks, Saver
+from engine.save.unheld import close_behind, forgetful
 from engine.snapshot.capture import StateCapture
 from engine.storage.open import open_storage
 
@@ -65,6 +67,8 @@ class Checkpointer:
     Raises: DirectoryHeldError when a live run writes to the directory; StorageError; ConfigError.
     """
 
+    _closed = True  # until it is made
+
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -95,7 +99,6 @@ class Checkpointer:
         self._ranks = ranks  # at rank 0 it hosts the store
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
-        self._closed = False
         self.last_committed: CheckpointRecord | None = None
         self.failed_saves = 0
         self._storage = open_storage(directory, storage_options)
@@ -109,14 +112,16 @@ class Checkpointer:
         if not read_only:
             checks = Checks(check_replicas, check_snapshots)
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
-            saver = make_saver(ranks, channel, capture, self._directory, options, self._on_outcome)
+            saver = make_saver(ranks, channel, capture, self._directory, options, forgetful(self._on_outcome))
             try:  # last: what fails before it leaves no lease behind
                 self._directory.take(channel, mirror_freq, timeout_secs)
             except HoldfastError:
                 saver.copier.remove()
                 raise
             self._saver = saver
-        self._forget_at_exit = call_at_exit(self._at_exit)
+        self._home = Home()
+        self._forget_at_exit = call_at_exit(forgetful(self._at_exit))
+        self._closed = False
 
     def save(
         self,
@@ -184,6 +189,7 @@ class Checkpointer:
         Raises: SelectorError; StateMismatchError, before anything was changed; DamagedError; StorageError;
             RestoreFailedError.
         """
+        self._require_home()
         if self._saver is not None:
             self._saver.wait()
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
@@ -226,9 +232,10 @@ class Checkpointer:
         """Finish the save in flight, let go of the directory, and raise a failure nobody was told of.
 
         `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
+        In a forked child it does nothing: save, mirror and directory are the parent's.
         Raises: SaveFailedError; SaveStuckError for a save that hangs: the directory then stays this run's.
         """
-        if self._closed:
+        if self._closed or self._home.left:
             return
         self._closed = True
         self._forget_at_exit()
@@ -250,6 +257,11 @@ class Checkpointer:
     ) -> None:
         self.close() if error is None else self._close_quietly(0.0)
 
+    def __del__(self) -> None:
+        """Nobody holds it any more: it gives the directory back. `close` also raises what went wrong."""
+        if not self._closed and not self._home.left:
+            close_behind(self._at_exit)
+
     def _on_outcome(self, record: CheckpointRecord | None) -> None:
         if record is None:
             self.failed_saves += 1
@@ -257,7 +269,15 @@ class Checkpointer:
             self.failed_saves = 0
             self.last_committed = record
 
+    def _require_home(self) -> None:
+        if self._home.left:
+            raise ConfigError(
+                f"this Checkpointer belongs to process {self._home.pid}, and this is a forked child of it: "
+                "save and restore in the parent; a child may make a Checkpointer(..., read_only=True) to read"
+            )
+
     def _require_saver(self) -> Saver:
+        self._require_home()
         if self._closed:
             raise SaveFailedError("this Checkpointer is closed; make a new one to save")
         if self._saver is None:

@@ -15,11 +15,13 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 
 from engine.catalog.fencing import fence
 from engine.catalog.leasefile import LeaseInfo, Verdict, judge
+from engine.catalog.place import calling_line
 from engine.catalog.process import ProcessIdentity, is_alive
 from engine.errors import (
     AlreadyExistsError,
@@ -31,6 +33,7 @@ from engine.errors import (
     StorageError,
     StorageUnavailableError,
 )
+from engine.forks import Home
 from engine.format.names import lease_name, parse_lease
 from engine.storage.base import Storage
 
@@ -45,13 +48,17 @@ HEARTBEAT_SECS = 10.0
 RELEASE_SECS = 60.0
 """How long the end of a run waits for a storage that does not take the release: it is stale by then."""
 
+_ours: weakref.WeakValueDictionary[tuple[str, int], Lease] = weakref.WeakValueDictionary()
+"""The leases that this process has taken, by run and epoch."""
+
 MAX_LEASE_BYTES = 64 << 10
 
 
 class Lease:
     """The right to write to a directory. Made by `acquire`; one process holds it for all ranks of a run.
 
-    Safe to use from several threads. As a context manager it is released at the end.
+    Safe to use from several threads. As a context manager it is released at the end. A forked child does not
+    hold it: there `check` raises, and nothing is written.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class Lease:
         self._clock = clock
         self._wall = wall
         self._acquired_at = clock()
+        self._home = Home()
+        self._made_at = calling_line()
+        _ours[info.run_id, info.epoch] = self
         self._lock = threading.Lock()  # a late heartbeat must not overwrite the release
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -139,6 +149,11 @@ class Lease:
 
     def check(self) -> None:
         """LeaseLostError if another run has taken the directory over. Call it right before a commit."""
+        if self._home.left:
+            raise LeaseLostError(
+                f"{self._storage.uri} is held by process {self._home.pid}, and this is a forked child of it: "
+                "only the parent may write there"
+            )
         if not self._lost:
             taker = self._find_taker()
             if taker is None:
@@ -164,6 +179,8 @@ class Lease:
 
         Raises: StorageError; StorageUnavailableError also when the storage does not answer at all.
         """
+        if self._home.left:
+            return
         thread = self._thread
         if thread is None:
             self._let_go()
@@ -342,9 +359,11 @@ def _is_ours(storage: Storage, info: LeaseInfo, error: StorageError) -> bool:
 
 def _held_message(storage: Storage, top: LeaseInfo, me: ProcessIdentity, watch: _Watch, wall: float) -> str:
     if top.process == me:
+        ours = _ours.get((top.run_id, top.epoch))
+        made = f", in a Checkpointer made at {ours._made_at}" if ours is not None and ours._made_at else ""
         return (
-            f"{storage.uri} is held by this very process (pid {me.pid} on {me.host}, run {top.run_id}): "
-            "close that Checkpointer first, or use another directory"
+            f"{storage.uri} is held by this very process (pid {me.pid} on {me.host}, run {top.run_id})"
+            f"{made}: close that Checkpointer first (`del` of its last name does), or use another directory"
         )
     age_secs = wall - top.heartbeat_at if me.shares_pids_with(top.process) else watch.unchanged_secs
     return (

@@ -31,6 +31,7 @@ from engine.errors import (
     NotFoundError,
     StorageUnavailableError,
 )
+from engine.forks import Home
 from engine.format.names import MANIFEST
 from engine.mirror.copy import Cancelled, Copied, copy_checkpoint
 from engine.mirror.owed import owed
@@ -119,6 +120,7 @@ class Mirror:
         self._left = 0
         self._wake, self._cancel = threading.Event(), threading.Event()
         self._closing = False
+        self._home = Home()
         self.thread: threading.Thread | None = None
         self.in_flight: str | None = None
         """The id that is being sent right now."""
@@ -171,8 +173,10 @@ class Mirror:
         """Send what is owed, for as long as `patience` allows, then let go of the mirror.
 
         An outage ends it: the next start sends the rest. Returns False if a call to the storage hangs: its
-        thread is left behind then.
+        thread is left behind then. In a forked child it does nothing: the copies are the parent's.
         """
+        if self._home.left:
+            return True
         self._closing = True
         self._wake.set()
         thread = self.thread

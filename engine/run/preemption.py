@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as one kind of request: save and leave, within a deadline.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 as one kind of request: save and leave, within a deadline.
 
 A signal only leaves its number in a pipe: the C level does that even while the main thread sits in a
 collective, where a Python handler would never run. A thread of our own reads the pipe, so that the
@@ -20,7 +20,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Literal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from engine.forks import in_child
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGUSR1 and SIGUSR2 are what Slurm's --signal sends before the time is up."""
 TORCHRUN_GRACE_SECS = 25.0
 """torchrun kills workers 30 s after it passed a signal on; the rest is for the exit itself."""
 STARTUP_GRACE_SECS = 5.0
@@ -60,7 +63,7 @@ class Request:
         return None if self.signum is None else max(0.0, self.since + self.grace_secs - now)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Preemption:
     """Listens for signals, and ends the process when the orderly way out takes too long.
 
@@ -93,6 +96,7 @@ class Preemption:
         for signum in SIGNALS:
             self._previous[signum] = signal.signal(signum, _nothing)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        in_child(self._leave_to_parent)
         threading.Thread(target=self.watch, args=(read_fd,), name="preemption", daemon=True).start()
 
     def allow(self, grace_secs: float) -> None:
@@ -107,6 +111,21 @@ class Preemption:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
         os.close(self._pipe[1])
+        self._pipe = None
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: its signals must not come out of the parent's end of the pipe.
+
+        SIGTERM ends it again, for `terminate()`. The others often go to the whole process group, and
+        a data worker that died of one would take the parent's last save with it.
+        """
+        if self._pipe is None:
+            return
+        signal.set_wakeup_fd(-1)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler if signum == signal.SIGTERM else signal.SIG_IGN)  # type: ignore[arg-type]
+        for fd in self._pipe:
+            os.close(fd)
         self._pipe = None
 
     def watch(self, read_fd: int) -> None:

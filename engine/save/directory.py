@@ -10,7 +10,7 @@ from engine.catalog.listing import Memory, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
-from engine.errors import HoldfastError
+from engine.errors import DirectoryHeldError, HoldfastError
 from engine.format.manifest import ShardReceipt
 from engine.mirror.keeping import close_mirror, remove_surplus
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience
@@ -20,6 +20,7 @@ from engine.save.commit import commit
 from engine.save.job import Job
 from engine.save.listener import Listener
 from engine.save.probe import probe_shared
+from engine.save.unheld import settle
 from engine.storage.base import Storage
 
 
@@ -51,15 +52,13 @@ class HeldDirectory:
         """
 
         def acquire() -> dict[str, Any]:
-            self.storage.make_dir()
-            self.lease = Lease.acquire(self.storage, run_id=self.run_id)
-            self.lease.start_heartbeat()
-            self._sequence = highest_sequence(list_checkpoints(self.storage, self._seen))
-            reap_abandoned(self.storage, lease=self.lease)
-            if self.second is not None:
-                plan = MirrorPlan(mirror_freq, self.retention, self.run_id)
-                self.mirror = Mirror(self.storage, self.second, plan, self.listener)
-                self.mirror.open(required=self._sequence == 0)
+            try:
+                self._acquire(mirror_freq)
+            except DirectoryHeldError:
+                self._give_back()
+                if not settle(timeout_secs):
+                    raise
+                self._acquire(mirror_freq)  # it may have been held by a Checkpointer that nobody holds
             return {}
 
         try:
@@ -70,14 +69,30 @@ class HeldDirectory:
             except HoldfastError as error:
                 problem = error
             all_agree(channel, "start/probe", problem, timeout_secs)
-        except HoldfastError:
-            if self.mirror is not None:
-                self.mirror.give_back()
-            if self.lease is not None:
-                self.lease.give_back()
+        except BaseException:  # an interrupt in a notebook must not leave the directory held
+            self._give_back()
             raise
         if self.mirror is not None:
             self.mirror.start()
+
+    def _acquire(self, mirror_freq: int) -> None:
+        self.storage.make_dir()
+        self.lease = Lease.acquire(self.storage, run_id=self.run_id)
+        self.lease.start_heartbeat()
+        self._sequence = highest_sequence(list_checkpoints(self.storage, self._seen))
+        reap_abandoned(self.storage, lease=self.lease)
+        if self.second is not None:
+            plan = MirrorPlan(mirror_freq, self.retention, self.run_id)
+            self.mirror = Mirror(self.storage, self.second, plan, self.listener)
+            self.mirror.open(required=self._sequence == 0)
+
+    def _give_back(self) -> None:
+        if self.mirror is not None:
+            self.mirror.give_back()
+            self.mirror = None
+        if self.lease is not None:
+            self.lease.give_back()
+            self.lease = None
 
     def publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
         """Commit a save: rank 0 alone, once every shard is confirmed."""

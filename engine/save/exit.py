@@ -6,6 +6,8 @@ writes with.
 
 A save that hangs in a call that never returns must not keep the process, either: the interpreter would join
 its thread for ever, and those of its pools.
+
+In a forked child nothing is finished: the saves are the parent's, and so are the threads that make them.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ import sys
 import threading
 from collections.abc import Callable
 
+from engine.forks import Home
+
 _waiting: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count()
 _lock = threading.Lock()
 _registered = False
 _hanging: list[threading.Thread] = []
+_home = Home()
 
 
 def call_at_exit(finish: Callable[[], None]) -> Callable[[], None]:
     """Have `finish` called when the main thread has ended. Returns what takes it back again."""
     global _registered
+    _start_anew_in_child()
     with _lock:
         number = next(_numbers)
         _waiting[number] = finish
@@ -57,7 +63,21 @@ def anything_hangs() -> bool:
         return bool(_hanging)
 
 
+def _start_anew_in_child() -> None:
+    """Forget what the parent waits for. The lock may have been held by one of its threads."""
+    global _lock, _home
+    if _home.left:
+        _home = Home()
+        _lock = threading.Lock()
+        _waiting.clear()
+        _hanging.clear()
+
+
+os.register_at_fork(after_in_child=_start_anew_in_child)
+
+
 def _finish_all() -> None:
+    _start_anew_in_child()
     while True:
         with _lock:
             if not _waiting:

@@ -8,6 +8,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 from engine.catalog.record import CheckpointRecord
 from engine.errors import SaveFailedError, SaveStuckError
+from engine.forks import Home
 
 
 class SaveHandle:
@@ -26,6 +27,7 @@ class SaveHandle:
         self._future: Future[CheckpointRecord | None] = Future()
         self._lock = threading.Lock()
         self._delivered = False
+        self._home = Home()
         if skipped:
             self._future.set_result(None)
 
@@ -39,6 +41,11 @@ class SaveHandle:
         Raises: SaveFailedError with the cause; TimeoutError when it takes longer than `timeout` seconds;
             SaveStuckError when it hangs in a call that never returns.
         """
+        if self._home.left and not self._future.done():
+            raise SaveFailedError(
+                f"the save of step {self.step} is that of process {self._home.pid}: its outcome does not "
+                "reach a forked child; ask for it in the parent"
+            )
         try:
             record = self._future.result(self.most_secs if timeout is None else timeout)
         except SaveFailedError:

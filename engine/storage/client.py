@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from fsspec.core import url_to_fs
 from fsspec.utils import get_protocol
 
 from engine.errors import ConfigError, HoldfastError, NotFoundError
+from engine.forks import in_child
 from engine.format.names import safe_relative
 from engine.storage.bulk import Bulk, bulk_for
 from engine.storage.calls import call
@@ -51,6 +53,18 @@ class StoreClient:
         self.fs: fsspec.AbstractFileSystem = fs
         self._root = str(root).rstrip("/")
         self.bulk: Bulk | None = bulk_for(self.scheme, fs)
+        in_child(self._leave_to_parent)
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: the client's finalizer must not close connections that the parent uses.
+
+        That of s3fs takes the sockets out of the event loop's epoll set, which parent and child share: the
+        parent then waits for answers that it is never told of.
+        """
+        # Underscored, but the only way from an object to its finalizers; a test notices when it moves.
+        for finalizer, about in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
+            if about.weakref() is self.fs:
+                finalizer.detach()
 
     @property
     def is_object_store(self) -> bool:

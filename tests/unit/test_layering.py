@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
     "errors",
+    "forks",
     "native",
     "format",
     "storage",
@@ -33,7 +34,7 @@ FLOORS = (
     "run",
 )
 PROGRAMS = ("train", "resume", "checkpoints", "generate")
-TORCHLESS = ("errors", "native", "format", "storage", "catalog", "mirror", "checkpoints")
+TORCHLESS = ("errors", "forks", "native", "format", "storage", "catalog", "mirror", "checkpoints")
 MAX_LINES = 400
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures.thread as futures
 import inspect
 import threading
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +33,16 @@ def test_foreach_copy_copies_lists_also_without_blocking() -> None:
     source = [torch.ones(2), torch.tensor(3.0), torch.full((2, 1), 4.0)]
     torch._foreach_copy_(to, source, non_blocking=True)
     assert [t.flatten().tolist() for t in to] == [[1, 1], [3], [4, 4]]
+
+
+def test_an_objects_finalizers_can_be_found() -> None:
+    class Connection:
+        pass
+
+    connection = Connection()
+    finalizer = weakref.finalize(connection, print)
+    assert weakref.finalize._registry[finalizer].weakref() is connection  # type: ignore[attr-defined]
+    finalizer.detach()
 
 
 def test_a_modules_tensors_are_in_plain_dicts_of_its_own() -> None:

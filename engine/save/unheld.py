@@ -1,0 +1,51 @@
+"""Checkpointers that nobody holds any more: a notebook's cell was run again, a function returned.
+
+They are closed on a thread of their own: the garbage collector may run anywhere, also on the very thread that
+closing has to wait for.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import ParamSpec
+
+from engine.save.exit import call_at_exit
+
+P = ParamSpec("P")
+
+_closing: list[threading.Thread] = []
+
+
+def forgetful(method: Callable[P, None]) -> Callable[P, None]:
+    """A bound method that does not hold its object, and does nothing once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        live = reference()
+        if live is not None:
+            live(*args, **kwargs)
+
+    return call
+
+
+def close_behind(close: Callable[[], None]) -> None:
+    """Have `close` called soon, on another thread; the interpreter waits for it at exit."""
+    thread = threading.Thread(target=close, name="holdfast-unheld", daemon=False)
+    _closing.append(thread)
+    thread.start()
+    call_at_exit(thread.join)
+
+
+def settle(timeout_secs: float) -> bool:
+    """Collect what nobody holds, and wait until it is closed; whether there was anything to wait for."""
+    gc.collect()
+    end = time.monotonic() + timeout_secs
+    threads = list(_closing)
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    _closing[:] = [thread for thread in _closing if thread.is_alive()]
+    return bool(threads)
