@@ -28,6 +28,7 @@ from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
 from engine.save.listener import Listener, guarded
 from engine.save.make import SaverOptions, make_saver
+from engine.save.replicas import check_of
 from engine.save.saver import Busy, Checks, Saver
 from engine.save.unheld import close_behind, forgetful
 from engine.snapshot.capture import StateCapture
@@ -55,7 +56,9 @@ class Checkpointer:
         seed: for the random streams of ranks after a restore at another world size.
         busy: when the save before is still being written: "wait" for it, or "skip" this one.
         timeout_secs: how long ranks wait for each other within one save or restore.
-        check_replicas: compare replicated tensors across ranks at every save (JSON values always are).
+        check_replicas: "sampled" compares what several ranks hold at every save: all of it at the first save
+            and the first after a restore, then small tensors and samples of large ones. "full": all of it
+            at every save. "off": nothing but JSON values.
         check_snapshots: read every save back and fail it unless it holds, to the bit, what the state held
             when `save` was called. Slow, for finding what changes weights behind the snapshot's back.
         memory_budget_bytes: most host memory that this rank's snapshot may take.
@@ -80,7 +83,7 @@ class Checkpointer:
         seed: int = 0,
         busy: Busy = "wait",
         timeout_secs: float = 600.0,
-        check_replicas: bool = False,
+        check_replicas: str | bool = "sampled",
         check_snapshots: bool = False,
         memory_budget_bytes: int | None = None,
         overlap: bool | str = "auto",
@@ -110,7 +113,7 @@ class Checkpointer:
         self._saver: Saver | None = None
         self._directory = HeldDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
-            checks = Checks(check_replicas, check_snapshots)
+            checks = Checks(check_of(check_replicas), check_snapshots)
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
             saver = make_saver(ranks, channel, capture, self._directory, options, forgetful(self._on_outcome))
             try:  # last: what fails before it leaves no lease behind
@@ -192,6 +195,7 @@ class Checkpointer:
         self._require_home()
         if self._saver is not None:
             self._saver.wait()
+            self._saver.state_replaced()
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
         record = self._restorer.restore(selector, wanted)
         if record is not None and wanted.everything:

@@ -90,6 +90,7 @@ class Destination:
             self.sources |= self.fit.grown
         self.tensors = {name: live[name] for name in self.sources} | self._saved.tensors
         self.sources |= {name: name for name in self._saved.tensors}
+        self.sources = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
 
     def check(self, what: str) -> None:
         """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet."""

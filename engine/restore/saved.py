@@ -12,6 +12,7 @@ from engine.dcp.dtypes import to_torch
 from engine.errors import DamagedError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.snapshot import values
+from engine.snapshot.captured import per_rank_name
 
 
 class Saved:
@@ -57,6 +58,15 @@ class Saved:
         if info is None:
             raise DamagedError(f"{self.manifest.id} refers to the tensor {name}, which it does not list")
         return info
+
+    def own_name(self, name: str) -> str:
+        """The name under which this rank's own value of a tensor was kept; `name` where none was.
+
+        Ranks keep their own of a module's buffers: the running statistics of a batch norm.
+        """
+        own = per_rank_name(self.rank, name)
+        kept = self.same_world and self.manifest.tensors.get(own) == self.manifest.tensors.get(name)
+        return own if kept else name
 
     def will_read(self, document: Any, live: Mapping[str, torch.Tensor]) -> None:
         """Have the tensors inside a document read: into the live ones of that name where those fit."""

@@ -108,7 +108,7 @@ class TrainConfig:
     max_save_failures: int = 3
     """Stop after so many failed saves in a row; 0 stops at the first, as 1 does."""
     check_replicas: bool = False
-    """At every save, compare by digest the tensors that should be equal on several ranks."""
+    """At every save, compare all of what several ranks hold, instead of samples of the large tensors."""
     check_snapshots: bool = False
     """Read every save back and compare it with what the training held when it was taken (slow)."""
 

@@ -132,7 +132,7 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         retention=Retention(rolling=config.keep_checkpoints, best=1, epochs=True),
         config={**to_json(config), LAUNCH_KEY: restart.launch},
         busy=config.save_policy,
-        check_replicas=config.check_replicas,
+        check_replicas="full" if config.check_replicas else "sampled",
         check_snapshots=config.check_snapshots,
         seed=config.seed,
         storage_options=config.storage_mapping,

@@ -23,6 +23,7 @@ from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
 from engine.save.receipt import Receipt, disagreements, failures
+from engine.save.replicas import Comparison
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,13 @@ class SaveInfo:
     """The ids that were merged into this one."""
 
 
-def check_receipts(receipts: list[Receipt], attempt: str) -> tuple[ShardReceipt, ...]:
+def check_receipts(
+    receipts: list[Receipt], attempt: str, comparison: Comparison | None = None
+) -> tuple[ShardReceipt, ...]:
     """Every rank's shard. Pure.
 
+    Args:
+        comparison: what the digests in the receipts stand for, where replicas were compared.
     Raises: PeerFailedError with every failed rank's cause; ReplicaMismatchError when a replicated value
         differs between ranks.
     """
@@ -59,11 +64,14 @@ def check_receipts(receipts: list[Receipt], attempt: str) -> tuple[ShardReceipt,
     if foreign:
         raise SaveFailedError(f"rank {foreign[0]} reported another attempt than {attempt}; restart the run")
     different = disagreements(receipts)
+    if comparison is not None:
+        different += comparison.differences([receipt.replicas for receipt in receipts])
     if different:
         raise ReplicaMismatchError(
-            "values that should be the same on all ranks are not: "
+            "what should be the same on all ranks that hold it is not: "
             + "; ".join(different)
-            + ". Declare them in per_rank, or find out why the ranks went apart"
+            + ". Find out why the ranks went apart; for what belongs to one rank, give it a name of its own, "
+            "make it part of a DTensor, or declare its state key in per_rank"
         )
     return tuple(receipt.shard for receipt in receipts if receipt.shard is not None)
 

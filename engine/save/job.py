@@ -28,6 +28,7 @@ from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
 from engine.save.proof import Digests, check_written
 from engine.save.receipt import Receipt, lacked_space
+from engine.save.replicas import Comparison
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
 from engine.snapshot.filling import Filling
@@ -48,6 +49,7 @@ class Job:
     key: prefix of this save's keys in the store, unique to it.
     problem: what already failed on this rank in the training thread; its receipt carries it.
     filling: how far the arena holds the snapshot; writing follows it.
+    comparison: what this save compares of what several ranks hold.
     live_digests: what has to be found when the files are read back; empty when that is not asked for.
     """
 
@@ -61,12 +63,12 @@ class Job:
     aliases: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     shared_digests: Mapping[str, str]
-    replica_digests: Mapping[str, str]
     started: float
     blocked_secs: float = 0.0
     problem: Exception | None = None
     secs: dict[str, float] = field(default_factory=dict)
     live_digests: Digests = field(default_factory=dict)
+    comparison: Comparison = field(default_factory=Comparison)
 
 
 @dataclass(slots=True)
@@ -190,16 +192,17 @@ class JobRunner:
                 secs=job.secs,
                 clock=self.clock,
             )
+            replicas = job.comparison.texts()
             if job.live_digests and job.arena is not None:
                 check_written(self.storage, job.info.attempt, job.arena.slots, job.live_digests)
         except Exception as error:
             return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
-        return Receipt(rank, job.info.attempt, shard, job.shared_digests, job.replica_digests, dict(job.secs))
+        return Receipt(rank, job.info.attempt, shard, job.shared_digests, replicas, dict(job.secs))
 
     def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
         self.doing = "committing"
         started = self.clock()
-        shards = check_receipts(receipts, job.info.attempt)
+        shards = check_receipts(receipts, job.info.attempt, job.comparison)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
         if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
             raise SaveFailedError(

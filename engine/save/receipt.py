@@ -16,7 +16,7 @@ class Receipt:
     """One rank's report of one save: what it has made durable, or why it could not.
 
     shared: digest of each replicated JSON value, by state key; must be equal on all ranks.
-    replicas: digest of each replicated tensor, when replicas are checked.
+    replicas: digests of what other ranks hold as well, by group, as text (`engine.save.replicas`).
     secs: seconds by cause (write, digest, fsync, ...).
     error: the failure, in words; a receipt with one carries no shard.
     """
@@ -77,18 +77,12 @@ def lacked_space(receipts: list[Receipt]) -> bool:
 
 
 def disagreements(receipts: list[Receipt]) -> list[str]:
-    """Which replicated values differ from rank 0's, and on which ranks. Pure."""
+    """Which shared JSON values differ from rank 0's, and on which ranks. Pure."""
+    first = receipts[0].shared
     lines = []
-    for kind in ("shared", "replicas"):
-        first = getattr(receipts[0], kind)
-        names = sorted({name for receipt in receipts for name in getattr(receipt, kind)})
-        for name in names:
-            differing = [r.rank for r in receipts if getattr(r, kind).get(name, "") != first.get(name, "")]
-            # A rank that does not hold a tensor at all (a smaller mesh) has nothing to disagree with.
-            if kind == "replicas":
-                holders = [r for r in receipts if name in r.replicas]
-                differing = [r.rank for r in holders if r.replicas[name] != holders[0].replicas[name]]
-            if differing:
-                ranks = ", ".join(map(str, differing))
-                lines.append(f"{name} differs on rank {ranks} from the first rank that has it")
+    for name in sorted({name for receipt in receipts for name in receipt.shared}):
+        differing = [r.rank for r in receipts if r.shared.get(name, "") != first.get(name, "")]
+        if differing:
+            ranks = ", ".join(map(str, differing))
+            lines.append(f"{name} differs on rank {ranks} from the first rank that has it")
     return lines

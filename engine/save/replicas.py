@@ -1,32 +1,227 @@
-"""Digests of replicated tensors, so that ranks can compare what should be equal."""
+"""Are replicas equal? Digests of what several ranks hold, taken in `save`, compared before the commit.
+
+What is in host memory is digested where it lies. Samples of the rest (device memory, tensors with gaps) are
+gathered into one tensor a device; the background thread fetches and digests it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+import xxhash
 
-from engine.format.digest import bytes_digest
-from engine.format.layout import Chunk
-from engine.snapshot.captured import PER_RANK_PREFIX, Captured
+from engine.dcp.held import Held
+from engine.errors import ConfigError
+from engine.format.digest import DIGEST_BYTES, pack, unpack
+from engine.save.plan import Compared, Plan, fresh_of
+from engine.save.samples import host_bytes, pieces, some_bytes
+from engine.save.sampling import MOST_RUNS, MOST_RUNS_ON_DEVICE, SMALL_BYTES, Sampler
+from engine.snapshot.sharing import SMALL, SMALL_BUFFER_BYTES, Group
+
+Check = Literal["sampled", "full", "off"]
+
+_SHOWN = 5
+
+_digest: Callable[[memoryview], bytes] = xxhash.xxh3_64_digest
 
 
-def replica_digests(captured: Captured, held: Sequence[Chunk]) -> dict[str, str]:
-    """The digest of every box that other ranks hold as well, by "name offsets".
+@dataclass(slots=True)
+class _Staged:
+    """Samples of one device, in one tensor: (group, place among its digests, bytes) of each."""
 
-    Plain tensors are replicated on all ranks, DTensors along their `Replicate` dimensions. Reads every
-    byte of them: a check for debugging, not for every day.
+    samples: torch.Tensor
+    places: list[tuple[int, int, int]]
+    event: torch.cuda.Event | None = None
+
+    def fetch(self, found: Mapping[int, list[bytes]]) -> None:
+        samples = self.samples
+        if self.event is not None:
+            # On a stream of its own: the default one waits for whatever training has queued since.
+            with torch.cuda.stream(torch.cuda.Stream(samples.device)):  # type: ignore[no-untyped-call]
+                self.event.wait()
+                samples = samples.cpu()
+        view, at = memoryview(samples.numpy()), 0  # type: ignore[arg-type]
+        for group, place, size in self.places:
+            found[group][place] = _digest(view[at : at + size])
+            at += size
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What one save compares: this rank's digests, and at rank 0 what all ranks' digests stand for.
+
+    names: for each group, the names of its runs, in the order of its digests.
     """
-    boxes = {chunk.name: chunk for chunk in held}
-    digests = {}
-    for name, tensor in captured.tensors.items():
-        if name not in boxes or name.startswith(f"{PER_RANK_PREFIX}."):
-            continue
-        if isinstance(tensor, DTensor) and not any(isinstance(p, Replicate) for p in tensor.placements):
-            continue
-        with torch.no_grad():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            raw = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digests[f"{name} {list(boxes[name].offsets)}"] = bytes_digest(memoryview(raw))  # type: ignore[arg-type]
-    return digests
+
+    found: dict[int, list[bytes]] = field(default_factory=dict)
+    staged: list[_Staged] = field(default_factory=list)
+    groups: Sequence[Group] = ()
+    names: Callable[[int], list[str]] = lambda group: []
+
+    def texts(self) -> dict[str, str]:
+        """The digests as text, by group, for the receipt. Waits for what a device has to send. Any thread."""
+        for staged in self.staged:
+            staged.fetch(self.found)
+        self.staged = []
+        return {str(group): pack(b"".join(digests)) for group, digests in self.found.items()}
+
+    def differences(self, texts: Sequence[Mapping[str, str]]) -> list[str]:
+        """One sentence for each tensor that differs, of all ranks' `texts` in rank order. At rank 0."""
+        lines = []
+        for number, group in enumerate(self.groups):
+            first = group.ranks[0]
+            seen: set[str] = set()
+            for rank in group.ranks[1:]:
+                one, other = (texts[at].get(str(number), "") for at in (first, rank))
+                if one != other:
+                    lines += self._name(group, number, (first, rank), (one, other), seen)
+        if len(lines) > _SHOWN:
+            lines[_SHOWN:] = [f"and {len(lines) - _SHOWN} more"]
+        return lines
+
+    def _name(
+        self,
+        group: Group,
+        number: int,
+        ranks: tuple[int, int],
+        texts: tuple[str, str],
+        seen: set[str],
+    ) -> list[str]:
+        names = self.names(number)
+        one, other = (unpack(text, len(names)) if text else b"" for text in texts)
+        buffers = {box.chunk.name for box in group.boxes if box.buffer}
+        lines = []
+        for place, name in enumerate(names):
+            span = slice(place * DIGEST_BYTES, (place + 1) * DIGEST_BYTES)
+            if one[span] != other[span] and name not in seen:
+                seen.add(name)
+                words = f"{name} differs between rank {ranks[0]} and rank {ranks[1]}"
+                if name in buffers:
+                    words += (
+                        " (a buffer that was equal when the save was planned: the next save keeps each "
+                        "rank's own)"
+                    )
+                lines.append(words)
+        return lines
+
+
+class Replicas:
+    """One rank's part in comparing replicas: what it digests, save by save. Training thread only.
+
+    check: "sampled" compares all of what was not compared before, and samples of what was; "full" everything
+    at every save; "off" nothing.
+    """
+
+    def __init__(self, check: Check) -> None:
+        self.check = check
+        self.compared = None if check == "off" else Compared()
+        self._plan = Plan([])
+        self._samplers: list[Sampler] = []
+        self._fresh: list[frozenset[int]] = []
+        self._fresh_at_0: list[frozenset[int]] = []
+        self._views: dict[int, tuple[torch.Tensor, memoryview | None]] = {}
+        self._looked = False
+
+    def forget(self) -> None:
+        """Other values have come into the state: the next save compares everything."""
+        self._looked = False
+        if self.compared is not None:
+            self.compared.boxes.clear()
+
+    def confirm(self) -> None:
+        """The save before this plan has committed: what it compared whole has been compared. At rank 0."""
+        if self.compared is not None and self._looked:
+            self.compared.boxes.update(
+                (box.chunk, group.ranks) for group in self._plan.groups for box in group.boxes
+            )
+
+    def adopt(self, plan: Plan, held: Sequence[Held]) -> None:
+        """Take a new plan."""
+        self._plan, self._views, self._looked = plan, {}, False
+        self._samplers = [
+            self._sampler([held[position].chunk.chunk_bytes for position in watched.positions])
+            for watched in plan.watched
+        ]
+        self._fresh = [watched.fresh for watched in plan.watched]
+        self._fresh_at_0 = [fresh_of(group, self.compared or Compared()) for group in plan.groups]
+
+    def _sampler(self, sizes: Sequence[int]) -> Sampler:
+        most = MOST_RUNS_ON_DEVICE if self._plan.on_device else MOST_RUNS
+        return Sampler(sizes, full=self.check == "full", most_runs=most)
+
+    @torch.no_grad()
+    def look(self, held: Sequence[Held], number: int) -> Comparison:
+        """Digest this rank's replicas, as far as save `number` compares them."""
+        plan, fresh_at_0, self._looked = self._plan, self._fresh_at_0, True
+        found: dict[int, list[bytes]] = {}
+        waiting: dict[torch.device, list[tuple[tuple[int, int, int], torch.Tensor]]] = defaultdict(list)
+        for watched, sampler, fresh in zip(plan.watched, self._samplers, self._fresh, strict=True):
+            digests = found[watched.group] = []
+            for run in sampler.choose(number, fresh):
+                view = self._view(held, watched.positions[run.item])
+                if view is not None:
+                    whole = run.end - run.begin == len(view)
+                    digests.append(_digest(view if whole else view[run.begin : run.end]))
+                    continue
+                tensor = held[watched.positions[run.item]].tensor
+                if run.end - run.begin > SMALL_BYTES:
+                    digests.append(_whole_digest(tensor))
+                    continue
+                place = (watched.group, len(digests), run.end - run.begin)
+                waiting[tensor.device].append((place, some_bytes(tensor, run.begin, run.end)))
+                digests.append(b"")
+        self._fresh = [frozenset() for _ in self._fresh]
+        self._fresh_at_0 = [frozenset() for _ in fresh_at_0]
+
+        def names(group: int) -> list[str]:
+            boxes = plan.groups[group].boxes
+            sampler = self._sampler([box.chunk.chunk_bytes for box in boxes])
+            return [boxes[run.item].chunk.name for run in sampler.choose(number, fresh_at_0[group])]
+
+        return Comparison(found, [_stage(*item) for item in waiting.items()], plan.groups, names)
+
+    def _view(self, held: Sequence[Held], position: int) -> memoryview | None:
+        """The memory of a held box; made once for a tensor that stays the same object in the same place."""
+        tensor = held[position].tensor
+        known = self._views.get(position)
+        if known is None or known[0] is not tensor:
+            known = self._views[position] = (tensor, host_bytes(tensor))
+        return known[1]
+
+
+def check_of(setting: str | bool) -> Check:
+    """The check that an argument asks for: True and False mean "full" and "off". ConfigError for others."""
+    named = {True: "full", False: "off"}.get(setting) if isinstance(setting, bool) else setting
+    if named in get_args(Check):
+        return cast(Check, named)
+    raise ConfigError(f'check_replicas is {setting!r}: it must be "sampled", "full" or "off"')
+
+
+def _stage(device: torch.device, samples: list[tuple[tuple[int, int, int], torch.Tensor]]) -> _Staged:
+    gathered = torch.cat([sample for _, sample in samples])
+    event = None
+    if device.type == "cuda":
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+    return _Staged(gathered, [place for place, _ in samples], event)
+
+
+def _whole_digest(tensor: torch.Tensor) -> bytes:
+    digest = xxhash.xxh3_64()
+    for piece in pieces(tensor):
+        digest.update(piece)
+    return digest.digest()
+
+
+def buffer_digests(held: Sequence[Held], buffers: frozenset[str]) -> dict[int, str]:
+    """What a rank offers of the buffers among its boxes: the digest of each large one, by position."""
+    offered = {}
+    for position, item in enumerate(held):
+        if item.chunk.name in buffers and item.chunk.sizes == item.chunk.shape:
+            small = item.chunk.chunk_bytes <= SMALL_BUFFER_BYTES
+            offered[position] = SMALL if small else _whole_digest(item.tensor).hex()
+    return offered

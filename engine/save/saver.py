@@ -29,11 +29,12 @@ from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.plan import agree_on_plan
 from engine.save.proof import live_digests
-from engine.save.replicas import replica_digests
+from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Copier
 from engine.snapshot.filling import Filling
+from engine.snapshot.sharing import Offer
 from engine.snapshot.snapshot import Snapshot
 
 Busy = Literal["wait", "skip"]
@@ -44,13 +45,13 @@ STUCK_GRACE_SECS = 90.0
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What to look for at every save, slowly, for debugging.
+    """What to look for at every save.
 
-    replicas: that replicated tensors are equal on all ranks.
-    snapshots: that the files, read back, hold the live state of the moment of `save`.
+    replicas: that what several ranks hold is equal on all of them; sampled, or in full, which is slow.
+    snapshots: that the files, read back, hold the live state of the moment of `save`; slow, for debugging.
     """
 
-    replicas: bool = False
+    replicas: Check = "sampled"
     snapshots: bool = False
 
 
@@ -96,11 +97,23 @@ class Saver:
     """Whether the save in flight hangs in a call that never returns."""
     _handle: SaveHandle | None = None
     _thread: threading.Thread | None = None
+    replicas: Replicas = field(init=False)
+    _replaced: bool = False
+    """Whether a restore has put other values into the state since the last plan."""
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    _aliases: Mapping[str, str] = field(default_factory=dict)
     _announced: list[str] = field(default_factory=list)
     """Keys of rank 0's decisions that some rank may not have read yet."""
     _until_go: int = 0
     """How many of them were announced up to the newest save that was not skipped."""
+
+    def __post_init__(self) -> None:
+        self.replicas = Replicas(self.checks.replicas)
+
+    def state_replaced(self) -> None:
+        """A restore has put other values into the state: the next save compares all replicas. Every rank."""
+        self.replicas.forget()
+        self._replaced = True
 
     def save(self, info: SaveInfo) -> SaveHandle:
         """Snapshot the state and start writing it. Every rank calls it for the same step.
@@ -224,7 +237,7 @@ class Saver:
         # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
         # After a failed save some rank may have none: it ran out of memory, or was refused.
         failed = self._handle is not None and self._handle.failed()
-        moment.planning = moment.changed or moment.problem is not None or failed
+        moment.planning = moment.changed or moment.problem is not None or failed or self._replaced
         self._forget_decisions()
         self._announce(key, "go", replan=moment.planning)
         self._until_go = len(self._announced)
@@ -264,15 +277,39 @@ class Saver:
                     "rank 0 has not; change the state on all ranks before the same save"
                 )
             return
-        held = [] if moment.problem else list(self.snapshot.held)
+        self._replaced = False
+        if self._handle is not None and self._handle.done() and not self._handle.failed():
+            self.replicas.confirm()
         try:
-            parts, self._tensors = agree_on_plan(
-                self.channel, f"{key}/plan", held, moment.problem, self.timeout_secs
+            plan = agree_on_plan(
+                self.channel,
+                f"{key}/plan",
+                self._offer(moment),
+                moment.problem,
+                self.timeout_secs,
+                self.replicas.compared,
             )
-            self.snapshot.adopt(parts)
+            self._tensors, self._aliases = plan.tensors, plan.aliases
+            self.snapshot.adopt(plan.parts)
+            self.replicas.adopt(plan, self.snapshot.memory)
         except Exception as error:
             self.snapshot.forget_plan()
             moment.problem = error
+
+    def _offer(self, moment: _Moment) -> Offer:
+        """What this rank brings to a plan; its failure is kept, as that of `_look`."""
+        if moment.problem is None and self.channel.world_size > 1:
+            held = self.snapshot.memory
+            try:
+                return Offer(
+                    self.snapshot.held,
+                    buffer_digests(held, moment.captured.buffers),
+                    moment.captured.aliases,
+                    any(item.tensor.device.type != "cpu" for item in held),
+                )
+            except Exception as error:
+                moment.problem = error
+        return Offer([] if moment.problem else self.snapshot.held, {}, moment.captured.aliases)
 
     def _copy(self, moment: _Moment, job: Job) -> None:
         started = self.clock()
@@ -298,9 +335,13 @@ class Saver:
 
     def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
         captured = moment.captured
-        replicas: Mapping[str, str] = {}
-        if self.checks.replicas and moment.problem is None:
-            replicas = replica_digests(captured, self.snapshot.held)
+        begun = self.clock()
+        comparison = Comparison()
+        if moment.problem is None:
+            try:
+                comparison = self.replicas.look(self.snapshot.memory, self.number)
+            except Exception as error:
+                moment.problem = error
         return Job(
             key=key,
             info=info,
@@ -309,22 +350,24 @@ class Saver:
             filling=Filling(self.copier.finish),
             local=captured.local,
             objects=captured.shared,
-            aliases=captured.aliases,
+            aliases=self._aliases,
             tensors=self._tensors,
             shared_digests={name: bytes_digest(canonical_bytes(v)) for name, v in captured.shared.items()},
-            replica_digests=replicas,
+            comparison=comparison,
+            secs={"compare": self.clock() - begun} if comparison.found else {},
             started=started,
             problem=moment.problem,
         )
 
     def _announce_snapshot(self, job: Job) -> None:
+        causes = [cause for cause in ("wait", "capture", "compare", "copy") if cause in job.secs]
         self.on_event(
             {
                 "event": "save_snapshotted",
                 "step": job.info.step,
                 "blocked_secs": job.blocked_secs,
                 "bytes": job.arena.file_bytes if job.arena else 0,
-                "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in ("wait", "capture", "copy")},
+                "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in causes},
             }
         )
 

@@ -13,6 +13,7 @@ a save only checks that the objects behind it are still the same ones (`unchange
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,11 +74,13 @@ class StateCapture:
         # First out, last in: state_dict() of other objects may draw random numbers.
         rng_state = rng.capture()
         fixed = self._capture_fixed()
-        captured = Captured(
-            dict(fixed.tensors), fixed.fixed, fixed.guarded, fixed.generation, dict(fixed.aliases)
+        captured = replace(
+            fixed, tensors=dict(fixed.tensors), aliases=dict(fixed.aliases), shared={}, local={}
         )
         for module in self._modules.values():
             module.collect_values(captured)
+        if len(captured.tensors) > len(fixed.tensors):  # tensors inside of extra state
+            captured.buffers |= captured.tensors.keys() - fixed.tensors.keys()
         for optimizer in self._optimizers.values():
             optimizer.collect_values(captured)
         for key, entry in self.state.items():
@@ -103,6 +106,7 @@ class StateCapture:
             tensors,
             frozenset(tensors),
             frozenset(aliases.get(name, name) for name in guarded),
+            frozenset(name for module in self._modules.values() for name in module.buffers & tensors.keys()),
             self._fixed.generation + 1,
             aliases,
         )

@@ -18,6 +18,7 @@ class Captured:
     tensors: every tensor once, by canonical name; DTensors stay DTensors. Not copied: live memory.
     fixed: the names that belong to modules and optimizers: the same objects as in every capture of the
         same `generation`. The others may be new objects each time.
+    buffers: the names that belong to modules and are no parameters: they may differ between ranks.
     guarded: the names that only an optimizer's step changes: its parameters and its state.
     aliases: further names of tensors in `tensors` (tied weights), alias -> name.
     shared: JSON of the values that are the same on all ranks, by state key.
@@ -27,6 +28,7 @@ class Captured:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     fixed: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
+    buffers: frozenset[str] = frozenset()
     generation: int = 0
     aliases: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)

@@ -4,18 +4,24 @@ DCP's planner says which boxes of which global tensors a rank holds. Boxes that 
 (DDP, the replicate dimension of HSDP, an optimizer's step counts) are divided over their holders by
 bytes, large ones split by rows, so that N replicas each copy and write 1/N. DCP itself gives a replicated
 tensor to one rank whole.
+
+Buffers of modules are not divided: ranks may hold different values of them, and a tensor put together from
+rows of several ranks would be nobody's. The lowest rank that holds one writes it whole; the others write
+their own value beside it, where it is kept (`engine.snapshot.sharing`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from engine.catalog.coverage import overlapping
 from engine.errors import StateError
 from engine.format.layout import Chunk
+from engine.snapshot.captured import per_rank_name
+from engine.snapshot.sharing import SharedBox
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +39,14 @@ class Part:
     chunk: Chunk
 
 
-def divide(held: Sequence[Sequence[Chunk]]) -> list[list[Part]]:
+def divide(
+    held: Sequence[Sequence[Chunk]], shared_boxes: Mapping[Chunk, SharedBox] | None = None
+) -> list[list[Part]]:
     """Assign every distinct box to its holders.
 
     Args:
         held: for each rank, the boxes that it holds, in the order of its own list.
+        shared_boxes: what is known of those that several ranks hold; buffers among them are not divided.
     Returns: for each rank, the parts that it writes.
     Raises: StateError when the boxes of a tensor overlap or leave a hole, or ranks disagree about it.
     """
@@ -56,13 +65,24 @@ def divide(held: Sequence[Sequence[Chunk]]) -> list[list[Part]]:
         if len(places) == 1:
             rank, position = places[0]
             loads[rank] += chunk.chunk_bytes
-            parts[rank].append(Part(position, 0, 0, chunk.sizes[0] if chunk.sizes else 1, chunk))
+            parts[rank].append(_whole(chunk, position))
+        elif shared_boxes and shared_boxes[chunk].buffer:
+            kept = places if shared_boxes[chunk].kept else places[:1]
+            for rank, position in kept:
+                loads[rank] += chunk.chunk_bytes
+                written = chunk if rank == places[0][0] else own_chunk(chunk, rank)
+                parts[rank].append(_whole(written, position))
         else:
             shared[tuple(rank for rank, _ in places)].append(chunk)
     # The widest groups last: they can still even out what narrower ones left uneven.
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         _divide_group(ranks, shared[ranks], holders, loads, parts)
     return parts
+
+
+def own_chunk(chunk: Chunk, rank: int) -> Chunk:
+    """A rank's own value of a whole tensor, under a name of that rank."""
+    return Chunk(per_rank_name(rank, chunk.name), chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
 def _divide_group(
@@ -117,6 +137,10 @@ def _rows(chunk: Chunk) -> tuple[int, int, int]:
             if size != 1:
                 return dim, size, chunk.chunk_bytes // size
     return 0, 1, chunk.chunk_bytes
+
+
+def _whole(chunk: Chunk, position: int) -> Part:
+    return Part(position, 0, 0, chunk.sizes[0] if chunk.sizes else 1, chunk)
 
 
 def _part(chunk: Chunk, position: int, dim: int, start: int, length: int) -> Part:

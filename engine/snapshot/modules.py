@@ -33,6 +33,8 @@ class ModuleCapture:
         named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
         self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
         self.identities = {name: id(tensor) for name, tensor in named.items()}
+        buffers = {id(buffer) for buffer in module.buffers()}
+        self.buffers = {name for name, identity in self.identities.items() if identity in buffers}
         self._slots = _slots(module)
         self._children = [
             (child._modules, *entry) for child in module.modules() for entry in child._modules.items()

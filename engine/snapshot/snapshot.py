@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,11 @@ class Snapshot:
         """The boxes that this rank holds, as last prepared."""
         return [held.chunk for held in self._held]
 
+    @property
+    def memory(self) -> Sequence[Held]:
+        """The same boxes with the local memory that holds them."""
+        return self._held
+
     def prepare(self, captured: Captured) -> bool:
         """Take note of where the state's memory is now. Returns whether a new plan is needed."""
         fresh = {name: tensor for name, tensor in captured.tensors.items() if name not in captured.fixed}
@@ -84,7 +89,7 @@ class Snapshot:
             ]
         else:
             self._held = held_chunks(captured.tensors)
-            self._held_digest = plan_digest(self.held)
+            self._held_digest = plan_digest(self.held, captured.buffers, captured.aliases)
             self._generation, self._signature = captured.generation, signature
         # Also when nothing has changed since the last look: the plan for it may have failed.
         return self._held_digest != self._planned_digest
@@ -126,9 +131,7 @@ class Snapshot:
             self.arena.release()
             self.arena = None
 
-    def copies(
-        self, overlaps: Callable[[str, torch.Tensor], bool] | None
-    ) -> tuple[list[Batch], list[Pair]]:
+    def copies(self, overlaps: Callable[[str, torch.Tensor], bool] | None) -> tuple[list[Batch], list[Pair]]:
         """The copies of this snapshot: (to make before `save` returns, may overlap with training).
 
         `overlaps` says which may, by name and source; None: none of them.
@@ -171,9 +174,12 @@ class Snapshot:
         return source if order.rows is None else source.narrow(*order.rows)
 
 
-def plan_digest(held: Sequence[Chunk]) -> str:
+def plan_digest(
+    held: Sequence[Chunk], buffers: Iterable[str] = (), aliases: Mapping[str, str] | None = None
+) -> str:
     """Stands for a rank's structure: two equal ones need only one plan."""
-    return bytes_digest(canonical_bytes([chunk_to_json(chunk) for chunk in held]))
+    boxes = [chunk_to_json(chunk) for chunk in held]
+    return bytes_digest(canonical_bytes([boxes, sorted(buffers), dict(aliases or {})]))
 
 
 def chunk_to_json(chunk: Chunk) -> list[object]:

@@ -80,7 +80,7 @@ def test_replicated_values_that_differ_are_refused_by_key_and_rank(world: World,
     assert all(first.startswith("SaveFailedError") for first, _, _ in found)
 
 
-def different_tensors(rank: int, world_size: int, directory: str, check: bool) -> list[Any]:
+def different_tensors(rank: int, world_size: int, directory: str, check: bool | str) -> list[Any]:
     state = {"a": torch.ones(50), "b": torch.full((50,), float(rank))}
     with Checkpointer(directory, {"values": state}, check_replicas=check) as checkpointer:
         first = result(checkpointer, 1)
@@ -88,13 +88,14 @@ def different_tensors(rank: int, world_size: int, directory: str, check: bool) -
         return [first, result(checkpointer, 2)]
 
 
-def test_replicated_tensors_are_compared_on_demand(world: World, tmp_path: Path) -> None:
-    for first, second in world(2).run(different_tensors, str(tmp_path / "checked"), True):
+@pytest.mark.parametrize("check", [True, "sampled"])
+def test_replicated_tensors_are_compared(check: bool | str, world: World, tmp_path: Path) -> None:
+    for first, second in world(2).run(different_tensors, str(tmp_path / str(check)), check):
         assert "values.b" in first
-        assert "differs on rank 1" in first
+        assert "values.b differs between rank 0 and rank 1" in first
         assert "values.a" not in first
         assert second == 2
-    assert world(2).run(different_tensors, str(tmp_path / "unchecked"), False) == [[1, 2], [1, 2]]
+    assert world(2).run(different_tensors, str(tmp_path / "off"), False) == [[1, 2], [1, 2]]
 
 
 def own_values(rank: int, world_size: int, directory: str, phase: str) -> Any:

@@ -72,7 +72,6 @@ class Rig:
             "aliases": {},
             "tensors": {"t": TensorInfo("F32", (ROWS, 3))},
             "shared_digests": {"n": "same"},
-            "replica_digests": {},
             "started": self.clock(),
         }
         return Job(**fields | self.more(rank))
