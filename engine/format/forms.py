@@ -43,6 +43,7 @@ FORMS: dict[str, int] = {
     "$size": 2,
     "$scalar": 2,
     "$array": 2,
+    "$composite": 2,
 }
 """Form -> the version that brought it. A `$` key that is not listed here is damage."""
 

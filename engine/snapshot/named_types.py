@@ -25,7 +25,7 @@ def type_name(value: object, path: str, instead: str) -> str:
     """
     kind = type(value)
     name = f"{kind.__module__}:{kind.__qualname__}"
-    if _find(name) is not kind:
+    if find_class(name) is not kind:
         raise UnsavableValueError(
             f"{path}: the class {kind.__qualname__} is not found under its name in {kind.__module__}, so no "
             f"other process could make the value again; define it at the top of a module, or store {instead}"
@@ -63,7 +63,7 @@ def missing_class(form: str, inner: Json) -> str:
 def _named_class(form: str, inner: Json) -> Any:
     if not isinstance(inner, dict) or inner.keys() != _FIELDS[form] or not isinstance(inner["type"], str):
         raise DamagedError(f"a stored {form} is not one: {str(inner)[:40]!a}")
-    kind: Any = _find(inner["type"])
+    kind: Any = find_class(inner["type"])
     module, _, name = inner["type"].partition(":")
     if kind is None:
         raise StateMismatchError(
@@ -83,7 +83,8 @@ def _named_class(form: str, inner: Json) -> Any:
     return kind
 
 
-def _find(name: str) -> type | None:
+def find_class(name: str) -> type | None:
+    """The class of that name, "module:Class.Inner", if the program has imported it."""
     module, _, qualname = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):

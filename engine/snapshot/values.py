@@ -19,6 +19,7 @@ import torch
 from engine.errors import DamagedError, UnsavableValueError
 from engine.snapshot import leaves
 from engine.snapshot.arrays import decode_array, decode_scalar, encode_array, encode_scalar
+from engine.snapshot.composites import decode_composite, encode_composite, is_composite, missing_composite
 from engine.snapshot.leaves import check_text
 from engine.snapshot.named_types import decode_named, encode_enum, missing_class, type_name
 
@@ -70,6 +71,8 @@ class _Encoder:
         if value is None or kind is bool:
             return value
         if isinstance(value, torch.Tensor):
+            if is_composite(value):
+                return encode_composite(value, path, lambda part, at: self.encode(part, at, depth + 4))
             return self._tensor(value, path)
         if kind is dict or kind in (collections.OrderedDict, collections.Counter, collections.defaultdict):
             return self._mapping(value, path, depth)
@@ -238,6 +241,8 @@ def _decode_form(form: str, inner: Json, tensor: Callable[[str], torch.Tensor]) 
         return collections.deque((decode(item, tensor) for item in inner[1]), inner[0])
     if form == "$array":
         return decode_array(inner, tensor)
+    if form == "$composite":
+        return decode_composite(inner, lambda part: decode(part, tensor))
     if form == "$scalar":
         return decode_scalar(inner)
     if form in ("$enum", "$namedtuple"):
@@ -309,4 +314,6 @@ def missing_classes(value: Json) -> list[str]:
     for form in ("$enum", "$namedtuple"):
         if form in value and len(value) == 1:
             lines += filter(None, [missing_class(form, value[form])])
+    if "$composite" in value and len(value) == 1:
+        lines += filter(None, [missing_composite(value["$composite"])])
     return lines

@@ -1,0 +1,119 @@
+"""Tensors that are made of other tensors: subclasses with `__tensor_flatten__`, such as torchao's.
+
+A checkpoint holds their parts, and beside them the class and whatever `__tensor_flatten__` tells besides the
+parts. The class is found among those that the program has imported, as with enums (`named_types`), and put
+together by its own `__tensor_unflatten__`. Protocol: torch/utils/_python_dispatch.py, `TensorWithFlatten`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from engine.errors import DamagedError, StateMismatchError
+from engine.snapshot.named_types import find_class, type_name
+
+Json = Any
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, DTensor)
+_FIELDS = {"type", "parts", "context", "shape", "stride"}
+
+
+def is_composite(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has no memory of its own and tells the tensors that it is made of.
+
+    A DTensor is one as well, but its parts are shards of a global tensor. A nested tensor is not one.
+    """
+    kind = type(tensor)
+    if kind in _PLAIN_TYPES or isinstance(tensor, DTensor):
+        return False
+    tells = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+    return tells and not tensor.is_nested
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that a composite one is made of, by attribute; they may be composite themselves."""
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {name: getattr(tensor, name) for name in names}
+
+
+def encode_composite(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]) -> Json:
+    """The form of a composite tensor; `encode` makes those of its parts and of its context.
+
+    Raises: UnsavableValueError for a class that could not be found again by its name.
+    """
+    _, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return {
+        "$composite": {
+            "type": type_name(tensor, path, "the tensors that it is made of"),
+            "parts": {name: encode(part, f"{path}.{name}") for name, part in parts_of(tensor).items()},
+            "context": encode(context, f"{path}.context"),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+        }
+    }
+
+
+def decode_composite(inner: Json, decode: Callable[[Json], Any]) -> torch.Tensor:
+    """The tensor of a form, put together by its class.
+
+    Raises: StateMismatchError when this program has no such class, or the class refuses; DamagedError.
+    """
+    kind = _class_of(inner)
+    parts = {name: decode(part) for name, part in inner["parts"].items()}
+    if not all(isinstance(part, torch.Tensor) for part in parts.values()):
+        raise DamagedError(f"a stored $composite is not made of tensors: {sorted(parts)[:5]}")
+    context = decode(inner["context"])
+    shape, stride = torch.Size(inner["shape"]), tuple(inner["stride"])
+    try:
+        found: torch.Tensor = kind.__tensor_unflatten__(parts, context, shape, stride)
+    except Exception as error:
+        raise StateMismatchError(
+            f"a tensor of the class {kind.__qualname__} was saved, and the class here does not take its "
+            f"parts ({type(error).__name__}: {error}): install the version of {kind.__module__} that the "
+            "saved run had"
+        ) from error
+    return found
+
+
+def missing_composite(inner: Json) -> str:
+    """Why a composite tensor cannot be put together here, in a sentence; else ""."""
+    try:
+        _class_of(inner)
+    except StateMismatchError as error:
+        return str(error)
+    return ""
+
+
+def _class_of(inner: Json) -> Any:
+    fits = (
+        isinstance(inner, Mapping)
+        and inner.keys() == _FIELDS
+        and _are_counts(inner["shape"], inner["stride"])
+        and isinstance(inner["type"], str)
+        and isinstance(inner["parts"], Mapping)
+        and len(inner["parts"]) > 0
+    )
+    if not fits:
+        raise DamagedError(f"a stored $composite is not one: {str(inner)[:40]!a}")
+    name = inner["type"]
+    kind = find_class(name)
+    module, _, qualname = name.partition(":")
+    if kind is None:
+        raise StateMismatchError(
+            f"a tensor of the class {qualname[:80]} was saved, and this program has no such class in "
+            f"{module[:80]}: import that module before restoring"
+        )
+    if not issubclass(kind, torch.Tensor) or not hasattr(kind, "__tensor_unflatten__"):
+        raise StateMismatchError(
+            f"a tensor of the class {module[:80]}.{qualname[:80]} was saved, and the class here is no tensor "
+            "that can be put together"
+        )
+    return kind
+
+
+def _are_counts(*found: Any) -> bool:
+    return all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in found)
