@@ -12,6 +12,7 @@ import torch
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.tensors import Progress, ignore_progress, same_bytes
 from engine.format.digest import DIGEST_BYTES
+from engine.format.forms import without_order
 from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
 from engine.format.manifest import TensorInfo
@@ -155,4 +156,5 @@ def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> tuple[float, int]:
 
 def _values(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[str, ...]:
     """The state keys whose shared JSON differs."""
-    return tuple(sorted(key for key in {*one, *two} if one.get(key) != two.get(key)))
+    mine, theirs = without_order(dict(one)), without_order(dict(two))
+    return tuple(sorted(key for key in {*mine, *theirs} if mine.get(key) != theirs.get(key)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from engine.dcp.savable import dtype_remedy
 from engine.errors import DamagedError, UnsavableValueError
 
 _TO_TORCH: dict[str, torch.dtype] = {
@@ -44,5 +45,5 @@ def from_torch(dtype: torch.dtype, where: str) -> str:
         return _FROM_TORCH[dtype]
     except KeyError:
         raise UnsavableValueError(
-            f"{where}: tensors of {dtype} have no safetensors type; convert it in state_dict()"
+            f"{where}: tensors of {dtype} have no safetensors type; {dtype_remedy(dtype)}"
         ) from None

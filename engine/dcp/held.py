@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.nn.parameter import is_lazy
 
 from engine.dcp.boxes import boxes_of, carries_boxes, global_shape
 from engine.dcp.dtypes import from_torch
+from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
 from engine.format.layout import Chunk, check_tensor
 
@@ -63,20 +63,7 @@ def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[Held]:
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what has no dense memory of its own: torch would fail later, and not say where."""
-    kind = ""
-    if is_lazy(tensor):
-        kind = "an uninitialised"
-    elif tensor.is_nested:
-        kind = "a nested"
-    elif tensor.layout is not torch.strided:
-        kind = f"a {str(tensor.layout).removeprefix('torch.').removeprefix('_')}"
-    elif tensor.device.type == "meta":
-        kind = "a meta"
-    if kind:
-        raise UnsavableValueError(
-            f"{name}: {kind} tensor has no memory to store as it is; make it a dense one in state_dict()"
-        )
+    check_savable(name, tensor)
     dtype = from_torch(tensor.dtype, name)
     try:
         check_tensor(name, dtype, global_shape(tensor))

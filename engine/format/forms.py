@@ -63,3 +63,17 @@ def version_needed(*values: Any, dtypes: Iterable[str] = ()) -> int:
         elif isinstance(value, list | tuple):
             left.extend(value)
     return needed
+
+
+def without_order(value: Any) -> Any:
+    """The same values, with every dict of text keys as a JSON object: alike for dicts in different orders."""
+    if isinstance(value, list):
+        return [without_order(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    pairs = value.get("$items")
+    if len(value) == 1 and isinstance(pairs, list):
+        texts = [pair for pair in pairs if isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is str]
+        if len(texts) == len(pairs) and not any(key.startswith("$") for key, _ in texts):
+            return {key: without_order(item) for key, item in texts}
+    return {key: without_order(item) for key, item in value.items()}

@@ -96,7 +96,12 @@ class Destination:
         """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet."""
         saved = self._saved.keys
         missing = (*self.fit.missing, *(f"{key} (all of it)" for key in self._keys if key not in saved))
-        lines = (*self.fit.mismatched, *self._optimizers.differences(), *self._entries.differences.values())
+        lines = (
+            *self.fit.mismatched,
+            *self._optimizers.differences(),
+            *self._entries.differences.values(),
+            *self._missing_classes(),
+        )
         unexpected = (*self.fit.unexpected, *self._unknown_keys())
         fit = Fit(self.fit.matched, missing, unexpected, lines, self.fit.grown)
         if self._wanted.strict and not fit.exact:
@@ -116,6 +121,12 @@ class Destination:
                 set_extra_state(entry, self._saved.document(key))
         self._optimizers.finish()
         self._entries.finish()
+
+    def _missing_classes(self) -> list[str]:
+        """Values of modules and optimizers that cannot be made here."""
+        fixed = [key for key in self._keys if isinstance(self._capture.state[key], nn.Module | Optimizer)]
+        documents = {key: self._manifest.objects.get(key) for key in fixed}
+        return [f"{key}: {line}" for key in fixed for line in values.missing_classes(documents[key])]
 
     def _others(self) -> dict[str, Any]:
         """The wanted entries that are neither module nor optimizer."""

@@ -6,20 +6,25 @@ they have where those fit, else into new ones. Random number generators come las
 
 from __future__ import annotations
 
+import collections
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.dcp.boxes import global_shape
 from engine.dcp.dtypes import from_torch
-from engine.errors import StateError
+from engine.errors import HoldfastError, RestoreFailedError, StateError
+from engine.format.forms import without_order
 from engine.format.manifest import Manifest, TensorInfo
+from engine.restore import trial
 from engine.restore.saved import Saved
 from engine.snapshot import rng, values
-from engine.snapshot.capture import plain_value
+from engine.snapshot.capture import encoded_entry
 from engine.snapshot.captured import RNG_KEY, per_rank_name
+from engine.snapshot.in_place import GENERATOR, generator_kind, kind_of, reseed
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +56,42 @@ class Entries:
         self._takes_rng = takes_rng
         self._seed = seed
         keys = saved.keys
+        self._reseeded: set[str] = set()
         self._kept = {key: entry for key, entry in entries.items() if key in keys}
         found = {key: self._difference(key, entry) for key, entry in self._kept.items()}
         self.differences = {key: sentence for key, sentence in found.items() if sentence}
         self._will_read()
 
     def finish(self) -> None:
-        """Hand every entry its value, after all tensors were read. Generators come last."""
-        for key, entry in self._kept.items():
-            if key not in self.differences:
-                own = key in self._per_rank
-                hand_over(entry, self._per_rank_value(key) if own else self._saved.document(key))
+        """Hand every entry its value, after all tensors were read. Generators come last.
+
+        Raises: RestoreFailedError when an entry does not take it, with what was restored and what was not.
+        """
+        # The random streams after all others: to load those may draw from these.
+        left = sorted(set(self._kept) - set(self.differences), key=self._is_generator)
+        done: list[str] = []
+        for key in left:
+            try:
+                self._finish_one(key, self._kept[key])
+            except HoldfastError:
+                raise
+            except Exception as error:
+                raise RestoreFailedError(_broke_off(self._saved.manifest.id, left, done, error)) from error
+            done.append(key)
         if self._takes_rng:
             self._finish_rng()
+
+    def _is_generator(self, key: str) -> tuple[bool, int]:
+        return bool(generator_kind(self._kept[key])), list(self._kept).index(key)
+
+    def _finish_one(self, key: str, entry: Any) -> None:
+        if key in self._reseeded:
+            reseed(entry, rng.derived_seed(self._seed, self._saved.manifest.step, self._saved.rank, key))
+            return
+        value = self._per_rank_value(key) if key in self._per_rank else self._saved.document(key)
+        kind = kind_of(entry)
+        assert kind is not None, "the state was checked when it was handed over"
+        kind.put(entry, value)
 
     def _difference(self, key: str, entry: Any) -> str:
         own = key in self._per_rank
@@ -75,9 +103,9 @@ class Entries:
                 f"{key}: saved as {'equal on all ranks' if own else 'per rank'}, "
                 f"{'declared per_rank' if own else 'not declared per_rank'} here"
             )
-        if hasattr(entry, "reshard") and not self._saved.same_world:
+        if own and not self._saved.same_world and (hasattr(entry, "reshard") or generator_kind(entry)):
             return ""
-        return kind_difference(key, entry, (local if own else shared)[key], self._saved.manifest)
+        return entry_difference(key, entry, (local if own else shared)[key], self._saved)
 
     def _will_read(self) -> None:
         saved = self._saved
@@ -89,6 +117,8 @@ class Entries:
             elif saved.same_world:
                 name = per_rank_name(saved.rank, key)
                 self._read_into(entry, saved.locals_[saved.rank].get(key), name)
+            elif generator_kind(entry):
+                self._reseeded.add(key)
             else:
                 self._require_reshard(key, entry)
         if saved.same_world and self._takes_rng:
@@ -97,8 +127,9 @@ class Entries:
     def _read_into(self, entry: Any, document: Any, path: str) -> None:
         live: dict[str, torch.Tensor] = {}
         if values.tensor_names(document):
-            values.encode(plain_value(entry), path, live)
-        self._saved.will_read(document, live)
+            encoded_entry(entry, path, live)
+        kind = kind_of(entry)
+        self._saved.will_read(document, live, keep=kind is not None and kind.holds_values)
 
     def _require_reshard(self, key: str, entry: Any) -> None:
         if not hasattr(entry, "reshard"):
@@ -135,33 +166,77 @@ class Entries:
         rng.derive(self._seed, saved.manifest.step, saved.rank)
 
 
+def entry_difference(key: str, entry: Any, document: Any, saved: Saved) -> str:
+    """Why an entry cannot take what was saved, in a sentence; else ""."""
+    missing = values.missing_classes(document)
+    if missing:
+        return f"{key}: {missing[0]}"
+    difference = kind_difference(key, entry, document, saved.manifest)
+    if difference or not hasattr(entry, "load_state_dict"):
+        return difference
+    if isinstance(entry, torch.amp.GradScaler) and not entry.is_enabled() and document != {}:
+        return f"{key}: saved by an enabled GradScaler, and the one here is disabled and would drop its scale"
+    if not values.tensor_names(document):
+        words = trial.refusal(entry, saved.decoded(document))
+        if words:
+            return f"{key}: its load_state_dict does not take what was saved ({words})"
+    return ""
+
+
 def kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> str:
-    """Why `document` cannot fill a plain tensor, list or dict in place, in a sentence; else ""."""
-    tensor = document.get("$tensor") if isinstance(document, dict) and len(document) == 1 else None
-    info = manifest.tensors.get(tensor) if isinstance(tensor, str) else None
+    """Why `document` cannot fill a plain value in place, in a sentence; else ""."""
+    if hasattr(entry, "load_state_dict"):
+        return ""
+    form, inner = _form_of(document)
     if isinstance(entry, torch.Tensor):
+        info = manifest.tensors.get(inner) if form == "$tensor" and isinstance(inner, str) else None
         here = TensorInfo(from_torch(entry.dtype, key), global_shape(entry))
         if info == here:
             return ""
         was = f"{info.dtype} {list(info.shape)}" if info else "another kind of value"
         return f"{key}: saved as {was}, here {here.dtype} {list(here.shape)}"
-    if isinstance(entry, list) and not isinstance(document, list):
-        return f"{key}: a list here, saved as another kind of value"
-    odd = isinstance(document, dict) and any(form in document for form in ("$tensor", "$float", "$tuple"))
-    if isinstance(entry, dict) and (odd or not isinstance(document, dict)):
-        return f"{key}: a dict here, saved as another kind of value"
-    return ""
+    if isinstance(entry, np.ndarray):
+        array = f"{entry.dtype.str} {list(entry.shape)}"
+        was = f"{inner['dtype']} {inner['shape']}" if form == "$array" else "another kind of value"
+        return "" if was == array else f"{key}: saved as {was}, here {array}"
+    generator = generator_kind(entry)
+    if generator:
+        plain = without_order(document)
+        kind = plain.get(GENERATOR) if isinstance(plain, dict) else None
+        was = kind if isinstance(kind, str) else "another kind of value"
+        return "" if was == generator else f"{key}: saved as {was}, here a {generator}"
+    fits = any(isinstance(entry, kind) and test(form, document) for kind, test in _CONTAINERS.items())
+    return "" if fits else f"{key}: a {type(entry).__name__} here, saved as another kind of value"
 
 
-def hand_over(entry: Any, value: Any) -> None:
-    """Give an object its saved value, in place."""
-    if hasattr(entry, "load_state_dict"):
-        entry.load_state_dict(value)
-    elif isinstance(entry, dict):
-        entry.clear()
-        entry.update(value)
-    elif isinstance(entry, list):
-        entry[:] = value
-    elif isinstance(entry, torch.Tensor) and entry is not value:
-        with torch.no_grad():
-            entry.copy_(value)
+def _form_of(document: Any) -> tuple[str, Any]:
+    """The `$` form of a document and what is in it; no form for JSON that stands for itself."""
+    if isinstance(document, dict) and len(document) == 1:
+        ((form, inner),) = document.items()
+        if form.startswith("$"):
+            return form, inner
+    return "", None
+
+
+def _is_dict(form: str, document: Any) -> bool:
+    return isinstance(document, dict) and form in ("", "$items", "$mapping", "$counter")
+
+
+_CONTAINERS: Mapping[type, Callable[[str, Any], bool]] = {
+    dict: _is_dict,
+    list: lambda form, document: isinstance(document, list),
+    collections.deque: lambda form, document: isinstance(document, list),
+    set: lambda form, document: form == "$set",
+    bytearray: lambda form, document: form == "$bytes",
+}
+
+
+def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Exception) -> str:
+    failed, *rest = keys[len(done) :]
+    restored = ", ".join(["all tensors of modules and optimizers", *done])
+    lost = ", ".join([failed, *rest, "the random number generators"])
+    return (
+        f"restoring {id} broke off, the state is undefined now: {failed} did not take what was saved "
+        f"({type(error).__name__}: {error}). Restored: {restored}. Not restored: {lost}. Leave {failed} out "
+        f"with exclude=({failed!r},), or build it as it was when it was saved"
+    )

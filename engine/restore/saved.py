@@ -35,6 +35,7 @@ class Saved:
         self.world_size = world_size
         self.same_world = manifest.world_size == world_size
         self.tensors: dict[str, torch.Tensor] = {}
+        self._kept: dict[str, torch.Tensor] = {}
 
     @property
     def own(self) -> Mapping[str, Any]:
@@ -68,15 +69,21 @@ class Saved:
         kept = self.same_world and self.manifest.tensors.get(own) == self.manifest.tensors.get(name)
         return own if kept else name
 
-    def will_read(self, document: Any, live: Mapping[str, torch.Tensor]) -> None:
-        """Have the tensors inside a document read: into the live ones of that name where those fit."""
+    def will_read(self, document: Any, live: Mapping[str, torch.Tensor], *, keep: bool = False) -> None:
+        """Have the tensors inside a document read: into the live ones of that name where those fit.
+
+        keep: `decoded` returns those very tensors, for a container that goes on holding them.
+        """
         for name in values.tensor_names(document):
             info = self.info(name)
             own = live.get(name)
             if own is not None and global_shape(own) == info.shape and own.dtype == to_torch(info.dtype):
                 self.tensors[name] = detached(own)
+                if keep:
+                    self._kept[name] = own
             else:
-                self.tensors[name] = torch.empty(info.shape, dtype=to_torch(info.dtype))
+                device = torch.device("cpu") if own is None else own.device
+                self.tensors[name] = torch.empty(info.shape, dtype=to_torch(info.dtype), device=device)
 
     def document(self, key: str) -> Any:
         """The value that all ranks share under a state key; its tensors must have been read."""
@@ -87,7 +94,7 @@ class Saved:
         return values.decode(document, self._tensor)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        found = self.tensors.get(name)
+        found = self._kept.get(name, self.tensors.get(name))
         if found is None:
             raise DamagedError(f"{self.manifest.id} refers to the tensor {name}, which was not read")
         return found

@@ -15,6 +15,7 @@ from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import by_loss, by_sequence
 from engine.catalog.select import Selector, choose, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
+from engine.format.forms import without_order
 from engine.format.manifest import Manifest
 from engine.mirror.tiers import both_tiers
 from engine.run.config import TrainConfig
@@ -192,7 +193,7 @@ def _no_checkpoint_at(path: str, config: TrainConfig) -> SelectorError:
 def _resumed(
     config: TrainConfig, selector: str, sentence: str, manifest: Manifest, records: Sequence[CheckpointRecord]
 ) -> Start:
-    loader = manifest.objects.get("loader")
+    loader = without_order(manifest.objects.get("loader"))
     lowest = by_loss(records)[:1]
     return Start(
         checkpoint_dir=config.checkpoint_dir,

@@ -18,6 +18,7 @@ import torch
 
 from engine.errors import HoldfastError, SaveFailedError, SaveStuckError, StateError
 from engine.format.digest import bytes_digest
+from engine.format.forms import without_order
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
@@ -352,7 +353,7 @@ class Saver:
             objects=captured.shared,
             aliases=self._aliases,
             tensors=self._tensors,
-            shared_digests={name: bytes_digest(canonical_bytes(v)) for name, v in captured.shared.items()},
+            shared_digests={name: _digest(value) for name, value in captured.shared.items()},
             comparison=comparison,
             secs={"compare": self.clock() - begun} if comparison.found else {},
             started=started,
@@ -382,6 +383,12 @@ class Saver:
     def _attempt(self, step: int) -> str:
         raw = hashlib.sha256(f"{self.run_key}/{self.number}".encode()).hexdigest()
         return attempt_name(step, raw[:8])
+
+
+def _digest(value: Any) -> str:
+    """Of a value that ranks compare: not by the order of keys, which a dict made from a set has by chance."""
+    raw = canonical_bytes(value)
+    return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)
 
 
 def mesh_description(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

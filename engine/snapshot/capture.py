@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
 from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
+from engine.snapshot.in_place import generator_kind, kind_of, saved_value
 from engine.snapshot.modules import ModuleCapture, take_ties_out
 from engine.snapshot.optimizers import OptimizerCapture, owner_of
 from engine.snapshot.wrappers import unwrapped_optimizer
@@ -45,13 +47,12 @@ class StateCapture:
                     f"the state key {name!r} cannot be used: keys are plain names without dots, other than "
                     f"{RNG_KEY!r} and {PER_RANK_PREFIX!r}"
                 )
-            if not (
-                hasattr(state[name], "state_dict") or isinstance(state[name], torch.Tensor | dict | list)
-            ):
+            if kind_of(state[name]) is None:
                 raise UnsavableValueError(
-                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are modules, "
-                    "optimizers, objects with state_dict and load_state_dict, tensors, dicts or lists: what "
-                    "can be restored in place"
+                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are what can be "
+                    "restored in place: modules, optimizers, objects with state_dict and load_state_dict, "
+                    "tensors, arrays, dicts, lists, sets, deques or random number generators. A single "
+                    "value goes into a dict"
                 )
         for name in per_rank:
             if name not in state or isinstance(state[name], nn.Module | Optimizer):
@@ -83,14 +84,13 @@ class StateCapture:
             captured.buffers |= captured.tensors.keys() - fixed.tensors.keys()
         for optimizer in self._optimizers.values():
             optimizer.collect_values(captured)
-        for key, entry in self.state.items():
-            if isinstance(entry, nn.Module | Optimizer):
-                continue
+        plain = [item for item in self.state.items() if not isinstance(item[1], nn.Module | Optimizer)]
+        for key, entry in sorted(plain, key=lambda item: not generator_kind(item[1])):
             if key in self.per_rank:
                 name = per_rank_name(self._rank, key)
-                captured.local[key] = values.encode(plain_value(entry), name, captured.tensors)
+                captured.local[key] = encoded_entry(entry, name, captured.tensors)
             else:
-                captured.shared[key] = values.encode(plain_value(entry), key, captured.tensors)
+                captured.shared[key] = encoded_entry(entry, key, captured.tensors)
         name = per_rank_name(self._rank, RNG_KEY)
         captured.local[RNG_KEY] = values.encode(rng_state, name, captured.tensors)
         return captured
@@ -130,7 +130,7 @@ class StateCapture:
         self._walked_since = True
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
-                self._modules[key] = ModuleCapture(key, entry)
+                self._modules[key] = captured_module(key, entry)
         for key, entry in self.state.items():
             if isinstance(entry, Optimizer):
                 owner = self._modules[owner_of(entry, self.state, key)]
@@ -157,6 +157,20 @@ class StateCapture:
         return self._optimizers
 
 
-def plain_value(entry: Any) -> Any:
-    """What is saved of an entry that is neither module nor optimizer."""
-    return entry.state_dict() if hasattr(entry, "state_dict") else entry
+def encoded_entry(entry: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON of an entry that is neither module nor optimizer; its tensors go into `tensors`."""
+    return values.encode(saved_value(entry), path, tensors, keep_order=True)
+
+
+def captured_module(key: str, module: nn.Module) -> ModuleCapture:
+    """The module's tensors.
+
+    Raises: UnsavableValueError for a tensor of a kind that has no form, where torch only says what it cannot.
+    """
+    try:
+        return ModuleCapture(key, module)
+    except (RuntimeError, ValueError, NotImplementedError):
+        names = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
+        for name, tensor in names:
+            check_savable(f"{key}.{name}", tensor)
+        raise

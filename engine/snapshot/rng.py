@@ -65,8 +65,13 @@ def derive(seed: int, step: int, rank: int) -> None:
     The saved streams belong to ranks that no longer exist one to one; reusing some of them would give
     two ranks the same stream or leave one without.
     """
-    raw = hashlib.sha256(f"holdfast-rng:{seed}:{step}:{rank}".encode()).digest()
-    value = int.from_bytes(raw[:8], "little") >> 1
+    value = derived_seed(seed, step, rank)
     random.seed(value)
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
+
+
+def derived_seed(seed: int, step: int, rank: int, key: str = "") -> int:
+    """A seed of 63 bits; `key` tells apart the generators that a state holds itself."""
+    raw = hashlib.sha256(f"holdfast-rng:{seed}:{step}:{rank}{key and ':'}{key}".encode()).digest()
+    return int.from_bytes(raw[:8], "little") >> 1

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.dcp.savable import check_savable
 from engine.errors import DamagedError, UnsavableValueError
 from engine.snapshot import leaves
 from engine.snapshot.arrays import decode_array, decode_scalar, encode_array, encode_scalar
@@ -106,6 +107,7 @@ class _Encoder:
     def _tensor(self, value: torch.Tensor, path: str) -> Json:
         if self._no_tensors:
             raise UnsavableValueError(f"{path}: a tensor in {self._no_tensors}; use a list or a dict")
+        check_savable(path, value)
         name, number = path, 2
         while name in self._tensors:  # the keys 1 and "1", or "a.b" and "b" in "a"
             name, number = f"{path}~{number}", number + 1

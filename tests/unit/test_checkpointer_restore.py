@@ -403,13 +403,13 @@ def test_an_optimizer_whose_parameters_are_grouped_otherwise(tmp_path: Path) -> 
 
 
 class Fragile:
-    """Refuses what it is given until it is repaired."""
+    """Refuses what it is given until it is repaired; with a tensor, so that it is not tried before."""
 
     def __init__(self) -> None:
         self.broken = True
 
     def state_dict(self) -> State:
-        return {"n": 1}
+        return {"n": torch.ones(1)}
 
     def load_state_dict(self, state: State) -> None:
         if self.broken:
@@ -420,8 +420,9 @@ def test_after_a_restore_that_broke_off_saving_is_refused(tmp_path: Path) -> Non
     fragile = Fragile()
     with Checkpointer(tmp_path, {**values(1), "fragile": fragile}) as checkpointer:
         checkpointer.save(1).result(60)
-        with pytest.raises(RestoreFailedError, match="KeyError: 'unknown field'"):
+        with pytest.raises(RestoreFailedError, match="KeyError: 'unknown field'") as caught:
             checkpointer.restore("latest")
+        assert "Not restored: fragile, the random number generators" in str(caught.value)
         with pytest.raises(RestoreFailedError, match="undefined"):
             checkpointer.save(2)
         with pytest.raises(RestoreFailedError):

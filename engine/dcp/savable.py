@@ -1,0 +1,44 @@
+"""Which tensors a checkpoint can hold, and what to do with the others."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from engine.errors import UnsavableValueError
+
+
+def check_savable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse what has no dense memory of its own, before torch fails at it and does not say where.
+
+    Raises: UnsavableValueError naming the tensor and what to do.
+    """
+    kind, remedy = _odd(tensor)
+    if kind:
+        raise UnsavableValueError(f"{name}: {kind} tensor has no form in a checkpoint; {remedy}")
+
+
+def dtype_remedy(dtype: torch.dtype) -> str:
+    """What to do with a tensor whose element type safetensors does not have."""
+    if dtype.is_complex:
+        return "store torch.view_as_real() of it"
+    if str(dtype).startswith("torch.q"):
+        return "store its int_repr(), scale and zero point, or its dequantize()"
+    return "store its .view(torch.uint8), or convert it"
+
+
+def _odd(tensor: torch.Tensor) -> tuple[str, str]:
+    """(what a tensor is that cannot be stored, what to do); empty for any other."""
+    if is_lazy(tensor):
+        return "an uninitialised", "run the module once, so that it makes its parameters, before saving"
+    if tensor.is_nested:
+        return "a nested", "store its unbind() as a list, or a padded tensor and the lengths"
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.").removeprefix("_")
+        instead = "" if layout == "mkldnn" else ", or its indices and values as tensors of their own"
+        return f"a {layout}", f"store its to_dense(){instead}"
+    if tensor.is_quantized:
+        return f"a quantized ({str(tensor.dtype).removeprefix('torch.')})", dtype_remedy(tensor.dtype)
+    if tensor.device.type == "meta":
+        return "a meta", "give the module memory with to_empty() and initialise it first"
+    return "", ""

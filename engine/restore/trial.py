@@ -1,0 +1,86 @@
+"""Try an object's `load_state_dict` on a stand-in, before anything is overwritten.
+
+What was saved of an entry may be something that it refuses (an enabled GradScaler refuses the empty state of
+a disabled one). Weights would have been read by then. So what needs no tensors is given to a shallow copy
+first, of which whatever `load_state_dict` commonly changes in place is copied, too.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import random
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.snapshot import rng
+
+_MOST_ELEMENTS = 1 << 16
+"""Larger tensors are shared with the stand-in: what fits into JSON does not fill them."""
+
+
+def refusal(entry: Any, value: Any) -> str:
+    """What the entry's `load_state_dict` says against `value`, in words; "" when it takes it or is not tried.
+
+    Not tried are iterables, whose copy could start workers, and objects that a plain copy does not stand for.
+    """
+    if not _has_stand_in(entry) or hasattr(type(entry), "__iter__") or hasattr(type(entry), "__next__"):
+        return ""
+    generators = rng.capture()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when the entry itself is loaded
+            _stand_in(entry, {}).load_state_dict(copy.deepcopy(value))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        rng.restore(generators)
+    return ""
+
+
+def _has_stand_in(entry: Any) -> bool:
+    kind = type(entry)
+    return (
+        hasattr(kind, "load_state_dict")
+        and hasattr(entry, "__dict__")
+        and "load_state_dict" not in vars(entry)  # it would load the entry itself
+        and not hasattr(kind, "__del__")  # the copy's end would close what the entry still uses
+        and not isinstance(entry, nn.Module | Optimizer | torch.Tensor)
+        and getattr(kind, "__new__", None) is getattr(object, "__new__", None)
+    )
+
+
+def _stand_in(value: Any, made: dict[int, Any]) -> Any:
+    """A copy of a stateful object, of what it holds, and of the stateful objects among that."""
+    if id(value) in made:
+        return made[id(value)]
+    kind = type(value)
+    if isinstance(value, torch.Tensor) and kind is torch.Tensor and value.numel() <= _MOST_ELEMENTS:
+        made[id(value)] = value.detach().clone()
+    elif isinstance(value, torch.Generator):
+        made[id(value)] = value.clone_state()
+    elif isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+        made[id(value)] = copy.deepcopy(value)
+    elif kind in (dict, collections.OrderedDict, collections.defaultdict, collections.Counter):
+        found = made[id(value)] = copy.copy(value)
+        found.update({key: _stand_in(item, made) for key, item in value.items()})
+    elif kind in (list, collections.deque):
+        found = made[id(value)] = copy.copy(value)
+        for number, item in enumerate(value):
+            found[number] = _stand_in(item, made)
+    elif kind in (set, bytearray):
+        made[id(value)] = copy.copy(value)
+    elif isinstance(value, types.MethodType) and id(value.__self__) in made:
+        return types.MethodType(value.__func__, made[id(value.__self__)])
+    elif _has_stand_in(value):
+        found = made[id(value)] = object.__new__(kind)
+        vars(found).update({name: _stand_in(item, made) for name, item in vars(value).items()})
+    else:
+        return value
+    return made[id(value)]
