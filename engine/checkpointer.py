@@ -18,6 +18,7 @@ from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFail
 from engine.forks import Home
 from engine.format.json import canonical_bytes
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
+from engine.parallel.calls import RESTORE, Calls, Request
 from engine.parallel.coordination import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
@@ -29,7 +30,7 @@ from engine.save.handle import SaveHandle
 from engine.save.listener import Listener, guarded
 from engine.save.make import SaverOptions, make_saver
 from engine.save.replicas import check_of
-from engine.save.saver import Busy, Checks, Saver
+from engine.save.saver import Busy, Checks, Saver, most_secs
 from engine.save.unheld import close_behind, forgetful
 from engine.snapshot.capture import StateCapture
 from engine.storage.open import open_storage
@@ -102,20 +103,21 @@ class Checkpointer:
         self._ranks = ranks  # at rank 0 it hosts the store
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
+        calls = Calls(channel, timeout_secs, most_secs(timeout_secs))
         self.last_committed: CheckpointRecord | None = None
         self.failed_saves = 0
         self._storage = open_storage(directory, storage_options)
         second = second_tier(mirror, self._storage, storage_options)
         capture = StateCapture(state, per_rank, self.rank)
         self._restorer = Restorer(
-            self._storage, capture, channel, seed, timeout_secs, storage_options, listener, read_only, second
+            self._storage, capture, calls, seed, timeout_secs, storage_options, listener, read_only, second
         )
         self._saver: Saver | None = None
         self._directory = HeldDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
             checks = Checks(check_of(check_replicas), check_snapshots)
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
-            saver = make_saver(ranks, channel, capture, self._directory, options, forgetful(self._on_outcome))
+            saver = make_saver(ranks, calls, capture, self._directory, options, forgetful(self._on_outcome))
             try:  # last: what fails before it leaves no lease behind
                 self._directory.take(channel, mirror_freq, timeout_secs)
             except HoldfastError:
@@ -179,7 +181,7 @@ class Checkpointer:
         exclude: Sequence[str] = (),
         strict: bool = True,
     ) -> CheckpointRecord | None:
-        """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
+        """Restore a checkpoint in request, at whatever world size it was saved. Every rank calls it.
 
         Args:
             selector: "latest", "backup", "best", "epoch:3", "step:250", an id, a path or a URI.
@@ -194,7 +196,7 @@ class Checkpointer:
         """
         self._require_home()
         if self._saver is not None:
-            self._saver.wait()
+            self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
         record = self._restorer.restore(selector, wanted)

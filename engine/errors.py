@@ -120,7 +120,11 @@ class CoordinationError(HoldfastError, RuntimeError):
 
 
 class LateRanksError(CoordinationError, TimeoutError):
-    """Some ranks did not report before the deadline; the message names them."""
+    """Some ranks did not report before the deadline; the message names them, `ranks` where known."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class PeerFailedError(CoordinationError):

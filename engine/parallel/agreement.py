@@ -40,19 +40,21 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
     return document["value"]
 
 
-def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_secs: float) -> None:
+def all_agree(
+    channel: Channel, key: str, problem: Exception | None, timeout_secs: float, *, what: str = ""
+) -> None:
     """Return when no rank has a problem; otherwise raise on every rank.
 
     The problem of the lowest rank that has one is everybody's, in the same class if it is Holdfast's own,
     else a PeerFailedError: ranks that raised different kinds would go different ways and wait for each
-    other. A LateRanksError reaches every rank, too.
+    other. A LateRanksError reaches every rank, too. `what`: the call that they are in, for its message.
     """
     note = canonical_bytes({"value": None, "error": problem and _describe(problem)})
     try:
-        notes = channel.gather(f"{key}/all", note, timeout_secs)
+        notes = channel.gather(f"{key}/all", note, timeout_secs, what=what)
     except LateRanksError as late:
         channel.broadcast(f"{key}/verdict", canonical_bytes({"value": None, "error": _describe(late)}), 0)
-        _acknowledge(channel, f"{key}/verdict", LATE_VERDICT_SECS)
+        _acknowledge(channel, f"{key}/verdict", LATE_VERDICT_SECS, without=late.ranks)
         raise
     verdict = b""
     if notes is not None:
@@ -70,14 +72,16 @@ def all_agree(channel: Channel, key: str, problem: Exception | None, timeout_sec
         raise common from problem
 
 
-def _acknowledge(channel: Channel, key: str, timeout_secs: float) -> None:
+def _acknowledge(channel: Channel, key: str, timeout_secs: float, *, without: tuple[int, ...] = ()) -> None:
     """Keep rank 0, whose process hosts the store, until every rank has read `key`; then forget the key.
+
+    Nobody waits for the ranks in `without`: the key stays for them, should they come.
 
     A rank that does not come, or a store that is gone, changes nothing about what was decided.
     """
     with contextlib.suppress(LateRanksError, CoordinationError):
-        channel.gather(f"{key}/seen", b"1", timeout_secs)
-        if channel.rank == 0:
+        channel.gather(f"{key}/seen", b"1", timeout_secs, without=without)
+        if channel.rank == 0 and not without:
             channel.forget([key])
 
 

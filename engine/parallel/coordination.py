@@ -48,9 +48,14 @@ class Channel:
     _pieces: dict[str, int] = field(default_factory=dict)
     """How many further keys belong to one, of those that this channel has set or read."""
 
-    def gather(self, key: str, payload: bytes, timeout_secs: float) -> list[bytes] | None:
+    def gather(
+        self, key: str, payload: bytes, timeout_secs: float, *, what: str = "", without: Sequence[int] = ()
+    ) -> list[bytes] | None:
         """Collect one payload of every rank at rank 0.
 
+        Args:
+            what: the call that it belongs to, for the message about late ranks.
+            without: ranks that nothing is expected of; they are left out of the result.
         Returns: the payloads by rank at rank 0, None elsewhere.
         Raises: LateRanksError at rank 0, naming every rank that has not reported by the deadline;
             CoordinationError when the store is gone.
@@ -61,22 +66,19 @@ class Channel:
             self._set(f"{key}/{self.rank}", payload)
             return None
         deadline = self.clock() + timeout_secs
-        keys = [f"{key}/{rank}" for rank in range(1, self.world_size)]
+        keys = {rank: f"{key}/{rank}" for rank in range(1, self.world_size) if rank not in without}
         payloads = [payload]
-        for rank, rank_key in enumerate(keys, start=1):
+        for rank, rank_key in keys.items():
             raw = self._get(rank_key, max(0.001, deadline - self.clock()))
             if raw is None:
-                late = [r for r in range(rank, self.world_size) if not self._check(keys[r - 1])]
+                late = [r for r, its_key in keys.items() if r >= rank and not self._check(its_key)]
                 # Empty when the last ones came between the time-out and this look.
                 if late:
-                    raise LateRanksError(
-                        f"{_ranks(late)} did not report within {round(timeout_secs, 1):g} s ({key}); "
-                        "look at their logs for a slow disk, a hang or a crash"
-                    )
+                    raise LateRanksError(_late_message(late, timeout_secs, key, what), tuple(late))
                 raw = self._get(rank_key, 1.0)
                 assert raw is not None, f"{rank_key} was there"
             payloads.append(raw)
-        self.forget(keys)
+        self.forget(keys.values())
         return payloads
 
     def broadcast(self, key: str, payload: bytes | None, timeout_secs: float) -> bytes:
@@ -214,6 +216,17 @@ def _reachable_host() -> str:
 def _gone(rank: int, error: Exception) -> CoordinationError:
     return CoordinationError(
         f"rank {rank} lost its connection to rank 0, which has ended or is unreachable: {error}"
+    )
+
+
+def _late_message(ranks: Sequence[int], timeout_secs: float, key: str, what: str) -> str:
+    look = "look at their logs for a slow disk, a hang or a crash"
+    within = f"within {round(timeout_secs, 1):g} s"
+    if not what:
+        return f"{_ranks(ranks)} did not report {within} ({key}); {look}"
+    return (
+        f"{_ranks(ranks)} did not report {within} in {what}: it did not come, or is not done. "
+        f"Every rank has to make the same calls; if they do, {look}"
     )
 
 

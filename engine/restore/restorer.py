@@ -12,6 +12,7 @@ No rank is left waiting when another finds damage: they meet after every stage, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import defaultdict
@@ -36,6 +37,7 @@ from engine.format.layout import PlacedChunk
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
 from engine.parallel.agreement import all_agree, rank0_decides
+from engine.parallel.calls import RESTORE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
 from engine.restore.collector import collector_paused
@@ -68,7 +70,7 @@ class Restorer:
 
     storage: Storage
     capture: StateCapture
-    channel: Channel
+    calls: Calls
     seed: int
     timeout_secs: float
     storage_options: Mapping[str, str] | None
@@ -77,7 +79,6 @@ class Restorer:
     mirror: Storage | None = None
     clock: Callable[[], float] = time.monotonic
     undefined: bool = False
-    _number: int = 0
     _chosen: Manifest | None = None
     _passed_over: set[str] = field(default_factory=set)
     _unmarked: set[str] = field(default_factory=set)
@@ -90,11 +91,20 @@ class Restorer:
         Raises: SelectorError; StateMismatchError (nothing was changed); DamagedError when the chosen
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
+        request = Request(RESTORE, selector)
+        call = self.calls.decide(request, {}) if self.channel.rank == 0 else self.calls.join(request)
+        try:
+            return self._all_restore(call, selector, wanted)
+        except CoordinationError:
+            end_call(self.channel, call)
+            raise
+
+    def _all_restore(self, call: Call, selector: str, wanted: Wanted) -> CheckpointRecord | None:
+        """All ranks have come: try one checkpoint after the other."""
         self._passed_over = set(self._unmarked)
         first: HoldfastError | None = None
-        while True:
-            self._number += 1
-            key = f"restore/{self._number}"
+        for attempt in itertools.count():
+            key = f"{call.key}/{attempt}"
             self._chosen = None
             try:
                 with collector_paused():
@@ -123,6 +133,12 @@ class Restorer:
                     instead = "going back to the one before" if self.mirror is None else "trying another"
                     log.warning("%s %s, %s: %s", id, what, instead, error)
                 self._passed_over.add(place_of(chosen))
+        raise AssertionError("counting has no end")
+
+    @property
+    def channel(self) -> Channel:
+        """The training thread's."""
+        return self.calls.channel
 
     def _choose(self, selector: str) -> dict[str, Any] | None:
         choice = choose_checkpoint(
@@ -158,6 +174,7 @@ class Restorer:
             # Every rank has read them, or it could not have agreed.
             with contextlib.suppress(CoordinationError):
                 self.channel.forget([f"{key}/choice", f"{key}/chunks"])
+                self.calls.forget(self.calls.mark())
         self.undefined = True
         stats: ReadStats | None = None
         problem: Exception | None = None
@@ -168,7 +185,9 @@ class Restorer:
             destination.finish()
         except Exception as error:
             problem = _as_restore_failure(_missing_is_damage(storage, name, error), manifest.id)
-        all_agree(self.channel, f"{key}/read", problem, self.timeout_secs)
+        all_agree(
+            self.channel, f"{key}/read", problem, self.timeout_secs, what=f"the restore of {manifest.id}"
+        )
         assert stats is not None
         self.undefined = False
         record = from_manifest(manifest, storage.uri, name=name, manifest_digest=str(chosen["digest"]))
@@ -208,7 +227,9 @@ class Restorer:
         except Exception as error:
             problem = _missing_is_damage(storage, name, error)
         try:
-            all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs)
+            all_agree(
+                self.channel, f"{key}/fits", problem, self.timeout_secs, what=f"the restore of {manifest.id}"
+            )
         except Exception:
             if destination is not None:
                 destination.abandon()

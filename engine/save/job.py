@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.catalog.record import CheckpointRecord
 from engine.errors import CoordinationError, HoldfastError, LateRanksError, SaveFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
+from engine.parallel.calls import Call, end_call
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
@@ -46,14 +47,14 @@ _AGAIN = b"again"
 class Job:
     """Everything the background thread needs of one save; nothing in it changes under its feet.
 
-    key: prefix of this save's keys in the store, unique to it.
+    call: the call of all ranks that this save is; its key is the prefix of this save's in the store.
     problem: what already failed on this rank in the training thread; its receipt carries it.
     filling: how far the arena holds the snapshot; writing follows it.
     comparison: what this save compares of what several ranks hold.
     live_digests: what has to be found when the files are read back; empty when that is not asked for.
     """
 
-    key: str
+    call: Call
     info: SaveInfo
     handle: SaveHandle
     arena: Arena | None
@@ -118,10 +119,10 @@ class JobRunner:
                 )
 
     def _run(self, job: Job) -> CheckpointRecord:
-        record = self._attempt(job, job.key, job.started + self.timeout_secs, may_retry=True)
+        record = self._attempt(job, job.call.key, job.started + self.timeout_secs, may_retry=True)
         if record is None:  # the disk was full, and room was made
             deadline = self.clock() + self.timeout_secs
-            record = self._attempt(job, f"{job.key}/again", deadline, may_retry=False)
+            record = self._attempt(job, f"{job.call.key}/again", deadline, may_retry=False)
         assert record is not None
         return record
 
@@ -143,7 +144,10 @@ class JobRunner:
         failure: BaseException | None = None
         try:
             raws = self.channel.gather(
-                f"{key}/receipt", receipt.to_bytes(), max(1.0, deadline - self.clock())
+                f"{key}/receipt",
+                receipt.to_bytes(),
+                max(1.0, deadline - self.clock()),
+                what=str(job.call.request),
             )
             assert raws is not None
             job.secs["receipts"] = self.clock() - started
@@ -154,6 +158,9 @@ class JobRunner:
             failure = error
             self.doing = "removing the failed attempt"
             self._clean_up(job, error)
+            if isinstance(error, LateRanksError):
+                with contextlib.suppress(CoordinationError):
+                    end_call(self.channel, job.call)
         if record is None and failure is None:
             self._tell(job, key, _AGAIN)
             return None
@@ -161,7 +168,8 @@ class JobRunner:
             "error": "" if failure is None else _words(failure),
             "record": record and record_to_json(record),
         }
-        self._tell(job, key, canonical_bytes(document))
+        late = failure.ranks if isinstance(failure, LateRanksError) else ()
+        self._tell(job, key, canonical_bytes(document), late)
         if failure is not None:
             raise failure
         return record
@@ -222,16 +230,18 @@ class JobRunner:
         except HoldfastError as problem:
             log.warning("the failed attempt %s was left behind: %s", job.info.attempt, problem)
 
-    def _tell(self, job: Job, key: str, outcome: bytes) -> None:
+    def _tell(self, job: Job, key: str, outcome: bytes, late: Sequence[int] = ()) -> None:
         """Give every rank the outcome, and see that they have it before the key goes.
 
-        Ranks that cannot be told change nothing about it: what is committed is.
+        Ranks that cannot be told change nothing about it: what is committed is. The key stays for those that
+        are late, and nobody waits for them once more.
         """
         self.doing = "telling the other ranks the outcome"
         try:
             self.channel.broadcast(f"{key}/outcome", outcome, 0)
-            self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS)
-            self.channel.forget([f"{key}/outcome"])
+            self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS, without=late)
+            if not late:
+                self.channel.forget([f"{key}/outcome"])
         except CoordinationError as error:  # that they are late among others
             log.warning("the outcome of step %d did not reach everyone: %s", job.info.step, error)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from engine.catalog.record import CheckpointRecord
-from engine.parallel.coordination import Channel, Coordinator
+from engine.parallel.calls import Calls
+from engine.parallel.coordination import Coordinator
 from engine.save.directory import HeldDirectory
 from engine.save.job import JobRunner
 from engine.save.saver import Busy, Checks, Saver
@@ -35,13 +35,13 @@ class SaverOptions:
 
 def make_saver(
     ranks: Coordinator,
-    channel: Channel,
+    calls: Calls,
     capture: StateCapture,
     directory: HeldDirectory,
     options: SaverOptions,
     on_outcome: Callable[[CheckpointRecord | None], None],
 ) -> Saver:
-    """A saver of this state into that directory. `channel` is the training thread's."""
+    """A saver of this state into that directory."""
     device = state_device(capture.state)
     stream, reason = overlap_stream(options.overlap, device, lambda: why_unguarded(capture.state))
     log.info("snapshots: %s", reason)
@@ -56,14 +56,14 @@ def make_saver(
         on_outcome,
         lambda: directory.remove_surplus(disk_full=True),
     )
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Saver(
         capture=capture,
         snapshot=Snapshot(ranks.rank, pin=device.type == "cuda", budget_bytes=options.memory_budget_bytes),
         copier=Copier(stream, optimizers, digest=device.type == "cpu"),
-        channel=channel,
+        channel=calls.channel,
+        calls=calls,
         runner=runner,
-        run_key=f"{ranks.run_id}/{restarts}",
+        run_id=ranks.run_id,
         busy=options.busy,
         timeout_secs=options.timeout_secs,
         checks=options.checks,

@@ -65,6 +65,7 @@ def agree_on_plan(
     problem: Exception | None,
     timeout_secs: float,
     compared: Compared | None = None,
+    what: str = "",
 ) -> Plan:
     """Exchange what every rank holds and get back what this one writes.
 
@@ -84,7 +85,7 @@ def agree_on_plan(
     answers = None
     whole = Plan([])
     try:
-        offers = channel.gather(f"{key}/held", canonical_bytes(document), timeout_secs)
+        offers = channel.gather(f"{key}/held", canonical_bytes(document), timeout_secs, what=what)
         if offers is not None:
             answers, whole = _answers(offers, compared)
     except Exception as error:

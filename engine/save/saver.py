@@ -2,7 +2,7 @@
 
 One save is in flight at a time, by construction. Whether the one before is still being written differs
 between ranks for a moment, so rank 0 alone decides what to do about it, and every other rank waits for its
-word: one store round trip a save, no collective.
+word (`engine.parallel.calls`): one store round trip a save, no collective.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any, Literal
 
 import torch
 
-from engine.errors import HoldfastError, SaveFailedError, SaveStuckError, StateError
+from engine.errors import CoordinationError, HoldfastError, SaveFailedError, SaveStuckError, StateError
 from engine.format.digest import bytes_digest
 from engine.format.forms import without_order
-from engine.format.json import canonical_bytes, parse_canonical
+from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
-from engine.parallel.agreement import VERDICT_GRACE_SECS, all_agree
+from engine.parallel.agreement import all_agree
+from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.exit import leave_despite
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
+from engine.save.missed import tell_rank_0
 from engine.save.plan import agree_on_plan
 from engine.save.proof import live_digests
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
@@ -74,7 +76,8 @@ class Saver:
     """Takes snapshots and starts their background save. Used from the training thread only.
 
     Args:
-        run_key: run id and restart count: makes attempt ids unique.
+        calls: which save all ranks are in; the number of a call and its attempt are rank 0's.
+        run_id: makes attempt names unique.
         busy: what to do when the save before is still being written.
         timeout_secs: how long ranks wait for each other within one save.
         checks: what to compare at every save beyond the everyday.
@@ -84,16 +87,14 @@ class Saver:
     snapshot: Snapshot
     copier: Copier
     channel: Channel
+    calls: Calls
     runner: JobRunner
-    run_key: str
+    run_id: str
     busy: Busy
     timeout_secs: float
     checks: Checks
     on_event: Callable[[dict[str, Any]], None]
     clock: Callable[[], float] = time.monotonic
-    number: int = 0
-    """How many saves were asked for, the same on every rank."""
-    prepared: int = 0
     stuck: bool = False
     """Whether the save in flight hangs in a call that never returns."""
     _handle: SaveHandle | None = None
@@ -103,13 +104,12 @@ class Saver:
     """Whether a restore has put other values into the state since the last plan."""
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     _aliases: Mapping[str, str] = field(default_factory=dict)
-    _announced: list[str] = field(default_factory=list)
-    """Keys of rank 0's decisions that some rank may not have read yet."""
-    _until_go: int = 0
-    """How many of them were announced up to the newest save that was not skipped."""
+    _read_by_all: int = 0
+    """How many announcements every rank has read once the newest save that was not skipped is committed."""
 
     def __post_init__(self) -> None:
         self.replicas = Replicas(self.checks.replicas)
+        self.calls.on_missed = lambda call, words: tell_rank_0(self.channel, call, words)
 
     def state_replaced(self) -> None:
         """A restore has put other values into the state: the next save compares all replicas. Every rank."""
@@ -125,18 +125,17 @@ class Saver:
             has been told: nothing is saved then.
         """
         started = self.clock()
-        self.number += 1
-        key = f"save/{self.number}"
-        action, moment = self._decide(key)
-        if action == "skip":
+        call, moment = self._decide(Request(SAVE, info.step))
+        if call.term("action") == "skip":
             return SaveHandle(info.step, skipped=True)
         waited = self.clock()
         self.on_event({"event": "save_started", "step": info.step, "reasons": list(info.reasons)})
-        self._plan(key, moment)
+        self._plan(call, moment)
         planned = self.clock()
         mesh = mesh_description(moment.captured.tensors)
-        info = replace(info, attempt=self._attempt(info.step), world_size=self.channel.world_size, mesh=mesh)
-        job = self._job(key, info, moment, started)
+        attempt = str(call.term("attempt"))
+        info = replace(info, attempt=attempt, world_size=self.channel.world_size, mesh=mesh)
+        job = self._job(call, info, moment, started)
         job.secs.update(wait=waited - started, capture=planned - waited, copy=0.0)
         # Started before the copy: it writes each part of the arena as soon as that is filled.
         self._start(job)
@@ -155,17 +154,24 @@ class Saver:
 
         Raises: what `save` would raise for this state; every rank then raises.
         """
-        self.prepared += 1
-        key = f"prepare/{self.prepared}"
-        self.wait()
+        request = Request(PREPARE)
+        self.settle(request)
+        call = self.calls.decide(request, {}) if self.channel.rank == 0 else self.calls.join(request)
         moment = self._look()
         moment.planning = True
-        self._plan(key, moment)
+        self._plan(call, moment)
         try:
-            all_agree(self.channel, key, moment.problem, self.timeout_secs)
-        except HoldfastError:
+            all_agree(self.channel, call.key, moment.problem, self.timeout_secs, what=str(request))
+        except HoldfastError as error:
             self.snapshot.forget_plan()  # a plan that one rank could not take is none
+            if isinstance(error, CoordinationError):
+                end_call(self.channel, call)
             raise
+
+    def settle(self, request: Request) -> None:
+        """Have no save in flight before a call of all ranks that bears none."""
+        self._begin(request)
+        self.wait()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save in flight, whatever its outcome.
@@ -176,8 +182,8 @@ class Saver:
         thread = self._thread
         if thread is None:
             return
-        most_secs = self._most_secs
-        thread.join((0.0 if self.stuck else most_secs) if timeout is None else timeout)
+        most = self._most_secs
+        thread.join((0.0 if self.stuck else most) if timeout is None else timeout)
         if not thread.is_alive():
             self._thread, self.stuck = None, False
             return
@@ -188,14 +194,13 @@ class Saver:
             self.stuck = True
             leave_despite(thread)
         raise SaveStuckError(
-            f"rank {self.channel.rank}: {running} after {most_secs:g} s more, {self.runner.doing}: "
+            f"rank {self.channel.rank}: {running} after {most:g} s more, {self.runner.doing}: "
             "the storage does not answer. Look into the kernel log and at the mount"
         )
 
     @property
     def _most_secs(self) -> float:
-        """A disk that is full costs a save its time twice."""
-        return 2 * self.timeout_secs + STUCK_GRACE_SECS
+        return most_secs(self.timeout_secs)
 
     @property
     def handle(self) -> SaveHandle | None:
@@ -207,32 +212,36 @@ class Saver:
         """Whether the background thread is at work."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _decide(self, key: str) -> tuple[str, _Moment]:
+    def _begin(self, request: Request) -> None:
+        """Tell the others that rank 0 has come, when they have to wait for it all the same."""
+        if self.channel.rank == 0 and self.writing:
+            self.calls.begin(request)
+
+    def _decide(self, request: Request) -> tuple[Call, _Moment]:
         """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
         if self.channel.rank != 0:
-            raw = self.channel.broadcast(f"{key}/decision", None, self._most_secs + VERDICT_GRACE_SECS)
-            decision = parse_canonical(raw, what="rank 0's decision")
-            if decision["action"] == "skip":
-                return "skip", _Moment()
+            call = self.calls.join(request)
+            if call.term("action") == "skip":
+                return call, _Moment()
             self.wait()
-            if decision["action"] == "raise":
+            if call.term("action") == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
                 told = self._handle.take_failure() if self._handle else None
-                raise told or SaveFailedError(decision["cause"])
+                raise told or SaveFailedError(str(call.term("cause")))
             moment = self._look()
-            moment.planning = bool(decision["replan"])
-            return "go", moment
+            moment.planning = bool(call.term("replan"))
+            return call, moment
         if self.busy == "skip" and self.writing:
-            self._announce(key, "skip")
-            return "skip", _Moment()
+            return self._announce(request, "skip"), _Moment()
+        self._begin(request)
         try:
             self.wait()
         except SaveStuckError as error:
-            self._announce(key, "raise", cause=str(error))
+            self._announce(request, "raise", cause=str(error))
             raise
         failure = self._handle.take_failure() if self._handle else None
         if failure is not None:
-            self._announce(key, "raise", cause=str(failure))
+            self._announce(request, "raise", cause=str(failure))
             raise failure
         moment = self._look()
         # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
@@ -240,14 +249,18 @@ class Saver:
         failed = self._handle is not None and self._handle.failed()
         moment.planning = moment.changed or moment.problem is not None or failed or self._replaced
         self._forget_decisions()
-        self._announce(key, "go", replan=moment.planning)
-        self._until_go = len(self._announced)
-        return "go", moment
+        call = self._announce(request, "go", replan=moment.planning)
+        self._read_by_all = self.calls.mark()
+        return call, moment
 
-    def _announce(self, key: str, action: str, *, cause: str = "", replan: bool = False) -> None:
-        decision = {"action": action, "cause": cause, "replan": replan}
-        self.channel.broadcast(f"{key}/decision", canonical_bytes(decision), 0)
-        self._announced.append(f"{key}/decision")
+    def _announce(self, request: Request, action: str, *, cause: str = "", replan: bool = False) -> Call:
+        terms = {"action": action, "cause": cause, "replan": replan, "attempt": ""}
+        if action == "go":
+            assert isinstance(request.of, int)
+            # Rank 0's alone: nodes may have different ideas of how often they were restarted.
+            raw = hashlib.sha256(f"{self.run_id}/{self.calls.deciding}".encode()).hexdigest()
+            terms["attempt"] = attempt_name(request.of, raw[:8])
+        return self.calls.decide(request, terms)
 
     def _forget_decisions(self) -> None:
         """Whoever took part in a save has read the word on it, and all words before.
@@ -255,9 +268,8 @@ class Saver:
         Not the words that followed: rank 0 waits for nobody to skip a save, so the others may be behind.
         """
         if self._handle is not None and self._handle.done() and not self._handle.failed():
-            self.channel.forget(self._announced[: self._until_go])
-            del self._announced[: self._until_go]
-            self._until_go = 0
+            self.calls.forget(self._read_by_all)
+            self._read_by_all = 0
 
     def _look(self) -> _Moment:
         """Capture the state; a failure is kept, for every rank has to hear of it."""
@@ -269,7 +281,7 @@ class Saver:
             moment.problem = error
         return moment
 
-    def _plan(self, key: str, moment: _Moment) -> None:
+    def _plan(self, call: Call, moment: _Moment) -> None:
         """Take part in planning when rank 0 says so."""
         if not moment.planning:
             if moment.changed and moment.problem is None:
@@ -284,11 +296,12 @@ class Saver:
         try:
             plan = agree_on_plan(
                 self.channel,
-                f"{key}/plan",
+                f"{call.key}/plan",
                 self._offer(moment),
                 moment.problem,
                 self.timeout_secs,
                 self.replicas.compared,
+                str(call.request),
             )
             self._tensors, self._aliases = plan.tensors, plan.aliases
             self.snapshot.adopt(plan.parts)
@@ -334,17 +347,17 @@ class Saver:
                 raise
             moment.problem = error
 
-    def _job(self, key: str, info: SaveInfo, moment: _Moment, started: float) -> Job:
+    def _job(self, call: Call, info: SaveInfo, moment: _Moment, started: float) -> Job:
         captured = moment.captured
         begun = self.clock()
         comparison = Comparison()
         if moment.problem is None:
             try:
-                comparison = self.replicas.look(self.snapshot.memory, self.number)
+                comparison = self.replicas.look(self.snapshot.memory, call.number)
             except Exception as error:
                 moment.problem = error
         return Job(
-            key=key,
+            call=call,
             info=info,
             handle=SaveHandle(info.step, most_secs=self._most_secs),
             arena=self.snapshot.arena,
@@ -380,9 +393,10 @@ class Saver:
         )
         self._thread.start()
 
-    def _attempt(self, step: int) -> str:
-        raw = hashlib.sha256(f"{self.run_key}/{self.number}".encode()).hexdigest()
-        return attempt_name(step, raw[:8])
+
+def most_secs(timeout_secs: float) -> float:
+    """By then every deadline of a save has passed: a disk that is full costs it its time twice."""
+    return 2 * timeout_secs + STUCK_GRACE_SECS
 
 
 def _digest(value: Any) -> str:

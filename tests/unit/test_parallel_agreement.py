@@ -217,8 +217,17 @@ def test_rank_0_stays_until_the_others_have_read_the_verdict(
     assert store.values == {}, "an exchange leaves nothing in the store"
 
 
-def test_a_late_rank_holds_rank_0_only_a_little_longer() -> None:
+def test_a_late_rank_holds_rank_0_no_longer() -> None:
     store = ImpatientStore()
     with pytest.raises(LateRanksError):
         all_agree(Channel(0, 2, store, store.clock), "k", None, 7)
+    assert store.now == 7
+    assert "k/verdict" in store.values, "should it come after all"
+
+
+def test_those_that_came_hold_rank_0_only_a_little_longer() -> None:
+    store = ImpatientStore()
+    Channel(1, 3, store).gather("k/all", b'{"error":null,"value":null}', 0)
+    with pytest.raises(LateRanksError):
+        all_agree(Channel(0, 3, store, store.clock), "k", None, 7)
     assert store.now == 7 + LATE_VERDICT_SECS

@@ -10,6 +10,7 @@ import torch
 
 from engine import Checkpointer
 from engine.errors import StorageUnavailableError
+from engine.parallel.calls import Calls
 from engine.parallel.coordination import Channel
 from engine.restore import places
 from engine.restore.restorer import Restorer
@@ -51,7 +52,9 @@ def test_an_index_that_one_rank_cannot_read_stops_all(
     def work(channel: Channel) -> Any:
         storage = Away(tmp_path) if channel.rank == 1 else LocalStorage(tmp_path)
         capture = StateCapture({"model": Tiny()}, (), channel.rank)
-        restorer = Restorer(storage, capture, channel, 0, 10.0, None, lambda event: None, True)
+        restorer = Restorer(
+            storage, capture, Calls(channel, 10.0, 10.0), 0, 10.0, None, lambda event: None, True
+        )
         return restorer.restore("latest", Wanted())
 
     results = on_ranks(3, work)

@@ -19,6 +19,7 @@ from engine.errors import SaveFailedError, StorageFullError, StorageUnavailableE
 from engine.format.layout import plan_files
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
+from engine.parallel.calls import SAVE, Call, Request
 from engine.parallel.coordination import Channel
 from engine.save import job as job_module
 from engine.save.commit import SaveInfo, commit, confirm_files
@@ -62,7 +63,7 @@ class Rig:
         filling = Filling()
         filling.advance(arena.size_bytes)
         fields: dict[str, Any] = {
-            "key": "save/1",
+            "call": Call(1, Request(SAVE, 7), {}),
             "info": self.info,
             "handle": SaveHandle(7),
             "arena": arena,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from engine.catalog.record import CheckpointRecord
 from engine.format.names import attempt_name
+from engine.parallel.calls import Calls
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
@@ -56,8 +57,9 @@ def saver(channel: Channel, writer: Writer, busy: Busy) -> Saver:
         snapshot=Snapshot(channel.rank, pin=False, budget_bytes=None),
         copier=Copier(None, []),
         channel=channel,
+        calls=Calls(channel, DEADLINE_SECS, DEADLINE_SECS),
         runner=cast(JobRunner, writer),
-        run_key="run",
+        run_id="run",
         busy=busy,
         timeout_secs=DEADLINE_SECS,
         checks=Checks(),
@@ -85,8 +87,8 @@ def test_a_rank_that_is_behind_still_hears_what_was_skipped() -> None:
     for one in savers:
         one.wait()
     on_ranks(2, lambda channel: save(savers[channel.rank], 7).result())
-    left = [key for key in store.values if key.endswith("/decision")]
-    assert left == ["save/7/decision"], "and what all have read is forgotten"
+    left = [key for key in store.values if key.startswith("call/")]
+    assert left == ["call/7"], "and what all have read is forgotten"
 
 
 def test_decisions_do_not_pile_up() -> None:
@@ -98,4 +100,6 @@ def test_decisions_do_not_pile_up() -> None:
         return [save(savers[channel.rank], step).result() for step in range(5)]
 
     assert on_ranks(2, work) == [[0, 1, 2, 3, 4]] * 2
-    assert [key for key in store.values if "/decision" in key] == ["save/5/decision"]
+    assert [key for key in store.values if key.startswith("call/5")] == [
+        key for key in store.values if key.startswith("call/")
+    ]

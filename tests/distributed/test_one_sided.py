@@ -1,0 +1,98 @@
+"""Calls that only some ranks make: an error names who did not come to what, and the next save commits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.checkpointer import Checkpointer
+from tests.support.ranks import Ranks, outcome
+
+World = Callable[[int], Ranks]
+
+TIMEOUT_SECS = 2.0
+NEAR_SECS = 15.0
+"""Far below what a rank waited before (twice the timeout and 120 s), far above what a busy machine takes."""
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, bool]:
+    started = time.monotonic()
+    found = outcome(work)
+    return found, time.monotonic() - started < NEAR_SECS
+
+
+def one_sided(rank: int, world_size: int, directory: str) -> dict[str, Any]:
+    state = {"values": {"t": torch.ones(10)}}
+    found: dict[str, Any] = {}
+    with Checkpointer(directory, state, timeout_secs=TIMEOUT_SECS) as checkpointer:
+
+        def save(step: int) -> tuple[Any, bool]:
+            def work() -> Any:
+                record = checkpointer.save(step).result()
+                return record and record.step
+
+            return timed(work)
+
+        def all_save(name: str, step: int) -> None:
+            dist.barrier()
+            found[name] = save(step)
+            dist.barrier()
+
+        all_save("all", 1)
+        if rank == 0:
+            found["rank 0 alone"] = save(2)
+        all_save("after rank 0 alone", 3)
+        if rank == 1:
+            found["rank 1 alone"] = save(4)
+        all_save("after rank 1 alone", 5)
+        if rank != 1:
+            found["rank 1 skips"] = save(6)
+        # No barrier: rank 1 is at the next save while the others still wait for it in this one.
+        found["after rank 1 skips"] = save(7)
+        dist.barrier()
+        found["different steps"] = save(8 + rank)
+        all_save("after different steps", 20)
+        if rank == 1:
+            found["prepare alone"] = timed(checkpointer.prepare)
+        all_save("after prepare alone", 21)
+        if rank != 1:
+            found["restore without rank 1"] = timed(lambda: checkpointer.restore("latest"))
+        all_save("after restore without rank 1", 22)
+        found["restore"] = timed(lambda: getattr(checkpointer.restore("latest"), "step", None))
+        all_save("the same step again", 22)
+    return found
+
+
+def test_one_sided_calls(world: World, tmp_path: Path) -> None:
+    zero, one, two = found = world(3).run(one_sided, str(tmp_path))
+    for each in found:
+        late = [name for name, (_, near) in each.items() if not near]
+        assert not late
+        answers = {name: answer for name, (answer, _) in each.items()}
+        assert answers["all"] == 1
+        assert answers["after rank 0 alone"] == 3
+        assert answers["after rank 1 alone"] == 5
+        assert answers["after rank 1 skips"] == 7
+        assert answers["after different steps"] == 20
+        assert answers["after prepare alone"] == 21
+        assert answers["after restore without rank 1"] == 22
+        assert answers["restore"] == 22
+        assert answers["the same step again"] == 22
+    assert "ranks 1, 2 did not report within 2 s in the save of step 2" in zero["rank 0 alone"][0]
+    assert "rank 0 did not come to the save of step 4 within 2 s" in one["rank 1 alone"][0]
+    for rank in (0, 2):
+        assert "rank 1: " in found[rank]["rank 1 skips"][0]
+        assert (
+            "did not come to the save of step 6: it is at the save of step 7"
+            in found[rank]["rank 1 skips"][0]
+        )
+        assert "rank 1 did not report within 2 s in the restore" in found[rank]["restore without rank 1"][0]
+    assert "did not come to the save of step 8: it is at the save of step 9" in zero["different steps"][0]
+    assert "rank 0 did not come to the save of step 9" in one["different steps"][0]
+    assert "last at the save of step 8" in two["different steps"][0]
+    assert "rank 0 did not come to prepare() within 2 s" in one["prepare alone"][0]
