@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 from engine.errors import CoordinationError, HoldfastError, SaveFailedError, SaveStuckError, StateError
 from engine.format.digest import bytes_digest
 from engine.format.forms import without_order
@@ -30,11 +28,11 @@ from engine.save.exit import leave_despite
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.missed import tell_rank_0
+from engine.save.moment import Moment, mesh_description
 from engine.save.plan import agree_on_plan
 from engine.save.proof import live_digests
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
 from engine.snapshot.capture import StateCapture
-from engine.snapshot.captured import Captured
 from engine.snapshot.copy import Copier
 from engine.snapshot.filling import Filling
 from engine.snapshot.sharing import Offer
@@ -56,19 +54,6 @@ class Checks:
 
     replicas: Check = "sampled"
     snapshots: bool = False
-
-
-@dataclass(slots=True)
-class _Moment:
-    """One save's view of this rank's state: captured, or the problem with it.
-
-    changed: the structure is another than the plan's; planning: rank 0 has called for a new plan.
-    """
-
-    captured: Captured = field(default_factory=Captured)
-    problem: Exception | None = None
-    changed: bool = False
-    planning: bool = False
 
 
 @dataclass(slots=True)
@@ -217,12 +202,12 @@ class Saver:
         if self.channel.rank == 0 and self.writing:
             self.calls.begin(request)
 
-    def _decide(self, request: Request) -> tuple[Call, _Moment]:
+    def _decide(self, request: Request) -> tuple[Call, Moment]:
         """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
         if self.channel.rank != 0:
             call = self.calls.join(request)
             if call.term("action") == "skip":
-                return call, _Moment()
+                return call, Moment()
             self.wait()
             if call.term("action") == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
@@ -232,7 +217,7 @@ class Saver:
             moment.planning = bool(call.term("replan"))
             return call, moment
         if self.busy == "skip" and self.writing:
-            return self._announce(request, "skip"), _Moment()
+            return self._announce(request, "skip"), Moment()
         self._begin(request)
         try:
             self.wait()
@@ -271,9 +256,9 @@ class Saver:
             self.calls.forget(self._read_by_all)
             self._read_by_all = 0
 
-    def _look(self) -> _Moment:
+    def _look(self) -> Moment:
         """Capture the state; a failure is kept, for every rank has to hear of it."""
-        moment = _Moment()
+        moment = Moment()
         try:
             moment.captured = self.capture.capture()
             moment.changed = self.snapshot.prepare(moment.captured)
@@ -281,7 +266,7 @@ class Saver:
             moment.problem = error
         return moment
 
-    def _plan(self, call: Call, moment: _Moment) -> None:
+    def _plan(self, call: Call, moment: Moment) -> None:
         """Take part in planning when rank 0 says so."""
         if not moment.planning:
             if moment.changed and moment.problem is None:
@@ -310,7 +295,7 @@ class Saver:
             self.snapshot.forget_plan()
             moment.problem = error
 
-    def _offer(self, moment: _Moment) -> Offer:
+    def _offer(self, moment: Moment) -> Offer:
         """What this rank brings to a plan; its failure is kept, as that of `_look`."""
         if moment.problem is None and self.channel.world_size > 1:
             held = self.snapshot.memory
@@ -325,7 +310,7 @@ class Saver:
                 moment.problem = error
         return Offer([] if moment.problem else self.snapshot.held, {}, moment.captured.aliases)
 
-    def _copy(self, moment: _Moment, job: Job) -> None:
+    def _copy(self, moment: Moment, job: Job) -> None:
         started = self.clock()
         guarded = moment.captured.guarded
         try:
@@ -347,7 +332,7 @@ class Saver:
                 raise
             moment.problem = error
 
-    def _job(self, call: Call, info: SaveInfo, moment: _Moment, started: float) -> Job:
+    def _job(self, call: Call, info: SaveInfo, moment: Moment, started: float) -> Job:
         captured = moment.captured
         begun = self.clock()
         comparison = Comparison()
@@ -403,12 +388,3 @@ def _digest(value: Any) -> str:
     """Of a value that ranks compare: not by the order of keys, which a dict made from a set has by chance."""
     raw = canonical_bytes(value)
     return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)
-
-
-def mesh_description(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Names and shape of the mesh that the DTensors of a state live on, for the manifest."""
-    for tensor in tensors.values():
-        mesh = getattr(tensor, "device_mesh", None)
-        if mesh is not None:
-            return {"names": list(mesh.mesh_dim_names or ()), "shape": list(mesh.shape)}
-    return {"names": [], "shape": []}
