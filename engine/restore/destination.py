@@ -19,7 +19,7 @@ from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.restore.entries import Entries
 from engine.restore.fit import Fit, match, report, summary
-from engine.restore.modules import set_extra_state
+from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
@@ -67,13 +67,16 @@ class Destination:
             key for key in keys if not wanted.model_only or isinstance(capture.state[key], nn.Module)
         ]
         capture.make_ready()
+        self._modules = Modules(capture, self._keys, self._saved, wanted)
         self._optimizers = Optimizers(capture, self._keys, self._saved)
         try:
+            self._modules.prepare()
             self._optimizers.prepare()
             live, live_aliases = self._live()
             self.fit = self._match(live, live_aliases)
+            self._modules.will_read(live)
             for key in self._keys:
-                if isinstance(capture.state[key], nn.Module | Optimizer):
+                if isinstance(capture.state[key], Optimizer):
                     self._saved.will_read(manifest.objects.get(key), {})
             self._entries = Entries(
                 self._others(),
@@ -95,14 +98,15 @@ class Destination:
     def check(self, what: str) -> None:
         """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet."""
         saved = self._saved.keys
-        missing = (*self.fit.missing, *(f"{key} (all of it)" for key in self._keys if key not in saved))
+        absent = [key for key in self._keys if key not in saved and not self._modules.is_empty(key)]
+        missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
         lines = (
             *self.fit.mismatched,
             *self._optimizers.differences(),
             *self._entries.differences.values(),
             *self._missing_classes(),
         )
-        unexpected = (*self.fit.unexpected, *self._unknown_keys())
+        unexpected = (*self.fit.unexpected, *self._modules.unexpected, *self._unknown_keys())
         fit = Fit(self.fit.matched, missing, unexpected, lines, self.fit.grown)
         if self._wanted.strict and not fit.exact:
             raise StateMismatchError(report(fit, what))
@@ -110,15 +114,13 @@ class Destination:
             log.warning("%s", summary(fit, what))
 
     def abandon(self) -> None:
-        """Nothing will be read: leave optimizers without the state that was made to read into."""
+        """Nothing will be read: leave everything without what was made to read into."""
         self._optimizers.abandon()
+        self._modules.abandon()
 
     def finish(self) -> None:
         """Hand every object its values, after all tensors were read. Generators come last."""
-        for key in self._keys:
-            entry = self._capture.state[key]
-            if isinstance(entry, nn.Module) and key in self._manifest.objects:
-                set_extra_state(entry, self._saved.document(key))
+        self._modules.finish()
         self._optimizers.finish()
         self._entries.finish()
 
@@ -144,7 +146,8 @@ class Destination:
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors, aliases = self._capture.fixed_tensors()
-        kept = {name: tensor for name, tensor in tensors.items() if self._takes(name)}
+        apart = self._modules.absent | self._modules.loose
+        kept = {name: t for name, t in tensors.items() if self._takes(name) and name not in apart}
         aliases = {alias: name for alias, name in aliases.items() if name in kept}
         self._optimizers.drop_unsaved(kept)
         return kept, aliases
@@ -162,6 +165,7 @@ class Destination:
         generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
         # Tensors inside values (a learning rate that is one) are read for those values.
         inside = {name for key in fixed for name in values.tensor_names(self._manifest.objects.get(key))}
+        inside = (inside - live.keys()) | self._modules.loose
         saved = {
             name: info
             for name, info in self._manifest.tensors.items()

@@ -1,21 +1,138 @@
-"""Modules: their tensors are filled in place, their extra state is handed back."""
+"""The modules of a state, made ready to receive one checkpoint.
+
+Their tensors are filled in place. What else their state_dict() held when saved is a document beside them:
+extra state, what hooks and overrides had added. It is handed back after all tensors were read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
 
-from engine.snapshot.state_dicts import EXTRA_STATE
+from engine.errors import DamagedError
+from engine.format.manifest import TensorInfo
+from engine.restore.loading import hand_back, owner_of, take_out
+from engine.restore.saved import Saved
+from engine.restore.unmade import Unmade
+from engine.restore.wanted import Wanted
+from engine.snapshot import values
+from engine.snapshot.capture import StateCapture
+from engine.snapshot.modules import ABSENT_BUFFERS, ModuleCapture
+from engine.snapshot.state_dicts import loads_by_itself
 from engine.snapshot.wrappers import places
 
 
-def set_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Give submodules what their get_extra_state() returned, under canonical names."""
-    for place in places(module):
-        key = place.name + EXTRA_STATE
-        # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
-        has_some = type(place.module).get_extra_state is not nn.Module.get_extra_state
-        if has_some and key in saved:
-            place.module.set_extra_state(saved[key])
+class Modules:
+    """The wanted modules. They get tensors to read into, which `abandon` takes away again.
+
+    Args:
+        keys: the wanted state keys.
+    Attributes:
+        missing, unexpected: what state_dict() holds besides tensors, in the live state only and in the
+            checkpoint only.
+        absent: names of live buffers that were None when saved.
+        loose: names of saved tensors that go through load_state_dict(): no live tensor can be filled.
+    """
+
+    def __init__(self, capture: StateCapture, keys: list[str], saved: Saved, wanted: Wanted) -> None:
+        self._capture = capture
+        self._keys = keys
+        self._saved = saved
+        self._wanted = wanted
+        self._unmade = Unmade()
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.absent: set[str] = set()
+        self.loose: set[str] = set()
+
+    def prepare(self) -> None:
+        """Make what the modules lack. To be called before everything else is looked at."""
+        made = [
+            self._unmade.make(capture.module, partial(self._info, key)) for key, capture in self._modules()
+        ]
+        if any(made):
+            self._capture.refresh()
+        for key, capture in self._modules():
+            document = self._document(key, None)
+            absent = document.pop(ABSENT_BUFFERS, ())
+            self.absent |= {f"{key}.{name}" for name in absent if self._wanted.takes(f"{key}.{name}")}
+            self._find_loose(key, capture, document)
+            self._compare(key, capture, document)
+
+    def will_read(self, live: Mapping[str, torch.Tensor]) -> None:
+        """Have the tensors inside of documents read, and the loose ones."""
+        for key, _ in self._modules():
+            self._saved.will_read(self._saved.manifest.objects.get(key), live)
+        for name in self.loose:
+            self._saved.will_read({"$tensor": name}, {})
+
+    def abandon(self) -> None:
+        """Nothing will be read: leave the modules without the tensors that were made to read into."""
+        self._unmade.abandon()
+
+    def is_empty(self, key: str) -> bool:
+        """Whether a module has nothing to restore: a loss, an activation."""
+        capture = self._capture.modules.get(key)
+        return capture is not None and not capture.tensors and not capture.state.spelled
+
+    def finish(self) -> None:
+        """Hand every module its values, after all tensors were read."""
+        for key, capture in self._modules():
+            document = self._document(key, self._saved)
+            absent = document.pop(ABSENT_BUFFERS, ())
+            mine = [name for name in self.loose if name.startswith(f"{key}.")]
+            loose = {name.removeprefix(f"{key}."): self._saved.tensors[name] for name in mine}
+            hand_back(key, capture.module, document, loose, strict=self._wanted.strict)
+            take_out(capture.module, {name for name in absent if f"{key}.{name}" in self.absent})
+
+    def _modules(self) -> Iterator[tuple[str, ModuleCapture]]:
+        return ((key, capture) for key, capture in self._capture.modules.items() if key in self._keys)
+
+    def _info(self, key: str, name: str) -> TensorInfo | None:
+        """What was saved under a module's tensor name, if it is wanted."""
+        manifest, full = self._saved.manifest, f"{key}.{name}"
+        return manifest.tensors.get(manifest.aliases.get(full, full)) if self._wanted.takes(full) else None
+
+    def _document(self, key: str, saved: Saved | None) -> dict[Any, Any]:
+        """What was saved besides tensors, as far as it is wanted. Without `saved`, no tensors."""
+        document = self._saved.manifest.objects.get(key, {})
+        found = saved.decoded(document) if saved else values.decode(document, lambda _: torch.empty(0))
+        if not isinstance(found, dict):
+            raise DamagedError(f"{self._saved.manifest.id}: the saved values of {key} are not a module's")
+        return {
+            name: value
+            for name, value in found.items()
+            if name == ABSENT_BUFFERS or self._wanted.takes(f"{key}.{name}")
+        }
+
+    def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
+        manifest, live = self._saved.manifest, capture.state.tensors
+        inside = set(values.tensor_names(manifest.objects.get(key)))
+        tree = places(capture.module)
+        for full, info in manifest.tensors.items():
+            name = full.removeprefix(f"{key}.")
+            if name == full or full in inside or not self._wanted.takes(full):
+                continue
+            mine = live.get(name)
+            if mine is None:
+                # Older checkpoints have all that state_dict() handed out among the tensors.
+                loose = name in capture.value_names or loads_by_itself(owner_of(name, tree))
+            else:
+                fits = isinstance(mine, torch.nn.Parameter) or tuple(mine.shape) == info.shape
+                loose = not fits and loads_by_itself(owner_of(name, tree))
+            if loose:
+                self.loose.add(full)
+
+    def _compare(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
+        tree = places(capture.module)
+        for name in document:
+            known = name in capture.state.spelled or loads_by_itself(capture.module)
+            if not known and not loads_by_itself(owner_of(str(name), tree)):
+                self.unexpected.append(f"{key}.{name} (of state_dict(), no tensor)")
+        for name in capture.value_names:
+            full = f"{key}.{name}"
+            if name not in document and full not in self.loose and self._wanted.takes(full):
+                self.missing.append(f"{full} (of state_dict(), no tensor)")

@@ -12,11 +12,19 @@ from torch.nn.parameter import is_lazy
 
 from engine.dcp.boxes import detached, geometry
 from engine.snapshot.captured import Captured
-from engine.snapshot.state_dicts import encode_values, has_own_state_dict, read_state_dict
-from engine.snapshot.wrappers import refuse_unsavable
+from engine.snapshot.state_dicts import (
+    absent_buffers,
+    encode_values,
+    has_own_state_dict,
+    read_state_dict,
+)
+from engine.snapshot.wrappers import places, refuse_unsavable
 
 Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
 """Where a tensor stands: (holder, key, tensor, the address of its local memory)."""
+
+ABSENT_BUFFERS = "_absent_buffers"
+"""Among a module's values: its persistent buffers that are None. A fresh module may have a tensor there."""
 
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
@@ -29,6 +37,8 @@ class ModuleCapture:
         self.key = key
         self.module = module
         self.state = read_state_dict(key, module)
+        self.value_names = self.state.spelled.keys() - self.state.standing.keys()
+        self._absent = absent_buffers(places(module))
         self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
         named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
         self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
@@ -62,6 +72,7 @@ class ModuleCapture:
 
     def _still_hands_out(self) -> bool:
         before, self.state = self.state, read_state_dict(self.key, self.module)
+        self.value_names = self.state.spelled.keys() - self.state.standing.keys()
         now = self.state.tensors
         return before.tensors.keys() == now.keys() and all(now[n] is t for n, t in before.tensors.items())
 
@@ -74,8 +85,12 @@ class ModuleCapture:
 
     def collect_values(self, captured: Captured) -> None:
         """Add what state_dict() holds besides live tensors: extra state, whatever hooks and overrides add."""
+        if self._absent:
+            self.state.values[ABSENT_BUFFERS] = self._absent
         if self.state.values:
-            captured.shared[self.key] = encode_values(self.key, self.state, captured.tensors)
+            captured.shared[self.key] = encode_values(
+                self.key, self.state, captured.aliases, captured.tensors
+            )
             self.state.values = {}  # may be copies of the whole model; the next save asks anew
 
 

@@ -58,7 +58,12 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
     Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out.
     """
     with torch.no_grad():
-        handed_out: Any = root.state_dict()
+        try:
+            handed_out: Any = root.state_dict()
+        except Exception as error:
+            raise UnsavableValueError(
+                f"{key}: state_dict() of {type(root).__qualname__} failed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(handed_out, Mapping):
             raise UnsavableValueError(
                 f"{key}: state_dict() of {type(root).__qualname__} returns a {type(handed_out).__name__}, "
@@ -97,7 +102,9 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
     return found
 
 
-def encode_values(key: str, state: StateDict, tensors: dict[str, torch.Tensor]) -> Any:
+def encode_values(
+    key: str, state: StateDict, aliases: Mapping[str, str], tensors: dict[str, torch.Tensor]
+) -> Any:
     """JSON of what state_dict() holds besides live tensors; its tensors are added to `tensors` by name.
 
     A live tensor inside a nested value is referred to by the name it has already. A tensor that would take
@@ -113,7 +120,8 @@ def encode_values(key: str, state: StateDict, tensors: dict[str, torch.Tensor]) 
         for path, tensor in mine.items():
             memory = _memory(tensor)
             if memory is not None and memory in by_memory:
-                names[path] = f"{key}.{by_memory[memory]}"
+                name = f"{key}.{by_memory[memory]}"
+                names[path] = aliases.get(name, name)
                 continue
             inside = path.removeprefix(f"{key}.")
             names[path] = f"{key}.{HANDED_OUT}.{inside}" if inside in state.tensors else path
@@ -164,6 +172,16 @@ def live_tensors(tree: Iterable[Place]) -> dict[str, torch.Tensor]:
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(place.name + name, buffer)
     return found
+
+
+def absent_buffers(tree: Iterable[Place]) -> list[str]:
+    """The canonical names of the persistent buffers that are None."""
+    return [
+        place.name + name
+        for place in tree
+        for name, buffer in place.module._buffers.items()
+        if buffer is None and name not in place.module._non_persistent_buffers_set
+    ]
 
 
 def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) -> None:

@@ -1,0 +1,123 @@
+"""Hand a module what its state_dict() held besides live tensors, after those were filled in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_any
+
+from engine.errors import RestoreFailedError
+from engine.snapshot.state_dicts import (
+    EXTRA_STATE,
+    StateDict,
+    is_extra_state,
+    live_tensors,
+    loads_by_itself,
+    read_state_dict,
+)
+from engine.snapshot.wrappers import Place, places
+
+
+def hand_back(
+    key: str,
+    module: nn.Module,
+    document: Mapping[Any, Any],
+    loose: Mapping[str, torch.Tensor],
+    *,
+    strict: bool,
+) -> None:
+    """Give a module its saved values: through load_state_dict(), where code of its own takes part.
+
+    loose: saved tensors for which it has none to fill.
+    Raises: RestoreFailedError naming the module when it does not take them.
+    """
+    tree = places(module)
+    only_extra = all(is_extra_state(name) for name in document) and not loose
+    if only_extra and not any(loads_by_itself(place.module) for place in tree):
+        _set_extra_state(tree, document)
+        return
+    try:
+        with torch.no_grad():
+            # What state_dict() hands out may be rounded, and loading it round the live tensors.
+            exact = _copies(tree) if tree_any(_is_tensor, dict(document)) else {}
+            _load(module, _whole(key, module, tree, {**document, **loose}, strict=strict), strict=strict)
+            _fill(places(module), {**exact, **loose})
+    except Exception as error:
+        raise RestoreFailedError(
+            f"{key}: load_state_dict() of {type(module).__qualname__} did not take what was saved, the state "
+            f"is undefined now: {type(error).__name__}: {error}"
+        ) from error
+
+
+def take_out(module: nn.Module, names: set[str]) -> None:
+    """Set buffers to None that were None when saved."""
+    for place in places(module) if names else ():
+        for name in place.module._buffers:
+            if place.name + name in names:
+                place.module._buffers[name] = None
+
+
+def owner_of(name: str, tree: Sequence[Place]) -> nn.Module:
+    """The innermost module of a tree that a canonical name lies in."""
+    return _innermost(name, tree).module
+
+
+def _innermost(name: str, tree: Sequence[Place]) -> Place:
+    # The last of the longest: a wrapper has the name of what it wraps and comes before it.
+    return max(
+        (len(place.name), number, place) for number, place in enumerate(tree) if name.startswith(place.name)
+    )[2]
+
+
+def _whole(
+    key: str, module: nn.Module, tree: Sequence[Place], saved: Mapping[Any, Any], *, strict: bool
+) -> dict[Any, Any]:
+    """The state dict to load: the live tensors, which are filled by now, and what was saved besides."""
+    now: StateDict = read_state_dict(key, module)
+    whole: dict[Any, Any] = {now.spelled[name]: now.tensors[name] for name in now.standing}
+    if not strict:
+        whole |= {now.spelled[name]: value for name, value in now.values.items()}
+    for name, value in saved.items():
+        spelled = now.spelled.get(name)
+        if spelled is None and isinstance(name, str):
+            place = _innermost(name, tree)
+            spelled = place.spelled + name[len(place.name) :]
+        whole[name if spelled is None else spelled] = value
+    return whole
+
+
+def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> None:
+    parameters = inspect.signature(module.load_state_dict).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if strict or not (takes_all or "strict" in parameters):
+        module.load_state_dict(whole)
+    else:
+        module.load_state_dict(whole, strict=False)
+
+
+def _copies(tree: Sequence[Place]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in live_tensors(tree).items()}
+
+
+def _fill(tree: Sequence[Place], exact: Mapping[str, torch.Tensor]) -> None:
+    live = live_tensors(tree)
+    for name, value in exact.items():
+        if name in live and live[name].shape == value.shape:
+            live[name].detach().copy_(value)
+
+
+def _set_extra_state(tree: Sequence[Place], saved: Mapping[str, Any]) -> None:
+    for place in tree:
+        key = place.name + EXTRA_STATE
+        # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
+        has_some = type(place.module).get_extra_state is not nn.Module.get_extra_state
+        if has_some and key in saved:
+            place.module.set_extra_state(saved[key])
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
