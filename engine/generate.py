@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine.errors import ConfigError, HoldfastError
+from engine.run.entry import enter
 
 USER_ERROR = 2
 _INTERRUPTED = 130
@@ -137,5 +138,10 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the program to the end of the process."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    enter("engine.generate")

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from engine.catalog.record import VAL_LOSS
 from engine.convert.gpt2 import Gpt2Tensors, find_gpt2, looks_like_gpt2, transposed_windows
+from engine.convert.gpt2_settings import of_another_model, said_of
 from engine.convert.incoming import Incoming
-from engine.convert.optimizer import Shape, StateTensor, optimizer_parts
+from engine.convert.numbering import Parameter, is_buffer
+from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.publish import Draft
 from engine.convert.recognise import Recognised, recognise
+from engine.convert.resumable import SEED, fresh_generators, trainer_objects
 from engine.convert.state_tree import EXTRA, TensorRef
 from engine.convert.tensors import is_float, whole, windows_of
+from engine.convert.trainer_flags import run_config
 from engine.errors import DamagedError, StateError
 from engine.format.manifest import TensorInfo
-from engine.snapshot.captured import RNG_KEY, per_rank_name
+from engine.snapshot.captured import RNG_KEY
 from engine.snapshot.values import encode, tensor_names
-from model.config import PRESETS, GPT2Config
 
 Windows = Callable[[], Iterator[torch.Tensor]]
 
-_SEED = 1337
-_NO_FINGERPRINT = "imported"
-
-_COUNTS = {
-    "block_size": "seq_len",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "lr_decay_steps",
-    "max_iters": "max_steps",
-    "seed": "seed",
-}
-_RATES = {
-    "learning_rate": "lr",
-    "min_lr": "min_lr",
-    "weight_decay": "weight_decay",
-    "grad_clip": "grad_clip",
-    "dropout": "dropout",
-}
-"""nanoGPT's names of our trainer's flags: those that count something, and the others."""
+_MODEL_ONLY = "it holds a model only: training can start from it (--init_from), but not resume it"
 
 
 @dataclass(slots=True)
@@ -52,13 +35,21 @@ class Adopted:
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     windows: dict[str, Windows] = field(default_factory=dict)
-    parameters: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def add(self, name: str, info: TensorInfo, windows: Windows) -> None:
         """Add a tensor under its name in the checkpoint."""
         self.tensors[name] = info
         self.windows[name] = windows
+
+    def all_notes(self, found: Incoming) -> tuple[str, ...]:
+        """Everything to say, in sentences: what was left out comes last, by name."""
+        left = [*self.left_out, *found.left_out]
+        said = [f"left out: {', '.join(left)}"] if left else []
+        return (*found.notes, *self.notes, *said)
 
 
 def adopt(found: Incoming) -> tuple[Draft, tuple[str, ...]]:
@@ -66,8 +57,12 @@ def adopt(found: Incoming) -> tuple[Draft, tuple[str, ...]]:
 
     Raises: StateError when there is no model in it, or a GPT-2 that is not whole; DamagedError.
     """
-    parts = recognise(found.tree, found.what)
+    parts = recognise(found.tree, found.what, lambda ref: _scalar(found, ref))
     return _adopt_export(found, parts) if parts.marker is not None else _adopt_foreign(found, parts)
+
+
+def _scalar(found: Incoming, ref: TensorRef) -> Any:
+    return whole(found.tensors, ref.name).item()
 
 
 def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str, ...]]:
@@ -112,10 +107,8 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
     )
     if not marker["optimizers"]:
         adopted.notes.append(_MODEL_ONLY)
-    return draft, tuple(adopted.notes)
-
-
-_MODEL_ONLY = "it holds a model only: training can start from it (--init_from), but not resume it"
+    adopted.left_out += parts.left_out
+    return draft, adopted.all_notes(found)
 
 
 def _group_names(document: Any) -> list[str]:
@@ -125,39 +118,64 @@ def _group_names(document: Any) -> list[str]:
 
 
 def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str, ...]]:
-    adopted = Adopted()
+    adopted = Adopted(notes=list(parts.notes), left_out=list(parts.left_out))
     config = dict(parts.config)
-    if looks_like_gpt2(parts.model):
+    is_gpt2 = looks_like_gpt2(parts.model) and of_another_model(config) is None
+    if is_gpt2:
         config = _add_gpt2(adopted, found, parts)
     else:
-        adopted.notes.append("its model is no GPT-2: the tensors keep their names, dtypes and layout")
-        for name, ref in parts.model.items():
-            adopted.add(f"model.{name}", ref.info, _reader(found, ref))
-            adopted.parameters[name] = ref.info.shape, ref.info.shape
-    objects = _add_optimizer(adopted, found, parts)
+        _add_model(adopted, found, parts)
+    step = _step(adopted, found, parts)
+    # The model's own order: torch.save keeps it, and of a GPT-2 it is known.
+    objects = _add_optimizer(adopted, found, parts, in_order=is_gpt2 or found.kind == "pt")
     local: dict[str, Any] = {}
-    if objects:
-        objects |= _resumable(parts)
-        local[RNG_KEY] = _fresh_generators(adopted)
+    if objects and is_gpt2:
+        objects |= trainer_objects(step, parts.epoch, parts.config.get("seed", SEED))
+        local[RNG_KEY] = fresh_generators(adopted.add)
         adopted.notes.append(
             "it says nothing about the data: a resumed run starts at the beginning of its own, with fresh "
             "random streams, and has to be told so with --allow_data_change"
         )
-    else:
+    elif not objects:
         adopted.notes.append(_MODEL_ONLY)
     draft = Draft(
         reason="import",
-        step=parts.step,
+        step=step,
         epoch=parts.epoch,
         tokens=parts.tokens,
-        metrics={} if parts.val_loss is None else {VAL_LOSS: parts.val_loss},
+        metrics=parts.metrics,
         tensors=adopted.tensors,
         windows=lambda name: adopted.windows[name](),
+        aliases=adopted.aliases,
         objects=objects,
         local=local,
         config=config,
     )
-    return draft, tuple(adopted.notes)
+    return draft, adopted.all_notes(found)
+
+
+def _step(adopted: Adopted, found: Incoming, parts: Recognised) -> int:
+    """How far the training was: as it says, or as its optimizer counted."""
+    if parts.step is not None:
+        return parts.step
+    counted = parts.optimizer and steps_of(parts.optimizer, lambda ref: _scalar(found, ref))
+    if counted:
+        adopted.notes.append(f"it does not say its step: {counted} is what its optimizer counts")
+    return counted or 0
+
+
+def _add_model(adopted: Adopted, found: Incoming, parts: Recognised) -> None:
+    """Add a model that is no GPT-2 as it is; a tensor that has several names is stored under the first."""
+    adopted.notes.append("its model is no GPT-2: the tensors keep their names, dtypes and layout")
+    first: dict[int, str] = {}
+    for name, ref in parts.model.items():
+        held = first.setdefault(id(ref), name)
+        if held != name:
+            adopted.aliases[f"model.{name}"] = f"model.{held}"
+            continue
+        adopted.add(f"model.{name}", ref.info, _reader(found, ref))
+        shape = ref.info.shape
+        adopted.parameters[name] = Parameter(shape, shape, is_buffer=is_buffer(name, ref.info.dtype))
 
 
 def _reader(found: Incoming, ref: TensorRef) -> Windows:
@@ -174,11 +192,11 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
     for name, info in model.infos.items():
         wide = TensorInfo("F32", info.shape) if is_float(info.dtype) else info
         adopted.add(f"model.{name}", wide, lambda name=name: model.windows(name))  # type: ignore[misc]
-    ours = {place.name: name for name, place in gpt2.places.items()}
-    for ref in parts.model.values():
-        if ref.name in ours:
-            name = ours[ref.name]
-            adopted.parameters[name] = ref.info.shape, model.infos[name].shape
+    stored = {ref.name: ref.info.shape for ref in parts.model.values()}
+    for name, info in model.infos.items():
+        place = gpt2.places.get(name)
+        if place is not None:
+            adopted.parameters[name] = Parameter(stored[place.name], info.shape, place.transposed)
     if narrow:
         kinds = " and ".join(narrow)
         adopted.notes.append(f"its {kinds} weights became F32, which is what the trainer keeps")
@@ -186,40 +204,33 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
         adopted.notes.append(
             f"{len(gpt2.zeros)} biases that it does not have were added as zeros, which computes the same"
         )
-    return _run_config(gpt2.config, parts.config)
-
-
-def _run_config(shape: GPT2Config, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer's flags, as far as they are known, and the model's shape."""
-    config: dict[str, Any] = {"gpt2": shape.to_dict(), "n_head": shape.n_head, "dropout": shape.dropout}
-    for name, preset in PRESETS.items():
-        same = (preset.n_layer, preset.n_head, preset.n_embd) == (shape.n_layer, shape.n_head, shape.n_embd)
-        if same and preset.block_size == shape.block_size:
-            config["model"] = name
-    rates = {name: float(value) for name, value in given.items() if type(value) in (int, float)}
-    counts = {name: int(value) for name, value in rates.items() if value >= 0 and value == int(value)}
-    config |= {ours: counts[theirs] for theirs, ours in _COUNTS.items() if theirs in counts}
-    config |= {ours: rates[theirs] for theirs, ours in _RATES.items() if theirs in rates}
-    if "beta1" in rates and "beta2" in rates:
-        config["betas"] = [rates["beta1"], rates["beta2"]]
-    if "batch_size" in counts and "gradient_accumulation_steps" in counts:
-        config["global_batch"] = counts["batch_size"] * counts["gradient_accumulation_steps"]
+    adopted.notes += said_of(parts.config)
+    config, others = run_config(gpt2.config, parts.config)
+    if others:
+        adopted.notes.append(f"settings that are no flags of the trainer were left out: {', '.join(others)}")
+    masks = {ref.name for ref in parts.model.values()} - {place.name for place in gpt2.places.values()}
+    masks -= {gpt2.head}
+    if masks:
+        adopted.notes.append(f"attention masks are computed here: left out: {', '.join(sorted(masks))}")
     return config
 
 
-def _add_optimizer(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str, Any]:
+def _add_optimizer(adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool) -> dict[str, Any]:
     """Add the optimizer's state; returns its JSON by state key, nothing when there is none to use."""
     if parts.optimizer is None:
         return {}
 
-    def scalar(ref: TensorRef) -> float:
-        return float(whole(found.tensors, ref.name).item())
+    def scalar(ref: TensorRef) -> Any:
+        return _scalar(found, ref)
 
     try:
-        result = optimizer_parts(parts.optimizer, adopted.parameters, scalar)
+        result = optimizer_parts(
+            parts.optimizer, adopted.parameters, scalar, names=parts.names, in_order=in_order
+        )
     except StateError as error:
         adopted.notes.append(f"its optimizer was left out: {error}")
         return {}
+    adopted.left_out += [f"optimizer.{path}" for path in result.left_out]
     for name, tensor in result.tensors.items():
         adopted.add(f"optimizer.state.{name}", tensor.info, _state_reader(found, tensor))
     return {"optimizer": encode(dict(result.document), "optimizer", {})}
@@ -232,40 +243,3 @@ def _state_reader(found: Incoming, tensor: StateTensor) -> Windows:
     if tensor.transposed:
         return lambda: transposed_windows(found.tensors, ref.name)
     return _reader(found, ref)
-
-
-def _resumable(parts: Recognised) -> dict[str, Any]:
-    """What our trainer's other objects have to find: the schedule where it was, the data at its beginning."""
-    seed = parts.config.get("seed", _SEED)
-    return {
-        "schedule": {"last_step": parts.step},
-        "loader": {
-            "epoch": parts.epoch,
-            "position": 0,
-            "seed": seed if type(seed) is int and 0 <= seed < 2**63 else _SEED,
-            "fingerprint": _NO_FINGERPRINT,
-        },
-    }
-
-
-def _fresh_generators(adopted: Adopted) -> Any:
-    """Random states as `snapshot.rng.capture` gives them, of fresh generators: this process's stay alone."""
-    version, words, gauss_next = random.Random(_SEED).getstate()
-    kind, keys, position, has_gauss, cached = np.random.RandomState(_SEED).get_state(legacy=True)
-    state = {
-        "python": {"version": version, "words": torch.tensor(words), "gauss_next": gauss_next},
-        "numpy": {
-            "kind": str(kind),
-            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached_gaussian": float(cached),
-        },
-        "torch": torch.Generator().manual_seed(_SEED).get_state(),
-    }
-    tensors: dict[str, torch.Tensor] = {}
-    document = encode(state, per_rank_name(0, RNG_KEY), tensors)
-    for name, tensor in tensors.items():
-        info = TensorInfo({torch.int64: "I64", torch.uint8: "U8"}[tensor.dtype], tuple(tensor.shape))
-        adopted.add(name, info, lambda tensor=tensor: windows_of(tensor))  # type: ignore[misc]
-    return document

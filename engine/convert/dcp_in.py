@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
 from collections.abc import Iterator, Mapping
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 
-from engine.convert.pt_in import refused
-from engine.convert.state_tree import TensorRef
+from engine.convert.state_tree import TensorRef, Unheld
 from engine.convert.tensors import windows_of
+from engine.convert.unpickling import Unknown, load_bytes
 from engine.dcp.dtypes import from_torch
 from engine.dcp.stock_read import StockDirectory
 from engine.errors import UnsavableValueError
@@ -28,11 +27,12 @@ class DcpTensors:
     def __init__(self, directory: StockDirectory) -> None:
         self._directory = directory
         self._infos: dict[str, TensorInfo] = {}
+        self.unheld: dict[str, Unheld] = {}
         for name, tensor in directory.tensors.items():
             try:
                 self._infos[name] = TensorInfo(from_torch(tensor.dtype, name), tensor.shape)
             except UnsavableValueError:
-                continue  # complex numbers: no model of ours has them
+                self.unheld[name] = Unheld(f"a tensor of {tensor.dtype}")
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -55,30 +55,37 @@ class DcpTensors:
         yield from windows_of(out)
 
 
-def open_dcp(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], DcpTensors]:
-    """(tree, tensors) of a directory.
+def open_dcp(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], DcpTensors, tuple[str, ...]]:
+    """(tree, tensors, notes) of a directory.
 
-    Raises: StateError when one of its values cannot be loaded without running code and `trust_pickle` is not
-        given; DamagedError; OSError.
+    A value that cannot be loaded without running code stands as `Unheld` in the tree, unless `trust_pickle`
+    is given: each value is a pickle of its own, so that the others need not wait for its trust.
+    Raises: DamagedError; OSError.
     """
     directory = StockDirectory.open(path)
     tensors = DcpTensors(directory)
     tree: dict[str, Any] = {}
+    unknown: dict[str, type[Unknown]] = {}
     for name, info in tensors.infos.items():
         _put(tree, _path(directory, name), TensorRef(name, info))
+    for name, unheld in tensors.unheld.items():
+        _put(tree, _path(directory, name), unheld)
     for name in directory.values:
-        _put(tree, _path(directory, name), _value(directory, name, trust_pickle))
-    return _lists(tree), tensors
+        _put(tree, _path(directory, name), _value(directory, name, trust_pickle, unknown))
+    notes = [f"objects of classes that do not exist here were read as data: {', '.join(unknown)}"]
+    return _lists(tree), tensors, tuple(notes if unknown else ())
 
 
-def _value(directory: StockDirectory, name: str, trust_pickle: bool) -> Any:
-    def load(raw: io.BytesIO) -> Any:
-        return torch.load(raw, map_location="cpu", weights_only=False)
-
+def _value(
+    directory: StockDirectory, name: str, trust_pickle: bool, unknown: dict[str, type[Unknown]]
+) -> Any:
+    if trust_pickle:
+        value = directory.value(name, lambda raw: load_bytes(raw, unknown))
+        return value.data() if isinstance(value, Unknown) else value
     try:
-        return directory.value(name, load if trust_pickle else None)
-    except pickle.UnpicklingError as error:
-        raise refused(directory.folder / name, error) from error
+        return directory.value(name)
+    except pickle.UnpicklingError:
+        return Unheld("a pickle that would run code, which --trust_pickle allows")
 
 
 def _path(directory: StockDirectory, name: str) -> tuple[str | int, ...]:
@@ -90,9 +97,10 @@ def _path(directory: StockDirectory, name: str) -> tuple[str | int, ...]:
 
 
 def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
-    for step in path[:-1]:
+    for place, step in enumerate(path[:-1]):
         inner = tree.setdefault(step, {})
-        if not isinstance(inner, dict):
+        if not isinstance(inner, dict):  # a value and something below it have one name: keep both
+            tree[".".join(map(str, path[place:]))] = value
             return
         tree = inner
     tree[path[-1]] = value
@@ -102,6 +110,6 @@ def _lists(value: Any) -> Any:
     """Dicts whose keys are 0, 1, 2, ... as numbers were lists."""
     if not isinstance(value, dict):
         return value
-    if value and all(type(key) is int for key in value):
+    if value and sorted(value, key=str) == sorted(range(len(value)), key=str):
         return [_lists(value[key]) for key in sorted(value)]
     return {key: _lists(item) for key, item in value.items()}

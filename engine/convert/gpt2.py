@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.convert.gpt2_settings import dropout, own_names, refuse_settings, refuse_shape
 from engine.convert.tensors import TensorSource, row_spans, same_bytes, whole
 from engine.dcp.dtypes import to_torch
 from engine.errors import StateError
@@ -65,15 +66,20 @@ def find_gpt2(source: TensorSource, names: Mapping[str, str], config: Mapping[st
 
     Args:
         names: canonical name in the module -> name in the source.
-        config: what is known beside the tensors: "n_head", "dropout", or "model" with a preset's name.
+        config: what is known beside the tensors: "n_head", "dropout", "model" with a preset's name, or what
+            transformers' config.json says.
         what: the source, for errors.
-    Raises: StateError, with every tensor that is missing, of another shape or not a GPT-2's.
+    Raises: StateError, with every tensor that is missing, of another shape or not a GPT-2's, or with every
+        setting by which another computation is meant.
     """
+    config = own_names(config)
+    refuse_settings(config, what)
     infos = {spelled: source.infos[names[name]] for spelled, name in _spelled(names).items()}
     places = {spelled: names[name] for spelled, name in _spelled(names).items()}
     if _EMBEDDING not in infos or _FIRST_ATTENTION not in infos:
         raise StateError(f"{what} is not a GPT-2: it has no {_EMBEDDING} or no {_FIRST_ATTENTION}")
     shape = _shape(infos, config, what)
+    refuse_shape(config, shape, what)
     rows, columns = infos[_FIRST_ATTENTION].shape
     transposed = columns == 3 * rows
     wanted = parameter_shapes(shape)
@@ -176,7 +182,6 @@ def _shape(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], what: str
     vocab_size, n_embd = infos[_EMBEDDING].shape
     n_layer = 1 + max(int(found[1]) for name in infos if (found := _BLOCK.match(name)))
     n_head = _heads(config, n_layer, n_embd, what)
-    dropout = config.get("dropout", 0.0)
     try:
         return GPT2Config(
             n_layer=n_layer,
@@ -184,7 +189,7 @@ def _shape(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], what: str
             n_embd=n_embd,
             vocab_size=vocab_size,
             block_size=positions.shape[0],
-            dropout=float(dropout) if isinstance(dropout, int | float) else 0.0,
+            dropout=dropout(config)[0],
         )
     except ValueError as error:
         raise StateError(f"{what} has a shape that no GPT-2 has: {error}") from error

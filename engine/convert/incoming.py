@@ -9,18 +9,14 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from engine.convert.dcp_in import open_dcp
-from engine.convert.pt_in import open_pt
-from engine.convert.safetensors_in import open_safetensors
-from engine.convert.safetensors_out import INDEX, SINGLE
+from engine.convert.directories import open_directory, open_file
+from engine.convert.opened import Kind
 from engine.convert.tensors import Progress, TensorSource, ignore_progress
-from engine.dcp.stock_read import METADATA
-from engine.errors import ConfigError, NotFoundError
-from engine.format.names import MANIFEST
+from engine.errors import NotFoundError
 from engine.storage.base import Storage
 from engine.storage.failures import mapped
 from engine.storage.local import LocalStorage
@@ -28,19 +24,19 @@ from engine.storage.open import open_storage
 from engine.storage.redact import redact_uri
 from engine.storage.split import split_uri
 
-Kind = Literal["safetensors", "dcp", "pt"]
-
 _FETCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was found. In `tree`, tensors are `TensorRef`s by their names in `tensors`."""
+    """What was found, see `Opened`; `what` names it in errors."""
 
     kind: Kind
     what: str
     tree: Mapping[str, Any]
     tensors: TensorSource
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = field(default=())
 
 
 @contextlib.contextmanager
@@ -51,10 +47,11 @@ def incoming(
     trust_pickle: bool = False,
     progress: Progress = ignore_progress,
 ) -> Iterator[Incoming]:
-    """Open a safetensors file or directory, a stock DCP directory, or a `.pt`, by path or URI.
+    """Open a file or directory of another tool, by path or URI.
 
-    Raises: ConfigError when it is none of these; NotFoundError; DamagedError; StateError when loading it
-        would run code and `trust_pickle` is not given; StorageError.
+    Raises: ConfigError when it is none that is understood; NotFoundError; DamagedError; StateError when
+        loading it would run code and `trust_pickle` is not given, and where its tool has to put it together
+        first; StorageError.
     """
     parent, name = split_uri(address)
     storage = open_storage(parent, options)
@@ -69,48 +66,25 @@ def incoming(
         yield _open(path, redact_uri(address), trust_pickle)
 
 
-def kind_of(path: Path) -> Kind:
-    """Which format lies there. ConfigError for none; NotFoundError for nothing."""
+def _open(path: Path, what: str, trust_pickle: bool) -> Incoming:
     if not path.exists():
         raise NotFoundError(f"nothing lies at {path}: check the path")
-    if not path.is_dir():
-        return "safetensors" if path.suffix == ".safetensors" else "pt"
-    if (path / MANIFEST).exists():
-        raise ConfigError(f"{path} is a Holdfast checkpoint already: there is nothing to import")
-    if (path / METADATA).exists():
-        return "dcp"
-    if (path / SINGLE).exists() or (path / INDEX).exists():
-        return "safetensors"
-    if len(list(path.glob("*.pt"))) == 1:
-        return "pt"
-    raise ConfigError(
-        f"{path} is no checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, nor "
-        "one .pt file. Give such a directory, a .safetensors file or a .pt file"
-    )
-
-
-def _open(path: Path, what: str, trust_pickle: bool) -> Incoming:
-    kind = kind_of(path)
-    tensors: TensorSource
-    if kind == "safetensors":
-        tree, tensors = open_safetensors(path)
-    elif kind == "dcp":
-        tree, tensors = open_dcp(path, trust_pickle=trust_pickle)
-    else:
-        file = next(path.glob("*.pt")) if path.is_dir() else path
-        tree, tensors = open_pt(file, trust_pickle=trust_pickle)
-    return Incoming(kind, what, tree, tensors)
+    found = (open_directory if path.is_dir() else open_file)(path, trust_pickle)
+    return Incoming(found.kind, what, found.tree, found.tensors, found.notes, found.left_out)
 
 
 def _fetch(storage: Storage, name: str, path: Path, progress: Progress) -> None:
-    """Copy a file, or a directory with its files, out of a store."""
+    """Copy a file, or a directory with all that is below it, out of a store."""
     try:
         storage.size(name)
     except NotFoundError:
         path.mkdir()
         for entry in storage.list_dir(name):
-            if not entry.is_dir:
-                _fetch_file(storage, f"{name}/{entry.name}", path / entry.name, progress)
+            inner = f"{name}/{entry.name}"
+            if entry.is_dir:
+                _fetch(storage, inner, path / entry.name, progress)
+            else:
+                _fetch_file(storage, inner, path / entry.name, progress)
     else:
         _fetch_file(storage, name, path, progress)
 

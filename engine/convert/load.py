@@ -13,7 +13,7 @@ from engine.convert.gpt2 import Gpt2Tensors, find_gpt2
 from engine.convert.hf import gpt2_of
 from engine.convert.incoming import Incoming, incoming
 from engine.convert.recognise import recognise, tensors_by_name
-from engine.convert.tensors import fill
+from engine.convert.tensors import fill, whole
 from engine.errors import ConfigError, StateError
 from engine.format.names import MANIFEST
 from engine.restore.choose import choose_checkpoint
@@ -74,13 +74,13 @@ def _is_exported(selector: str, options: Mapping[str, str] | None) -> bool:
 
 
 def _exported(found: Incoming) -> Gpt2Tensors:
-    parts = recognise(found.tree, found.what)
+    parts = recognise(found.tree, found.what, lambda ref: whole(found.tensors, ref.name).item())
     model, config = parts.model, parts.config
     if parts.marker is not None:
         key = "model" if "model" in parts.marker["modules"] else next(iter(parts.marker["modules"]), None)
         if key is None:
             raise StateError(f"{found.what} holds no model")
-        model, config = tensors_by_name(parts.tree[key], found.what), parts.marker["config"]
+        model = tensors_by_name(parts.tree[key], found.what)[0]
     names = {name: ref.name for name, ref in model.items()}
     tensors = Gpt2Tensors(found.tensors, find_gpt2(found.tensors, names, config, found.what))
     tensors.check_tied(found.what)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import pickle
+import enum
+import types
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 
-from engine.convert.state_tree import TensorRef
+from engine.convert.file_kinds import FileKind, file_kind, refuse_other
+from engine.convert.state_tree import TensorRef, Unheld
 from engine.convert.tensors import windows_of
+from engine.convert.unpickling import Unknown, load
 from engine.dcp.dtypes import from_torch
-from engine.errors import DamagedError, StateError, UnsavableValueError
+from engine.errors import StateError, UnsavableValueError
 from engine.format.manifest import TensorInfo
 
 _MAX_DEPTH = 48
 
+_Storage = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
+
 
 class PtTensors:
-    """The tensors of a loaded file, by their path in it."""
+    """The tensors of a loaded file, by their path in it. A tensor that has two paths is one tensor."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self._infos: dict[str, TensorInfo] = {}
+        self._shared: dict[_Storage, TensorRef] = {}
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -33,75 +40,77 @@ class PtTensors:
         """See `TensorSource`."""
         return windows_of(self.tensors[name])
 
-    def add(self, name: str, tensor: torch.Tensor) -> TensorRef | None:
-        """Note a tensor. None for one that the format cannot hold (sparse, complex, quantised)."""
+    def add(self, name: str, tensor: torch.Tensor) -> TensorRef | Unheld:
+        """Note a tensor; what it is in words where the format cannot hold it (sparse, quantised, ...)."""
         tensor = tensor.detach()
+        if type(tensor) is not torch.Tensor:
+            return Unheld(f"a tensor of the class {type(tensor).__name__}")
+        if tensor.is_meta:
+            return Unheld("a tensor without values (meta device)")
+        if tensor.layout != torch.strided:
+            return Unheld(f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})")
         try:
             info = TensorInfo(from_torch(tensor.dtype, name), tuple(tensor.shape))
         except UnsavableValueError:
-            return None
-        if tensor.layout != torch.strided or type(tensor) is not torch.Tensor:
-            return None
+            return Unheld(f"a tensor of {tensor.dtype}")
+        place = (tensor.data_ptr(), info.shape, tuple(tensor.stride()), tensor.dtype)
+        if tensor.numel() and place in self._shared:  # tied weights
+            return self._shared[place]
         self.tensors[name] = tensor
         self._infos[name] = info
-        return TensorRef(name, info)
+        return self._shared.setdefault(place, TensorRef(name, info))
 
 
-def open_pt(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], PtTensors]:
-    """(tree, tensors) of a file.
+def open_pt(
+    path: Path, *, trust_pickle: bool = False, kind: FileKind | None = None, prefix: str = ""
+) -> tuple[dict[str, Any], PtTensors, tuple[str, ...]]:
+    """(tree, tensors, notes) of a file; `prefix` begins the names of its tensors.
 
-    Raises: StateError when loading it would run code and `trust_pickle` is not given, or when it is not a
-        dict; DamagedError; OSError.
+    Raises: ConfigError when it is no file that pickle or torch wrote; StateError when loading it would run
+        code and `trust_pickle` is not given, or when it is not a dict; DamagedError; OSError.
     """
-    loaded = _load(path, trust_pickle)
-    if not isinstance(loaded, Mapping):
-        raise StateError(f"{path} holds a {type(loaded).__name__}, not a dict with a state in it")
+    kind = kind or file_kind(path)
+    refuse_other(path, kind)
+    loaded, unknown = load(path, kind, trust_pickle=trust_pickle)
     tensors = PtTensors()
-    return {str(key): _tree(value, str(key), tensors) for key, value in loaded.items()}, tensors
-
-
-def refused(path: Path, error: Exception) -> StateError:
-    """The error for a pickle that would run code."""
-    reason = str(error).strip().splitlines()
-    named = next((line.strip() for line in reason if "GLOBAL" in line or "Unsupported" in line), "")
-    detail = f" ({named[:200]})" if named else ""
-    return StateError(
-        f"{path} holds objects whose loading runs code of its author's choice{detail}: refused. If you trust "
-        "whoever made it, give --trust_pickle"
-    )
-
-
-def _load(path: Path, trust_pickle: bool) -> Any:
-    with open(path, "rb"):  # whether it can be read at all: torch's own errors do not tell
-        pass
-    try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=not trust_pickle)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            # Written before torch 1.6: such a file cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except pickle.UnpicklingError as error:
-        if trust_pickle:
-            raise DamagedError(f"{path} cannot be loaded: {error}") from error
-        raise refused(path, error) from error
-    except Exception as error:
-        raise DamagedError(f"{path} is not a file that torch.load reads: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    tree = _tree(loaded, prefix, tensors)
+    if not isinstance(tree, dict):
+        raise StateError(f"{path} holds a {type(loaded).__name__}, not a dict with a state in it")
+    notes = [f"objects of classes that do not exist here were read as data: {', '.join(unknown)}"]
+    return {str(key): value for key, value in tree.items()}, tensors, tuple(notes if unknown else ())
 
 
 def _tree(value: Any, path: str, tensors: PtTensors, depth: int = 0) -> Any:
+    """Tensors as references; objects as the values that they are made of."""
     if depth > _MAX_DEPTH:
-        raise StateError(f"{path[:80]}... is nested deeper than {_MAX_DEPTH} levels (a cycle?)")
+        return Unheld(f"nested deeper than {_MAX_DEPTH} levels")
     if isinstance(value, torch.Tensor):
         return tensors.add(path, value)
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, Unknown):
+        return _tree(value.data(), path, tensors, depth + 1)
     if isinstance(value, Mapping):
-        return {key: _tree(item, f"{path}/{key}", tensors, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        inner = f"{path}/" if path else ""
+        return {key: _tree(item, f"{inner}{key}", tensors, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
         items = [_tree(item, f"{path}/{place}", tensors, depth + 1) for place, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
-    return value
+    return _plain(value, path, tensors, depth)
+
+
+def _plain(value: Any, path: str, tensors: PtTensors, depth: int) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biufc" or not value.dtype.isnative:
+            return Unheld(f"a NumPy array of {value.dtype}")
+        return tensors.add(path, torch.from_numpy(np.array(value)))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, enum.Enum):
+        return _tree(value.value, path, tensors, depth + 1)
+    if isinstance(value, PurePath | torch.dtype | torch.device):
+        return str(value)
+    is_object = hasattr(value, "__dict__") and not isinstance(
+        value, type | types.FunctionType | types.ModuleType
+    )
+    return _tree(dict(vars(value)), path, tensors, depth + 1) if is_object else value

@@ -1,106 +1,95 @@
 """Which part of a foreign tree is the model, which the optimizer, how far the training was. Pure.
 
-Understood: Holdfast's own exports (exactly, by their marker), nanoGPT's `ckpt.pt`, scripts that save `model`,
-`optimizer`, `step`, ..., bare state dicts, and what DCP's `get_state_dict` gives.
+Understood: Holdfast's own exports (exactly, by their marker), nanoGPT's `ckpt.pt`, Lightning's `.ckpt`,
+DeepSpeed's model states, torchtitan's DCP, scripts that save `model`, `optimizer`, `step`, ..., bare state
+dicts, and what DCP's `get_state_dict` gives. Whatever else is there is named in `left_out`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.convert.state_tree import EXTRA, MARKER, TensorRef
-from engine.errors import DamagedError, StateError
-from engine.format.json import decode_metric, parse_canonical
+from engine.catalog.record import VAL_LOSS
+from engine.convert.flattened import nested_optimizer
+from engine.convert.marker import added_keys, read_marker
+from engine.convert.names import Names, shared_names
+from engine.convert.state_tree import TensorRef, Unheld
+from engine.errors import StateError
 from engine.format.names import MAX_NAME_BYTES
 
-_MODELS = ("model", "state_dict", "model_state_dict", "module")
-_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optim")
-_STEPS = ("step", "iter_num", "global_step", "iteration")
-_LOSSES = ("val_loss", "best_val_loss")
-_CONFIGS = ("config", "model_args", "hparams", "args")
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+Scalar = Callable[[TensorRef], bool | int | float | complex]
+"""The value of a tensor of one element."""
+
+_MODELS = ("model", "state_dict", "model_state_dict", "module", "model_state", "weights", "params")
+_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states", "optimizer_state", "opt")
+_STEPS = ("step", "iter_num", "global_step", "global_steps", "iteration", "iter", "steps", "n_iter")
+_EPOCHS = ("epoch", "current_epoch")
+_TOKENS = ("tokens", "ntokens_seen")
+_LOSSES = (VAL_LOSS, "best_val_loss")
+_CONFIGS = ("config", "model_args", "hparams", "args", "hyper_parameters", "cfg", "opt_args")
+_METRIC = re.compile(r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)(?:_.*|$)", re.I)
+_HOLDERS = ("train_state",)
+"""Dicts whose entries count as the checkpoint's own: torchtitan's."""
+
+_MAX_COUNT = 10**18
 
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
     """A foreign checkpoint's parts.
 
-    model: canonical parameter name -> tensor. optimizer: its state and groups, as they were saved.
+    model: canonical parameter name -> tensor; names: how they came from the checkpoint's own.
+    optimizer: its state and groups, as they were saved.
+    step: None where nothing says it.
+    metrics: val_loss and what else is a loss or a score, by its own name.
     marker: what a Holdfast export says about itself; `tree` is then laid out as that export is.
     config: plain JSON values of the script's configuration.
+    left_out: what is in none of these, each with its path and, in brackets, what it is.
+    notes: what was converted on the way, in sentences.
     """
 
     model: Mapping[str, TensorRef]
+    names: Names = field(default_factory=Names)
     optimizer: Mapping[str, Any] | None = None
-    step: int = 0
+    step: int | None = None
     epoch: int = 0
     tokens: int = 0
-    val_loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     marker: Mapping[str, Any] | None = None
     tree: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def recognise(tree: Mapping[str, Any], what: str) -> Recognised:
+def recognise(tree: Mapping[str, Any], what: str, scalar: Scalar) -> Recognised:
     """Find the parts. StateError, naming what is there, when there is no model; DamagedError."""
-    marker = _marker(tree, what)
-    config = _config(tree)
-    model = _model(tree, what, marker)
-    optimizer = next((tree[key] for key in _OPTIMIZERS if _is_optimizer(tree.get(key))), None)
-    return Recognised(
-        model=model,
-        optimizer=optimizer,
-        step=_count(tree, _STEPS),
-        epoch=_count(tree, ("epoch",)),
-        tokens=_count(tree, ("tokens",)),
-        val_loss=_number(tree, _LOSSES),
-        config=config,
-        marker=marker,
-        tree=tree,
-    )
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without what torch.compile, DDP, FSDP and activation checkpointing add to it."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        del parts[0]
-    return ".".join(parts)
-
-
-def tensors_by_name(value: Any, what: str) -> dict[str, TensorRef]:
-    """The tensors of a state dict by canonical name; nested dicts give dotted names."""
-    found: dict[str, TensorRef] = {}
-    for key, item in value.items():
-        if isinstance(item, TensorRef):
-            entries = {str(key): item}
-        elif isinstance(item, Mapping):
-            entries = {f"{key}.{name}": ref for name, ref in tensors_by_name(item, what).items()}
-        else:
-            continue
-        for name, ref in entries.items():
-            if found.setdefault(canonical_name(name), ref) is not ref:
-                raise StateError(f"{what} holds two tensors that are both called {canonical_name(name)}")
-    return found
-
-
-def _model(tree: Mapping[str, Any], what: str, marker: Mapping[str, Any] | None) -> dict[str, TensorRef]:
+    marker = read_marker(tree, what)
     if marker is not None:
-        return {}
-    candidates = [tree[key] for key in _MODELS if isinstance(tree.get(key), Mapping)]
-    if not candidates and any(isinstance(value, TensorRef) for value in tree.values()):
-        candidates = [{key: value for key, value in tree.items() if isinstance(value, TensorRef)}]
-    for candidate in candidates:
-        model = tensors_by_name(candidate, what)
-        if model:
-            return model
-    there = ", ".join(str(key)[:MAX_NAME_BYTES] for key in list(tree)[:20]) or "nothing"
-    raise StateError(f"{what} holds no model that can be recognised: it has {there}, and no 'model'")
+        left = tuple(added_keys(tree, marker))
+        return Recognised({}, config=marker["config"], marker=marker, tree=tree, left_out=left)
+    return _Sorting(tree, what, scalar).result()
 
 
-def _is_optimizer(value: Any) -> bool:
+def tensors_by_name(value: Mapping[Any, Any], what: str) -> tuple[dict[str, TensorRef], Names, list[str]]:
+    """(tensors by the model's names, how those came about, what is not a tensor) of a state dict.
+
+    Nested dicts give dotted names. StateError where two names become one.
+    """
+    flat, others = _flat(value)
+    names = shared_names(list(flat))
+    found: dict[str, TensorRef] = {}
+    for name, ref in flat.items():
+        if found.setdefault(names.of(name), ref) is not ref:
+            raise StateError(f"{what} holds two tensors that are both called {names.of(name)}")
+    return found, names, others
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether it is what an optimizer's `state_dict()` gives."""
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
@@ -109,30 +98,205 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def _count(tree: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    for name in names:
-        value = tree.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**18:
-            return value
-    return 0
+class _Sorting:
+    """Takes a tree's keys one after the other; what nobody took is left out."""
+
+    def __init__(self, tree: Mapping[str, Any], what: str, scalar: Scalar) -> None:
+        self._what = what
+        self._scalar = scalar
+        self._left = dict(tree)
+        self._paths: dict[str, str] = {}
+        for holder in _HOLDERS:
+            inner = tree.get(holder)
+            if isinstance(inner, Mapping) and not any(isinstance(key, int) for key in inner):
+                del self._left[holder]
+                for key, value in inner.items():
+                    name = key if key not in self._left else f"{holder}.{key}"
+                    self._left[name] = value
+                    self._paths[name] = f"{holder}.{key}"
+        self._also: list[str] = []
+        self._notes: list[str] = []
+
+    def result(self) -> Recognised:
+        config = self._config()
+        step = self._count(_STEPS)
+        epoch, tokens = self._count(_EPOCHS), self._count(_TOKENS)
+        metrics = self._metrics()
+        model, names = self._model()
+        optimizer = self._optimizer(names, model)
+        left = [self._paths.get(key, key) + _described(value) for key, value in self._left.items()]
+        return Recognised(
+            model=model,
+            names=names,
+            optimizer=optimizer,
+            step=step,
+            epoch=epoch or 0,
+            tokens=tokens or 0,
+            metrics=metrics,
+            config=config,
+            left_out=(*left, *self._also),
+            notes=(*names.notes, *self._notes),
+        )
+
+    def _number(self, key: str) -> int | float | None:
+        """The number at a key, also where it is a tensor of one element."""
+        value = self._left.get(key)
+        if isinstance(value, TensorRef) and value.info.shape in ((), (1,)):
+            value = self._scalar(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number else None
+
+    def _count(self, keys: tuple[str, ...]) -> int | None:
+        for key in keys:
+            value = self._number(key)
+            if value is not None and value == value and 0 <= value < _MAX_COUNT:
+                if value != int(value):
+                    self._notes.append(f"its {key} {value:g} became {int(value)}")
+                del self._left[key]
+                return int(value)
+        return None
+
+    def _metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for key in (*_LOSSES, *(key for key in list(self._left) if _METRIC.fullmatch(str(key)))):
+            value = self._number(key)
+            name = VAL_LOSS if key in _LOSSES else key
+            if value is not None and name not in metrics and len(name) <= MAX_NAME_BYTES:
+                metrics[name] = float(value)
+                del self._left[key]
+        return metrics
+
+    def _config(self) -> dict[str, Any]:
+        """Every configuration that is there, flat, as far as it is JSON; the model's own arguments win."""
+        merged: dict[str, Any] = {}
+        for name in _CONFIGS:
+            value = self._left.get(name)
+            if isinstance(value, Mapping) and not _has_tensors(value):
+                found = {str(key): _json(item) for key, item in value.items()}
+                merged |= {key: item for key, item in found.items() if item is not None}
+                self._also += [
+                    f"{name}.{key}{_described(item)}"
+                    for key, item in value.items()
+                    if item is not None and found[str(key)] is None
+                ]
+                del self._left[name]
+        return merged
+
+    def _model(self) -> tuple[dict[str, TensorRef], Names]:
+        candidates = [key for key in _MODELS if _has_tensors(self._left.get(key))]
+        roots = [key for key, value in self._left.items() if isinstance(value, TensorRef)]
+        if candidates:
+            return self._take_model(candidates[0], self._left.pop(candidates[0]))
+        if roots:
+            values = {key: self._left.pop(key) for key in roots}
+            return self._take_model("", values)
+        others = [k for k, v in self._left.items() if _has_tensors(v) and _optimizer_in(v) is None]
+        others = [key for key in others if "optim" not in key and "sched" not in key]
+        if len(others) == 1:
+            self._notes.append(f"what it holds as {others[0]!r} is taken to be the model")
+            return self._take_model(others[0], self._left.pop(others[0]))
+        there = ", ".join(str(key)[:MAX_NAME_BYTES] for key in list(self._left)[:20]) or "nothing"
+        raise StateError(
+            f"{self._what} holds no model that can be recognised: it has {there}, and no 'model'"
+        )
+
+    def _take_model(self, key: str, value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], Names]:
+        model, names, others = tensors_by_name(value, self._what)
+        self._also += [f"{key}.{other}" if key else other for other in others]
+        refuse_shards(model, self._what)
+        return model, names
+
+    def _optimizer(self, names: Names, model: Mapping[str, TensorRef]) -> Mapping[str, Any] | None:
+        usual = [key for key in _OPTIMIZERS if key in self._left]
+        others = [key for key in self._left if key not in usual and "optim" in key.lower()]
+        for key in (*usual, *others):
+            found = _optimizer_in(self._left[key])
+            if found is None and isinstance(self._left[key], Mapping):
+                found = nested_optimizer(self._left[key], names, model, self._scalar)
+            if found is not None:
+                del self._left[key]
+                return found
+        return None
 
 
-def _number(tree: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
-    for name in names:
-        value = tree.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+def refuse_shards(model: Mapping[str, TensorRef], what: str) -> None:
+    """StateError when the tensors are what a sharding tool leaves in place of a model's own."""
+    flat = next((name for name in model if name.rpartition(".")[2].startswith("_flat_param")), None)
+    if flat is not None:
+        raise StateError(
+            f"{what} holds FSDP's flattened shards ({flat[:80]}), not the model's own tensors: save it with "
+            "StateDictType.FULL_STATE_DICT or with DCP; `accelerate merge-weights` puts a sharded directory "
+            "of Accelerate together"
+        )
+    empty = [n for n, ref in model.items() if ref.info.shape == (0,) and n.endswith(("weight", "bias"))]
+    if empty:
+        raise StateError(
+            f"{what} holds empty tensors ({empty[0][:80]} and {len(empty) - 1} more): DeepSpeed ZeRO-3 keeps "
+            f"the values in its optimizer's files. {ZERO_TO_FP32}"
+        )
+
+
+ZERO_TO_FP32 = (
+    "`python zero_to_fp32.py . consolidated --safe_serialization`, run where DeepSpeed put that script, puts "
+    "the weights together: import `consolidated`"
+)
+
+
+def _optimizer_in(value: Any) -> Mapping[str, Any] | None:
+    """The optimizer that a value is, or that is alone in a list or dict, as Lightning keeps it."""
+    if is_optimizer(value):
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, Mapping) and isinstance(value.get("state"), list):  # DCP: numbers became places
+        return _optimizer_in({**value, "state": dict(enumerate(value["state"]))})
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _optimizer_in(value[0])
     return None
 
 
-def _config(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Every configuration that is there, flat, as far as it is JSON; the model's own arguments win."""
-    merged: dict[str, Any] = {}
-    for name in _CONFIGS:
-        value = tree.get(name)
-        if isinstance(value, Mapping):
-            merged |= {str(key): _json(item) for key, item in value.items() if _json(item) is not None}
-    return merged
+def _flat(value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], list[str]]:
+    """The tensors of a nested dict by dotted names, and what is not a tensor."""
+    tensors: dict[str, TensorRef] = {}
+    others: list[str] = []
+    for key, item in value.items():
+        if isinstance(item, TensorRef):
+            tensors[str(key)] = item
+        elif isinstance(item, Mapping) and item:
+            inner, more = _flat(item)
+            tensors |= {f"{key}.{name}": ref for name, ref in inner.items()}
+            others += [f"{key}.{name}" for name in more]
+        else:
+            others.append(f"{key}{_described(item)}")
+    return tensors, others
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, TensorRef):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_has_tensors, value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_tensors, value))
+
+
+def _described(value: Any) -> str:
+    """What a value is, in brackets after its name; nothing where its name says enough."""
+    if isinstance(value, Unheld):
+        return f" ({value.words})"
+    unheld = _first_unheld(value)
+    return f" (in it {unheld})" if unheld else ""
+
+
+def _first_unheld(value: Any) -> str:
+    items: list[Any] = []
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list | tuple):
+        items = list(enumerate(value))
+    found = []
+    for key, item in items:
+        inner = item.words if isinstance(item, Unheld) else _first_unheld(item)
+        if inner:
+            found.append(f"{key}: {inner}")
+    return "; ".join(found)
 
 
 def _json(value: Any) -> Any:
@@ -140,42 +304,10 @@ def _json(value: Any) -> Any:
         finite = not isinstance(value, float) or abs(value) != float("inf")
         return value if finite and (not isinstance(value, int) or abs(value) < 2**63) else None
     if isinstance(value, list | tuple):
-        items = [_json(item) for item in value]
-        return items if all(item is not None for item in items) else None
+        items = [None if item is None else _json(item) for item in value]
+        whole = all(one is None or two is not None for one, two in zip(value, items, strict=True))
+        return items if whole else None
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        entries = {key: _json(item) for key, item in value.items()}
+        return entries if all(entries[k] is not None or value[k] is None for k in entries) else None
     return None
-
-
-def _marker(tree: Mapping[str, Any], what: str) -> dict[str, Any] | None:
-    """What a Holdfast export says about itself. It is as untrusted as the file that it came in."""
-    text = tree.get(MARKER)
-    if not isinstance(text, str):
-        return None
-    found = parse_canonical(text.encode("utf-8", "replace"), what=f"the key {MARKER} of {what}")
-    kinds = {
-        "version": int,
-        "modules": list,
-        "optimizers": list,
-        "aliases": dict,
-        "objects": dict,
-        "local": dict,
-        "config": dict,
-        "metrics": dict,
-        "step": int,
-        "epoch": int,
-        "tokens": int,
-    }
-    if not isinstance(found, dict) or any(not isinstance(found.get(k), kind) for k, kind in kinds.items()):
-        raise DamagedError(f"the key {MARKER} of {what} is not what an export writes there")
-    if found["version"] != 1:
-        raise DamagedError(f"{what} was exported by a newer Holdfast: update Holdfast to import it")
-    try:
-        found["metrics"] = {name: decode_metric(value) for name, value in found["metrics"].items()}
-    except ValueError as error:
-        raise DamagedError(f"the key {MARKER} of {what}: {error}") from error
-    for key in (*found["modules"], *found["optimizers"]):
-        if not isinstance(key, str) or not isinstance(tree.get(key), Mapping):
-            raise DamagedError(f"{what} lacks the state {str(key)[:80]!r} that its key {MARKER} names")
-    extra = tree.get(EXTRA, {})
-    if not isinstance(extra, Mapping) or not all(isinstance(ref, TensorRef) for ref in extra.values()):
-        raise DamagedError(f"the key {EXTRA} of {what} is not what an export writes there")
-    return found

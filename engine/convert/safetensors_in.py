@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.convert.file_kinds import file_kind, refuse_other
 from engine.convert.safetensors_out import INDEX, SINGLE
 from engine.convert.state_tree import TensorRef
 from engine.convert.tensors import row_spans
@@ -28,8 +29,12 @@ class SafetensorsFiles:
 
     def __init__(self, files: list[Path]) -> None:
         self._entries: dict[str, tuple[Path, HeaderEntry]] = {}
+        self.shared: dict[str, str] = {}
+        """Names of tied weights that were left out -> the name that was kept, as save_model notes them."""
         for file in files:
-            for name, entry in _read_header(file).items():
+            header, metadata = _read_header(file)
+            self.shared |= metadata
+            for name, entry in header.items():
                 if name in self._entries:
                     raise DamagedError(f"{file} and {self._entries[name][0]} both hold a tensor {name!r}")
                 self._entries[name] = file, entry
@@ -57,13 +62,14 @@ class SafetensorsFiles:
 def open_safetensors(path: Path) -> tuple[dict[str, Any], SafetensorsFiles]:
     """(tree, tensors) of a file or directory; `config` is what `config.json` beside it says.
 
-    Raises: DamagedError; OSError.
+    Raises: ConfigError when a file is no safetensors file at all; DamagedError; OSError.
     """
     folder = path if path.is_dir() else path.parent
     tensors = SafetensorsFiles(_files(path))
     config = folder / "config.json"
     refs = {name: TensorRef(name, info) for name, info in tensors.infos.items()}
-    return {"model": refs, "config": _read_json(config) if config.exists() else {}}, tensors
+    tied = {name: refs[kept] for name, kept in tensors.shared.items() if kept in refs and name not in refs}
+    return {"model": refs | tied, "config": read_json(config) if config.exists() else {}}, tensors
 
 
 def _files(path: Path) -> list[Path]:
@@ -71,21 +77,28 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if (path / SINGLE).exists():
         return [path / SINGLE]
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    if not (path / INDEX).exists():
+        return sorted(path.glob("*.safetensors"))
+    weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DamagedError(f"{path / INDEX} does not say which tensor lies in which file")
     return [path / safe_name(file) for file in sorted(set(weight_map.values()))]
 
 
-def _read_header(file: Path) -> dict[str, HeaderEntry]:
+def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
+    """(the tensors, what the file says beside them)."""
+    refuse_other(file, file_kind(file))
     size = file.stat().st_size
     with open(file, "rb") as opened:
         first = opened.read(_FIRST_BYTES)
         raw = first + opened.read(header_bytes(first, size, what=str(file)) - _FIRST_BYTES)
-    return parse_header(raw, size, what=str(file))
+    entries = parse_header(raw, size, what=str(file))
+    metadata = json.loads(raw[_FIRST_BYTES:]).get("__metadata__", {})
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object. DamagedError when it does not; OSError."""
     try:
         found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES)
     except json.JSONDecodeError as error:

@@ -36,6 +36,13 @@ class TensorRef:
     info: TensorInfo
 
 
+@dataclass(frozen=True, slots=True)
+class Unheld:
+    """Stands in a tree for a value that no checkpoint can hold: in words, with an article, what it is."""
+
+    words: str
+
+
 def torch_tree(source: CheckpointTensors, *, dtype: str | None, model_only: bool) -> dict[str, Any]:
     """The tree of a `.pt`: optimizers with parameters by number, other state as its own objects gave it."""
     refs = _Refs(source.manifest, dtype)

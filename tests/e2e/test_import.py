@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.e2e.harness import environment
+from tests.support.tiny_gpt2 import train
 
 LOOP = """
 import sys
@@ -47,3 +48,49 @@ def test_a_folder_with_its_own_data_and_model(tmp_path: Path) -> None:
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "fine\n"
+
+
+COMMANDS = """
+import os, runpy, sys
+
+def run(*argv):
+    sys.argv = ["engine.checkpoints", *argv]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("model", "data")]:
+        del sys.modules[name]  # each command as in a process of its own
+    try:
+        runpy.run_module("engine.checkpoints", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert end.code in (0, None) or (argv[0], end.code) == ("diff", 1), (argv, end.code)
+
+saved = "saved/" + next(name for name in os.listdir("saved") if name.startswith("step-"))
+run("export", saved, "--to", "hf", "--format", "hf")  # with a tokenizer: model and data are both needed
+run("import", "hf", "--to", "again")
+again = "again/" + next(name for name in os.listdir("again") if name.startswith("step-"))
+run("diff", saved, again)
+run("merge", saved, again, "--to", "merged")
+for argv in (("list",), ("show",), ("verify",), ("prune", "--dry_run"), ("selftest",)):
+    run(argv[0], "again", *argv[1:])
+run("hold", again)
+run("release", again)
+run("copy", again, "copied")
+print("fine")
+"""
+
+
+def test_the_commands_need_no_module_of_a_users(tmp_path: Path) -> None:
+    """`python -m` and `python -c` put the working directory first on the import path."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("raise SystemExit('the wrong data')\n")
+    (tmp_path / "model.py").write_text("raise SystemExit('the wrong model')\n")
+    train(tmp_path / "saved", steps=1)
+    ran = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        cwd=tmp_path,
+        env={**os.environ, **environment()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[-1] == "fine"

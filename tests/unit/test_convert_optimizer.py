@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 
-from engine.convert.optimizer import Parameters, StateTensor, optimizer_parts
-from engine.convert.recognise import canonical_name
+from engine.convert.names import Names, shared_names
+from engine.convert.numbering import Parameter, Parameters
+from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.state_tree import TensorRef
 from engine.errors import StateError
 from engine.format.manifest import TensorInfo
 
 MODEL: Parameters = {
-    "a.weight": ((4, 2), (4, 2)),
-    "a.bias": ((4,), (4,)),
-    "b.weight": ((2, 4), (4, 2)),  # stored as the transpose of ours
-    "b.bias": ((2,), (2,)),
+    "a.weight": Parameter((4, 2), (4, 2)),
+    "a.bias": Parameter((4,), (4,)),
+    "b.weight": Parameter((2, 4), (4, 2), transposed=True),
+    "b.bias": Parameter((2,), (2,)),
 }
 
 
@@ -60,8 +61,9 @@ def test_names_are_taken_as_they_are() -> None:
         "state": {"module.a.bias": {"exp_avg": ref(4), "step": 3}},
         "param_groups": [{"lr": ref(), "params": ["module.a.bias"], "odd": object()}],
     }
-    found = optimizer_parts(optimizer, MODEL, lambda ref: 7.0)
+    found = optimizer_parts(optimizer, MODEL, lambda ref: 7.0, names=Names(prefix="module."))
     assert found.document == {"param_groups": [{"lr": 7.0, "params": ["a.bias"]}]}
+    assert found.left_out == ("param_groups.0.odd",)
     assert found.tensors["a.bias.step"] == StateTensor(TensorInfo("F32", ()), number=3.0)
 
 
@@ -88,8 +90,8 @@ def test_counters_that_are_no_tensors_are_kept() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        (saved((4, 2), (4,), (2, 4)), "do not fit the model's 4"),
-        (saved((4,), (4, 2), (2, 4), (2,)), "neither in the model's order nor"),
+        (saved((4, 2), (4, 2), (2, 4)), "do not fit the model's 4"),
+        (saved((4, 2), (4,), (2, 4), (3,)), "neither in the model's order nor"),
         ({"state": {}, "param_groups": [{"params": ["c"]}]}, "lacks 1 of its parameters, 'c' first"),
         ({"state": {}, "param_groups": [{"params": [0, 0]}]}, "each of their parameters once"),
         ({"state": {}, "param_groups": [{"params": [None]}]}, "each of their parameters once"),
@@ -101,15 +103,89 @@ def test_what_cannot_be_told_is_refused(optimizer: dict[str, Any], words: str) -
         names(optimizer)
 
 
+def test_moments_of_a_transposed_square_matrix_are_transposed() -> None:
+    """Its shape does not tell: a GPT-2 of transformers has c_proj so."""
+    square: Parameters = {"w": Parameter((3, 3), (3, 3), transposed=True)}
+    found = optimizer_parts(saved((3, 3), groups=(1,)), square, lambda ref: 0.0)
+    assert found.tensors["w.exp_avg"].transposed
+
+
+def test_factors_of_a_transposed_parameter_are_refused() -> None:
+    """Adafactor's row and column would have to change places, and their names do not say so for every optimizer."""
+    state = {"w": {"exp_avg_sq_row": ref(2), "step": ref()}}
+    optimizer = {"state": state, "param_groups": [{"params": ["w"]}]}
+    with pytest.raises(StateError, match="the exp_avg_sq_row of w cannot be transposed"):
+        optimizer_parts(optimizer, {"w": Parameter((2, 4), (4, 2), transposed=True)}, lambda ref: 0.0)
+
+
+EQUAL: Parameters = {name: Parameter((3, 3), (3, 3)) for name in ("a", "b", "c", "d")}
+
+
+def test_groups_of_equal_shapes_could_be_any_part_of_the_model() -> None:
+    """A script may put the head's group first: nothing in the file would tell."""
+    four = ((3, 3),) * 4
+    with pytest.raises(StateError, match="2 groups of numbered parameters fit the model's in 2 ways"):
+        names(saved(*four, groups=(2, 2)), EQUAL)
+    assert names(saved(*four, groups=(4,)), EQUAL) == [["a", "b", "c", "d"]]
+
+
+def test_a_group_order_that_only_one_way_fits_is_found() -> None:
+    parts: Parameters = {"body": Parameter((4, 4), (4, 4)), "head": Parameter((2, 4), (2, 4))}
+    assert names(saved((2, 4), (4, 4), groups=(1, 1)), parts) == [["head"], ["body"]]
+
+
+def test_without_the_order_only_shapes_that_differ_tell() -> None:
+    """safetensors sorts names: layers.10 stands before layers.2 there."""
+    found = optimizer_parts(saved((4,), (4, 2), (2,), (2, 4)), MODEL, lambda ref: 0.0, in_order=False)
+    assert found.document["param_groups"][0]["params"] == ["a.bias", "a.weight", "b.bias", "b.weight"]
+    with pytest.raises(StateError, match="does not keep the order that the numbers mean"):
+        optimizer_parts(saved(*((3, 3),) * 4), EQUAL, lambda ref: 0.0, in_order=False)
+
+
+def test_buffers_have_no_number() -> None:
+    model = {"w": Parameter((2, 2), (2, 2)), "mean": Parameter((2, 2), (2, 2), is_buffer=True)}
+    model["v"] = Parameter((2, 2), (2, 2))
+    assert names(saved((2, 2), (2, 2), groups=(2,)), model) == [["w", "v"]]
+
+
+def test_numbers_that_became_text_are_numbers() -> None:
+    optimizer = saved((4, 2), (4,), (2, 4), (2,))
+    optimizer["state"] = {str(key): value for key, value in optimizer["state"].items()}
+    found = optimizer_parts(optimizer, MODEL, lambda ref: 0.0)
+    assert found.tensors["a.weight.exp_avg"].ref is optimizer["state"]["0"]["exp_avg"]
+
+
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("steps", "wanted"), [([5, 5.0], 5), ([5, 6], None), ([5, "x"], None), ([], None), ([ref(), 7], 7)]
+)
+def test_steps_are_what_all_parameters_count(steps: list[Any], wanted: int | None) -> None:
+    state = {number: {"step": step} for number, step in enumerate(steps)}
+    assert steps_of({"state": state}, lambda ref: 7.0) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "prefix"),
     [
-        ("_orig_mod.transformer.wte.weight", "transformer.wte.weight"),
-        ("module.module.a", "a"),
-        ("h.0._checkpoint_wrapped_module.x", "h.0.x"),
-        ("a.module.b", "a.module.b"),
-        ("module", "module"),
+        (("model.a.w", "model.b"), ("a.w", "b"), "model."),
+        (("model.model.a.w", "model.model.b"), ("a.w", "b"), "model.model."),
+        (("net._forward_module.a.w", "net._forward_module.b"), ("a.w", "b"), "net."),
+        (("_orig_mod.a", "_orig_mod.b"), ("a", "b"), ""),
+        (("module.module.a", "module.module.b"), ("a", "b"), "module.module."),
+        (("h.0._checkpoint_wrapped_module.x", "y"), ("h.0.x", "y"), ""),
+        (("model.a", "head.b"), ("model.a", "head.b"), ""),  # not shared by all
+        (("a.module.b", "a.module.c"), ("a.module.b", "a.module.c"), ""),  # somebody's own part
+        (("layers.0", "layers.1"), ("layers.0", "layers.1"), ""),
+        (("module",), ("module",), ""),
+        (
+            ("lm.transformer.wte.weight", "lm.lm_head.weight"),
+            ("transformer.wte.weight", "lm_head.weight"),
+            "lm.",
+        ),
+        (("transformer.wte.weight", "transformer.x"), ("transformer.wte.weight", "transformer.x"), ""),
     ],
 )
-def test_names_without_wrappers(given: str, wanted: str) -> None:
-    assert canonical_name(given) == wanted
+def test_names_without_wrappers(given: tuple[str, ...], wanted: tuple[str, ...], prefix: str) -> None:
+    names = shared_names(given)
+    assert tuple(map(names.of, given)) == wanted
+    assert names.prefix == prefix
+    assert bool(names.notes) == (given != wanted)

@@ -1,0 +1,83 @@
+"""DeepSpeed's checkpoints: of ZeRO-1 and 2 and of none, the weights lie in one file; of the others nowhere.
+
+Source of the layout: deepspeed/runtime/engine.py (save_checkpoint) and deepspeed/utils/zero_to_fp32.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.convert.opened import Opened
+from engine.convert.pt_in import open_pt
+from engine.convert.recognise import ZERO_TO_FP32
+from engine.errors import StateError
+
+_LATEST = "latest"
+_MODEL = "mp_rank_00_model_states.pt"
+_MODELS = "*_model_states.pt"
+_OPTIMIZERS = "*_optim_states.pt"
+_MOST_NAME_BYTES = 256
+_TO_TRANSFORMERS = (
+    "Megatron-DeepSpeed's `python tools/convert_checkpoint/deepspeed_to_transformers.py --input_folder IN "
+    "--output_folder OUT` puts it together: import OUT"
+)
+
+
+def deepspeed_folder(path: Path) -> Path | None:
+    """Where a DeepSpeed checkpoint's files lie: in `path`, or in the folder that its file `latest` names."""
+    if _is_one(path):
+        return path
+    latest = path / _LATEST
+    if latest.is_file() and latest.stat().st_size <= _MOST_NAME_BYTES:
+        name = latest.read_text(errors="replace").strip()
+        if name.isprintable() and name not in ("", ".", "..") and "/" not in name and _is_one(path / name):
+            return path / name
+    return None
+
+
+def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:
+    """The weights and the counters of a DeepSpeed checkpoint.
+
+    Raises: StateError when the weights are not in one file, with what puts them together, or when loading
+        it would run code and `trust_pickle` is not given; DamagedError; OSError.
+    """
+    files = sorted(file.name for file in folder.glob(_MODELS))
+    _refuse_parts(folder, files)
+    tree, tensors, notes = open_pt(folder / _MODEL, trust_pickle=trust_pickle)
+    partitions = sorted(file.name for file in folder.glob(_OPTIMIZERS))
+    if not partitions:
+        return Opened("pt", tree, tensors, notes)
+    said = (
+        f"DeepSpeed ZeRO keeps the optimizer and the float32 weights in {len(partitions)} partitions, which "
+        f"were not read: the weights are those that the model computes with. {ZERO_TO_FP32} for float32"
+    )
+    kept = {key: value for key, value in tree.items() if value is not None}
+    return Opened("pt", kept, tensors, (*notes, said), tuple(partitions))
+
+
+def _is_one(path: Path) -> bool:
+    return path.is_dir() and any(path.glob(_MODELS))
+
+
+def _refuse_parts(folder: Path, files: list[str]) -> None:
+    if any(name.startswith("zero_pp_rank_") for name in files):
+        raise StateError(
+            f"{folder} is a DeepSpeed ZeRO-3 checkpoint: its weights are cut over the ranks' files. "
+            f"{ZERO_TO_FP32}"
+        )
+    if any("_expert_" in name for name in files):
+        raise StateError(
+            f"{folder} is a DeepSpeed checkpoint of a mixture of experts, which lie in files of their own. "
+            "Gather the state_dict in the job and torch.save it: import that"
+        )
+    if any(name.startswith("layer_") for name in files):
+        raise StateError(
+            f"{folder} is a checkpoint of DeepSpeed's pipeline, whose layers lie in files of their own. "
+            f"{_TO_TRANSFORMERS}"
+        )
+    if files != [_MODEL]:
+        raise StateError(
+            f"{folder} is a DeepSpeed checkpoint of {len(files)} tensor-parallel parts "
+            f"({', '.join(files[:4])}). "
+            f"{_TO_TRANSFORMERS}"
+        )

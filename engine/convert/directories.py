@@ -1,0 +1,125 @@
+"""Which tool left a directory, told by the names of its files; and how each is opened.
+
+Understood: safetensors and `.bin` weights of Hugging Face, alone or in a checkpoint of its Trainer or of
+Accelerate; DCP, alone or as torchtitan, Accelerate and Lightning write it; DeepSpeed's model states; one
+`.pt`. Others are refused by their tool's name (`elsewhere`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.convert.dcp_in import open_dcp
+from engine.convert.deepspeed_in import deepspeed_folder, open_deepspeed
+from engine.convert.elsewhere import refuse_elsewhere
+from engine.convert.file_kinds import file_kind
+from engine.convert.opened import Joined, Opened
+from engine.convert.pt_in import open_pt
+from engine.convert.safetensors_in import open_safetensors
+from engine.convert.safetensors_out import INDEX, SINGLE
+from engine.convert.trainer_in import add_companions
+from engine.convert.weights_in import BIN_FILES, BIN_INDEX, open_bin_shards
+from engine.dcp.stock_read import METADATA
+from engine.errors import ConfigError
+from engine.format.names import MANIFEST
+
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_ACCELERATE_DCP = "pytorch_model_fsdp_0"
+_ACCELERATE_OPTIMIZER = "optimizer_0"
+_LIGHTNING_META = "meta.pt"
+
+
+def open_file(path: Path, trust_pickle: bool) -> Opened:
+    """Open one file by what is in it. Raises as `open_pt` and `open_safetensors` do."""
+    kind = file_kind(path)
+    if kind.format == "safetensors" or (kind.format == "other" and path.suffix == ".safetensors"):
+        tree, tensors = open_safetensors(path)
+        named = path.suffix == ".safetensors"
+        return Opened(
+            "safetensors", tree, tensors, () if named else (f"it is {kind.words}, whatever its name says",)
+        )
+    tree, pt_tensors, notes = open_pt(path, trust_pickle=trust_pickle, kind=kind)
+    if path.suffix == ".safetensors":
+        notes = (f"it is {kind.words}, whatever its name says", *notes)
+    return Opened("pt", tree, pt_tensors, notes)
+
+
+def open_directory(path: Path, trust_pickle: bool) -> Opened:
+    """Open a directory. Raises: ConfigError for one that is not understood; StateError where its tool has to
+    put it together first; DamagedError; OSError.
+    """
+    if (path / MANIFEST).exists():
+        raise ConfigError(f"{path} is a Holdfast checkpoint already: there is nothing to import")
+    weights = _weights(path, trust_pickle)
+    if weights is not None:
+        return add_companions(path, weights, trust_pickle)
+    if (path / _ACCELERATE_DCP / METADATA).exists():
+        return add_companions(path, _accelerate_dcp(path, trust_pickle), trust_pickle)
+    folder = deepspeed_folder(path)
+    if folder is not None:
+        return open_deepspeed(folder, trust_pickle)
+    refuse_elsewhere(path)
+    if (path / METADATA).exists():
+        return _dcp(path, trust_pickle)
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+    if len(files) == 1:
+        return open_file(files[0], trust_pickle)
+    raise ConfigError(_not_understood(path, files))
+
+
+def _weights(path: Path, trust_pickle: bool) -> Opened | None:
+    """The weights of a model as Hugging Face's tools name their files."""
+    if (path / SINGLE).exists() or (path / INDEX).exists():
+        return Opened("safetensors", *open_safetensors(path))
+    for name in BIN_FILES:
+        if (path / name).exists():
+            opened = open_file(path / name, trust_pickle)
+            return (
+                opened if opened.kind == "safetensors" else open_bin_shards(path, [path / name], trust_pickle)
+            )
+    if (path / BIN_INDEX).exists():
+        return open_bin_shards(path, None, trust_pickle)
+    if len(list(path.glob("*.safetensors"))) == 1:
+        return Opened("safetensors", *open_safetensors(path))
+    return None
+
+
+def _dcp(path: Path, trust_pickle: bool) -> Opened:
+    tree, tensors, notes = open_dcp(path, trust_pickle=trust_pickle)
+    if not (path / _LIGHTNING_META).exists():
+        return Opened("dcp", tree, tensors, notes)
+    # Lightning shards model and optimizers by DCP and keeps the rest of its checkpoint beside them.
+    more, more_tensors, more_notes = open_pt(
+        path / _LIGHTNING_META, trust_pickle=trust_pickle, prefix="meta.pt"
+    )
+    return Opened("dcp", more | tree, Joined(tensors, more_tensors), (*notes, *more_notes))
+
+
+def _accelerate_dcp(path: Path, trust_pickle: bool) -> Opened:
+    """Accelerate's FSDP: model and optimizer are DCP directories of their own."""
+    tree, tensors, notes = open_dcp(path / _ACCELERATE_DCP, trust_pickle=trust_pickle)
+    if not (path / _ACCELERATE_OPTIMIZER / METADATA).exists():
+        return Opened("dcp", tree, tensors, notes)
+    more, more_tensors, more_notes = open_dcp(path / _ACCELERATE_OPTIMIZER, trust_pickle=trust_pickle)
+    return Opened("dcp", more | tree, Joined(tensors, more_tensors), (*notes, *more_notes))
+
+
+def _not_understood(path: Path, files: list[Path]) -> str:
+    inner = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.is_dir() and ((entry / METADATA).exists() or _has_weights(entry))
+    )
+    if files:
+        names = ", ".join(file.name for file in files[:20])
+        return f"{path} holds several files that may be checkpoints ({names}): give one of them"
+    if inner:
+        return f"{path} is no checkpoint, but these in it may be: {', '.join(inner[:20])}. Give one of them"
+    return (
+        f"{path} is no checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, "
+        "nor one .pt file. Give such a directory, a .safetensors file or a .pt file"
+    )
+
+
+def _has_weights(path: Path) -> bool:
+    return any((path / name).exists() for name in (SINGLE, INDEX, BIN_INDEX, *BIN_FILES))

@@ -1,0 +1,79 @@
+"""Directories of tools that are not understood: refused by the tool's name, with the way to one that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import StateError
+
+
+@dataclass(frozen=True, slots=True)
+class _Tool:
+    """patterns: names of which one in the directory tells the tool. advice: how its user goes on."""
+
+    name: str
+    patterns: tuple[str, ...]
+    advice: str
+
+
+_TOOLS = (
+    _Tool(
+        "a DeepSpeed universal checkpoint",
+        ("zero/*/fp32.pt", "latest_universal"),
+        "import the checkpoint that ds_to_universal made it from, or what zero_to_fp32.py makes of that",
+    ),
+    _Tool(
+        "a Megatron-Core distributed checkpoint",
+        ("common.pt", "iter_*/common.pt"),
+        "load it in Megatron-LM with `--ckpt-convert-format torch --ckpt-convert-save DIR`, and make Hugging "
+        "Face weights of that: `python tools/checkpoint/convert.py --model-type GPT --loader mcore --saver "
+        "SAVER --load-dir DIR --save-dir OUT`; import OUT",
+    ),
+    _Tool(
+        "a Megatron-LM checkpoint, cut over tensor- and pipeline-parallel ranks",
+        ("latest_checkpointed_iteration.txt", "mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt"),
+        "make Hugging Face weights of it: `python tools/checkpoint/convert.py --model-type GPT --loader "
+        "mcore --saver SAVER --load-dir IN --save-dir OUT`; import OUT",
+    ),
+    _Tool(
+        "a diffusers pipeline",
+        ("model_index.json",),
+        "give the folder of one of its models, unet/ for instance",
+    ),
+    _Tool(
+        "an Orbax checkpoint (JAX)",
+        ("_CHECKPOINT_METADATA", "manifest.ocdbt", "*/manifest.ocdbt"),
+        "restore it with orbax.checkpoint, and save the arrays with safetensors.numpy.save_file",
+    ),
+    _Tool(
+        "a Flax checkpoint (JAX)",
+        ("flax_model.msgpack",),
+        "`AutoModel.from_pretrained(DIR, from_flax=True).save_pretrained(OUT)` of transformers below 5 "
+        "converts it: import OUT",
+    ),
+    _Tool(
+        "a TensorFlow checkpoint",
+        ("tf_model.h5", "saved_model.pb", "*.ckpt.index", "*.data-00000-of-*"),
+        "`AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)` of transformers below 5 "
+        "converts it: import OUT",
+    ),
+    _Tool(
+        "a NeMo checkpoint",
+        ("model_config.yaml",),
+        "`nemo llm export -y path=IN output_path=OUT target=hf` makes Hugging Face weights of it: import OUT",
+    ),
+)
+
+
+def refuse_elsewhere(path: Path) -> None:
+    """StateError when a tool that is known by name, but not understood, left this directory."""
+    for tool in _TOOLS:
+        if any(any(path.glob(pattern)) for pattern in tool.patterns):
+            raise StateError(
+                f"{path} is {tool.name}: it cannot be imported as it is. {_sentence(tool.advice)}"
+            )
+
+
+def _sentence(advice: str) -> str:
+    return advice[0].upper() + advice[1:] if advice[0] != "`" else advice

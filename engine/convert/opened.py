@@ -1,0 +1,45 @@
+"""A foreign checkpoint as the readers of each format give it, and several of them as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from engine.convert.tensors import TensorSource
+from engine.format.manifest import TensorInfo
+
+Kind = Literal["safetensors", "dcp", "pt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """In `tree`, tensors are `TensorRef`s by their names in `tensors`.
+
+    kind: the format of the model's weights. notes: what to know about it, in sentences.
+    left_out: files that were not read, by name.
+    """
+
+    kind: Kind
+    tree: Mapping[str, Any]
+    tensors: TensorSource
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = field(default=())
+
+
+class Joined:
+    """The tensors of several sources, whose names differ."""
+
+    def __init__(self, *sources: TensorSource) -> None:
+        self._homes = {name: source for source in sources for name in source.infos}
+        self._infos = {name: info for source in sources for name, info in source.infos.items()}
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def windows(self, name: str) -> Iterator[torch.Tensor]:
+        """See `TensorSource`."""
+        return self._homes[name].windows(name)

@@ -1,0 +1,200 @@
+"""Load what torch.save and pickle wrote: without running code unless that is trusted, and if it is, with
+classes that do not exist here as data.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import torch
+
+from engine.convert.file_kinds import FileKind
+from engine.errors import DamagedError, StateError
+
+_SHOWN = 3
+_MAX_SCAN_BYTES = 256 << 20
+
+
+class Unknown:
+    """An object of a class that does not exist here: what it was made from and its state, as data."""
+
+    spelled = "an unknown class"
+
+    def __new__(cls, *args: Any, **_: Any) -> Unknown:
+        made = object.__new__(cls)
+        made.__dict__.update(args=args, state={}, items=[], entries={})
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is left to do: an unpickler may call it or not."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__["state"] = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, value: Any) -> None:
+        """What a pickled subclass of list is filled by; `extend` as well."""
+        self.items.append(value)
+
+    def extend(self, values: Any) -> None:
+        self.items.extend(values)
+
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+    entries: dict[Any, Any]
+
+    def data(self) -> Any:
+        """A dict of its attributes and entries where it has any; else its items or arguments."""
+        state = self.state if isinstance(self.state, tuple) else (self.state,)
+        found = {key: value for part in state if isinstance(part, dict) for key, value in part.items()}
+        found |= self.entries
+        return found or self.items or (self.args[0] if len(self.args) == 1 else list(self.args)) or {}
+
+
+def load(path: Path, kind: FileKind, *, trust_pickle: bool) -> tuple[Any, tuple[str, ...]]:
+    """(what a file holds, the classes in it that do not exist here).
+
+    Raises: StateError when loading it would run code and `trust_pickle` is not given; DamagedError; OSError.
+    """
+    if not trust_pickle:
+        if kind.format == "pickle":
+            raise refused(path, kind.words, path.read_bytes())
+        return _load_safely(path), ()
+    unknown: dict[str, type[Unknown]] = {}
+    try:
+        if kind.format == "pickle":
+            with open(path, "rb") as file:
+                return _unpickler(unknown)(file).load(), tuple(unknown)
+        return _torch_load(path, unknown), tuple(unknown)
+    except OSError as error:
+        raise _readable(path, error) from error
+    except Exception as error:
+        raise DamagedError(f"{path} cannot be loaded: {first_line(error)}") from error
+
+
+def load_bytes(raw: io.BytesIO, unknown: dict[str, type[Unknown]]) -> Any:
+    """What torch.save wrote, trusted; the classes that do not exist here are added to `unknown`."""
+    return torch.load(raw, map_location="cpu", weights_only=False, pickle_module=_module(unknown))
+
+
+def refused(path: Path, words: str, pickled: bytes) -> StateError:
+    """The error for a pickle that would run code."""
+    names = list(dict.fromkeys(name for name in _globals(pickled) if not _harmless(name)))
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    detail = f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
+    return StateError(
+        f"{path} is {words} with objects whose loading runs code of its author's choice{detail}: refused. If "
+        "you trust whoever made it, give --trust_pickle"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load_safely(path: Path) -> Any:
+    try:
+        return _mapped_if_possible(path, weights_only=True)
+    except OSError as error:
+        raise _readable(path, error) from error
+    except pickle.UnpicklingError as error:
+        pickled = _pickled(path)
+        # Opcodes that torch's own unpickler does not know are those of a newer pickle protocol.
+        if all(map(_harmless, _globals(pickled))) and "Unsupported operand" not in str(error):
+            raise DamagedError(f"{path} is damaged: its pickle cannot be read to its end") from error
+        raise refused(path, "a file that torch.save wrote", pickled) from error
+    except Exception as error:
+        raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
+
+
+def _readable(path: Path, error: OSError) -> Exception:
+    """The error itself, unless torch's own reader found the file cut off: it says "invalid argument" then."""
+    return DamagedError(f"{path} is truncated or damaged") if error.errno == errno.EINVAL else error
+
+
+def _torch_load(path: Path, unknown: dict[str, type[Unknown]]) -> Any:
+    return _mapped_if_possible(path, weights_only=False, pickle_module=_module(unknown))
+
+
+def _mapped_if_possible(path: Path, **options: Any) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, **options)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        # Written before torch 1.6: such a file cannot be mapped.
+        return torch.load(path, map_location="cpu", **options)
+
+
+def _module(unknown: dict[str, type[Unknown]]) -> Any:
+    """A stand-in for the module `pickle`, as far as torch.load uses it."""
+    kind = _unpickler(unknown)
+
+    def load(file: BinaryIO, **options: Any) -> Any:
+        return kind(file, **options).load()
+
+    return SimpleNamespace(
+        Unpickler=kind, load=load, UnpicklingError=pickle.UnpicklingError, __name__="pickle"
+    )
+
+
+def _unpickler(unknown: dict[str, type[Unknown]]) -> type[pickle.Unpickler]:
+    class DataUnpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            spelled = f"{module}.{name}"
+            if spelled in unknown:
+                return unknown[spelled]
+            try:
+                return super().find_class(module, name)
+            except Exception:  # importing a module of somebody else's may fail in any way
+                made = type(name.rpartition(".")[2] or "Unknown", (Unknown,), {"spelled": spelled})
+                return unknown.setdefault(spelled, made)
+
+    return DataUnpickler
+
+
+def _pickled(path: Path) -> bytes:
+    """The pickle in a file that torch.save wrote, as far as it can be found."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            return archive.read(name) if archive.getinfo(name).file_size <= _MAX_SCAN_BYTES else b""
+    except (zipfile.BadZipFile, StopIteration):
+        with open(path, "rb") as file:
+            return file.read(_MAX_SCAN_BYTES)
+
+
+def _globals(pickled: bytes) -> Iterator[str]:
+    """The names that one or several pickles in a row import, as far as they can be read."""
+    file, strings = io.BytesIO(pickled), [""]
+    try:
+        while file.tell() < len(pickled):
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    yield str(argument).replace(" ", ".")
+                elif opcode.name == "STACK_GLOBAL":
+                    yield ".".join(strings[-2:])
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:  # damaged, or storages that follow the pickles: what was read counts
+        return
+
+
+_HARMLESS = frozenset({"torch", "collections", "torch._utils", "torch.storage", "torch.nn.parameter"})
+
+
+def _harmless(name: str) -> bool:
+    """Whether torch.load(weights_only=True) takes it, roughly: it decides, this only chooses words."""
+    return name.rpartition(".")[0] in _HARMLESS

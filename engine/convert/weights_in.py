@@ -1,0 +1,44 @@
+"""Hugging Face's `pytorch_model.bin`, in one file or in several with an index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.convert.opened import Joined, Opened
+from engine.convert.pt_in import open_pt
+from engine.convert.safetensors_in import read_json
+from engine.convert.tensors import TensorSource
+from engine.errors import DamagedError
+from engine.format.names import safe_name
+
+BIN_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "adapter_model.bin")
+"""Files that hold a model's weights alone; the second is Accelerate's, of a whole FSDP model."""
+
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def open_bin_shards(path: Path, files: list[Path] | None, trust_pickle: bool) -> Opened:
+    """The model in these files of a directory, or in those that its index names.
+
+    Raises: StateError when loading one would run code and `trust_pickle` is not given; DamagedError; OSError.
+    """
+    if files is None:
+        weight_map = read_json(path / BIN_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise DamagedError(f"{path / BIN_INDEX} does not say which tensor lies in which file")
+        files = [path / safe_name(name) for name in sorted(set(weight_map.values()))]
+    model: dict[str, Any] = {}
+    sources: list[TensorSource] = []
+    notes: list[str] = []
+    for file in files:
+        tree, tensors, said = open_pt(file, trust_pickle=trust_pickle, prefix=file.name)
+        both = model.keys() & tree.keys()
+        if both:
+            raise DamagedError(f"{file} and another file of {path} both hold a tensor {min(both)!r}")
+        model |= tree
+        sources.append(tensors)
+        notes += said
+    config = path / "config.json"
+    tree = {"model": model, "config": read_json(config) if config.exists() else {}}
+    return Opened("pt", tree, Joined(*sources), tuple(notes))
