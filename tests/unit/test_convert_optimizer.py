@@ -111,7 +111,7 @@ def test_moments_of_a_transposed_square_matrix_are_transposed() -> None:
 
 
 def test_factors_of_a_transposed_parameter_are_refused() -> None:
-    """Adafactor's row and column would have to change places, and their names do not say so for every optimizer."""
+    """Adafactor's row and column would have to change places, which their shapes do not tell."""
     state = {"w": {"exp_avg_sq_row": ref(2), "step": ref()}}
     optimizer = {"state": state, "param_groups": [{"params": ["w"]}]}
     with pytest.raises(StateError, match="the exp_avg_sq_row of w cannot be transposed"):
