@@ -19,7 +19,7 @@ from engine.forks import Home
 from engine.format.json import canonical_bytes
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
 from engine.parallel.calls import RESTORE, Calls, Request
-from engine.parallel.coordination import connect_ranks
+from engine.parallel.connect import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
 from engine.save.arguments import check_addresses, check_arguments, check_save, whole_numbers
@@ -67,6 +67,9 @@ class Checkpointer:
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
         mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
         read_only: restore and list only; takes no lease.
+        process_group: the ranks that save and restore together, when these are not all: a
+            torch.distributed.ProcessGroup. Ranks are numbered as in the group. Two groups of one job have a
+            directory each.
         on_event: called with one dict per event, possibly from a background thread.
     Raises: DirectoryHeldError when a live run writes to the directory; StorageError; ConfigError.
     """
@@ -92,6 +95,7 @@ class Checkpointer:
         mirror: str | os.PathLike[str] | None = None,
         mirror_freq: int = 1,
         read_only: bool = False,
+        process_group: Any = None,
         on_event: Listener | None = None,
     ) -> None:
         check_arguments(busy, timeout_secs, overlap, mirror_freq)
@@ -99,7 +103,7 @@ class Checkpointer:
         self._config = dict(config or {})
         canonical_bytes(self._config)
         listener = guarded(on_event)
-        ranks = connect_ranks(timeout_secs)
+        ranks = connect_ranks(timeout_secs, process_group)
         self._ranks = ranks  # at rank 0 it hosts the store
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()

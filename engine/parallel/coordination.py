@@ -5,25 +5,20 @@ interleaves with training's own and deadlocks. Ranks therefore talk over a TCPSt
 hosted by rank 0. A blocking `wait` in one thread holds up every other call on the same client, so each
 thread has a connection of its own (a `Channel`).
 
-The only collective here is one broadcast of the store's address when the ranks connect.
+How ranks find the store: `engine.parallel.connect`.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from engine.errors import CoordinationError, LateRanksError
-from engine.parallel.answering import AnsweringStore, Store
+from engine.parallel.answering import Store
 
 Clock = Callable[[], float]
 
@@ -177,40 +172,6 @@ class Coordinator:
     def channel(self) -> Channel:
         """A connection for one thread."""
         return Channel(self.rank, self.world_size, self.connect())
-
-
-def connect_ranks(timeout_secs: float) -> Coordinator:
-    """Connect to the other ranks of the default process group; alone when there is none.
-
-    Collective: every rank of the default group must call it at the same point.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Coordinator(0, 1, uuid.uuid4().hex[:12])
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    timeout = timedelta(seconds=timeout_secs)
-    server: Any = None
-    address: list[object] = [None, None, None]
-    if rank == 0:
-        server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        address = [_reachable_host(), server.port, uuid.uuid4().hex[:12]]
-    dist.broadcast_object_list(address, src=0)
-    host, port, run_id = str(address[0]), int(str(address[1])), str(address[2])
-    if rank == 0:
-        host = "127.0.0.1"
-
-    def connect() -> Store:
-        store: Any = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
-        return AnsweringStore(store)
-
-    return Coordinator(rank, world_size, run_id, connect, server)
-
-
-def _reachable_host() -> str:
-    """A name of this host that the other ranks can reach."""
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", ""):
-        return "127.0.0.1"
-    # Under torchrun MASTER_ADDR is the host of rank 0, under a name that all nodes resolve.
-    return os.environ.get("MASTER_ADDR") or socket.getfqdn()
 
 
 def _gone(rank: int, error: Exception) -> CoordinationError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.catalog.lease import Lease
+from engine.catalog.lease import STALE_SECS, Lease
 from engine.catalog.listing import Memory, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap_abandoned
 from engine.catalog.record import CheckpointRecord
@@ -62,7 +62,8 @@ class HeldDirectory:
             return {}
 
         try:
-            rank0_decides(channel, "start/lease", acquire, timeout_secs)
+            # Rank 0 may have to watch for so long whether another holder lives.
+            rank0_decides(channel, "start/lease", acquire, timeout_secs + STALE_SECS)
             problem: Exception | None = None
             try:
                 probe_shared(self.storage, channel, self.run_id, timeout_secs)

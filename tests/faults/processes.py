@@ -137,7 +137,7 @@ def one_rank(
     coordinator = Coordinator(rank, world_size, run, connect if world_size > 1 else lambda: None, server)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.parallel.answering.ANSWER_SECS", answer_secs)
-        patch.setattr("engine.checkpointer.connect_ranks", lambda secs: coordinator)
+        patch.setattr("engine.checkpointer.connect_ranks", lambda *_: coordinator)
         patch.setattr(
             "engine.checkpointer.open_storage", lambda *_: LocalStorage(root, system=FaultSystem(disk))
         )

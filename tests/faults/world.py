@@ -358,7 +358,7 @@ def job(root: Path, world_size: int, *, world: World | None = None, **given: Any
     """A running job; closed at the end whatever happened. `world`: one whose faults are set already."""
     world = world or World(root, world_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.checkpointer.connect_ranks", lambda secs: _here.world.coordinator(_here.rank))
+        patch.setattr("engine.checkpointer.connect_ranks", lambda *_: _here.world.coordinator(_here.rank))
         patch.setattr("engine.checkpointer.open_storage", lambda *_: _here.world._make_storage(_here.rank))
         patch.setattr("engine.save.job.confirm_files", _confirm_at_once)
         try:

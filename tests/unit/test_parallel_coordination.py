@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from engine.errors import CoordinationError, LateRanksError
 from engine.parallel import coordination
-from engine.parallel.coordination import Channel, Coordinator, connect_ranks
+from engine.parallel.coordination import Channel, Coordinator
 from tests.support.channels import BrokenStore, ImpatientStore, MemoryStore, on_ranks
 
 
@@ -178,15 +178,6 @@ def test_a_lost_connection_at_rank_0() -> None:
             call(Channel(0, 2, BrokenStore()))
 
 
-def test_one_process_needs_no_store() -> None:
-    coordinator = connect_ranks(5)
-    assert (coordinator.rank, coordinator.world_size) == (0, 1)
-    channel = coordinator.channel()
-    assert channel.store is None
-    assert channel.gather("k", b"mine", 0) == [b"mine"]
-    assert connect_ranks(5).run_id != coordinator.run_id
-
-
 def test_each_channel_is_a_connection_of_its_own() -> None:
     """A wait in one thread blocks every other call on the same client."""
     stores: list[MemoryStore] = []
@@ -224,23 +215,3 @@ def test_the_real_store_behaves_like_the_one_of_these_tests() -> None:
     del server
     with pytest.raises(CoordinationError, match="lost its connection"):
         one.broadcast("again", None, 5)
-
-
-@pytest.mark.parametrize(
-    ("environment", "host"),
-    [
-        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "node-7"}, "127.0.0.1"),
-        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "MASTER_ADDR": "node-7"}, "node-7"),
-        ({"MASTER_ADDR": "node-7"}, "node-7"),
-        ({}, "the.full.name"),
-    ],
-)
-def test_the_address_is_one_that_other_nodes_reach(
-    environment: dict[str, str], host: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(coordination.socket, "getfqdn", lambda: "the.full.name")
-    assert coordination._reachable_host() == host

@@ -1,0 +1,143 @@
+"""How the ranks of one Checkpointer find each other: over the store of their process group, once.
+
+No collective: one that only some ranks enter hangs for the group's own timeout, or is answered by the next
+collective of training. Rank 0 puts the address of Holdfast's own store on the group's store, waits until
+every rank has come, and takes it away again before anybody goes on: nothing is left for the next
+Checkpointer to find, and nothing is counted.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from engine.errors import ConfigError, CoordinationError, LateRanksError
+from engine.format.json import canonical_bytes, parse_canonical
+from engine.parallel.agreement import VERDICT_GRACE_SECS, rank0_decides
+from engine.parallel.answering import AnsweringStore, Store
+from engine.parallel.coordination import Channel, Coordinator
+
+ADDRESS = "holdfast/address"
+
+_ALL_MAKE_ONE = (
+    "every rank of the process group makes its Checkpointer at the same point. If only some ranks are to "
+    "have one, give it their process_group"
+)
+
+
+def connect_ranks(timeout_secs: float, group: object = None) -> Coordinator:
+    """Connect to the other ranks of `group`, by default all of them; alone when there are no others.
+
+    Every rank of the group calls it at the same point.
+    Raises: LateRanksError, on every rank that came, naming one that did not; ConfigError for a group that
+        this rank is not in.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if group is not None:
+            raise ConfigError("process_group was given, but torch.distributed is not initialised")
+        return _alone()
+    members = dist.group.WORLD if group is None else group
+    if not isinstance(members, dist.ProcessGroup):
+        raise ConfigError(
+            f"process_group is {group!r} on global rank {dist.get_rank()}: it must be a ProcessGroup that "
+            "this rank is in, as dist.new_group or mesh.get_group() returns it; others make no Checkpointer"
+        )
+    if members.size() == 1:
+        return _alone()
+    store: Any = members.get_group_store()
+    board = AnsweringStore(store)
+    coordinator = _join(members.rank(), members.size(), board, timeout_secs)
+    _all_come(coordinator.channel(), board, timeout_secs)
+    return coordinator
+
+
+def _alone() -> Coordinator:
+    return Coordinator(0, 1, uuid.uuid4().hex[:12])
+
+
+def _join(rank: int, world_size: int, board: Store, timeout_secs: float) -> Coordinator:
+    timeout = timedelta(seconds=timeout_secs)
+    server: Any = None
+    if rank == 0:
+        server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        address = [reachable_host(dist.get_rank(), os.environ), server.port, uuid.uuid4().hex[:12]]
+        board.set(ADDRESS, canonical_bytes(address))
+    else:
+        address = parse_canonical(_read_address(rank, board, timeout_secs), what="rank 0's address")
+    host, port, run_id = str(address[0]), int(str(address[1])), str(address[2])
+
+    def connect() -> Store:
+        try:
+            store: Any = TCPStore(
+                "127.0.0.1" if rank == 0 else host,
+                port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timeout,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise CoordinationError(f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}") from error
+        return AnsweringStore(store)
+
+    return Coordinator(rank, world_size, run_id, connect, server)
+
+
+def _read_address(rank: int, board: Store, timeout_secs: float) -> bytes:
+    try:
+        board.wait([ADDRESS], timedelta(seconds=timeout_secs))
+        return board.get(ADDRESS)
+    except (dist.DistError, RuntimeError) as error:
+        # A FileStore says that it has given up with a plain RuntimeError.
+        if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
+            raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
+        raise LateRanksError(
+            f"rank 0 did not make its Checkpointer within {timeout_secs:g} s, but rank {rank} did: "
+            f"{_ALL_MAKE_ONE}",
+            (0,),
+        ) from error
+
+
+def _all_come(channel: Channel, board: Store, timeout_secs: float) -> None:
+    """Return when every rank has come, and the address is off the board."""
+    if channel.rank != 0:
+        channel.gather("start/came", b"1", 0)
+
+    def meet() -> bool:
+        try:
+            channel.gather("start/came", b"1", timeout_secs)
+        except LateRanksError as late:
+            names = " and ".join(f"rank {rank}" for rank in late.ranks)
+            raise LateRanksError(
+                f"{names} did not make a Checkpointer within {timeout_secs:g} s: {_ALL_MAKE_ONE}", late.ranks
+            ) from None
+        finally:
+            board.delete_key(ADDRESS)
+        return True
+
+    rank0_decides(channel, "start/all", meet, timeout_secs + VERDICT_GRACE_SECS)
+
+
+def reachable_host(global_rank: int, environment: Mapping[str, str]) -> str:
+    """A name of this host that the other ranks can reach."""
+    if environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE", ""):
+        return "127.0.0.1"
+    master = environment.get("MASTER_ADDR")
+    if master is None:
+        return socket.getfqdn()
+    # Under torchrun MASTER_ADDR is the host of global rank 0, under a name that all nodes resolve.
+    if global_rank == 0 or environment.get("GROUP_RANK") == "0":
+        return master
+    # Of a group whose first rank is on another node: the address from which that node speaks to MASTER_ADDR.
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.getfqdn()

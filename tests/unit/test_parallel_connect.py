@@ -1,0 +1,97 @@
+"""How the ranks of one Checkpointer find each other; with real ranks in tests/distributed/test_groups.py."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch.distributed as dist
+
+from engine.errors import ConfigError, CoordinationError, LateRanksError
+from engine.parallel import connect
+from engine.parallel.connect import ADDRESS, connect_ranks, reachable_host
+from engine.parallel.coordination import Channel
+from tests.support.channels import BrokenStore, ImpatientStore, MemoryStore, on_ranks
+
+
+def test_one_process_needs_no_store() -> None:
+    coordinator = connect_ranks(5)
+    assert (coordinator.rank, coordinator.world_size) == (0, 1)
+    channel = coordinator.channel()
+    assert channel.store is None
+    assert channel.gather("k", b"mine", 0) == [b"mine"]
+    assert connect_ranks(5).run_id != coordinator.run_id
+
+
+def test_a_group_without_torch_distributed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not initialised"):
+        connect_ranks(5, object())
+
+
+@pytest.fixture
+def initialised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+
+
+def test_a_group_that_this_rank_is_not_in_is_refused(initialised: None) -> None:
+    with pytest.raises(ConfigError, match="process_group is -100 on global rank 3"):
+        connect_ranks(5, dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_rank_0_that_makes_none_is_named() -> None:
+    with pytest.raises(
+        LateRanksError, match="rank 0 did not make its Checkpointer within 5 s, but rank 2 did"
+    ):
+        connect._read_address(2, ImpatientStore(), 5)
+
+
+def test_a_lost_store_of_the_group_is_not_a_rank_that_stays_away() -> None:
+    with pytest.raises(CoordinationError, match="lost the process group's store") as caught:
+        connect._read_address(2, BrokenStore(), 5)
+    assert not isinstance(caught.value, LateRanksError)
+
+
+def test_ranks_that_make_none_are_named_to_those_that_do() -> None:
+    store = ImpatientStore()
+    board = MemoryStore()
+    board.set(ADDRESS, b"here")
+    Channel(2, 4, store).gather("start/came", b"1", 0)
+    Channel(2, 4, store).gather("start/all/seen", b"1", 0)
+    with pytest.raises(LateRanksError, match="rank 1 and rank 3 did not make a Checkpointer within 5 s"):
+        connect._all_come(Channel(0, 4, store, store.clock), board, 5)
+    assert board.values == {}, "whoever comes now must not find the address"
+    assert store.now == 5, "nobody waits for them once more"
+    with pytest.raises(LateRanksError, match="rank 1 and rank 3"):
+        connect._all_come(Channel(2, 4, store, store.clock), board, 5)
+
+
+def test_the_address_is_gone_before_anybody_goes_on() -> None:
+    board = MemoryStore()
+    board.set(ADDRESS, b"here")
+
+    def work(channel: Channel) -> bool:
+        connect._all_come(channel, board, 30)
+        return board.check([ADDRESS])
+
+    assert on_ranks(3, work) == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "environment", "host"),
+    [
+        (0, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "node-7"}, "127.0.0.1"),
+        (2, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "node-7"}, "127.0.0.1"),
+        (0, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "MASTER_ADDR": "node-7"}, "node-7"),
+        (0, {"MASTER_ADDR": "node-7"}, "node-7"),
+        (2, {"MASTER_ADDR": "node-7", "GROUP_RANK": "0"}, "node-7"),
+        (4, {"MASTER_ADDR": "127.0.0.1", "GROUP_RANK": "1"}, "127.0.0.1"),
+        (4, {"MASTER_ADDR": "no such host", "GROUP_RANK": "1"}, "the.full.name"),
+        (0, {}, "the.full.name"),
+    ],
+)
+def test_the_address_is_one_that_other_nodes_reach(
+    rank: int, environment: dict[str, str], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda: "the.full.name")
+    assert reachable_host(rank, environment) == host
