@@ -15,7 +15,7 @@ def check_savable(name: str, tensor: torch.Tensor) -> None:
     """
     kind, remedy = _odd(tensor)
     if kind:
-        raise UnsavableValueError(f"{name}: {kind} tensor has no form in a checkpoint; {remedy}")
+        raise UnsavableValueError(f"{name}: {kind} tensor cannot be saved or restored as it is; {remedy}")
 
 
 def dtype_remedy(dtype: torch.dtype) -> str:
@@ -30,7 +30,7 @@ def dtype_remedy(dtype: torch.dtype) -> str:
 def _odd(tensor: torch.Tensor) -> tuple[str, str]:
     """(what a tensor is that cannot be stored, what to do); empty for any other."""
     if is_lazy(tensor):
-        return "an uninitialised", "run the module once, so that it makes its parameters, before saving"
+        return "an uninitialised", "run the module once first, so that it makes its parameters"
     if tensor.is_nested:
         return "a nested", "store its unbind() as a list, or a padded tensor and the lengths"
     if tensor.layout is not torch.strided:

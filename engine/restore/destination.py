@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from engine.dcp.boxes import global_shape
 from engine.dcp.dtypes import from_torch
+from engine.dcp.savable import check_savable
 from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.restore.entries import Entries
@@ -22,6 +23,7 @@ from engine.restore.fit import Fit, match, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
 from engine.restore.saved import Saved
+from engine.restore.staging import Staging
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
@@ -91,7 +93,8 @@ class Destination:
         self.sources = dict(self.fit.matched)
         if not wanted.strict:
             self.sources |= self.fit.grown
-        self.tensors = {name: live[name] for name in self.sources} | self._saved.tensors
+        self._staging = Staging({name: live[name] for name in self.sources} | self._saved.tensors)
+        self.tensors = self._staging.tensors
         self.sources |= {name: name for name in self._saved.tensors}
         self.sources = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
 
@@ -120,6 +123,7 @@ class Destination:
 
     def finish(self) -> None:
         """Hand every object its values, after all tensors were read. Generators come last."""
+        self._staging.finish()
         self._modules.finish()
         self._optimizers.finish()
         self._entries.finish()
@@ -148,6 +152,8 @@ class Destination:
         tensors, aliases = self._capture.fixed_tensors()
         apart = self._modules.absent | self._modules.loose
         kept = {name: t for name, t in tensors.items() if self._takes(name) and name not in apart}
+        for name, tensor in kept.items():
+            check_savable(name, tensor)  # reading into one without memory would be no error
         aliases = {alias: name for alias, name in aliases.items() if name in kept}
         self._optimizers.drop_unsaved(kept)
         return kept, aliases

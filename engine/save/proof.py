@@ -56,7 +56,8 @@ def check_written(storage: Storage, attempt: str, slots: Sequence[FileSlot], exp
 def _digest(tensor: torch.Tensor) -> str:
     if not tensor.numel():
         return combine(b"")
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
     return combine(block_digests(memoryview(flat.numpy())))  # type: ignore[arg-type]
 
 
