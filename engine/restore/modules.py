@@ -97,9 +97,9 @@ class Modules:
         return manifest.tensors.get(manifest.aliases.get(full, full)) if self._wanted.takes(full) else None
 
     def _document(self, key: str, saved: Saved | None) -> dict[Any, Any]:
-        """What was saved besides tensors, as far as it is wanted. Without `saved`, no tensors."""
+        """What was saved besides tensors, as far as it is wanted. Without `saved`, blank tensors."""
         document = self._saved.manifest.objects.get(key, {})
-        found = saved.decoded(document) if saved else values.decode(document, lambda _: torch.empty(0))
+        found = saved.decoded(document) if saved else values.decode(document, self._saved.blank)
         if not isinstance(found, dict):
             raise DamagedError(f"{self._saved.manifest.id}: the saved values of {key} are not a module's")
         return {

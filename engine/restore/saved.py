@@ -60,6 +60,11 @@ class Saved:
             raise DamagedError(f"{self.manifest.id} refers to the tensor {name}, which it does not list")
         return info
 
+    def blank(self, name: str) -> torch.Tensor:
+        """A tensor of that dtype and shape with any values: to look at a document before anything is read."""
+        info = self.info(name)
+        return torch.empty(info.shape, dtype=to_torch(info.dtype))
+
     def own_name(self, name: str) -> str:
         """The name under which this rank's own value of a tensor was kept; `name` where none was.
 

@@ -277,3 +277,24 @@ def test_a_class_that_is_missing_here_is_found_before_anything_changes(
         monkeypatch.undo()
         checkpointer.restore()
     assert live == saved
+
+
+class Counted(nn.Module):
+    """A module whose extra state holds what JSON lacks."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_state_may_hold_arrays_and_enums(tmp_path: Path) -> None:
+    saved = Counted({"array": np.arange(3), "phase": Phase.WARM, "set": {1}})
+    live = through(tmp_path, saved, Counted(None))
+    assert live.extra["array"].tolist() == [0, 1, 2]
+    assert (live.extra["phase"], live.extra["set"]) == (Phase.WARM, {1})
