@@ -185,14 +185,14 @@ def test_an_uninitialised_module_is_refused_by_name(tmp_path: Path) -> None:
         checkpointer.save(1)
 
 
-@pytest.mark.parametrize("live", [nn.LazyLinear(3), nn.Linear(2, 3, device="meta")], ids=["lazy", "meta"])
-def test_nothing_is_restored_into_what_has_no_memory(live: nn.Module, tmp_path: Path) -> None:
+def test_nothing_is_restored_into_what_has_no_memory(tmp_path: Path) -> None:
+    live = nn.Linear(2, 3, device="meta")
     with Checkpointer(tmp_path, {"e": nn.Linear(2, 3), "n": {"n": 1}}) as checkpointer:
         checkpointer.save(1).result()
     counter = {"n": 0}
     with (
         Checkpointer(tmp_path, {"e": live, "n": counter}, read_only=True) as checkpointer,
-        pytest.raises(UnsavableValueError, match=r"e\.weight: an? (uninitialised|meta) tensor cannot"),
+        pytest.raises(UnsavableValueError, match=r"e\.weight: a meta tensor cannot"),
     ):
         checkpointer.restore()
     assert counter == {"n": 0}
