@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.catalog.record import CheckpointRecord
     from engine.catalog.retention import Retention
     from engine.checkpointer import Checkpointer
+    from engine.loaders import ReshardableLoader
     from engine.save.handle import SaveHandle
 
 if sys.platform != "linux":
@@ -23,11 +24,19 @@ if sys.platform != "linux":
         f"Holdfast runs on Linux only, this is {sys.platform}: it relies on O_DIRECT, /proc and Linux's mmap"
     )
 
-__all__ = ["CheckpointRecord", "Checkpointer", "HoldfastError", "Retention", "SaveHandle"]
+__all__ = [
+    "CheckpointRecord",
+    "Checkpointer",
+    "HoldfastError",
+    "ReshardableLoader",
+    "Retention",
+    "SaveHandle",
+]
 
 _HOMES = {
     "CheckpointRecord": "engine.catalog.record",
     "Checkpointer": "engine.checkpointer",
+    "ReshardableLoader": "engine.loaders",
     "Retention": "engine.catalog.retention",
     "SaveHandle": "engine.save.handle",
 }

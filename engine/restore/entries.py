@@ -19,6 +19,7 @@ from engine.dcp.dtypes import from_torch
 from engine.errors import HoldfastError, RestoreFailedError, StateError
 from engine.format.forms import without_order
 from engine.format.manifest import Manifest, TensorInfo
+from engine.loaders import make_iterator
 from engine.restore import trial
 from engine.restore.saved import Saved
 from engine.snapshot import rng, values
@@ -92,6 +93,7 @@ class Entries:
         kind = kind_of(entry)
         assert kind is not None, "the state was checked when it was handed over"
         kind.put(entry, value)
+        make_iterator(entry)
 
     def _difference(self, key: str, entry: Any) -> str:
         own = key in self._per_rank

@@ -91,6 +91,9 @@ class StateCapture:
                 captured.local[key] = encoded_entry(entry, name, captured.tensors)
             else:
                 captured.shared[key] = encoded_entry(entry, key, captured.tensors)
+        # Saving must not change what training draws next: a loader asked for its state makes its iterator.
+        if not torch.equal(torch.get_rng_state(), rng_state["torch"]):
+            torch.set_rng_state(rng_state["torch"])
         name = per_rank_name(self._rank, RNG_KEY)
         captured.local[RNG_KEY] = values.encode(rng_state, name, captured.tensors)
         return captured

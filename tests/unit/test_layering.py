@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLOORS = (
     "errors",
     "forks",
+    "loaders",
     "native",
     "format",
     "storage",
@@ -34,7 +35,7 @@ FLOORS = (
     "run",
 )
 PROGRAMS = ("train", "resume", "checkpoints", "generate")
-TORCHLESS = ("errors", "forks", "native", "format", "storage", "catalog", "mirror", "checkpoints")
+TORCHLESS = ("errors", "forks", "loaders", "native", "format", "storage", "catalog", "mirror", "checkpoints")
 MAX_LINES = 400
 
 

@@ -8,7 +8,7 @@ import sys
 
 import engine
 
-NAMES = {"CheckpointRecord", "Checkpointer", "HoldfastError", "Retention", "SaveHandle"}
+NAMES = {"CheckpointRecord", "Checkpointer", "HoldfastError", "ReshardableLoader", "Retention", "SaveHandle"}
 
 CHECKPOINTER = {
     "close",

@@ -1,0 +1,94 @@
+"""The training loops of the README and the guide, run as they stand there, stopped, and run again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine import Checkpointer
+from engine.save.handle import SaveHandle
+from tests.documents import README, blocks
+
+Names = dict[str, Any]
+
+
+class Stopped(Exception):
+    """What the test stops a loop with."""
+
+
+class Runner:
+    """Runs a snippet in a folder, as a new process would: its global generators start somewhere else."""
+
+    def __init__(self, text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.code = compile(text, "snippet", "exec")
+        self.monkeypatch = monkeypatch
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        self.starts = 0
+
+    def run(self, stop_after: int | None = None, **given: Any) -> Names:
+        """The names that it leaves. It is stopped in the step after the save of `stop_after`."""
+        self.starts += 1
+        torch.manual_seed(1000 + self.starts)
+        random.seed(self.starts)
+        np.random.seed(self.starts)
+        names: Names = dict(given)
+        real = Checkpointer.save
+
+        def save(checkpointer: Checkpointer, step: int, **more: Any) -> SaveHandle:
+            handle = real(checkpointer, step, **more)
+            if step == stop_after:
+                handle.result(60.0)
+                raise Stopped
+            return handle
+
+        with self.monkeypatch.context() as patched:
+            patched.setattr(engine.checkpointer.Checkpointer, "save", save)
+            try:
+                exec(self.code, names)
+            except Stopped:
+                assert stop_after is not None
+        return names
+
+
+def weights(names: Names) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in names["model"].state_dict().values()]
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Runner]:
+    return lambda text, folder: Runner(text, tmp_path / folder, monkeypatch)
+
+
+def ends_alike(runner: Callable[[str, str], Runner], text: str, *stops: int, **given: Any) -> None:
+    """A run that is stopped and carried on at these steps ends with the weights of one that is not."""
+    undisturbed = weights(runner(text, "undisturbed").run(**given))
+    broken = runner(text, "broken")
+    for stop in stops:
+        broken.run(stop, **given)
+    carried_on = weights(broken.run(**given))
+    assert all(torch.equal(one, other) for one, other in zip(undisturbed, carried_on, strict=True))
+
+
+def test_the_readme_resumes_exactly_dropout_included(runner: Callable[[str, str], Runner]) -> None:
+    """Within an epoch, after a save of another one, and twice."""
+    (text,) = blocks(README, "python")
+    assert "Dropout" in text
+    assert "DataLoader" in text
+    ends_alike(runner, text, 25, 75)
+
+
+def test_without_a_generator_of_its_own_a_loader_does_not(runner: Callable[[str, str], Runner]) -> None:
+    """So that the test above shows something, and the sentence below the loop is true."""
+    (text,) = blocks(README, "python")
+    careless = text.replace("shuffle=True, generator=order", "shuffle=False")
+    assert careless != text
+    with pytest.raises(AssertionError):
+        ends_alike(runner, careless, 25)
