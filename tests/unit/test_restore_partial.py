@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,31 @@ def test_include_and_exclude_choose_by_name(saved: Path) -> None:
     }
     assert float(net.body.weight.detach().min()) == 1.0
     assert float(net.body.bias.detach().max()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("how", "comes_back"),
+    [
+        ({}, True),
+        ({"exclude": ["rng"]}, False),
+        ({"include": ["model.*"]}, False),
+        ({"include": ["model.*", "rng"]}, True),
+        ({"include": ["model.*", "r*"], "exclude": ["rng"]}, False),
+    ],
+    ids=str,
+)
+def test_the_generators_are_the_key_rng(
+    tmp_path: Path, how: dict[str, list[str]], comes_back: bool
+) -> None:
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    with Checkpointer(tmp_path, {"model": nn.Linear(2, 2), "n": {"n": 1}}) as ckpt:
+        ckpt.save(1).result()
+        saved = drawn()
+        assert ckpt.restore("latest", **how) is not None  # type: ignore[arg-type]
+        again = drawn()
+    assert [one == other for one, other in zip(saved, again, strict=True)] == [comes_back] * 3
 
 
 def test_what_is_excluded_need_not_fit(saved: Path) -> None:
