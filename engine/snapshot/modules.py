@@ -49,7 +49,8 @@ class ModuleCapture:
         self._children = [
             (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
         ]
-        self._sizes = _sizes(module)
+        self._holders = _holders(module)
+        self._sizes = [*map(len, self._holders)]
         self._boxes = [(tensor, geometry(tensor)) for tensor in named.values() if geometry(tensor)]
 
     def unchanged(self) -> bool:
@@ -62,7 +63,7 @@ class ModuleCapture:
         """
         if self._asks_each_time and not self._still_hands_out():
             return False
-        if any(len(holder) != size for holder, size in self._sizes):
+        if [*map(len, self._holders)] != self._sizes:
             return False
         if any(holder.get(name) is not child for holder, name, child in self._children):
             return False
@@ -149,9 +150,9 @@ def _slots(module: nn.Module) -> list[Slot]:
     return slots
 
 
-def _sizes(module: nn.Module) -> list[tuple[Mapping[Any, Any], int]]:
-    """How many parameters, buffers, children and hooks every module has: what was added later shows in it."""
-    holders: list[Mapping[Any, Any]] = [
+def _holders(module: nn.Module) -> list[Mapping[Any, Any]]:
+    """Where every module has its parameters, buffers, children and hooks: what is added later shows there."""
+    return [
         holder
         for child in module.modules()
         for holder in (
@@ -159,4 +160,3 @@ def _sizes(module: nn.Module) -> list[tuple[Mapping[Any, Any], int]]:
             *(child._state_dict_hooks, child._state_dict_pre_hooks),
         )
     ]
-    return [(holder, len(holder)) for holder in holders]

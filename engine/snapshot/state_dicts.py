@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.wrappers import Place, places
@@ -29,6 +30,7 @@ EXTRA_STATE = "_extra_state"
 HANDED_OUT = "$state_dict"
 """Stands before the name of a tensor that state_dict() hands out under the name of another."""
 
+_PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 _SAVING = ("state_dict", "_save_to_state_dict")
 _OWN_CODE = ("torch", "lightning.fabric.wrappers", "lightning_fabric.wrappers")
 """Whose hooks and overrides hand out the live tensors in every call if they do so in one."""
@@ -55,7 +57,8 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
 
     Asking first brings FSDP2 back to its sharded parameters: after a no-grad evaluation its root is left
     unsharded, and named_parameters() would hand out full plain tensors.
-    Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out.
+    Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out, or a tensor is
+        of a kind that a checkpoint cannot hold.
     """
     with torch.no_grad():
         try:
@@ -71,9 +74,10 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
             )
         tree = places(root)
         live = live_tensors(tree)
-        by_memory: dict[Hashable, str] = {}
         for name, tensor in live.items():
-            by_memory.setdefault(_memory(tensor), name)
+            if not is_lazy(tensor):  # a restore may give it its shape
+                check_savable(f"{key}.{name}", tensor)
+        by_memory: dict[Hashable, str] = {}
         found = StateDict()
         prefixes = _prefixes(tree)
         covered: set[int] = set()
@@ -84,7 +88,10 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
             stands = None
             # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
             if isinstance(value, torch.Tensor) and not is_extra_state(name):
-                stands = _live_one(name, value, live, by_memory)
+                stands = live.get(name)
+                if stands is None or not _same(value, stands):
+                    by_memory = by_memory or _by_memory(live)
+                    stands = _elsewhere(value, live, by_memory)
             if stands is None:
                 unclear[name] = value
             else:
@@ -111,11 +118,16 @@ def encode_values(
     the name of a live one (the module hands out something else under a parameter's name) gets another.
     """
     mine: dict[str, torch.Tensor] = {}
-    document = values.encode(state.values, key, mine)
-    by_memory: dict[Hashable, str] = {}
+    if all(isinstance(name, str) and not name.startswith("$") for name in state.values):
+        # The order of a state dict's own keys means nothing, that inside of its values may.
+        document: Any = {
+            name: values.encode(value, f"{key}.{name}", mine, keep_order=True)
+            for name, value in state.values.items()
+        }
+    else:
+        document = values.encode(state.values, key, mine, keep_order=True)
     with torch.no_grad():
-        for name, tensor in state.tensors.items():
-            by_memory.setdefault(_memory(tensor), name)
+        by_memory = _by_memory(state.tensors) if mine else {}
         names: dict[str, str] = {}
         for path, tensor in mine.items():
             memory = _memory(tensor)
@@ -194,25 +206,43 @@ def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) 
     found.tensors[name] = tensor
 
 
-def _live_one(
-    name: Any, value: torch.Tensor, live: Mapping[str, torch.Tensor], by_memory: Mapping[Hashable, str]
-) -> torch.Tensor | None:
-    """The live tensor whose memory the value is, by preference that of its own name."""
-    memory = _memory(value)
-    own = live.get(name) if isinstance(name, str) else None
-    if own is not None and _same(value, own, memory):
-        return own
-    if memory is None:
-        return next((tensor for tensor in live.values() if tensor is value), None)
-    return live[by_memory[memory]] if memory in by_memory else None
-
-
-def _same(value: torch.Tensor, own: torch.Tensor, memory: Hashable) -> bool:
+def _same(value: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a value is a live tensor, or shares its memory as `detach` leaves it."""
     if value is own:
         return True
+    dense = value.layout is torch.strided and not value.is_nested
+    plain = type(value) in _PLAIN_TYPES and type(own) in _PLAIN_TYPES and dense
+    if plain and (address := value.data_ptr()):
+        return (
+            address == own.data_ptr()
+            and value.shape == own.shape
+            and value.dtype == own.dtype
+            and value.stride() == own.stride()
+            and value.is_conj() == own.is_conj()
+            and value.is_neg() == own.is_neg()
+        )
+    memory = _memory(value)
     if memory is None:  # no memory to tell by: nothing can be lost with it
         return value.layout == own.layout and _memory(own) is None and value.shape == own.shape
     return memory == _memory(own)
+
+
+def _by_memory(tensors: Mapping[str, torch.Tensor]) -> dict[Hashable, str]:
+    """Where each tensor lies -> the first name of what lies there."""
+    found: dict[Hashable, str] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(_memory(tensor), name)
+    return found
+
+
+def _elsewhere(
+    value: torch.Tensor, live: Mapping[str, torch.Tensor], by_memory: Mapping[Hashable, str]
+) -> torch.Tensor | None:
+    """The live tensor of another name whose memory the value is."""
+    memory = _memory(value)
+    if memory is None:
+        return next((tensor for tensor in live.values() if tensor is value), None)
+    return live[by_memory[memory]] if memory in by_memory else None
 
 
 def _memory(tensor: torch.Tensor) -> Hashable:
@@ -221,6 +251,7 @@ def _memory(tensor: torch.Tensor) -> Hashable:
         return None
     if tensor.is_nested or tensor.is_quantized or tensor.numel() == 0:
         return None
+    lazily = (tensor.is_conj(), tensor.is_neg())
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
         kind = (tensor.shape, tensor.placements, tensor.device_mesh)
@@ -228,7 +259,7 @@ def _memory(tensor: torch.Tensor) -> Hashable:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return (type(tensor), tensor.shape, *(_memory(getattr(tensor, name)) for name in names))
-    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj())
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), *lazily)
 
 
 def _is_copy(value: Any, live: torch.Tensor) -> bool:

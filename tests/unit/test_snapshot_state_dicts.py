@@ -11,7 +11,7 @@ from torch import nn
 
 from engine.errors import UnsavableValueError
 from engine.snapshot.capture import StateCapture
-from engine.snapshot.state_dicts import has_own_state_dict, loads_by_itself, read_state_dict
+from engine.snapshot.state_dicts import has_own_state_dict, loads_by_itself
 
 Hook = Callable[[nn.Module, dict[str, Any], str, Any], Any]
 
@@ -156,7 +156,9 @@ def test_nested_values_refer_to_live_tensors_by_their_name() -> None:
     assert set(found(model)) == {"net.weight", "net.bias", "log.0.best"}
     assert found(model)["net.weight"].data_ptr() == model.net.weight.data_ptr()
     assert values_of(model) == {
-        "net": {"weight": {"$tensor": "model.net.weight"}, "bias": {"$tensor": "model.net.bias"}},
+        "net": {
+            "$items": [["weight", {"$tensor": "model.net.weight"}], ["bias", {"$tensor": "model.net.bias"}]]
+        },
         "rounds": 3,
         "log": [{"best": {"$tensor": "model.log.0.best"}}, None],
     }
@@ -196,7 +198,8 @@ def test_names_that_two_tensors_claim_are_refused() -> None:
 
 def test_meta_tensors_do_not_vanish() -> None:
     """DCP's get_model_state_dict leaves them out without a word."""
-    assert set(read_state_dict("model", nn.Linear(2, 2, device="meta")).tensors) == {"weight", "bias"}
+    with pytest.raises(UnsavableValueError, match=r"model\.weight: a meta tensor"):
+        found(nn.Linear(2, 2, device="meta"))
 
 
 class Loading(nn.Linear):
@@ -227,3 +230,36 @@ def test_code_that_is_not_torchs_is_told() -> None:
     model = nn.Linear(1, 1)
     model.register_load_state_dict_pre_hook(lambda *_: None)
     assert loads_by_itself(model)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, 2).to_sparse_csr(),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        torch.ones(2, device="meta"),
+        torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "csr", "nested", "jagged", "meta", "quantized"],
+)
+def test_buffers_of_odd_kinds_are_refused_by_name(odd: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_buffer("odd", odd)
+    with pytest.raises(UnsavableValueError, match=r"model\.0\.odd: "):
+        found(model)
+
+
+def test_memory_that_is_read_conjugated_or_negated_is_not_the_same() -> None:
+    """A view of it has the same address, dtype, shape and strides."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("wave", torch.tensor([1 + 2j]))
+
+        def state_dict(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+            return {"conjugate": self.wave.conj(), "wave": self.wave}
+
+    assert set(found(Views())) == {"wave", "conjugate"}

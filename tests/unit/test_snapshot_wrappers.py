@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.optim.swa_utils import AveragedModel
 
+from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
 
 Wrapper = Callable[[nn.Module], Any]
@@ -139,7 +140,7 @@ def test_accelerates_objects_go_in_as_they_are() -> None:
     schedule.step()
     found = capture.capture()
     assert "optimizer.state.first.weight.exp_avg" in found.tensors
-    assert found.shared["schedule"]["last_epoch"] == 1
+    assert values.decode(found.shared["schedule"], found.tensors.__getitem__)["last_epoch"] == 1
 
 
 def test_adapters_are_captured_under_their_own_names_wrapped_or_not() -> None:
