@@ -20,6 +20,7 @@ catches it as it would expect:
     │   ├── AlreadyExistsError (FileExistsError)
     │   ├── StorageFullError
     │   ├── StorageDeniedError (PermissionError)
+    │   ├── NotOursError                     a link, a mount: not Holdfast's to change
     │   └── StorageUnavailableError              may succeed when tried again
     ├── DirectoryHeldError (RuntimeError)        another run writes to this directory
     ├── LeaseLostError (RuntimeError)            another run took the directory over
@@ -101,6 +102,10 @@ class StorageFullError(StorageError):
 
 class StorageDeniedError(StorageError, PermissionError):
     """No permission, a read-only file system, or wrong credentials."""
+
+
+class NotOursError(StorageError):
+    """A symbolic link or a mount stands where Holdfast was about to write or delete: it is left alone."""
 
 
 class StorageUnavailableError(StorageError):

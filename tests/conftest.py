@@ -32,6 +32,12 @@ def no_lease_is_left() -> Iterator[None]:
     assert not any(thread.is_alive() for thread in left), "this test has left a lease behind"
 
 
+@pytest.fixture
+def nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody copies checkpoints into the directory: an attempt without an owner was left behind, at once."""
+    monkeypatch.setattr("engine.catalog.arrivals.QUIET_SECS", 0.0)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist hands its counts to the process that prints them."""
     output = getattr(session.config, "workeroutput", None)

@@ -19,8 +19,9 @@ import weakref
 from collections.abc import Callable
 from types import TracebackType
 
+from engine.catalog.arrivals import Arrivals
 from engine.catalog.fencing import fence
-from engine.catalog.leasefile import LeaseInfo, Verdict, judge
+from engine.catalog.leasefile import MAX_LEASE_BYTES, LeaseInfo, Verdict, judge
 from engine.catalog.place import calling_line
 from engine.catalog.process import ProcessIdentity, is_alive
 from engine.errors import (
@@ -51,8 +52,6 @@ RELEASE_SECS = 60.0
 _ours: weakref.WeakValueDictionary[tuple[str, int], Lease] = weakref.WeakValueDictionary()
 """The leases that this process has taken, by run and epoch."""
 
-MAX_LEASE_BYTES = 64 << 10
-
 
 class Lease:
     """The right to write to a directory. Made by `acquire`; one process holds it for all ranks of a run.
@@ -78,6 +77,10 @@ class Lease:
         self._releasing = False
         self._problem: Exception | None = None
         self._lost = False
+        self.arrivals = Arrivals(clock)
+        """What is known of attempts in the directory that no run is known to have begun."""
+        self.predecessors: frozenset[str] = frozenset()
+        """Ids of runs that held the directory before and ended without letting go."""
 
     @classmethod
     def acquire(
@@ -95,8 +98,8 @@ class Lease:
     ) -> Lease:
         """Become the only writer, taking over from a dead holder. Waits up to `stale_secs` to see one dead.
 
-        Then attempts without a manifest are renamed to dead-*, where the storage can rename: whoever wrote
-        them cannot commit them any more. DirectoryHeldError when a live run holds the directory.
+        Then what earlier holders were writing is renamed to dead-*, where the storage can rename: they
+        cannot commit it any more. DirectoryHeldError when a live run holds the directory.
         """
         me = process or ProcessIdentity.current()
         watch = _Watch(storage, clock)
@@ -119,7 +122,7 @@ class Lease:
                         continue
                     if top is not None and not top.released:
                         log.info("took %s over from %s, which is gone", storage.uri, top.describe())
-                    fence(storage, epoch)
+                    lease.predecessors = fence(storage, epoch)
                 except HoldfastError:
                     lease.give_back()
                     raise

@@ -11,6 +11,8 @@ from engine.catalog.process import ProcessIdentity
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, parse_canonical
 
+MAX_LEASE_BYTES = 64 << 10
+
 _NOBODY = ProcessIdentity(host="an unknown host", pid=0, start_time=0, boot_id="", pid_namespace="")
 
 

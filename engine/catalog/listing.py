@@ -37,7 +37,8 @@ class Listed:
     """One attempt in a checkpoint directory.
 
     `record` is set for every one whose manifest can be read, damaged or not. `bytes` is what lies there.
-    `reason` says in a sentence why it is not committed. `held`: exempted from retention by hand.
+    `reason` says in a sentence why it is not committed. `held`: exempted from retention by hand. `link`:
+    where it leads if it is a symbolic link: a name in this directory, or a path.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Listed:
     bytes: int
     reason: str = ""
     held: bool = False
+    link: str = ""
 
     @property
     def step(self) -> int | None:
@@ -128,6 +130,8 @@ class Directory:
             self._read[name] = known
             return
         item, manifest = _with_manifest(self._storage, name, self._files[name], self._whole)
+        if item is not None and (link := self._storage.link_target(name)) is not None:
+            item = replace(item, link=link)
         with self._lock:
             self._read[name] = item
             if manifest is None or item is None or item.status != "committed":
@@ -154,6 +158,17 @@ def list_checkpoints(storage: Storage, memory: Memory | None = None) -> list[Lis
 def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
     """The records that selectors and retention may see, oldest first."""
     return [item.record for item in listed if item.status == "committed" and item.record is not None]
+
+
+def exempt(listed: Iterable[Listed]) -> set[str]:
+    """Ids that retention leaves alone: what is held, and of links neither the link nor what it leads to."""
+    found = set()
+    for item in listed:
+        if item.held or item.link:
+            found.add(item.id)
+        if item.link:
+            found.add(item.link)
+    return found
 
 
 def highest_sequence(listed: Iterable[Listed]) -> int:

@@ -135,7 +135,7 @@ def _owed_line(mirrored: Mirrored) -> str:
 
 def _row(item: Listed, serving: Roles, now: float, mirrored: Mirrored | None) -> tuple[str, ...]:
     record = item.record
-    status = f"{item.status}, held" if item.held else item.status
+    status = item.status + ", held" * item.held + ", link" * bool(item.link)
     loss = record.val_loss if record else None
     cells: tuple[str, ...] = (
         "-" if item.step is None else str(item.step),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import replace
 
+from engine.catalog import arrivals
 from engine.catalog.lease import Lease
-from engine.catalog.listing import Listed, committed, list_checkpoints
+from engine.catalog.listing import Listed, committed, exempt, list_checkpoints
 from engine.catalog.reaper import Reaped, reap, reap_abandoned
 from engine.catalog.retention import Decision, surplus
 from engine.checkpoints import text
 from engine.checkpoints.target import open_directory, run_policy
-from engine.errors import StorageError
+from engine.errors import NotFoundError, StorageError
+from engine.format.names import DEAD_PREFIX
 from engine.storage.base import Storage
 
 _RUN_ID = "prune"
@@ -26,17 +29,19 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.dry_run:
         _say(_decide(storage, listed, arguments), "would go")
-        for item in _abandoned(listed):
-            print(f"would go  {item.id}  {text.size(item.bytes)}  {item.reason}")
+        for item in _partial(listed):
+            _say_partial(item, "would go" if _looks_abandoned(storage, item.id) else "stays")
         return 0
     with Lease.acquire(storage, run_id=_RUN_ID) as lease:
         lease.start_heartbeat()
         listed = list_checkpoints(storage)  # again: now it stays as it is
         decisions = _decide(storage, listed, arguments)
         _say(decisions, "goes")
-        for item in _abandoned(listed):
-            print(f"goes      {item.id}  {text.size(item.bytes)}  {item.reason}")
-        removed = [reap(storage, decisions), reap_abandoned(storage, lease=lease)]
+        reaped = reap(storage, decisions)
+        again = [id for id, _ in reaped.failed]
+        removed = [reaped, reap_abandoned(storage, lease=lease, given_up=again)]
+        for item in _partial(listed):
+            _say_partial(item, "goes" if item.id in removed[-1].removed else "stays")
     _summarise(removed, listed)
     return 0
 
@@ -46,11 +51,27 @@ def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespac
     policy = run_policy(storage, records)
     rolling = policy.rolling if arguments.rolling is None else arguments.rolling
     policy = replace(policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs)
-    return surplus(records, policy, held={item.id for item in listed if item.held})
+    return surplus(records, policy, held=exempt(listed))
 
 
-def _abandoned(listed: list[Listed]) -> list[Listed]:
+def _partial(listed: list[Listed]) -> list[Listed]:
     return [item for item in listed if item.status == "partial"]
+
+
+def _looks_abandoned(storage: Storage, name: str) -> bool:
+    """For the words of a dry run only, so by this machine's clock: it may not write, to see the storage's."""
+    if name.startswith(DEAD_PREFIX):
+        return True
+    try:
+        changed = storage.last_change(name)
+    except NotFoundError:
+        return True
+    return changed is not None and time.time() - changed >= arrivals.QUIET_SECS
+
+
+def _say_partial(item: Listed, word: str) -> None:
+    why = item.reason if word != "stays" else f"{item.reason}, or it is a copy that is still arriving"
+    print(f"{word.ljust(8)}  {item.id}  {text.size(item.bytes)}  {why}")
 
 
 def _say(decisions: list[Decision], goes: str) -> None:

@@ -30,6 +30,7 @@ MAX_PATH_BYTES = 4096
 _ATTEMPT = re.compile(r"step-([0-9]{8,18})-([0-9a-f]{8})", re.ASCII)
 _LEASE = re.compile(r"lease-([0-9]{8,18})", re.ASCII)
 _SHARD = re.compile(r"shard-([0-9]{5,9})(?:-([1-9][0-9]{0,8}))?\.safetensors", re.ASCII)
+_INDEX = re.compile(r"shard-([0-9]{5,9})\.json", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]{8}", re.ASCII)
 
 
@@ -65,6 +66,22 @@ def parse_shard_file(name: str) -> tuple[int, int] | None:
 def index_file(rank: int) -> str:
     """File of a rank's index: chunks, block digests, rank-local values."""
     return f"shard-{rank:05d}.json"
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether this format gives that name to a file inside an attempt; temporary ones included.
+
+    What has another name in there was not written by Holdfast, and is not Holdfast's to delete.
+    """
+    stem = name
+    if name.endswith(TMP_SUFFIX):
+        stem, _, random_hex = name.removesuffix(TMP_SUFFIX).rpartition(".")
+        if not _HEX.fullmatch(random_hex):
+            return False
+    if stem in (MANIFEST, HELD, DAMAGED) or parse_shard_file(stem) is not None:
+        return True
+    match = _INDEX.fullmatch(stem)
+    return match is not None and index_file(int(match[1])) == stem
 
 
 def lease_name(epoch: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.catalog.lease import Lease
-from engine.catalog.listing import Memory, committed, list_checkpoints
+from engine.catalog.listing import Memory, committed, exempt, list_checkpoints
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, surplus
@@ -35,16 +35,19 @@ def remove_surplus(
     *,
     disk_full: bool = False,
     memory: Memory | None = None,
+    given_up: set[str] | None = None,
 ) -> bool:
     """Remove what the policy makes surplus, and abandoned attempts; whether anything was removed.
 
     `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
+    `given_up`: ids that this run failed to commit, or to remove; these are added to it.
     `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
     Raises: LeaseLostError; StorageError when the directory cannot be listed.
     """
+    given_up = set() if given_up is None else given_up
     lease.check()
     removed: tuple[str, ...] = ()
-    given_up = None
+    last_resort = None
     if retention is not None:
         try:
             listed = list_checkpoints(storage, memory)
@@ -52,21 +55,30 @@ def remove_surplus(
             listed = []
         local = committed(listed)
         # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
-        policy = surplus(local, retention, held={item.id for item in listed if item.held})
+        policy = surplus(local, retention, held=exempt(listed))
         owed = mirror.owed_of(local) if mirror is not None else frozenset()
-        removed = reap(storage, spare(policy, owed)).removed
+        decisions = spare(policy, owed)
+        given_up.update(decision.record.id for decision in decisions if not decision.keep)
+        removed = reap(storage, decisions).removed
+        given_up.difference_update(removed)  # somebody may copy it back
         if disk_full and mirror is not None:
-            given_up = give_way(policy, owed, mirror.in_flight)
+            last_resort = give_way(policy, owed, mirror.in_flight)
     # With a listing of its own: what was removed by halves just now is cleared away in the same round.
-    removed += reap_abandoned(storage, lease=lease).removed
-    if not removed and given_up is not None:
-        log.warning("%s goes although the mirror has not got it: %s", given_up.record.path, given_up.why)
-        removed = reap(storage, [given_up]).removed
+    removed += reap_abandoned(storage, lease=lease, given_up=given_up).removed
+    if not removed and last_resort is not None:
+        path, why = last_resort.record.path, last_resort.why
+        log.warning("%s goes although the mirror has not got it: %s", path, why)
+        removed = reap(storage, [last_resort]).removed
     return bool(removed)
 
 
 def close_mirror(
-    mirror: Mirror, patience: Patience, storage: Storage, lease: Lease, retention: Retention | None
+    mirror: Mirror,
+    patience: Patience,
+    storage: Storage,
+    lease: Lease,
+    retention: Retention | None,
+    given_up: set[str] | None = None,
 ) -> None:
     """Close the mirror, then remove what the last clean-up spared because the mirror was owed it.
 
@@ -74,6 +86,6 @@ def close_mirror(
     """
     mirror.close(patience)
     try:
-        remove_surplus(storage, lease, retention, mirror)
+        remove_surplus(storage, lease, retention, mirror, given_up=given_up)
     except HoldfastError as error:
         log.warning("cleaning up after the mirror failed, the next run tries again: %s", error)

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.catalog import marks
 from engine.catalog.lease import Lease
-from engine.catalog.listing import Memory, committed, highest_sequence, list_checkpoints
+from engine.catalog.listing import Memory, committed, exempt, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, by_sequence, surplus
@@ -116,6 +116,8 @@ class Mirror:
         self._held: frozenset[str] = frozenset()
         self._checked: set[str] = set()
         self._refused: set[str] = set()
+        self._begun: set[str] = set()
+        """What this process has begun to send, or to remove: half of it is nobody else's."""
         self._failure: str | None = None
         self._left = 0
         self._wake, self._cancel = threading.Event(), threading.Event()
@@ -214,7 +216,8 @@ class Mirror:
             self._bring(record)
             self._retire()
         self._retire()
-        reap_abandoned(self.storage, lease=lease, current=[record.id for record in self._waiting()])
+        current = [record.id for record in self._waiting()]
+        reap_abandoned(self.storage, lease=lease, current=current, given_up=self._begun)
 
     def look_after(self) -> None:
         """Read what earlier runs have brought, newest first, until there is something better to do.
@@ -267,7 +270,7 @@ class Mirror:
         listed = list_checkpoints(self.storage)
         with self._lock:
             self._there = tuple(committed(listed))
-            self._held = frozenset(item.id for item in listed if item.held)
+            self._held = frozenset(exempt(listed))
             self.highest_sequence = max(self.highest_sequence, highest_sequence(listed))
         self._checked &= {record.id for record in self._there}
 
@@ -297,6 +300,7 @@ class Mirror:
     def _bring(self, record: CheckpointRecord) -> None:
         """Have one checkpoint in the mirror, whole."""
         self.in_flight = record.id
+        self._begun.add(record.id)
         try:
             copied = copy_checkpoint(
                 self._local,
@@ -355,7 +359,9 @@ class Mirror:
         """The run's retention, on the mirror. What is half sent is left to the end of a round."""
         # A hold that is newer than the last look is seen all the same: `reap` asks before each removal.
         decisions = surplus(self._there, self._plan.retention, self._held)
+        self._begun.update(decision.record.id for decision in decisions if not decision.keep)
         removed = set(reap(self.storage, decisions).removed)
+        self._begun -= removed
         with self._lock:
             self._there = tuple(record for record in self._there if record.id not in removed)
 

@@ -42,6 +42,8 @@ class HeldDirectory:
     parent: str | None = None
     lease: Lease | None = None
     mirror: Mirror | None = None
+    given_up: set[str] = field(default_factory=set)
+    """Ids that this run failed to commit or to remove. A rank that was late may write into one again."""
     _sequence: int = 0
     _seen: Memory = field(default_factory=dict)
 
@@ -123,7 +125,13 @@ class HeldDirectory:
         """Whether anything was removed. Never latest, backup or best."""
         assert self.lease is not None
         return remove_surplus(
-            self.storage, self.lease, self.retention, self.mirror, disk_full=disk_full, memory=self._seen
+            self.storage,
+            self.lease,
+            self.retention,
+            self.mirror,
+            disk_full=disk_full,
+            memory=self._seen,
+            given_up=self.given_up,
         )
 
     def let_go(self, mirror_patience: Patience, *, stuck: bool) -> None:
@@ -131,6 +139,8 @@ class HeldDirectory:
         if self.mirror is not None and stuck:
             self.mirror.close(mirror_patience)
         elif self.mirror is not None and self.lease is not None:
-            close_mirror(self.mirror, mirror_patience, self.storage, self.lease, self.retention)
+            close_mirror(
+                self.mirror, mirror_patience, self.storage, self.lease, self.retention, self.given_up
+            )
         if self.lease is not None:
             (self.lease.abandon if stuck else self.lease.release)()

@@ -92,6 +92,8 @@ class JobRunner:
     on_outcome: Callable[[CheckpointRecord | None], None]
     make_room: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
+    given_up: set[str] = field(default_factory=set)
+    """Ids of the attempts that were not committed: clean-up may remove what is left of them."""
     doing: str = ""
     """What the background thread is at, in words, for whoever waits for it in vain."""
 
@@ -223,6 +225,7 @@ class JobRunner:
 
     def _clean_up(self, job: Job, error: BaseException) -> None:
         """Remove a failed attempt, unless a late rank may still be writing into it: then the reaper will."""
+        self.given_up.add(job.info.attempt)
         if isinstance(error, LateRanksError):
             return
         try:

@@ -55,6 +55,7 @@ def make_saver(
         directory.listener,
         on_outcome,
         lambda: directory.remove_surplus(disk_full=True),
+        given_up=directory.given_up,
     )
     return Saver(
         capture=capture,

@@ -7,19 +7,18 @@ word (`engine.parallel.calls`): one store round trip a save, no collective.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from engine.catalog.attempts import new_attempt
 from engine.errors import CoordinationError, HoldfastError, SaveFailedError, SaveStuckError, StateError
 from engine.format.digest import bytes_digest
 from engine.format.forms import without_order
 from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
-from engine.format.names import attempt_name
 from engine.parallel.agreement import all_agree
 from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
@@ -243,8 +242,8 @@ class Saver:
         if action == "go":
             assert isinstance(request.of, int)
             # Rank 0's alone: nodes may have different ideas of how often they were restarted.
-            raw = hashlib.sha256(f"{self.run_id}/{self.calls.deciding}".encode()).hexdigest()
-            terms["attempt"] = attempt_name(request.of, raw[:8])
+            key = f"{self.run_id}/{self.calls.deciding}"
+            terms["attempt"] = new_attempt(request.of, self.run_id, key)
         return self.calls.decide(request, terms)
 
     def _forget_decisions(self) -> None:

@@ -40,6 +40,15 @@ class Heads:
 
 
 @dataclass(frozen=True, slots=True)
+class Cleared:
+    """What clearing a directory did: how many entries went, names of what stays, whether it went itself."""
+
+    removed: int
+    left: tuple[str, ...]
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStats:
     """How a shard was written. Seconds are wall-clock; those spent in `on_window` are part of writing."""
 
@@ -221,6 +230,37 @@ class Storage(ABC):
     @abstractmethod
     def delete_tree(self, path: str) -> None:
         """Delete a directory with all that is in it; a missing one is fine. Links are not followed."""
+
+    @abstractmethod
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+        """Delete a directory's regular files whose names are `ours`, empty directories in it, then itself.
+
+        Everything else stays, and the directory with it: links, mounts, what lies in further directories. A
+        missing directory is fine. NotOursError, with nothing changed, for a link or a mount.
+        """
+
+    def link_target(self, path: str) -> str | None:
+        """Where a symbolic link leads: a name in this directory, or an absolute path. None if it is none."""
+        return None
+
+    def why_not_ours(self, path: str) -> str:
+        """Why a directory must not be changed (it "is a symbolic link: ..."); "" where it may be."""
+        return ""
+
+    def versions(self, path: str) -> dict[str, str]:
+        """By file of a directory, a text of sizes, times or tags that changes whenever the file may have.
+
+        Opaque, and comparable on the same storage only. NotFoundError if there is no such directory.
+        """
+        return {entry.name: str(entry.bytes) for entry in self.list_dir(path) if not entry.is_dir}
+
+    def last_change(self, path: str) -> float | None:
+        """When a file, or anything in a directory, last changed: seconds on the storage's own clock.
+
+        For comparisons with other times of the same storage, never with this machine's clock. None where the
+        storage cannot tell. NotFoundError if there is nothing of that name.
+        """
+        return None
 
     @abstractmethod
     def free_bytes(self) -> int | None:

@@ -7,11 +7,18 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Callable
 
-from engine.errors import AlreadyExistsError, DamagedError, HostilePathError, StorageDeniedError
+from engine.errors import (
+    AlreadyExistsError,
+    DamagedError,
+    HostilePathError,
+    NotOursError,
+    StorageDeniedError,
+)
 from engine.format.names import DEAD_PREFIX, parse_attempt_name, safe_relative
-from engine.storage import direct, durable
-from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage import direct, durable, own
+from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
 from engine.storage.failures import mapped
 from engine.storage.reading import LocalReader
 from engine.storage.system import System
@@ -42,7 +49,7 @@ class LocalStorage(Storage):
 
     def list_dir(self, path: str = "") -> list[Entry]:
         with mapped("list", self.describe(path)), os.scandir(self._path(path)) as found:
-            entries = [_entry(item) for item in found]
+            entries = [_entry(item) or (None if path else _linked_checkpoint(item)) for item in found]
         return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
 
     def list_tree(self) -> dict[str, dict[str, int]]:
@@ -98,12 +105,12 @@ class LocalStorage(Storage):
 
     def write_file(self, path: str, data: bytes) -> None:
         with mapped("write", self.describe(path)):
-            durable.replace_file(self._system, self._path(path), data)
+            durable.replace_file(self._system, self._own_path(path), data)
 
     def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
         put = durable.create_file if exclusive else durable.replace_file
         with mapped("write", self.describe(path)):
-            target = self._path(path)
+            target = self._own_path(path)
             put(self._system, target, data)
             self._system.fsync_dir(os.path.dirname(target))
 
@@ -116,14 +123,14 @@ class LocalStorage(Storage):
         on_window: OnWindow | None = None,
         cancel: threading.Event | None = None,
     ) -> WriteStats:
-        target = self._path(path)
+        target = self._own_path(path)
         return direct.write_shard(
             self._system, target, padded, file_bytes, on_window=on_window, cancel=cancel
         )
 
     def make_dir(self, path: str = "") -> None:
         with mapped("create", self.describe(path)):
-            durable.make_durable_dir(self._system, self._path(path))
+            durable.make_durable_dir(self._system, self._own_path(path))
 
     def sync_dir(self, path: str = "") -> None:
         with mapped("sync", self.describe(path)):
@@ -131,7 +138,7 @@ class LocalStorage(Storage):
 
     def rename(self, src: str, dst: str) -> bool:
         with mapped("rename", self.describe(src)):
-            source, target = self._path(src), self._path(dst)
+            source, target = self._own_path(src), self._own_path(dst)
             if os.path.lexists(target):  # rename(2) would replace an empty directory
                 raise AlreadyExistsError(
                     f"{self.describe(dst)} exists already: {self.describe(src)} keeps its name"
@@ -141,8 +148,13 @@ class LocalStorage(Storage):
         return True
 
     def delete_file(self, path: str) -> None:
-        with mapped("delete", self.describe(path)), contextlib.suppress(FileNotFoundError):
-            self._system.unlink(self._link_path(path))
+        parent, _, name = safe_relative(path).rpartition("/")
+        with (
+            mapped("delete", self.describe(path)),
+            contextlib.suppress(FileNotFoundError),
+            own.opened(self._root, parent, self.describe(parent)) as fd,
+        ):
+            self._system.unlink(name, dir_fd=fd)
 
     def delete_tree(self, path: str) -> None:
         with mapped("delete", self.describe(path)):
@@ -153,6 +165,43 @@ class LocalStorage(Storage):
             with contextlib.suppress(FileNotFoundError):
                 self._system.remove_tree(target)
 
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+        parent, _, name = safe_relative(path).rpartition("/")
+        where = self.describe(path)
+        with mapped("delete", where):
+            try:
+                with own.opened(self._root, parent, self.describe(parent)) as fd:
+                    return own.clear(self._system, fd, name, where, ours)
+            except FileNotFoundError:
+                return Cleared(0, (), gone=True)
+
+    def link_target(self, path: str) -> str | None:
+        absolute = os.path.join(self._root, safe_relative(path))
+        if not os.path.islink(absolute):
+            return None
+        parent, name = os.path.split(os.path.realpath(absolute))
+        return name if parent == os.path.realpath(self._root) else os.path.join(parent, name)
+
+    def why_not_ours(self, path: str) -> str:
+        return own.why_not_ours(self._root, safe_relative(path))
+
+    def versions(self, path: str) -> dict[str, str]:
+        with mapped("list", self.describe(path)), os.scandir(self._path(path)) as found:
+            return {item.name: _version(item) for item in found if item.is_file(follow_symlinks=False)}
+
+    def last_change(self, path: str) -> float | None:
+        """Of the newest ctime: copies set the time of modification back, and nobody can set this one."""
+        absolute = self._path(path)
+        with mapped("look at", self.describe(path)):
+            newest = os.stat(absolute).st_ctime
+            if not os.path.isdir(absolute):
+                return newest
+            with os.scandir(absolute) as found:
+                for item in found:
+                    with contextlib.suppress(FileNotFoundError):
+                        newest = max(newest, item.stat(follow_symlinks=False).st_ctime)
+            return newest
+
     def free_bytes(self) -> int | None:
         with mapped("look at", self.uri):
             found = os.statvfs(self._root)
@@ -161,15 +210,34 @@ class LocalStorage(Storage):
             return found.f_bavail * found.f_frsize
 
     def _path(self, path: str) -> str:
-        """The absolute path; HostilePathError if it, or a link on its way, leads out of the root."""
+        """The absolute path; HostilePathError if it, or a link on its way, leads out of the root.
+
+        A checkpoint may itself be a link, to wherever it was moved; inside it the same rule holds.
+        """
         if not path:
             return self._root
         absolute = os.path.join(self._root, safe_relative(path))
         real, real_root = os.path.realpath(absolute), os.path.realpath(self._root)
-        if not real.startswith(real_root.rstrip("/") + "/"):
+        if not real.startswith(real_root.rstrip("/") + "/") and not self._in_linked_checkpoint(path, real):
             raise HostilePathError(
                 f"{self.describe(path)} leads out of the directory through a symbolic link: use its real path"
             )
+        return absolute
+
+    def _in_linked_checkpoint(self, path: str, real: str) -> bool:
+        first = path.partition("/")[0]
+        linked = os.path.join(self._root, first)
+        if parse_attempt_name(first) is None or not os.path.islink(linked):
+            return False
+        home = os.path.realpath(linked)
+        return real == home or real.startswith(home.rstrip("/") + "/")
+
+    def _own_path(self, path: str) -> str:
+        """The absolute path of what is to be written. NotOursError below a checkpoint that is a link."""
+        absolute = self._path(path)
+        first = path.partition("/")[0]
+        if parse_attempt_name(first) is not None and os.path.islink(os.path.join(self._root, first)):
+            raise NotOursError(f"{self.describe(first)} {own.A_LINK}")
         return absolute
 
     def _link_path(self, path: str) -> str:
@@ -179,6 +247,21 @@ class LocalStorage(Storage):
 
     def _sizes(self, directory: str) -> dict[str, int]:
         return {entry.name: entry.bytes or 0 for entry in self.list_dir(directory) if not entry.is_dir}
+
+
+def _version(item: os.DirEntry[str]) -> str:
+    try:
+        found = item.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return "gone"
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}"
+
+
+def _linked_checkpoint(item: os.DirEntry[str]) -> Entry | None:
+    """The entry of a checkpoint that somebody moved elsewhere and left a link to."""
+    if parse_attempt_name(item.name) is None or not item.is_symlink():
+        return None
+    return Entry(item.name, None, is_dir=True) if item.is_dir() else None
 
 
 def _entry(item: os.DirEntry[str]) -> Entry | None:

@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.errors import (
@@ -20,10 +20,11 @@ from engine.errors import (
     StorageUnavailableError,
 )
 from engine.format.names import TMP_SUFFIX, safe_relative
-from engine.storage.base import Entry, Heads, OnWindow, Reader, Storage, WriteStats
+from engine.storage import objects
+from engine.storage.base import Cleared, Entry, Heads, OnWindow, Reader, Storage, WriteStats
 from engine.storage.client import StoreClient
 from engine.storage.ranged import RangedReader
-from engine.storage.remote_failures import InvalidRangeError, NoBucketError
+from engine.storage.remote_failures import InvalidRangeError
 from engine.storage.retry import Retry
 from engine.storage.upload import MAX_PUT_BYTES, upload
 
@@ -61,21 +62,11 @@ class FsspecStorage(Storage):
             return self._exclusive
 
     def list_dir(self, path: str = "") -> list[Entry]:
-        full = self._client.full(path)
-        try:
-            found = self._client.do("list", path, lambda: self._client.listing("ls", full))
-        except NoBucketError:
-            raise
-        except NotFoundError:
-            if path or not self._client.is_object_store:
-                raise
-            return []  # nothing was stored under this prefix yet
-        entries = (_entry(info, full) for info in found)
-        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.name)
+        return objects.entries(self._client, path)
 
     def list_tree(self) -> dict[str, dict[str, int]]:
         tree: dict[str, dict[str, int]] = {"": {}}
-        for relative, size in self._files(""):
+        for relative, size in objects.files(self._client, ""):
             _place(tree, relative, size)
         return tree
 
@@ -208,17 +199,17 @@ class FsspecStorage(Storage):
                 self._client.do("delete", path, lambda: self._fs.rm(full, recursive=True))
             return
         self.abort_uploads(path)
-        names = [f"{full}/{name}" for name, _ in self._files(path)]
-        if not names:
-            return
-        self._client.do("delete", path, lambda: self._remove(names))
-        # A bulk delete reports success for the request, not for each object.
-        left = [name for name, _ in self._files(path)]
-        if left:
-            raise StorageError(
-                f"could not delete {self.describe(path)}: {len(left)} objects are left, {left[0]!r} first:"
-                " check that the credentials may delete"
-            )
+        names = [f"{full}/{name}" for name, _ in objects.files(self._client, path)]
+        if names:
+            self._client.do("delete", path, lambda: objects.remove(self._client, names))
+            objects.require_gone(self._client, path)
+
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+        self.abort_uploads(path)
+        return objects.clear(self._client, path, ours)
+
+    def versions(self, path: str) -> dict[str, str]:
+        return objects.versions(self._client, path)
 
     def free_bytes(self) -> int | None:
         return None
@@ -240,48 +231,6 @@ class FsspecStorage(Storage):
                 log.warning("uploads that were broken off cannot be found and removed: %s", error)
             return []
         return [(full[len(root) + 1 :], id) for full, id in found if full.startswith(f"{root}/")]
-
-    def _files(self, path: str) -> list[tuple[str, int]]:
-        """(name relative to `path`, bytes) of every file below it; empty if there is none."""
-        if not self._client.is_object_store:
-            return self._files_by_walking(path)
-        full = self._client.full(path)
-        # Not for other file systems: fsspec's general find() skips what it fails to list.
-        try:
-            found = self._client.do("list", path, lambda: self._client.listing("find", full))
-        except NoBucketError:
-            raise
-        except NotFoundError:
-            return []
-        prefix = full + "/"
-        return [
-            (name[len(prefix) :], int(info["size"]))
-            for name, info in found.items()
-            if name.startswith(prefix) and not name.endswith("/")
-        ]
-
-    def _files_by_walking(self, path: str) -> list[tuple[str, int]]:
-        """The same, two levels deep, by listing directory after directory."""
-        files: list[tuple[str, int]] = []
-        for entry in self.list_dir(path):
-            if not entry.is_dir:
-                files.append((entry.name, entry.bytes or 0))
-                continue
-            with contextlib.suppress(NotFoundError):  # removed meanwhile
-                inner = self.list_dir(f"{path}/{entry.name}" if path else entry.name)
-                files += [(f"{entry.name}/{item.name}", item.bytes or 0) for item in inner if not item.is_dir]
-        return files
-
-    def _remove(self, names: Iterable[str]) -> None:
-        plain = []
-        for name in names:
-            if any(character in name for character in "*?["):  # rm() would take these for patterns
-                self._client.call("rm_file", name)
-            else:
-                plain.append(name)
-        with contextlib.suppress(FileNotFoundError):  # an earlier try, or another process, was there first
-            if plain:
-                self._client.call("rm", plain)
 
     def _replace(self, full: str, data: bytes) -> None:
         """For real file systems behind a protocol: a file under a temporary name, renamed."""
@@ -357,14 +306,3 @@ def _place(tree: dict[str, dict[str, int]], relative: str, size: int) -> None:
         tree[""][directory] = size
     elif "/" not in file:
         tree.setdefault(directory, {})[file] = size
-
-
-def _entry(info: Mapping[str, Any], parent: str) -> Entry | None:
-    """The entry of a listing below `parent`; None for the parent's own placeholder."""
-    full = str(info["name"]).rstrip("/")
-    name = full[len(parent) :].lstrip("/") if full.startswith(parent + "/") else ""
-    if not name or "/" in name:
-        return None
-    if info.get("type") == "directory":
-        return Entry(name, None, is_dir=True)
-    return Entry(name, int(info["size"]), is_dir=False)

@@ -123,8 +123,13 @@ class System:
         if _libc().renameat2(*raw) != 0:
             _raise_errno(dst)
 
-    def unlink(self, path: str) -> None:
-        os.unlink(path)
+    def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
+        """Remove a name; `path` is relative to the directory `dir_fd` where that is given."""
+        os.unlink(path, dir_fd=dir_fd)
+
+    def rmdir(self, path: str, *, dir_fd: int | None = None) -> None:
+        """Remove an empty directory; `path` as for `unlink`."""
+        os.rmdir(path, dir_fd=dir_fd)
 
     def mkdir(self, path: str) -> None:
         os.mkdir(path)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import StorageDeniedError, StorageError, StorageFullError, StorageUnavailableError
-from engine.storage.base import Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
 from engine.storage.failures import storage_error
 from engine.storage.system import System
 
@@ -73,6 +73,7 @@ SYSTEM_CALLS = (
     "rename_new",
     "unlink",
     "mkdir",
+    "rmdir",
 )
 
 
@@ -84,7 +85,6 @@ class FaultSystem(System):
     def __init__(self, trigger: Trigger) -> None:
         for name in SYSTEM_CALLS:
             setattr(self, name, self._through(trigger, name, getattr(super(), name)))
-        self.rmdir = self._through(trigger, "rmdir", os.rmdir)
 
     def remove_tree(self, path: str) -> None:
         """As `shutil.rmtree` does it, but every call in it is a point of its own."""
@@ -178,6 +178,7 @@ def answer_lost(name: str, real: Callable[[], Any]) -> Any:
 
 READS = frozenset(
     {"list_dir", "list_tree", "size", "exists", "read_bytes", "open_reader", "read_into", "free_bytes"}
+    | {"versions", "last_change"}
 )
 
 
@@ -190,6 +191,8 @@ def swallowed(name: str, real: Callable[[], Any]) -> Any:
         assert isinstance(real, _Call)
         real.args[-1]()  # the file vanishes again
         return stats
+    if name == "clear_dir":
+        return Cleared(0, (), gone=True)
     return True if name == "rename" else None
 
 
@@ -287,6 +290,21 @@ class FaultStorage(Storage):
 
     def delete_tree(self, path: str) -> None:
         self._turn("delete_tree", self.inner.delete_tree, path)
+
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+        return self._turn("clear_dir", self.inner.clear_dir, path, ours)  # type: ignore[no-any-return]
+
+    def versions(self, path: str) -> dict[str, str]:
+        return self._turn("versions", self.inner.versions, path)  # type: ignore[no-any-return]
+
+    def last_change(self, path: str) -> float | None:
+        return self._turn("last_change", self.inner.last_change, path)  # type: ignore[no-any-return]
+
+    def link_target(self, path: str) -> str | None:
+        return self.inner.link_target(path)
+
+    def why_not_ours(self, path: str) -> str:
+        return self.inner.why_not_ours(path)
 
     def free_bytes(self) -> int | None:
         return self._turn("free_bytes", self.inner.free_bytes)  # type: ignore[no-any-return]

@@ -130,9 +130,14 @@ class Journal(System):
         self._unname(src)
 
     @_as_one_act
-    def unlink(self, path: str) -> None:
-        super().unlink(path)
-        self._unname(path)
+    def unlink(self, path: str, *, dir_fd: int | None = None) -> None:
+        super().unlink(path, dir_fd=dir_fd)
+        self._unname(_absolute(path, dir_fd))
+
+    @_as_one_act
+    def rmdir(self, path: str, *, dir_fd: int | None = None) -> None:
+        super().rmdir(path, dir_fd=dir_fd)
+        self._unname(_absolute(path, dir_fd))
 
     def remove_tree(self, path: str) -> None:
         """As `shutil.rmtree` does it: entry by entry, with nothing synced."""
@@ -149,6 +154,10 @@ class Journal(System):
     def mkdir(self, path: str) -> None:
         super().mkdir(path)
         self._name(path, -1)
+
+
+def _absolute(path: str, dir_fd: int | None) -> str:
+    return path if dir_fd is None else os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path)
 
 
 Directory = dict[str, int]

@@ -66,7 +66,7 @@ def hang_in(world: World, operation: str, step: int, rank: int = 0) -> Hang:
 OPERATIONS = {
     "write_shard": "writing this rank's shards",
     "publish": "committing",
-    "delete_tree": "removing what is surplus",
+    "clear_dir": "removing what is surplus",
 }
 CALLS: dict[str, Callable[[Rank], object]] = {
     "close": lambda rank: rank.ckpt.close(),
@@ -124,7 +124,7 @@ def test_the_other_ranks_hear_why_rank_0_cannot_save(
         for step in (1, 2):
             assert not isinstance(world.save(step)[0], BaseException)
             world.settle()
-        hang = hang_in(world, "delete_tree", 3)
+        hang = hang_in(world, "clear_dir", 3)
         no_patience(world)
         outcomes = world.save(4)
         hang.wake()

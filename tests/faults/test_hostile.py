@@ -30,7 +30,7 @@ from engine.catalog.listing import list_checkpoints
 from engine.catalog.process import ProcessIdentity
 from engine.catalog.verify import verify_checkpoint
 from engine.checkpointer import Checkpointer
-from engine.errors import DamagedError, HoldfastError
+from engine.errors import DamagedError, HoldfastError, SelectorError
 from engine.format.digest import bytes_digest
 from engine.format.index import ShardIndex
 from engine.format.json import canonical_bytes
@@ -258,9 +258,7 @@ def directory_for_a_manifest(directory: Path, outside: Path) -> None:
     (directory / "manifest.json").mkdir()
 
 
-@pytest.mark.parametrize(
-    "attack", [symlinked_shard, symlinked_index, symlinked_directory, fifo_shard, directory_for_a_manifest]
-)
+@pytest.mark.parametrize("attack", [symlinked_shard, symlinked_index, fifo_shard, directory_for_a_manifest])
 def test_no_path_leaves_the_directory_and_nothing_hangs(
     attack: Callable[[Path, Path], None], original: Original, root: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +272,27 @@ def test_no_path_leaves_the_directory_and_nothing_hangs(
         assert [rank.shows() for rank in world.ranks] == [None, None] or all(
             rank.state["counter"]["step"] == -1 for rank in world.ranks
         )
+
+
+def test_a_checkpoint_that_is_a_link_is_read_and_what_it_leads_to_is_left_alone(
+    original: Original, root: Path, tmp_path: Path
+) -> None:
+    """Who may put a link here may as well put the files here. Inside it links lead nowhere, as elsewhere."""
+    original.write(root, original.files)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    symlinked_directory(root / original.id, outside)
+    (outside / "secret").write_bytes(original.files["shard-00000.safetensors"])
+    with job(root, 2) as world:
+        assert {record.id for record in world.restore()} == {original.id}  # type: ignore[union-attr]
+        assert not any(isinstance(outcome, BaseException) for outcome in world.save(77))
+    before = sorted(path.name for path in (outside / "stolen").iterdir())
+    (outside / "stolen" / "shard-00000.safetensors").unlink()
+    (outside / "stolen" / "shard-00000.safetensors").symlink_to(outside / "secret")
+    with job(root, 2, read_only=True) as world:
+        for outcome in world.each(lambda rank: rank.ckpt.restore(original.id)):
+            assert isinstance(outcome, SelectorError), repr(outcome)
+    assert sorted(path.name for path in (outside / "stolen").iterdir()) == before, "no mark, nothing removed"
 
 
 OUTSIDE = "stolen.safetensors"

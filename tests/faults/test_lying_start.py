@@ -32,6 +32,7 @@ def a_clock_that_sleeping_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.save.directory.probe_shared", probe)
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 @pytest.mark.parametrize(("level", "act"), [("disk", lost), ("asked", swallowed)], ids=["disk", "storage"])
 def test_a_start_on_a_disk_that_loses_one_operation(
     level: str, act: Act, root: Path, covered: Callable[[int], None]

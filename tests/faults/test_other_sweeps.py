@@ -122,6 +122,7 @@ def starts() -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 @pytest.mark.parametrize(("level", "fault", "faulty"), starts())
 def test_every_operation_of_a_start_fails_once(
     level: str, fault: str, faulty: int, root: Path, covered: Callable[[int], None]
@@ -310,6 +311,7 @@ def test_every_operation_of_a_restore_hangs_beyond_the_deadline(
     covered(k)
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_every_operation_of_a_start_hangs_beyond_the_deadline(
     faulty: int, root: Path, covered: Callable[[int], None]
@@ -357,7 +359,7 @@ def test_a_call_that_never_returns_does_not_hold_training_for_ever(
     awake = threading.Event()
 
     def hang(name: str, real: Callable[[], object]) -> object:
-        if name == "delete_tree":
+        if name == "clear_dir":
             awake.wait(PATIENCE_SECS)
         return real()
 

@@ -305,6 +305,33 @@ class StorageContract:
         storage.delete_tree("nowhere")
         storage.delete_file("nowhere/inner")
 
+    def test_clear_a_directory_of_what_is_ours(self, storage: Storage) -> None:
+        storage.make_dir("step/inner")
+        for name in ("step/a", "step/b[1]*?", "step/c", "step/inner/a", "step-2"):
+            storage.write_file(name, b"1")
+        cleared = storage.clear_dir("step", lambda name: name in ("a", "b[1]*?"))
+        assert (cleared.removed, cleared.gone) == (2, False)
+        assert [name.partition("/")[0] for name in cleared.left] == ["c", "inner"]
+        assert storage.read_bytes("step/inner/a", max_bytes=1) == b"1"
+        storage.delete_file("step/inner/a")
+        assert storage.clear_dir("step", lambda name: True).gone
+        assert storage.clear_dir("step", lambda name: True).removed == 0
+        assert storage.list_tree() == {"": {"step-2": 1}}
+
+    def test_versions(self, storage: Storage) -> None:
+        storage.make_dir("step")
+        storage.write_file("step/a", b"1")
+        storage.write_file("step/b", b"1")
+        before = storage.versions("step")
+        assert set(before) == {"a", "b"}
+        assert storage.versions("step") == before
+        storage.write_file("step/a", b"22")
+        after = storage.versions("step")
+        assert after["b"] == before["b"]
+        assert after["a"] != before["a"]
+        with pytest.raises(NotFoundError):
+            storage.versions("nowhere")
+
     # Hostile paths
 
     def test_hostile_paths(self, storage: Storage) -> None:
@@ -327,6 +354,8 @@ class StorageContract:
             lambda: storage.make_dir(path),
             lambda: storage.delete_file(path),
             lambda: storage.delete_tree(path),
+            lambda: storage.clear_dir(path, lambda name: True),
+            lambda: storage.versions(path),
         ):
             with pytest.raises(HostilePathError):
                 use()

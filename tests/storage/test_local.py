@@ -200,6 +200,30 @@ def test_deleting_a_link_spares_its_target(tmp_path: Path) -> None:
     assert list(root.iterdir()) == []
 
 
+def test_a_file_of_the_same_size_and_age_is_another_version(tmp_path: Path) -> None:
+    """As `cp -p`, `rsync -t` and `tar` leave it: only the inode and the time of the last change tell."""
+    storage = LocalStorage(tmp_path)
+    storage.make_dir("step")
+    storage.write_file("step/a", b"12345")
+    before, found = storage.versions("step"), (tmp_path / "step/a").stat()
+    storage.write_file("step/a", b"54321")
+    os.utime(tmp_path / "step/a", ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert storage.versions("step") != before
+
+
+def test_the_time_of_the_last_change_is_that_of_the_newest_name(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.make_dir("step")
+    storage.write_file("step/a", b"1")
+    os.utime(tmp_path / "step/a", (0, 0))
+    os.utime(tmp_path / "step", (0, 0))
+    changed = (tmp_path / "step/a").stat().st_ctime
+    assert storage.last_change("step/a") == changed
+    assert storage.last_change("step") >= changed
+    with pytest.raises(NotFoundError):
+        storage.last_change("nowhere")
+
+
 def test_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "shard")
     storage = LocalStorage(tmp_path)

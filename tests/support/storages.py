@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.storage.base import Cleared
 from engine.storage.local import LocalStorage
 
 
@@ -30,6 +31,10 @@ class RecordingStorage(LocalStorage):
     def delete_tree(self, path: str) -> None:
         self.calls.append(f"delete_tree {path}")
         super().delete_tree(path)
+
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+        self.calls.append(f"clear_dir {path}")
+        return super().clear_dir(path, ours)
 
     def sync_dir(self, path: str = "") -> None:
         self.calls.append(f"sync_dir {path}")

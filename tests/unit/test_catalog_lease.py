@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.catalog.attempts import new_attempt
 from engine.catalog.lease import Lease
 from engine.catalog.leasefile import LeaseInfo, Verdict, judge
 from engine.catalog.process import ProcessIdentity, is_alive
@@ -35,7 +36,7 @@ NEIGHBOUR = replace(HERE, pid=200)
 CONTAINER = replace(HERE, pid=1, pid_namespace="pid:[2]")
 FAR = replace(HERE, host="far", pid=300, boot_id="boot-b")
 
-ATTEMPT = "step-00000001-0000000a"
+ATTEMPT = new_attempt(1, "me", "its first")
 COMMITTED = "step-00000002-0000000b"
 
 
@@ -410,6 +411,7 @@ def test_a_commit_that_beat_the_takeover_is_kept(world: World, tmp_path: Path) -
                 (tmp_path / src / "manifest.json").write_bytes(b"{}")
             return super().rename(src, dst)
 
+    world.acquire(LocalStorage(tmp_path), NEIGHBOUR)
     attempts(tmp_path)
     world.acquire(CommitsMeanwhile(tmp_path))
     assert (tmp_path / ATTEMPT / "manifest.json").exists()
@@ -417,6 +419,7 @@ def test_a_commit_that_beat_the_takeover_is_kept(world: World, tmp_path: Path) -
 
 
 def test_where_nothing_can_be_renamed_attempts_stay(world: World, tmp_path: Path) -> None:
+    world.acquire(StoreLike(tmp_path), NEIGHBOUR)
     attempts(tmp_path)
     world.acquire(StoreLike(tmp_path))
     assert (tmp_path / ATTEMPT).exists()

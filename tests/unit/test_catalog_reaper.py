@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine.catalog import marks
+from engine.catalog.attempts import new_attempt
 from engine.catalog.lease import Lease
 from engine.catalog.listing import committed, list_checkpoints
 from engine.catalog.process import ProcessIdentity
 from engine.catalog.reaper import delete_attempt, reap, reap_abandoned
 from engine.catalog.retention import Decision, Retention, surplus
 from engine.errors import LeaseLostError, StorageUnavailableError
-from engine.storage.base import Storage
+from engine.storage.base import Cleared, Storage
 from engine.storage.local import LocalStorage
 from tests.support.storages import RecordingStorage, StoreLike
 from tests.support.tiny_checkpoint import write_checkpoint
 
+GONE = replace(ProcessIdentity.current(), start_time=1)
+"""Had the pid of this process before it."""
 OTHER = ProcessIdentity(host="other", pid=1, start_time=1, boot_id="other", pid_namespace="other")
 
 
 def write_many(root: Path, count: int) -> list[str]:
     return [write_checkpoint(root, sequence=n, rows=2) for n in range(1, count + 1)]
+
+
+def written_by(run_id: str, root: Path, *, sequence: int, commit: bool = True) -> str:
+    hex = new_attempt(sequence, run_id, str(sequence))[-8:]
+    return write_checkpoint(root, sequence=sequence, rows=2, hex=hex, commit=commit)
 
 
 def decide(storage: Storage, rolling: int) -> list[Decision]:
@@ -48,25 +58,26 @@ def test_the_manifest_goes_first_and_durably(tmp_path: Path) -> None:
     assert storage.calls == [
         f"delete_file {one}/manifest.json",
         f"sync_dir {one}",
-        f"delete_tree {one}",
+        f"clear_dir {one}",
         "sync_dir ",
     ]
     assert names(tmp_path) == {two, three}
 
 
 def test_a_crash_after_the_manifest_leaves_a_partial_one_that_is_cleared_later(tmp_path: Path) -> None:
-    one, two, three = write_many(tmp_path, 3)
+    one, two, three = (written_by("r", tmp_path, sequence=n) for n in (1, 2, 3))
 
     class Crash(BaseException):
         pass
 
     class Crashing(LocalStorage):
-        def delete_tree(self, path: str) -> None:
+        def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
             raise Crash
 
-    with pytest.raises(Crash):
-        reap(Crashing(tmp_path), decide(LocalStorage(tmp_path), 2))
     storage = LocalStorage(tmp_path)
+    take_lease(storage, process=GONE)
+    with pytest.raises(Crash):
+        reap(Crashing(tmp_path), decide(storage, 2))
     assert {item.id: item.status for item in list_checkpoints(storage)} == {
         one: "partial",
         two: "committed",
@@ -82,10 +93,10 @@ def test_one_that_cannot_be_removed_does_not_stop_the_others(
     one, two, *_ = write_many(tmp_path, 4)
 
     class Stubborn(LocalStorage):
-        def delete_tree(self, path: str) -> None:
+        def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
             if path == one:
                 raise StorageUnavailableError("busy")
-            super().delete_tree(path)
+            return super().clear_dir(path, ours)
 
     with caplog.at_level(logging.WARNING, "engine"):
         reaped = reap(Stubborn(tmp_path), decide(LocalStorage(tmp_path), 2))
@@ -124,12 +135,14 @@ def test_a_damaged_one_is_never_surplus(tmp_path: Path) -> None:
 def test_abandoned_attempts_go_but_not_what_is_being_written(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     whole = write_checkpoint(tmp_path, sequence=1)
-    earlier = write_checkpoint(tmp_path, sequence=2, commit=False)
+    take_lease(storage, process=GONE)
+    earlier = written_by("r", tmp_path, sequence=2, commit=False)
     lease = take_lease(storage)
     mine = write_checkpoint(tmp_path, sequence=3, commit=False)
     failed = write_checkpoint(tmp_path, sequence=4, commit=False)
     (tmp_path / "notes").mkdir()
-    assert set(reap_abandoned(storage, lease=lease, current={mine}).removed) == {f"dead-{earlier}", failed}
+    reaped = reap_abandoned(storage, lease=lease, current={mine}, given_up={failed})
+    assert set(reaped.removed) == {f"dead-{earlier}", failed}
     assert names(tmp_path) == {whole, mine, "notes"}
 
 
@@ -145,8 +158,9 @@ def test_only_the_holder_may_clear(tmp_path: Path) -> None:
 
 
 def test_where_attempts_cannot_be_buried_they_stay_until_no_sleeper_can_commit(tmp_path: Path) -> None:
-    attempt = write_checkpoint(tmp_path, commit=False)
     storage, now = StoreLike(tmp_path), [0.0]
+    take_lease(storage, process=GONE)
+    attempt = written_by("r", tmp_path, sequence=1, commit=False)
     lease = take_lease(storage, now)
     now[0] = 59.9
     assert reap_abandoned(storage, lease=lease).removed == ()
@@ -191,16 +205,17 @@ class WithUploads(StoreLike):
     def abort_uploads(self, path: str) -> None:
         self.uploads = {upload for upload in self.uploads if not upload.startswith(f"{path}/")}
 
-    def delete_tree(self, path: str) -> None:
+    def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
         self.abort_uploads(path)
-        super().delete_tree(path)
+        return super().clear_dir(path, ours)
 
 
 def test_uploads_that_have_no_end_are_found_and_removed(tmp_path: Path) -> None:
     """A process that is killed in the middle of an upload leaves parts that no listing shows."""
-    whole = write_checkpoint(tmp_path, sequence=1, rows=2)
-    partial = write_checkpoint(tmp_path, sequence=2, rows=2, commit=False)
-    running, unseen = "step-00000030-00000003", "step-00000040-00000004"
+    take_lease(StoreLike(tmp_path), process=GONE)
+    whole = written_by("r", tmp_path, sequence=1)
+    partial = written_by("r", tmp_path, sequence=2, commit=False)
+    running, unseen = new_attempt(30, "r", "3"), new_attempt(40, "r", "4")
     storage = WithUploads(tmp_path, *(f"{name}/shard" for name in (whole, partial, running, unseen, "notes")))
     now = [0.0]
     lease = take_lease(storage, now)

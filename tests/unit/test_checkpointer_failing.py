@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 from engine import Checkpointer, Retention
+from engine.catalog.attempts import new_attempt
+from engine.catalog.lease import Lease
+from engine.catalog.process import ProcessIdentity
 from engine.errors import (
     ConfigError,
     DirectoryHeldError,
@@ -27,6 +31,7 @@ from engine.errors import (
     StorageError,
     StorageFullError,
 )
+from engine.storage.local import LocalStorage
 from engine.storage.system import System
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.training import model, train
@@ -511,7 +516,9 @@ def test_an_attempt_of_a_killed_run_is_removed_by_the_next_one(tmp_path: Path) -
     with Checkpointer(tmp_path, state()) as checkpointer:
         record = checkpointer.save(1).result(DEADLINE_SECS)
     assert record is not None
-    attempt = tmp_path / "step-00000009-deadbeef"
+    gone = replace(ProcessIdentity.current(), start_time=1)
+    Lease.acquire(LocalStorage(tmp_path), run_id="killed", process=gone)
+    attempt = tmp_path / new_attempt(9, "killed", "its first")
     attempt.mkdir()
     (attempt / "shard-00000.safetensors").write_bytes(b"half")
     with Checkpointer(tmp_path, state()) as checkpointer:

@@ -315,6 +315,7 @@ def test_hold_wants_one_committed_checkpoint(run: Program, directory: Path, comm
     run(command, directory / id_of(8)).refused(id_of(8))
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 def test_prune_says_why_each_one_stays_or_goes(run: Program, directory: Path) -> None:
     marks.hold(LocalStorage(directory), id_of(1))
     before = ids(directory)
@@ -333,6 +334,7 @@ def test_prune_says_why_each_one_stays_or_goes(run: Program, directory: Path) ->
     ]
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 def test_prune_removes_what_it_said(run: Program, directory: Path) -> None:
     ran = run("prune", directory, "--rolling", "2", "--no-epochs")
     assert (ran.code, ran.err) == (0, "")
@@ -342,6 +344,7 @@ def test_prune_removes_what_it_said(run: Program, directory: Path) -> None:
     assert ids(directory) == [id_of(2), id_of(5), id_of(6)], "latest, backup and best always stay"
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 def test_prune_goes_by_the_runs_own_policy_unless_told(run: Program, directory: Path) -> None:
     run("prune", directory)
     assert ids(directory) == [id_of(n) for n in (2, 4, 5, 6)]

@@ -45,6 +45,35 @@ def test_other_directories(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("manifest.json", True),
+        ("held", True),
+        ("damaged.json", True),
+        ("shard-00000.safetensors", True),
+        ("shard-123456-12.safetensors", True),
+        ("shard-00007.json", True),
+        ("manifest.json.0123abcd.tmp", True),
+        ("shard-00007.json.0123abcd.tmp", True),
+        ("shard-00000.safetensors.0123abcd.tmp", True),
+        ("", False),
+        ("NOTES.txt", False),
+        ("model.safetensors", False),
+        ("shard-7.json", False),
+        ("shard-000007.json", False),
+        ("shard-00000.safetensors.bak", False),
+        ("shard-00000.json.tmp", False),
+        ("notes.0123abcd.tmp", False),
+        (".manifest.json.Xa1b2c", False),
+        ("manifest.json/", False),
+        ("Held", False),
+    ],
+)
+def test_what_is_a_file_of_ours(name: str, ours: bool) -> None:
+    assert names.is_checkpoint_file(name) is ours
+
+
+@pytest.mark.parametrize(
     ("rank", "part", "text"),
     [
         (0, 0, "shard-00000.safetensors"),

@@ -329,7 +329,7 @@ def test_an_attempt_that_was_put_aside_is_continued(
     target = LocalStorage(tmp_path / "mirror")
     copy_checkpoint(local, id, target)
     target.delete_file(f"{id}/{MANIFEST}")
-    Lease.acquire(target, run_id="next").release()
+    target.rename(id, f"dead-{id}")
     assert [item.id for item in list_checkpoints(target)] == [f"dead-{id}"]
     assert copy_checkpoint(local, id, target).sent_bytes == 0
     assert steps_in(target) == [10]

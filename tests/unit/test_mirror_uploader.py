@@ -119,6 +119,7 @@ def test_mirror_freq_thins_out_interval_saves_only(local: LocalStorage, second: 
     assert steps_in(second) == [20, 50]
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 def test_what_was_half_sent_is_continued_and_what_is_not_owed_any_more_is_cleared(
     local: LocalStorage, second: Storage
 ) -> None:
@@ -521,7 +522,7 @@ def test_a_clean_up_that_fails_after_the_mirror_was_closed_is_the_next_runs(
     mirror = Desk(local, second).mirror
     mirror.open()
 
-    def refuses(*_: Any) -> bool:
+    def refuses(*_: Any, **__: Any) -> bool:
         raise StorageUnavailableError("the mount is gone")
 
     monkeypatch.setattr("engine.mirror.keeping.remove_surplus", refuses)

@@ -1,0 +1,69 @@
+"""Tells attempts that nobody goes on with from checkpoints that are still arriving.
+
+Somebody may copy a checkpoint into the directory while a run writes there: with `cp`, `rsync` or `aws s3
+sync`, for as long as that takes, in any order of files. Until its manifest is there it looks like an attempt
+that was left behind. What nobody knows is therefore left alone until nothing in it has changed for a while,
+by this process's clock or by the storage's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from engine.errors import NotFoundError
+from engine.storage.base import Storage
+
+QUIET_SECS = 3600.0
+"""An attempt that no run is known to have begun counts as left behind when it has not changed for so long.
+
+Long, because nothing presses: what runs leave behind is known by other means, and goes at once. A copy that
+waits for a slow network is worth more than the space.
+"""
+
+Fingerprint = tuple[tuple[str, str], ...]
+
+
+class Arrivals:
+    """What was seen of attempts that nobody knows, and since when it is so. Belongs to one lease."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[Fingerprint, float]] = {}
+
+    def is_over(self, storage: Storage, name: str, reference: str, uploads: Collection[str] = ()) -> bool:
+        """Whether nothing in the directory `name` has changed for QUIET_SECS.
+
+        Args:
+            reference: a file that was written a moment ago: its time is about now on the storage's own clock.
+            uploads: paths of uploads into the directory that have no end yet.
+        """
+        quiet_secs = self._unchanged_secs(name, (*_fingerprint(storage, name), *((u, "") for u in uploads)))
+        return quiet_secs >= QUIET_SECS or _age_secs(storage, name, reference) >= QUIET_SECS
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget what is not there any more."""
+        self._seen = {name: seen for name, seen in self._seen.items() if name in names}
+
+    def _unchanged_secs(self, name: str, fingerprint: Fingerprint) -> float:
+        now = self._clock()
+        known, since = self._seen.get(name, (None, now))
+        if known != fingerprint:
+            self._seen[name] = fingerprint, now
+            return 0.0
+        return now - since
+
+
+def _fingerprint(storage: Storage, name: str) -> Fingerprint:
+    try:
+        return tuple(sorted(storage.versions(name).items()))
+    except NotFoundError:
+        return ()  # nothing but uploads, or just gone
+
+
+def _age_secs(storage: Storage, name: str, reference: str) -> float:
+    """How long ago it changed, by the storage's clock. 0 where that cannot be told."""
+    try:
+        changed, now = storage.last_change(name), storage.last_change(reference)
+    except NotFoundError:
+        return 0.0
+    return 0.0 if changed is None or now is None else now - changed
