@@ -16,19 +16,27 @@ from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
-from engine.format.json import canonical_bytes
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
 from engine.parallel.calls import RESTORE, Calls, Request
 from engine.parallel.connect import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
-from engine.save.arguments import check_addresses, check_arguments, check_save, whole_numbers
+from engine.save.arguments import (
+    check_names,
+    check_save,
+    check_selector,
+    check_setup,
+    check_switches,
+    plain_metrics,
+    whole_numbers,
+)
 from engine.save.commit import SaveInfo, software_versions
 from engine.save.directory import HeldDirectory
 from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
 from engine.save.listener import Listener, guarded
 from engine.save.make import SaverOptions, make_saver
+from engine.save.plain_config import plain_config
 from engine.save.replicas import check_of
 from engine.save.saver import Busy, Checks, Saver, most_secs
 from engine.save.unheld import close_behind, forgetful
@@ -53,7 +61,7 @@ class Checkpointer:
             list. Optimizers need their module beside them. Random number generators are added by itself.
         per_rank: names whose values belong to a rank; all others must be equal on all ranks.
         retention: what clean-up keeps; None keeps everything.
-        config: the run's configuration, as JSON; the manifest carries it.
+        config: the run's configuration, a dict, namespace or dataclass; the manifest carries it as JSON.
         seed: for the random streams of ranks after a restore at another world size.
         busy: when the save before is still being written: "wait" for it, or "skip" this one.
         timeout_secs: how long ranks wait for each other within one save or restore.
@@ -83,7 +91,7 @@ class Checkpointer:
         *,
         per_rank: tuple[str, ...] = (),
         retention: Retention | None = _KEEP_DEFAULT,
-        config: Mapping[str, Any] | None = None,
+        config: Any = None,
         seed: int = 0,
         busy: Busy = "wait",
         timeout_secs: float = 600.0,
@@ -98,10 +106,24 @@ class Checkpointer:
         process_group: Any = None,
         on_event: Listener | None = None,
     ) -> None:
-        check_arguments(busy, timeout_secs, overlap, mirror_freq)
-        check_addresses(directory, mirror)
-        self._config = dict(config or {})
-        canonical_bytes(self._config)
+        check_setup(
+            directory,
+            state,
+            per_rank=per_rank,
+            retention=retention,
+            busy=busy,
+            timeout_secs=timeout_secs,
+            overlap=overlap,
+            mirror=mirror,
+            mirror_freq=mirror_freq,
+            memory_budget_bytes=memory_budget_bytes,
+            storage_options=storage_options,
+            on_event=on_event,
+            check_snapshots=check_snapshots,
+            read_only=read_only,
+        )
+        (seed,) = whole_numbers(seed=seed)
+        self._config = plain_config(config)
         listener = guarded(on_event)
         ranks = connect_ranks(timeout_secs, process_group)
         self._ranks = ranks  # at rank 0 it hosts the store
@@ -154,14 +176,14 @@ class Checkpointer:
                 "the last restore broke off, so the state is undefined; restore successfully before saving"
             )
         step, epoch, tokens = whole_numbers(step=step, epoch=epoch, tokens=tokens)
-        check_save(step, reasons)
+        reasons = check_save(step, epoch, tokens, reasons)
         info = SaveInfo(
             step=step,
             attempt="",
-            reasons=tuple(reasons),
+            reasons=reasons,
             epoch=epoch,
             tokens=tokens,
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            metrics=plain_metrics(metrics),
             config=self._config,
             software=software_versions(torch=str(torch.__version__)),
         )
@@ -185,7 +207,7 @@ class Checkpointer:
         exclude: Sequence[str] = (),
         strict: bool = True,
     ) -> CheckpointRecord | None:
-        """Restore a checkpoint in request, at whatever world size it was saved. Every rank calls it.
+        """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
 
         Args:
             selector: "latest", "backup", "best", "epoch:3", "step:250", an id, a path or a URI.
@@ -199,6 +221,9 @@ class Checkpointer:
             RestoreFailedError.
         """
         self._require_home()
+        selector = check_selector(selector)
+        check_names(include=include, exclude=exclude)
+        check_switches(model_only=model_only, strict=strict)
         if self._saver is not None:
             self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()

@@ -1,50 +1,193 @@
-"""What a Checkpointer may be asked for, before anything is touched."""
+"""What a Checkpointer may be asked for, before anything is touched: one sentence for what cannot be."""
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 import os
-from typing import SupportsIndex
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from torch import nn
+
+from engine.catalog.retention import Retention
 from engine.errors import ConfigError
+from engine.format.json import MAX_INT
 from engine.format.manifest import REASONS
 
+MOST_STEPS = 2**48
+"""A step beyond it is a mistake: at a million steps a second it would take nine years."""
 
-def check_arguments(busy: str, timeout_secs: float, overlap: bool | str, mirror_freq: int) -> None:
-    """ConfigError for an argument that cannot work."""
+
+def check_setup(
+    directory: object,
+    state: object,
+    *,
+    per_rank: object,
+    retention: object,
+    busy: object,
+    timeout_secs: object,
+    overlap: object,
+    mirror: object,
+    mirror_freq: object,
+    memory_budget_bytes: object,
+    storage_options: object,
+    on_event: object,
+    **switches: object,
+) -> None:
+    """ConfigError for an argument of a Checkpointer that cannot work. `switches` are True or False."""
+    check_addresses(directory=directory, mirror="" if mirror is None else mirror)
+    _check_state(state)
+    check_names(per_rank=per_rank)
+    if retention is not None and not isinstance(retention, Retention):
+        raise ConfigError(
+            f"retention is {_shown(retention)}: give Retention(rolling=3), say, or None to keep everything"
+        )
     if busy not in ("wait", "skip"):
-        raise ConfigError(f"busy is {busy!r}: it must be 'wait' or 'skip'")
-    if timeout_secs <= 0:
-        raise ConfigError(f"timeout_secs is {timeout_secs}: it must be above 0")
+        raise ConfigError(f"busy is {_shown(busy)}: it must be 'wait' or 'skip'")
+    if not _is_number(timeout_secs) or not 0 < timeout_secs < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"timeout_secs is {_shown(timeout_secs)}: it must be a number of seconds above 0")
     if overlap not in ("auto", False):
-        raise ConfigError(f"overlap is {overlap!r}: it must be 'auto' or False")
-    if mirror_freq < 0:
-        raise ConfigError(f"mirror_freq is {mirror_freq}: it must be a number of steps, 0 or more")
+        raise ConfigError(f"overlap is {_shown(overlap)}: it must be 'auto' or False")
+    if not _is_whole(mirror_freq) or mirror_freq < 0:  # type: ignore[operator]
+        raise ConfigError(
+            f"mirror_freq is {_shown(mirror_freq)}: it must be a whole number of steps, 0 or more"
+        )
+    if memory_budget_bytes is not None and not (_is_whole(memory_budget_bytes) and memory_budget_bytes > 0):  # type: ignore[operator]
+        raise ConfigError(
+            f"memory_budget_bytes is {_shown(memory_budget_bytes)}: it must be a whole number of bytes above "
+            "0, or None"
+        )
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise ConfigError(f"storage_options is {_shown(storage_options)}: it must be a dict, or None")
+    if on_event is not None and not callable(on_event):
+        raise ConfigError(f"on_event is {_shown(on_event)}: it must be a function of one dict, or None")
+    check_switches(**switches)
 
 
-def check_addresses(*addresses: str | os.PathLike[str] | None) -> None:
-    """ConfigError for an address that is no Unicode text: ranks tell each other where a checkpoint lies."""
-    for address in addresses:
+def check_addresses(**addresses: object) -> None:
+    """ConfigError for what is no path, or no Unicode text: ranks tell each other where a checkpoint lies."""
+    for name, address in addresses.items():
+        if not isinstance(address, str | os.PathLike) or isinstance(os.fspath(address), bytes):
+            raise ConfigError(f"{name} is {_shown(address)}: it must be a path or a URI")
         try:
-            os.fspath(address or "").encode()
+            os.fspath(address).encode()
         except UnicodeEncodeError:
             raise ConfigError(f"{address!a} is not text in UTF-8: give another directory") from None
 
 
-def whole_numbers(**given: SupportsIndex) -> list[int]:
+def check_names(**given: object) -> None:
+    """ConfigError unless each is a sequence of text; one text would be read letter by letter."""
+    for name, value in given.items():
+        if isinstance(value, str):
+            raise ConfigError(f"{name} is the text {value!r}: give a tuple, {name}=({value!r},)")
+        plain = isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes)
+        if not plain or not all(isinstance(item, str) for item in value):  # type: ignore[attr-defined]
+            raise ConfigError(f"{name} is {_shown(value)}: it must be a tuple of names")
+
+
+def check_switches(**given: object) -> None:
+    """ConfigError unless each is True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {_shown(value)}: it must be True or False")
+
+
+def check_selector(selector: object) -> str:
+    """The selector as text. ConfigError for anything else."""
+    if isinstance(selector, os.PathLike):
+        selector = os.fspath(selector)
+    if not isinstance(selector, str):
+        hint = f"'step:{selector}'" if _is_whole(selector) else "'latest'"
+        raise ConfigError(f"the selector is {_shown(selector)}: it must be text, such as {hint}")
+    return selector
+
+
+def whole_numbers(**given: object) -> list[int]:
     """The numbers as JSON can hold them, in order; NumPy's and torch's are taken. ConfigError for others."""
     for name, value in given.items():
-        try:
-            operator.index(value)
-        except TypeError:
-            raise ConfigError(f"{name} is {value!r}: it must be a whole number") from None
-    return [operator.index(value) for value in given.values()]
+        if not _is_whole(value):
+            raise ConfigError(f"{name} is {_shown(value)}: it must be a whole number")
+        if not -MAX_INT <= operator.index(value) <= MAX_INT:  # type: ignore[arg-type]
+            raise ConfigError(f"{name} is {value}: it does not fit into 64 bits")
+    return [operator.index(value) for value in given.values()]  # type: ignore[arg-type]
 
 
-def check_save(step: int, reasons: tuple[str, ...]) -> None:
-    """ConfigError for a save that makes no sense."""
-    unknown = [reason for reason in reasons if reason not in REASONS]
-    if step < 0 or unknown or not reasons:
+def check_save(step: int, epoch: int, tokens: int, reasons: object) -> tuple[str, ...]:
+    """The reasons of a save. ConfigError for a save that makes no sense."""
+    check_names(reasons=reasons)
+    found: tuple[str, ...] = tuple(reasons)  # type: ignore[arg-type]
+    unknown = [reason for reason in found if reason not in REASONS]
+    if unknown or not found or len(set(found)) != len(found):
         raise ConfigError(
-            f"save(step={step}, reasons={reasons}): steps start at 0, reasons are {', '.join(REASONS)}"
+            f"reasons is {found}: it must name one or more of {', '.join(REASONS)}, each once"
         )
+    if not 0 <= step <= MOST_STEPS:
+        raise ConfigError(f"step is {step}: it must be from 0 to {MOST_STEPS} (2**48)")
+    for name, value in (("epoch", epoch), ("tokens", tokens)):
+        if value < 0:
+            raise ConfigError(f"{name} is {value}: it must be 0 or more")
+    return found
+
+
+def plain_metrics(metrics: object) -> dict[str, float]:
+    """Metrics as floats by name: of Python, of NumPy, or tensors of one element. ConfigError for others."""
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(f"metrics is {_shown(metrics)}: it must be a dict of numbers by name")
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"the metric {_shown(name)} is not named by text")
+        if value is None:
+            raise ConfigError(f"the metric {name!r} is None: leave it out of the saves that have none")
+        found[name] = _metric(name, value)
+    return found
+
+
+def _metric(name: str, value: Any) -> float:
+    has_parts = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if not has_parts and (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+    raise ConfigError(f"the metric {name!r} is {_shown(value)}: it must be a single number")
+
+
+def _check_state(state: object) -> None:
+    if isinstance(state, nn.Module):
+        raise ConfigError(
+            f"state is a {type(state).__name__}: give a dict that names it, such as {{'model': model}}"
+        )
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"state is {_shown(state)}: it must be a dict of the objects to save, by name")
+    for name in state:
+        if not isinstance(name, str):
+            raise ConfigError(f"the state key {_shown(name)} is not text")
+
+
+def _is_whole(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return str(getattr(value, "dtype", "")) not in ("bool", "torch.bool")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence: short ones as they are, others by their class."""
+    items = value if isinstance(value, tuple | list | set) else (value,)
+    if all(isinstance(item, str | int | float | None) for item in items):
+        text = ascii(value)
+        if len(text) <= 80:
+            return text
+    return f"a {type(value).__name__}"
