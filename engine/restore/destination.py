@@ -6,7 +6,7 @@ Each kind of entry has a module of its own: `modules`, `optimizers`, `entries`. 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,16 @@ class Destination:
         self.sources |= {name: name for name in self._saved.tensors}
         self.sources = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
 
-    def check(self, what: str) -> None:
-        """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet."""
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """What the checkpoint has and this rank has no place for: names of tensors, and state keys."""
+        return (*self.fit.unexpected, *self._modules.unexpected, *self._unknown_keys())
+
+    def check(self, what: str, unexpected: Collection[str] | None = None) -> None:
+        """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet.
+
+        `unexpected`: what no rank has a place for; None: all that this one has none for.
+        """
         saved = self._saved.keys
         absent = [key for key in self._keys if key not in saved and not self._modules.is_empty(key)]
         missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
@@ -109,8 +117,8 @@ class Destination:
             *self._entries.differences.values(),
             *self._missing_classes(),
         )
-        unexpected = (*self.fit.unexpected, *self._modules.unexpected, *self._unknown_keys())
-        fit = Fit(self.fit.matched, missing, unexpected, lines, self.fit.grown)
+        nowhere = tuple(name for name in self.unexpected if unexpected is None or name in unexpected)
+        fit = Fit(self.fit.matched, missing, nowhere, lines, self.fit.grown)
         if self._wanted.strict and not fit.exact:
             raise StateMismatchError(report(fit, what))
         if not fit.exact and self._rank == 0:
@@ -131,7 +139,7 @@ class Destination:
     def _missing_classes(self) -> list[str]:
         """Values of modules and optimizers that cannot be made here."""
         fixed = [key for key in self._keys if isinstance(self._capture.state[key], nn.Module | Optimizer)]
-        documents = {key: self._manifest.objects.get(key) for key in fixed}
+        documents = {key: self._saved.json(key) for key in fixed}
         return [f"{key}: {line}" for key in fixed for line in values.missing_classes(documents[key])]
 
     def _others(self) -> dict[str, Any]:
@@ -170,7 +178,7 @@ class Destination:
         # A key that the state lacks altogether is unexpected; a generic object's tensors match themselves.
         generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
         # Tensors inside values (a learning rate that is one) are read for those values.
-        inside = {name for key in fixed for name in values.tensor_names(self._manifest.objects.get(key))}
+        inside = {name for key in fixed for name in values.tensor_names(self._saved.json(key))}
         inside = (inside - live.keys()) | self._modules.loose
         saved = {
             name: info

@@ -65,7 +65,7 @@ class Modules:
     def will_read(self, live: Mapping[str, torch.Tensor]) -> None:
         """Have the tensors inside of documents read, and the loose ones."""
         for key, _ in self._modules():
-            self._saved.will_read(self._saved.manifest.objects.get(key), live)
+            self._saved.will_read(self._saved.json(key), live)
         for name in self.loose:
             self._saved.will_read({"$tensor": name}, {})
 
@@ -98,7 +98,7 @@ class Modules:
 
     def _document(self, key: str, saved: Saved | None) -> dict[Any, Any]:
         """What was saved besides tensors, as far as it is wanted. Without `saved`, blank tensors."""
-        document = self._saved.manifest.objects.get(key, {})
+        document = self._saved.json(key) or {}
         found = saved.decoded(document) if saved else values.decode(document, self._saved.blank)
         if not isinstance(found, dict):
             raise DamagedError(f"{self._saved.manifest.id}: the saved values of {key} are not a module's")
@@ -110,7 +110,7 @@ class Modules:
 
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
         manifest, live = self._saved.manifest, capture.state.tensors
-        inside = set(values.tensor_names(manifest.objects.get(key)))
+        inside = set(values.tensor_names(self._saved.json(key)))
         tree = places(capture.module)
         for full, info in manifest.tensors.items():
             name = full.removeprefix(f"{key}.")

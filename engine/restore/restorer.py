@@ -42,6 +42,7 @@ from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
 from engine.restore.collector import collector_paused
 from engine.restore.destination import Destination
+from engine.restore.others import unexpected_on_all
 from engine.restore.places import (
     Indexes,
     Locals,
@@ -222,10 +223,16 @@ class Restorer:
             else:
                 places = read_description(manifest, chunks)
             destination = self._destination(manifest, indexes, wanted)
-            destination.check(f"the checkpoint {storage.describe(name)}")
-            slices, found = _plan(destination, manifest, places, indexes)
         except Exception as error:
             problem = _missing_is_damage(storage, name, error)
+        try:
+            mine = destination.unexpected if destination is not None else None
+            nowhere = unexpected_on_all(self.channel, key, mine, self.timeout_secs)
+            if destination is not None:
+                destination.check(f"the checkpoint {storage.describe(name)}", nowhere)
+                slices, found = _plan(destination, manifest, places, indexes)
+        except Exception as error:
+            problem = problem or _missing_is_damage(storage, name, error)
         try:
             all_agree(
                 self.channel, f"{key}/fits", problem, self.timeout_secs, what=f"the restore of {manifest.id}"

@@ -13,6 +13,7 @@ from engine.errors import DamagedError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.snapshot import values
 from engine.snapshot.captured import per_rank_name
+from engine.snapshot.sharing import union_of_values
 
 
 class Saved:
@@ -53,6 +54,15 @@ class Saved:
         names = (*self.manifest.tensors, *self.manifest.aliases)
         return self.value_keys | {name.partition(".")[0] for name in names}
 
+    def json(self, key: str) -> Any:
+        """The document under a state key that is not declared per rank; None where there is none.
+
+        Of a module's extra state ranks keep their own, as of its buffers: submodule name -> value.
+        """
+        shared = self.manifest.objects.get(key)
+        own = self.own.get(key) if self.same_world else None
+        return shared if shared is None or own is None else union_of_values([own, shared])
+
     def info(self, name: str) -> TensorInfo:
         """Dtype and global shape of a tensor that a document refers to."""
         info = self.manifest.tensors.get(name)
@@ -91,8 +101,8 @@ class Saved:
                 self.tensors[name] = torch.empty(info.shape, dtype=to_torch(info.dtype), device=device)
 
     def document(self, key: str) -> Any:
-        """The value that all ranks share under a state key; its tensors must have been read."""
-        return self.decoded(self.manifest.objects[key])
+        """The value under a state key that is not declared per rank; its tensors must have been read."""
+        return self.decoded(self.json(key))
 
     def decoded(self, document: Any) -> Any:
         """A document's value; its tensors must have been read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from engine.errors import (
 from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
-from engine.save.receipt import Receipt, disagreements, failures
+from engine.save.receipt import Receipt, failures
 from engine.save.replicas import Comparison
 from engine.storage.base import Storage
 
@@ -48,11 +48,15 @@ class SaveInfo:
 
 
 def check_receipts(
-    receipts: list[Receipt], attempt: str, comparison: Comparison | None = None
+    receipts: list[Receipt],
+    attempt: str,
+    different: Sequence[str] = (),
+    comparison: Comparison | None = None,
 ) -> tuple[ShardReceipt, ...]:
     """Every rank's shard. Pure.
 
     Args:
+        different: a sentence for each JSON value that should be the same on all ranks and is not.
         comparison: what the digests in the receipts stand for, where replicas were compared.
     Raises: PeerFailedError with every failed rank's cause; ReplicaMismatchError when a replicated value
         differs between ranks.
@@ -63,13 +67,13 @@ def check_receipts(
     foreign = [receipt.rank for receipt in receipts if receipt.attempt != attempt]
     if foreign:
         raise SaveFailedError(f"rank {foreign[0]} reported another attempt than {attempt}; restart the run")
-    different = disagreements(receipts)
+    lines = list(different)
     if comparison is not None:
-        different += comparison.differences([receipt.replicas for receipt in receipts])
-    if different:
+        lines += comparison.differences([receipt.replicas for receipt in receipts])
+    if lines:
         raise ReplicaMismatchError(
             "what should be the same on all ranks that hold it is not: "
-            + "; ".join(different)
+            + "; ".join(lines)
             + ". Find out why the ranks went apart; for what belongs to one rank, give it a name of its own, "
             "make it part of a DTensor, or declare its state key in per_rank"
         )

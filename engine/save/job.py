@@ -25,10 +25,12 @@ from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.parallel.calls import Call, end_call
 from engine.parallel.coordination import Channel
+from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
+from engine.save.optimizer_documents import merge_documents
 from engine.save.proof import Digests, check_written
-from engine.save.receipt import Receipt, lacked_space
+from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
@@ -50,6 +52,7 @@ class Job:
     call: the call of all ranks that this save is; its key is the prefix of this save's in the store.
     problem: what already failed on this rank in the training thread; its receipt carries it.
     filling: how far the arena holds the snapshot; writing follows it.
+    kinds: what kind of entry each key of `objects` is.
     comparison: what this save compares of what several ranks hold.
     live_digests: what has to be found when the files are read back; empty when that is not asked for.
     """
@@ -69,6 +72,7 @@ class Job:
     problem: Exception | None = None
     secs: dict[str, float] = field(default_factory=dict)
     live_digests: Digests = field(default_factory=dict)
+    kinds: Mapping[str, documents.Kind] = field(default_factory=dict)
     comparison: Comparison = field(default_factory=Comparison)
 
 
@@ -139,6 +143,13 @@ class JobRunner:
             raw = self.channel.broadcast(
                 f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
             )
+            if raw.startswith(documents.ASKING):
+                own = documents.answer(raw, self.channel.rank, job.kinds, job.objects)
+                self.channel.gather(f"{key}/values", own, 0)
+                key = f"{key}/told"
+                raw = self.channel.broadcast(
+                    f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
+                )
             with contextlib.suppress(CoordinationError):  # rank 0 may be gone; its word stands
                 self.channel.gather(f"{key}/ack", b"1", 0)
             return None if raw == _AGAIN else _record_from(raw)
@@ -155,7 +166,16 @@ class JobRunner:
             job.secs["receipts"] = self.clock() - started
             receipts = [Receipt.from_bytes(raw) for raw in raws]
             again = may_retry and lacked_space(receipts) and self._make_room(job)
-            record = None if again else self._commit(job, receipts, deadline)
+            wanted = {} if failures(receipts) else documents.to_ask([receipt.shared for receipt in receipts])
+            different: list[str] = []
+            if wanted:
+                own = documents.answer(canonical_bytes({"0": wanted.get(0, [])}), 0, job.kinds, job.objects)
+                # From here on the others wait for the outcome under another key.
+                asked_by, key = key, f"{key}/told"
+                self.doing = "asking the other ranks for their values"
+                told = documents.ask(self.channel, asked_by, wanted, own, max(1.0, deadline - self.clock()))
+                job.objects, different = documents.put_together(job.objects, told, merge_documents)
+            record = None if again else self._commit(job, receipts, different, deadline)
         except BaseException as error:
             failure = error
             self.doing = "removing the failed attempt"
@@ -209,10 +229,12 @@ class JobRunner:
             return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
         return Receipt(rank, job.info.attempt, shard, job.shared_digests, replicas, dict(job.secs))
 
-    def _commit(self, job: Job, receipts: list[Receipt], deadline: float) -> CheckpointRecord:
+    def _commit(
+        self, job: Job, receipts: list[Receipt], different: list[str], deadline: float
+    ) -> CheckpointRecord:
         self.doing = "committing"
         started = self.clock()
-        shards = check_receipts(receipts, job.info.attempt, job.comparison)
+        shards = check_receipts(receipts, job.info.attempt, different, job.comparison)
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
         if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
             raise SaveFailedError(

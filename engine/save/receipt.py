@@ -15,7 +15,7 @@ from engine.format.manifest import FileReceipt, ShardReceipt
 class Receipt:
     """One rank's report of one save: what it has made durable, or why it could not.
 
-    shared: digest of each replicated JSON value, by state key; must be equal on all ranks.
+    shared: digest of each JSON value that is not the rank's own, by state key.
     replicas: digests of what other ranks hold as well, by group, as text (`engine.save.replicas`).
     secs: seconds by cause (write, digest, fsync, ...).
     error: the failure, in words; a receipt with one carries no shard.
@@ -74,15 +74,3 @@ def lacked_space(receipts: list[Receipt]) -> bool:
     """Whether some rank failed, and none for another reason than a full disk. Pure."""
     errors = [receipt.error for receipt in receipts if receipt.error]
     return bool(errors) and all(error.startswith(f"{StorageFullError.__name__}: ") for error in errors)
-
-
-def disagreements(receipts: list[Receipt]) -> list[str]:
-    """Which shared JSON values differ from rank 0's, and on which ranks. Pure."""
-    first = receipts[0].shared
-    lines = []
-    for name in sorted({name for receipt in receipts for name in receipt.shared}):
-        differing = [r.rank for r in receipts if r.shared.get(name, "") != first.get(name, "")]
-        if differing:
-            ranks = ", ".join(map(str, differing))
-            lines.append(f"{name} differs on rank {ranks} from the first rank that has it")
-    return lines

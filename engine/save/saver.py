@@ -333,6 +333,10 @@ class Saver:
 
     def _job(self, call: Call, info: SaveInfo, moment: Moment, started: float) -> Job:
         captured = moment.captured
+        kinds = self.capture.kinds(captured.shared)
+        local = dict(captured.local)
+        if self.channel.world_size > 1:  # a module's extra state may differ between ranks, as its buffers may
+            local |= {key: value for key, value in captured.shared.items() if kinds[key] == "module"}
         begun = self.clock()
         comparison = Comparison()
         if moment.problem is None:
@@ -346,11 +350,12 @@ class Saver:
             handle=SaveHandle(info.step, most_secs=self._most_secs),
             arena=self.snapshot.arena,
             filling=Filling(self.copier.finish),
-            local=captured.local,
+            local=local,
             objects=captured.shared,
             aliases=self._aliases,
             tensors=self._tensors,
             shared_digests={name: _digest(value) for name, value in captured.shared.items()},
+            kinds=kinds,
             comparison=comparison,
             secs={"compare": self.clock() - begun} if comparison.found else {},
             started=started,

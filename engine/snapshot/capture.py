@@ -12,9 +12,9 @@ a save only checks that the objects behind it are still the same ones (`unchange
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -148,6 +148,13 @@ class StateCapture:
             tensors.update(optimizer.tensors)
         aliases = take_ties_out(self._modules.values(), tensors)
         return tensors, aliases
+
+    def kinds(self, keys: Iterable[str]) -> dict[str, Literal["module", "optimizer", "value"]]:
+        """What kind of entry each of these state keys is."""
+        return {
+            key: "module" if key in self._modules else "optimizer" if key in self._optimizers else "value"
+            for key in keys
+        }
 
     @property
     def modules(self) -> Mapping[str, ModuleCapture]:

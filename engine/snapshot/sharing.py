@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.format.layout import Chunk
+from engine.snapshot.modules import ABSENT_BUFFERS
 
 SMALL_BUFFER_BYTES = 64 << 10
 """Each rank's own value of a buffer up to this size is always kept. Of a larger one it is kept once a
@@ -95,6 +97,23 @@ def groups_to_compare(shared: Mapping[Chunk, SharedBox]) -> list[Group]:
         Group(ranks, tuple(sorted(by_ranks[ranks], key=lambda box: (box.chunk.name, box.chunk.offsets))))
         for ranks in sorted(by_ranks)
     ]
+
+
+def union_of_values(documents: Sequence[Any]) -> Any:
+    """One document for a module's values on several ranks: submodule name -> value, the first that has it.
+
+    A document that is not made of names is taken as it is.
+    """
+    first = documents[0]
+    if not all(isinstance(one, dict) and not any(key.startswith("$") for key in one) for one in documents):
+        return first
+    union: dict[str, Any] = {}
+    for one in documents:
+        for name, value in one.items():
+            known = union.setdefault(name, value)
+            if name == ABSENT_BUFFERS:
+                union[name] = [*known, *(absent for absent in value if absent not in known)]
+    return union
 
 
 def all_aliases(offers: Sequence[Offer]) -> dict[str, str]:
