@@ -43,8 +43,12 @@ LAUNCHER_FLAGS = (
     "local_addr",
     "max_restarts",
     "monitor_interval",
+    "signals_to_handle",
 )
 """Flags of torchrun that are handed to it as they are."""
+
+FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""torchrun's own and Slurm's two, of which it would die without a word to the workers."""
 
 _INSTEAD = {"--resume": "--from SELECTOR", "--nproc_per_node": "--reshard RANKS_OVER_ALL_NODES"}
 
@@ -164,7 +168,9 @@ def launch_arguments(request: Request, start: Start, ranks: int) -> list[str]:
     """torchrun's command line. The directory that the checkpoint was found in goes with it."""
     nproc = ranks // request.nodes
     train = (*request.train, f"--checkpoint_dir={start.checkpoint_dir}", f"--resume={start.selector}")
-    return [*request.launcher, f"--nproc_per_node={nproc}", "-m", "engine.train", *train]
+    # First, so that the user's own flag wins. torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE by it.
+    launcher = (f"--signals_to_handle={FORWARDED}", *request.launcher)
+    return [*launcher, f"--nproc_per_node={nproc}", "-m", "engine.train", *train]
 
 
 def _nodes(flag: str | None) -> int:

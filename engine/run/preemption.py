@@ -22,8 +22,9 @@ from typing import Literal
 
 from engine.forks import in_child
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""SIGUSR1 and SIGUSR2 are what Slurm's --signal sends before the time is up."""
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+"""SIGUSR1 and SIGUSR2 are what Slurm's --signal sends before the time is up. Where ranks got different ones,
+the last of these counts."""
 TORCHRUN_GRACE_SECS = 25.0
 """torchrun kills workers 30 s after it passed a signal on; the rest is for the exit itself."""
 STARTUP_GRACE_SECS = 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from data.loader import TokenLoader
+from demo.job import torchrun
+from engine.resume import FORWARDED
 from tests.e2e.conftest import REFERENCE_STEPS
-from tests.e2e.harness import TINY, Run
+from tests.e2e.harness import TINY, Run, flags
 
 
 def stop_with(run: Run, nproc: int | None, sig: signal.Signals, **given: object) -> float:
@@ -57,6 +60,43 @@ def test_ranks_agree_on_the_step_that_a_signal_saves(
     assert stop_with(run, nproc, sig, **SIGNAL_ALONE_STOPS) < 10.0
     assert run.reasons() == {max(run.losses()): ["signal"]}
     assert run.committed() == [max(run.losses())]
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        "torchrun",
+        pytest.param("the variable", marks=pytest.mark.slow),
+        pytest.param("engine.resume", marks=pytest.mark.slow),
+        "no launcher",
+    ],
+)
+def test_slurms_signals_save_the_step_reached(
+    through: str, undisturbed_2_no_dropout: Run, new_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    """Sent to the launcher, as `scancel --signal` does. torchrun alone would die of them."""
+    if through == "engine.resume":
+        run = undisturbed_2_no_dropout.copy_to(tmp_path / "resumed")
+        values = {"checkpoint_dir": run.checkpoints, "log_dir": run.logs, "reshard": 1}
+        command = [sys.executable, "-m", "engine.resume", *flags({**values, **SIGNAL_ALONE_STOPS})]
+        job = run.launch(command)
+    else:
+        run = new_run("stopped")
+        if through == "the variable":
+            run.env["PET_SIGNALS_TO_HANDLE"] = FORWARDED
+        launcher = torchrun(1, f"--signals-to-handle={FORWARDED}") if through == "torchrun" else torchrun(1)
+        values = {**TINY, "data": run.data, "checkpoint_dir": run.checkpoints, "log_dir": run.logs}
+        command = [sys.executable] if through == "no launcher" else launcher
+        job = run.launch([*command, "-m", "engine.train", *flags({**values, **SIGNAL_ALONE_STOPS})])
+    before = max(run.losses(), default=0)
+    job.wait_until(lambda: max(run.losses(), default=0) >= before + 2, 60.0)
+    sig = signal.SIGUSR2 if through == "engine.resume" else signal.SIGUSR1
+    job.process.send_signal(sig)
+    expected = {"no launcher": 0, "engine.resume": 128 + sig}.get(through, 1)
+    assert job.wait(60.0) == expected, job.tail()
+    assert job.pids() == []
+    reached = max(run.losses())
+    assert run.reasons()[reached] == ["signal"], job.tail()
 
 
 def test_the_end_of_a_run_is_a_checkpoint_too(undisturbed_2: Run) -> None:

@@ -14,6 +14,7 @@ from engine.run.agreement import Agreement, Stopped
 from engine.run.setup import World, choose_device
 
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
+USR1, USR2 = int(signal.SIGUSR1), int(signal.SIGUSR2)
 Outcome = tuple[str | None, int | None]
 
 
@@ -131,18 +132,20 @@ def test_a_vote_alone(signum: int | None, stop: bool, expected: tuple[int | None
 @pytest.mark.parametrize(
     ("others", "signum", "stop"),
     [
-        ([0.0, 0.0, 0.0], None, False),
-        ([0.0, 1.0, 0.0], TERM, False),
-        ([2.0, 0.0, 0.0], INT, False),
-        ([1.0, 1.0, 0.0], TERM, False),
-        ([0.0, 0.0, 1.0], None, True),
+        ([0.0, 0.0, 0.0, 0.0, 0.0], None, False),
+        ([0.0, 0.0, 0.0, 1.0, 0.0], TERM, False),
+        ([2.0, 0.0, 0.0, 0.0, 0.0], INT, False),
+        ([0.0, 3.0, 0.0, 0.0, 0.0], USR1, False),
+        ([1.0, 0.0, 1.0, 0.0, 0.0], USR2, False),
+        ([1.0, 1.0, 1.0, 1.0, 0.0], TERM, False),
+        ([0.0, 0.0, 0.0, 0.0, 1.0], None, True),
     ],
     ids=str,
 )
 def test_one_reduction_carries_everything(
     monkeypatch: pytest.MonkeyPatch, others: list[float], signum: int | None, stop: bool
 ) -> None:
-    """`others`: how many of the other ranks had SIGINT, had SIGTERM, must stop."""
+    """`others`: how many of the other ranks had SIGINT, SIGUSR1, SIGUSR2, SIGTERM, must stop."""
     calls: list[int] = []
 
     def all_reduce(packed: torch.Tensor) -> None:
@@ -153,7 +156,7 @@ def test_one_reduction_carries_everything(
     vote = Agreement(0, 4, lambda: None).vote(scalar(0.5))
     assert vote.total == 0.75
     assert (vote.signum, vote.stop) == (signum, stop)
-    assert calls == [4]
+    assert calls == [6]
 
 
 def test_the_highest_value_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

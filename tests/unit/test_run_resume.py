@@ -12,7 +12,7 @@ import pytest
 
 from engine import resume
 from engine.errors import ConfigError
-from engine.resume import LAUNCHER_FLAGS, Request, launch_arguments, read_flags
+from engine.resume import FORWARDED, LAUNCHER_FLAGS, Request, launch_arguments, read_flags
 from engine.run.config import TrainConfig, to_json
 from engine.run.start import Start
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -98,6 +98,7 @@ def test_the_saved_world_size_is_the_default(saved: Path, launched: list[list[st
     assert resume.main([f"--checkpoint_dir={saved}"]) == 0
     assert launched == [
         [
+            f"--signals_to_handle={FORWARDED}",
             "--nproc_per_node=2",
             "-m",
             "engine.train",
@@ -111,7 +112,8 @@ def test_the_saved_world_size_is_the_default(saved: Path, launched: list[list[st
 def test_ranks_spread_over_nodes(saved: Path, launched: list[list[str]]) -> None:
     argv = [f"--checkpoint_dir={saved}", "--reshard=6", "--nnodes=2", "--rdzv_id=7", "--from=step:10"]
     assert resume.main(argv) == 0
-    ((first, second, third, *train),) = launched
+    ((signals, first, second, third, *train),) = launched
+    assert signals == f"--signals_to_handle={FORWARDED}"
     assert (first, second, third) == ("--nnodes=2", "--rdzv_id=7", "--nproc_per_node=3")
     assert train[-1] == "--resume=step:10"
 
@@ -189,6 +191,16 @@ def test_the_status_of_failed_workers(codes: list[int], status: int, monkeypatch
     monkeypatch.setattr(run, "main", fail)
     request = read_flags([])
     assert resume.launch(request, Start("d", selector="latest"), 2) == status
+
+
+def test_a_list_of_signals_that_is_given_wins() -> None:
+    """torchrun takes the last of a flag that it is given twice."""
+    run = pytest.importorskip("torch.distributed.run")
+    request = read_flags(["--signals_to_handle=SIGTERM"])
+    arguments = launch_arguments(request, Start("d", selector="latest"), 1)
+    assert run.parse_args(arguments).signals_to_handle == "SIGTERM"
+    arguments = launch_arguments(read_flags([]), Start("d", selector="latest"), 1)
+    assert run.parse_args(arguments).signals_to_handle == FORWARDED
 
 
 def test_the_status_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
