@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from engine.convert.gpt2 import Gpt2Tensors, find_gpt2, looks_like_gpt2, transposed_windows
 from engine.convert.gpt2_settings import of_another_model, said_of
 from engine.convert.incoming import Incoming
-from engine.convert.numbering import Parameter, is_buffer
+from engine.convert.module_order import parameter_order
+from engine.convert.numbering import Parameter, is_buffer, numbers_parameters
 from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.publish import Draft
 from engine.convert.recognise import Recognised, recognise
@@ -126,8 +127,9 @@ def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str
     else:
         _add_model(adopted, found, parts)
     step = _step(adopted, found, parts)
-    # The model's own order: torch.save keeps it, and of a GPT-2 it is known.
-    objects = _add_optimizer(adopted, found, parts, in_order=is_gpt2 or found.kind == "pt")
+    # torch.save keeps the module's own order of parameters, and of a GPT-2 it is known.
+    in_order = is_gpt2 or found.kind == "pt" or _put_in_order(adopted, parts)
+    objects = _add_optimizer(adopted, found, parts, in_order=in_order)
     local: dict[str, Any] = {}
     if objects and is_gpt2:
         objects |= trainer_objects(step, parts.epoch, parts.config.get("seed", SEED))
@@ -152,6 +154,22 @@ def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str
         config=config,
     )
     return draft, adopted.all_notes(found)
+
+
+def _put_in_order(adopted: Adopted, parts: Recognised) -> bool:
+    """Put the parameters in the module's order, if an optimizer needs it and the module's class is known."""
+    if parts.optimizer is None or not numbers_parameters(parts.optimizer):
+        return False
+    order = parameter_order(parts.config, parts.names)
+    if order is None or not adopted.parameters.keys() >= set(order):
+        return False
+    rest = {name: replace(known, is_buffer=True) for name, known in adopted.parameters.items()}
+    adopted.parameters = {**{name: adopted.parameters[name] for name in order}, **_without(rest, order)}
+    return True
+
+
+def _without(parameters: Mapping[str, Parameter], names: Sequence[str]) -> dict[str, Parameter]:
+    return {name: parameter for name, parameter in parameters.items() if name not in set(names)}
 
 
 def _step(adopted: Adopted, found: Incoming, parts: Recognised) -> int:

@@ -32,15 +32,12 @@ _LIGHTNING_META = "meta.pt"
 def open_file(path: Path, trust_pickle: bool) -> Opened:
     """Open one file by what is in it. Raises as `open_pt` and `open_safetensors` do."""
     kind = file_kind(path)
-    if kind.format == "safetensors" or (kind.format == "other" and path.suffix == ".safetensors"):
+    named = path.suffix == ".safetensors"
+    if kind.format == "safetensors" or named:
         tree, tensors = open_safetensors(path)
-        named = path.suffix == ".safetensors"
-        return Opened(
-            "safetensors", tree, tensors, () if named else (f"it is {kind.words}, whatever its name says",)
-        )
+        said = [] if named else [f"it is {kind.words}, whatever its name says"]
+        return Opened("safetensors", tree, tensors, tuple(said))
     tree, pt_tensors, notes = open_pt(path, trust_pickle=trust_pickle, kind=kind)
-    if path.suffix == ".safetensors":
-        notes = (f"it is {kind.words}, whatever its name says", *notes)
     return Opened("pt", tree, pt_tensors, notes)
 
 

@@ -14,8 +14,8 @@ Format = Literal["safetensors", "torch", "pickle", "other"]
 
 _HEAD_BYTES = 2048
 _MAX_JSON_BYTES = 64 << 20
-_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How torch.save began a file before torch 1.6: a pickled magic number."""
+_LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How torch.save began a file before torch 1.6, after the pickle's protocol: a magic number."""
 
 _AGAIN = "it is not what was meant to be downloaded: look into it, and download the checkpoint again"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -61,7 +61,7 @@ def file_kind(path: Path) -> FileKind:
         )
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return _zip_kind(path, head)
-    if head.startswith(_LEGACY_TORCH):
+    if head[:1] == b"\x80" and _LEGACY_TORCH in head[:32]:
         return FileKind("torch", "a file that torch.save wrote")
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return FileKind("pickle", "a pickle that torch.save did not write")

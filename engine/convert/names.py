@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"})
@@ -42,11 +42,15 @@ class Names:
         return tuple(said)
 
 
-def shared_names(names: Sequence[str]) -> Names:
-    """What to take off the names of one model."""
+def shared_names(names: Sequence[str], *, are_the_modules: bool = False) -> Names:
+    """What to take off the names of one model.
+
+    are_the_modules: they are known to be those of a module's own state_dict(), as in a directory of Hugging
+    Face: a Llama with a tied output layer has "model." before each of them, and so does the live module.
+    """
     parts = {part for name in names for part in name.split(".")[:-1]}
     plain = [without_wrappers(name) for name in names]
-    return Names(tuple(sorted(parts & WRAPPERS)), _shared_prefix(plain))
+    return Names(tuple(sorted(parts & WRAPPERS)), _shared_prefix(plain, () if are_the_modules else _HOLDERS))
 
 
 def without_wrappers(name: str) -> str:
@@ -55,7 +59,7 @@ def without_wrappers(name: str) -> str:
     return ".".join([*(part for part in parts[:-1] if part not in WRAPPERS), parts[-1]])
 
 
-def _shared_prefix(names: Sequence[str]) -> str:
+def _shared_prefix(names: Sequence[str], holders: Collection[str]) -> str:
     gpt2 = next((found for name in names if (found := _GPT2.fullmatch(name))), None)
     if gpt2 is not None:  # whatever its script calls it: the tensors are known by what follows
         prefix = gpt2[1]
@@ -65,7 +69,7 @@ def _shared_prefix(names: Sequence[str]) -> str:
         first = {name[len(prefix) :].partition(".")[0] for name in names}
         holder = next(iter(first), "")
         longer = f"{prefix}{holder}."
-        if len(first) != 1 or holder not in _HOLDERS or not _all_begin(names, longer):
+        if len(first) != 1 or holder not in holders or not _all_begin(names, longer):
             return prefix
         prefix = longer
 

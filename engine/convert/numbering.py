@@ -46,6 +46,12 @@ def is_buffer(name: str, dtype: str) -> bool:
     return name.rpartition(".")[2] in _BUFFERS or dtype[:1] not in ("F", "B", "C") or dtype == "BOOL"
 
 
+def numbers_parameters(optimizer: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's groups number their parameters and record no names beside the numbers."""
+    groups = optimizer["param_groups"]
+    return not any("param_names" in g or isinstance(key, str) for g in groups for key in g["params"])
+
+
 def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: bool) -> dict[Any, str]:
     """The parameter's name for each number. StateError when that cannot be told.
 
@@ -72,8 +78,8 @@ def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: 
         )
     if not in_order:
         raise StateError(
-            f"it numbers its {len(keys)} parameters, several have the same shape, and a safetensors file "
-            "does not keep the order that the numbers mean"
+            f"it numbers its {len(keys)} parameters, several have the same shape, and its format does not "
+            "keep the order that the numbers mean"
         )
     raise StateError(
         f"its {len(keys)} numbered parameters do not fit the model's {len(parameters)}, neither in the "
@@ -116,7 +122,8 @@ def _group_orders(count: int) -> Iterator[tuple[int, ...]]:
 def _by_shape(shapes: Mapping[Any, set[Shape] | None], parameters: Parameters) -> dict[Any, str] | None:
     """The names where each number's moments have a shape that only one parameter has."""
     owners: dict[Shape, list[str]] = {}
-    for name, parameter in parameters.items():
+    trained = {name: parameter for name, parameter in parameters.items() if not parameter.is_buffer}
+    for name, parameter in trained.items():
         owners.setdefault(parameter.stored, []).append(name)
     names = {}
     for key, found in shapes.items():

@@ -74,13 +74,16 @@ def recognise(tree: Mapping[str, Any], what: str, scalar: Scalar) -> Recognised:
     return _Sorting(tree, what, scalar).result()
 
 
-def tensors_by_name(value: Mapping[Any, Any], what: str) -> tuple[dict[str, TensorRef], Names, list[str]]:
+def tensors_by_name(
+    value: Mapping[Any, Any], what: str, *, are_the_modules: bool = False
+) -> tuple[dict[str, TensorRef], Names, list[str]]:
     """(tensors by the model's names, how those came about, what is not a tensor) of a state dict.
 
+    are_the_modules: see `shared_names`.
     Nested dicts give dotted names. StateError where two names become one.
     """
     flat, others = _flat(value)
-    names = shared_names(list(flat))
+    names = shared_names(list(flat), are_the_modules=are_the_modules)
     found: dict[str, TensorRef] = {}
     for name, ref in flat.items():
         if found.setdefault(names.of(name), ref) is not ref:
@@ -114,11 +117,12 @@ class _Sorting:
                     name = key if key not in self._left else f"{holder}.{key}"
                     self._left[name] = value
                     self._paths[name] = f"{holder}.{key}"
+        self._settings: Mapping[str, Any] = {}
         self._also: list[str] = []
         self._notes: list[str] = []
 
     def result(self) -> Recognised:
-        config = self._config()
+        config = self._settings = self._config()
         step = self._count(_STEPS)
         epoch, tokens = self._count(_EPOCHS), self._count(_TOKENS)
         metrics = self._metrics()
@@ -201,7 +205,8 @@ class _Sorting:
         )
 
     def _take_model(self, key: str, value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], Names]:
-        model, names, others = tensors_by_name(value, self._what)
+        hugging_face = "architectures" in self._settings
+        model, names, others = tensors_by_name(value, self._what, are_the_modules=hugging_face)
         self._also += [f"{key}.{other}" if key else other for other in others]
         refuse_shards(model, self._what)
         return model, names
@@ -248,6 +253,10 @@ def _optimizer_in(value: Any) -> Mapping[str, Any] | None:
         return value  # type: ignore[no-any-return]
     if isinstance(value, Mapping) and isinstance(value.get("state"), list):  # DCP: numbers became places
         return _optimizer_in({**value, "state": dict(enumerate(value["state"]))})
+    if isinstance(value, Mapping) and set(value) == {
+        "param_groups"
+    }:  # never stepped: DCP drops what is empty
+        return _optimizer_in({**value, "state": {}})
     if isinstance(value, list | tuple) and len(value) == 1:
         return _optimizer_in(value[0])
     return None

@@ -14,7 +14,7 @@ from engine.convert.safetensors_out import INDEX, SINGLE
 from engine.convert.state_tree import TensorRef
 from engine.convert.tensors import row_spans
 from engine.dcp.dtypes import to_torch
-from engine.errors import DamagedError
+from engine.errors import ConfigError, DamagedError
 from engine.format.json import parse_bounded
 from engine.format.layout import HeaderEntry, header_bytes, parse_header
 from engine.format.manifest import TensorInfo
@@ -87,7 +87,11 @@ def _files(path: Path) -> list[Path]:
 
 def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
     """(the tensors, what the file says beside them)."""
-    refuse_other(file, file_kind(file))
+    kind = file_kind(file)
+    refuse_other(file, kind)
+    if kind.format != "safetensors":
+        # Not read as what it is: torch.load itself goes by the name.
+        raise ConfigError(f"{file} is {kind.words}, whatever its name says: give it a name that ends in .pt")
     size = file.stat().st_size
     with open(file, "rb") as opened:
         first = opened.read(_FIRST_BYTES)

@@ -19,7 +19,7 @@ import torch
 from engine.convert.file_kinds import FileKind
 from engine.errors import DamagedError, StateError
 
-_SHOWN = 3
+_SHOWN = 8
 _MAX_SCAN_BYTES = 256 << 20
 
 

@@ -1,0 +1,32 @@
+"""The order of a Hugging Face model's parameters, which its safetensors file does not keep.
+
+transformers' own class of the model says it: built without values from config.json, nothing of the
+checkpoint's author runs. Without transformers, or for a class that is not its own, there is no telling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from engine.convert.names import Names
+
+
+def parameter_order(config: Mapping[str, Any], names: Names) -> list[str] | None:
+    """Canonical names of the parameters in the module's order; None where that cannot be known."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
+        return None
+    try:
+        import transformers
+
+        kind = getattr(transformers, classes[0])
+        with torch.device("meta"):
+            module = kind(kind.config_class.from_dict(dict(config)))
+    except Exception:  # not installed, no such class, or a configuration that it does not take
+        return None
+    if not isinstance(module, torch.nn.Module):
+        return None
+    return [names.of(name) for name, _ in module.named_parameters()]
