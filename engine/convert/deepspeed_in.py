@@ -14,7 +14,7 @@ from engine.errors import StateError
 
 _LATEST = "latest"
 _MODEL = "mp_rank_00_model_states.pt"
-_MODELS = "*_model_states.pt"
+_MODELS = "*model_states.pt"
 _OPTIMIZERS = "*_optim_states.pt"
 _MOST_NAME_BYTES = 256
 _TO_TRANSFORMERS = (
