@@ -118,7 +118,7 @@ def test_trainers_folder_names_its_checkpoints(gpt2_run: tuple[Path, Any]) -> No
 
 
 def test_trainer_with_another_model(tmp_path: Path) -> None:
-    """Its layers are of equal shapes and its file sorts their names: transformers' own class has the order."""
+    """Layers of equal shapes, and a file that sorts names: transformers' own class has the order."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
     config = transformers.LlamaConfig(**LLAMA, bos_token_id=0, eos_token_id=0)
