@@ -1,0 +1,208 @@
+"""Models under DDP, FSDP2, torch.compile and the like: saved under one, restored under another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from engine import Checkpointer
+from tests.support.ranks import Ranks, outcome
+
+World = Callable[[int], Ranks]
+
+
+def model(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3)))
+
+
+def bare(seed: int) -> Any:
+    return model(seed)
+
+
+def ddp(seed: int) -> Any:
+    return DistributedDataParallel(model(seed))
+
+
+def compiled_ddp(seed: int) -> Any:
+    inner = model(seed)
+    inner[1] = checkpoint_wrapper(inner[1])
+    return torch.compile(DistributedDataParallel(inner), backend="eager")
+
+
+def ddp_compiled(seed: int) -> Any:
+    return DistributedDataParallel(torch.compile(checkpoint_wrapper(model(seed)), backend="eager"))
+
+
+def fsdp2(seed: int, *, offload: bool = False, wrap: bool = False) -> Any:
+    found = model(seed)
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+    if wrap:
+        found[0] = checkpoint_wrapper(found[0])
+    fully_shard(found[0], **policy)
+    fully_shard(found[1], **policy)
+    fully_shard(found, **policy)
+    return torch.compile(found, backend="eager") if wrap else found
+
+
+def fsdp2_offloaded(seed: int) -> Any:
+    return fsdp2(seed, offload=True)
+
+
+def fsdp2_wrapped(seed: int) -> Any:
+    return fsdp2(seed, wrap=True)
+
+
+def fabric(seed: int) -> Any:
+    """Lightning Fabric, on the process group that there is."""
+    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.wrappers import _FabricModule
+
+    original = model(seed)
+    return _FabricModule(DistributedDataParallel(original), DDPStrategy(), original_module=original)
+
+
+WAYS = [bare, ddp, compiled_ddp, ddp_compiled, fsdp2, fsdp2_offloaded, fsdp2_wrapped, fabric]
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(wrapped: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.manual_seed(7)
+        wrapped(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+
+
+def picture(wrapped: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Weights and moments in the order of the parameters, which is the bare model's under every wrapper."""
+    with torch.no_grad():
+        parameters = list(wrapped.parameters())
+        moments = [optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")]
+        return [plain(t).detach().clone() for t in (*parameters, *moments)]
+
+
+def start(way: Callable[[int], Any], seed: int) -> tuple[Any, torch.optim.Optimizer]:
+    wrapped = way(seed)
+    return wrapped, torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+
+
+def save(rank: int, world_size: int, directory: str, way: Callable[[int], Any]) -> Any:
+    wrapped, optimizer = start(way, 1)
+    train(wrapped, optimizer, 2)
+    with Checkpointer(directory, {"model": wrapped, "optimizer": optimizer}) as checkpointer:
+        checkpointer.save(1).result(60)
+        train(wrapped, optimizer, 1)
+        checkpointer.save(2).result(60)
+    return picture(wrapped, optimizer)
+
+
+def restore(rank: int, world_size: int, directory: str, way: Callable[[int], Any]) -> Any:
+    wrapped, optimizer = start(way, 2)
+    with Checkpointer(directory, {"model": wrapped, "optimizer": optimizer}, read_only=True) as checkpointer:
+        checkpointer.restore()
+    found = picture(wrapped, optimizer)
+    train(wrapped, optimizer, 1)  # what was filled is what trains
+    return found, picture(wrapped, optimizer)
+
+
+def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_wrapper_is_restored_by_every_other(way: Any, world: World, tmp_path: Path) -> None:
+    saved = world(2).run(save, str(tmp_path), way)
+    for ranks, other in [(2, WAYS[(WAYS.index(way) + 3) % len(WAYS)]), (4, way)]:
+        for found, after in world(ranks).run(restore, str(tmp_path), other):
+            assert equal(found, saved[0])
+            assert not equal(after, found)
+
+
+class Halves(nn.Linear):
+    """Hands out copies; what is saved has to be the shards that train."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_state_dict_post_hook(self._half)
+
+    @staticmethod
+    def _half(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name in ("weight", "bias"):
+            state[prefix + name] = state[prefix + name].half()
+
+
+def halving(rank: int, world_size: int, directory: str, sharded: bool) -> Any:
+    def build(seed: int) -> Any:
+        torch.manual_seed(seed)
+        found = nn.Sequential(Halves(5, 3), nn.Linear(3, 1))
+        return fully_shard(found) if sharded else DistributedDataParallel(found)
+
+    wrapped, fresh = build(1), build(2)
+    with Checkpointer(directory, {"model": wrapped}) as checkpointer:
+        checkpointer.save(1).result(60)
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                parameter.add_(1)
+        checkpointer.save(2).result(60)
+    with Checkpointer(directory, {"model": fresh}, read_only=True) as checkpointer:
+        checkpointer.restore()
+    return equal(*[[plain(p).detach() for p in one.parameters()] for one in (fresh, wrapped)])
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_copies_that_a_hook_hands_out_are_not_what_is_saved(
+    sharded: bool, world: World, tmp_path: Path
+) -> None:
+    assert world(2).run(halving, str(tmp_path), sharded) == [True] * 2
+
+
+def averaging(rank: int, world_size: int, directory: str) -> Any:
+    wrapped = ddp(1)
+    average = AveragedModel(wrapped, use_buffers=True)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                parameter.add_(1)
+        average.update_parameters(wrapped)
+    with Checkpointer(directory, {"model": wrapped, "average": average}) as checkpointer:
+        checkpointer.save(1).result(60)
+    state = {"model": bare(2), "average": AveragedModel(bare(2), use_buffers=True)}
+    with Checkpointer(directory, state, read_only=True) as checkpointer:
+        checkpointer.restore()
+    found, expected = ([t.detach() for t in a.parameters()] for a in (state["average"], average))
+    return int(state["average"].n_averaged), equal(found, expected)
+
+
+def test_an_average_of_a_ddp_model_is_restored_over_a_bare_one(world: World, tmp_path: Path) -> None:
+    assert world(2).run(averaging, str(tmp_path)) == [(3, True)] * 2
+
+
+def flattened(rank: int, world_size: int, directory: str) -> Any:
+    flat = FullyShardedDataParallel(model(1), device_id=torch.device("cpu"))
+    wrapped = nn.Sequential(flat, nn.Linear(3, 1))
+    with Checkpointer(directory, {"model": wrapped}) as checkpointer:
+        why = outcome(lambda: checkpointer.save(1).result(60))
+        dist.barrier()
+        return why, [item.status for item in checkpointer.list()]
+
+
+def test_fsdp1_is_refused_in_words(world: World, tmp_path: Path) -> None:
+    for why, found in world(2).run(flattened, str(tmp_path)):
+        assert "model.0 is a FullyShardedDataParallel (FSDP1)" in why
+        assert "fully_shard" in why
+        assert "committed" not in found
