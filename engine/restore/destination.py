@@ -70,16 +70,12 @@ class Destination:
         ]
         capture.make_ready()
         self._modules = Modules(capture, self._keys, self._saved, wanted)
-        self._optimizers = Optimizers(capture, self._keys, self._saved)
         try:
             self._modules.prepare()
-            self._optimizers.prepare()
+            self._optimizers = Optimizers(capture, self._saved, wanted)
             live, live_aliases = self._live()
-            self.fit = self._match(live, live_aliases)
+            self.fit = self._match(live, live_aliases).with_more(self._optimizers.fit)
             self._modules.will_read(live)
-            for key in self._keys:
-                if isinstance(capture.state[key], Optimizer):
-                    self._saved.will_read(manifest.objects.get(key), {})
             self._entries = Entries(
                 self._others(),
                 self._saved,
@@ -93,6 +89,7 @@ class Destination:
         self.sources = dict(self.fit.matched)
         if not wanted.strict:
             self.sources |= self.fit.grown
+        live |= self._optimizers.tensors
         self._staging = Staging({name: live[name] for name in self.sources} | self._saved.tensors)
         self.tensors = self._staging.tensors
         self.sources |= {name: name for name in self._saved.tensors}
@@ -113,7 +110,6 @@ class Destination:
         missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
         lines = (
             *self.fit.mismatched,
-            *self._optimizers.differences(),
             *self._entries.differences.values(),
             *self._missing_classes(),
         )
@@ -126,7 +122,6 @@ class Destination:
 
     def abandon(self) -> None:
         """Nothing will be read: leave everything without what was made to read into."""
-        self._optimizers.abandon()
         self._modules.abandon()
 
     def finish(self) -> None:
@@ -157,14 +152,18 @@ class Destination:
         return [f"{key} (all of it)" for key in unknown if self._wanted.takes_key(key)]
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The wanted tensors of modules, and their further names."""
         tensors, aliases = self._capture.fixed_tensors()
         apart = self._modules.absent | self._modules.loose
-        kept = {name: t for name, t in tensors.items() if self._takes(name) and name not in apart}
+        optimizers = set(self._capture.optimizers)
+        kept = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if name.partition(".")[0] not in optimizers and self._takes(name) and name not in apart
+        }
         for name, tensor in kept.items():
             check_savable(name, tensor)  # reading into one without memory would be no error
-        aliases = {alias: name for alias, name in aliases.items() if name in kept}
-        self._optimizers.drop_unsaved(kept)
-        return kept, aliases
+        return kept, {alias: name for alias, name in aliases.items() if name in kept}
 
     def _takes(self, name: str) -> bool:
         """Whether a tensor of a module or optimizer is wanted, live or saved."""
@@ -174,10 +173,10 @@ class Destination:
 
     def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Fit:
         infos = {name: TensorInfo(from_torch(t.dtype, name), global_shape(t)) for name, t in live.items()}
-        fixed = {*self._capture.modules, *self._capture.optimizers}
-        # A key that the state lacks altogether is unexpected; a generic object's tensors match themselves.
+        fixed = set(self._capture.modules)
+        # A key that the state lacks altogether is unexpected; all but modules match their tensors themselves.
         generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
-        # Tensors inside values (a learning rate that is one) are read for those values.
+        # Tensors inside values (extra state) are read for those values.
         inside = {name for key in fixed for name in values.tensor_names(self._saved.json(key))}
         inside = (inside - live.keys()) | self._modules.loose
         saved = {

@@ -30,6 +30,16 @@ class Fit:
         """Whether nothing differs."""
         return not (self.missing or self.unexpected or self.mismatched)
 
+    def with_more(self, other: Fit) -> Fit:
+        """Both together."""
+        return Fit(
+            {**self.matched, **other.matched},
+            (*self.missing, *other.missing),
+            (*self.unexpected, *other.unexpected),
+            (*self.mismatched, *other.mismatched),
+            {**self.grown, **other.grown},
+        )
+
 
 def match(
     live: Mapping[str, TensorInfo],
@@ -55,8 +65,8 @@ def match(
             continue
         used.add(found)
         if saved[found] != live[name]:
-            mismatched.append(f"{name}: saved as {_describe(saved[found])}, here {_describe(live[name])}")
-            if _has_grown(saved[found], live[name]):
+            mismatched.append(f"{name}: saved as {describe(saved[found])}, here {describe(live[name])}")
+            if has_grown(saved[found], live[name]):
                 grown[name] = found
         else:
             matched[name] = found
@@ -104,10 +114,12 @@ def _lines(lines: Sequence[str]) -> str:
     return "\n".join(shown)
 
 
-def _has_grown(saved: TensorInfo, live: TensorInfo) -> bool:
+def has_grown(saved: TensorInfo, live: TensorInfo) -> bool:
+    """Whether a tensor only has more rows than when it was saved."""
     same_rows = saved.dtype == live.dtype and len(saved.shape) == len(live.shape) > 0
     return same_rows and saved.shape[1:] == live.shape[1:] and saved.shape[0] < live.shape[0]
 
 
-def _describe(info: TensorInfo) -> str:
+def describe(info: TensorInfo) -> str:
+    """Dtype and shape, for messages."""
     return f"{info.dtype} {list(info.shape)}"

@@ -1,113 +1,421 @@
-"""Give an optimizer the state tensors to read into, and its groups their saved hyperparameters."""
+"""Give one optimizer its saved state: made from what the checkpoint says, never by a step.
+
+The saved state wins. A parameter gets the fields that were saved for it, in the live tensors where those have
+their dtype and shape, else in new ones; what was not saved is dropped. Nothing changes before `finish`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.optim import Optimizer
 
-from engine.errors import DamagedError
+from engine.dcp.boxes import detached, global_shape
+from engine.dcp.dtypes import from_torch, to_torch
+from engine.errors import RestoreFailedError
+from engine.format.manifest import TensorInfo
+from engine.restore.fit import describe, has_grown
+from engine.restore.hyperparameters import Assigned, Group, assign
+from engine.restore.optimizer_names import match_names, split_path
+from engine.restore.saved import Saved
+from engine.restore.wanted import Wanted
+from engine.snapshot import values
+from engine.snapshot.layouts import made
+from engine.snapshot.modules import pointer_of
+from engine.snapshot.optimizer_document import parse
+from engine.snapshot.optimizer_kinds import state_of
 from engine.snapshot.optimizers import OptimizerCapture
+from engine.snapshot.own_state import LIVE_FLAGS, first_difference, with_parameters
+
+_SCHEDULERS_OWN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""Hyperparameters that schedulers add to a group."""
 
 
-def ensure_state(module: nn.Module, optimizer: Optimizer) -> bool:
-    """Create the state tensors of a fresh optimizer, as a step with zero gradients leaves them.
-
-    DCP's `get_optimizer_state_dict` does it, with a learning rate of zero; it discards gradients and does
-    nothing when there are some, so they are put aside meanwhile.
-    Returns: whether it did; an optimizer that has state keeps it.
-    """
-    if any(optimizer.state.values()):
-        return False
-    with _gradients_aside(optimizer):
-        get_optimizer_state_dict(module, optimizer)
-    return True
-
-
-@contextmanager
-def _gradients_aside(optimizer: Optimizer) -> Iterator[None]:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-
-
-def parameters_without_state(
-    capture: OptimizerCapture, saved: Iterable[str], document: Mapping[str, Any]
-) -> set[str]:
-    """The parameters that had no optimizer state when the checkpoint was taken (before a first step, frozen).
+class OptimizerRestore:
+    """One live optimizer and what the checkpoint has for it.
 
     Args:
-        saved: all saved tensor names, aliases included.
-        document: the optimizer's saved values; state that is not a tensor is among them.
+        document: its document, as stored.
+        known: the names of saved tensors, its own among them.
+    Attributes:
+        tensors: what to read, by a name of the destination.
+        sources: the saved name of each that was saved as it is here.
+        grown: the saved name of each of which only the first rows were saved.
+        lines: one sentence for each difference.
+        unexpected: saved names that belong to nobody here.
     """
-    prefix = f"{capture.key}.state."
-    with_state = {name.removeprefix(prefix).rpartition(".")[0] for name in saved if name.startswith(prefix)}
-    with_state |= {name.rpartition(".")[0] for name in document.get("counters", ())}
-    return {name for names in capture.group_names() for name in names if name not in with_state}
 
+    def __init__(
+        self, capture: OptimizerCapture, document: Any, known: Iterable[str], saved: Saved, wanted: Wanted
+    ) -> None:
+        self._capture = capture
+        self._saved = saved
+        self._wanted = wanted
+        self._document = parse(capture.key, document)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.sources: dict[str, str] = {}
+        self.grown: dict[str, str] = {}
+        self.lines: list[str] = []
+        self.unexpected: list[str] = []
+        self._live_tensors: dict[str, torch.Tensor] = {}
+        self._fields: dict[str, dict[str, str]] = {}
+        self._kept: set[str] = set()
+        self._values: dict[str, dict[str, Any]] = defaultdict(dict)
+        self._inner: list[OptimizerRestore] = []
+        self._assigned = Assigned([])
+        difference = self._class_difference()
+        if difference:
+            self.lines.append(difference)
+            return
+        self._names = {name for names in self._document.names for name in names}
+        self._saved_names = match_names(
+            capture.full_names, capture.owner, self._names, saved.manifest.aliases
+        )
+        groups = capture.optimizer.param_groups
+        self._groups = {parameter: group for group in groups for parameter in group["params"]}
+        self._pointers = {pointer_of(parameter.detach()) for parameter in self._groups}
+        self._plan_values()
+        self._plan_tensors(known)
+        self._assigned = self._assign()
+        self.lines += [*self._assigned.conflicts, *self._order_difference()]
+        self._plan_inner(known)
 
-def group_differences(capture: OptimizerCapture, document: Mapping[str, Any]) -> list[str]:
-    """One sentence for each live group whose parameters were not in one group together when saved."""
-    saved_groups = _saved_groups(capture.key, document)
-    lines = []
-    for number, names in enumerate(capture.group_names()):
-        homes = {saved_groups[name][0] for name in names if name in saved_groups}
-        if len(homes) > 1:
-            lines.append(
-                f"{capture.key}: the parameters of group {number} were in groups {sorted(homes)} when saved"
+    def _class_difference(self) -> str:
+        """A checkpoint of another class of optimizer may have fields of the same names, and means others."""
+        optimizer = self._capture.optimizer
+        was, here = self._document.class_name, type(optimizer).__name__
+        if was:
+            return "" if was == here else f"{self._capture.key}: saved from a {was}, here a {here}"
+        # Saved before classes were written down: told by what each cannot do without.
+        saved = {name for group in self._document.groups for name in group}
+        live = {name for group in optimizer.param_groups for name in group}
+        lacks, strange = (
+            set(optimizer.defaults) - saved - LIVE_FLAGS,
+            saved - live - LIVE_FLAGS - _SCHEDULERS_OWN,
+        )
+        if saved and lacks and strange:
+            return (
+                f"{self._capture.key}: a {here}, which needs {sorted(lacks)}, saved from another class, "
+                f"which had {sorted(strange)}"
             )
-    return lines
+        return ""
 
+    def _takes(self, live: str, field: str) -> bool:
+        return self._takes_name(f"{self._capture.key}.state.{live}.{field}")
 
-def apply_groups(capture: OptimizerCapture, document: Mapping[str, Any]) -> None:
-    """Set every group's hyperparameters, and the counters that are not tensors, to the saved ones.
+    def _takes_name(self, name: str) -> bool:
+        return self._wanted.takes_value(self._capture.key.partition(".")[0], name)
 
-    A hyperparameter that is a tensor here (a capturable learning rate) stays that tensor.
-    """
-    saved_groups = _saved_groups(capture.key, document)
-    for group, names in zip(capture.optimizer.param_groups, capture.group_names(), strict=True):
-        _, saved = next((saved_groups[name] for name in names if name in saved_groups), (0, {}))
-        for key, value in saved.items():
-            if key == "params":
+    def _takes_all(self) -> bool:
+        """Whether nothing of this optimizer is left out: its own load_state_dict knows no parts."""
+        root = self._capture.key.partition(".")[0]
+        below = [pattern for pattern in self._wanted.exclude if pattern.startswith(f"{root}.")]
+        return self._wanted.takes_key(root) and not below
+
+    def _plan_values(self) -> None:
+        """Have the tensors inside of values read: nested in a parameter's state, in groups, and elsewhere."""
+        document = self._document
+        for path, value in document.counters.items():
+            name, field = split_path(path, self._names)
+            self._values[name][field] = value
+        memory: dict[str, torch.Tensor] = {}
+        for live, name in self._saved_names.items():
+            if live in self._capture.local:
+                nested = [*self._values[name].items(), ("", document.entries.get(name))]
+                for field, value in nested:
+                    for tensor in values.tensor_names(value):
+                        memory[tensor] = self._made(live, field, self._saved.info(tensor))
+        mine = [value for fields in self._values.values() for value in fields.values()]
+        mine += [*document.entries.values(), *document.groups, *(value for _, value in document.extra)]
+        for value in mine:
+            self._saved.will_read(value, memory)
+
+    def _plan_tensors(self, known: Iterable[str]) -> None:
+        prefix = f"{self._capture.key}.state."
+        fields: dict[str, dict[str, str]] = defaultdict(dict)
+        for tensor in known:
+            if tensor.startswith(prefix) and tensor not in self._saved.tensors:
+                name, field = split_path(tensor.removeprefix(prefix), self._names)
+                fields[name][field] = tensor
+        for live, name in self._saved_names.items():
+            if live in self._capture.local:
+                self._plan_parameter(live, fields.get(name, {}))
+        if not self._wanted.strict:
+            self._kept |= self._capture.local - self._saved_names.keys()
+        here = set(self._saved_names.values())
+        lost = [tensor for name, found in fields.items() if name not in here for tensor in found.values()]
+        self.unexpected += [tensor for tensor in lost if self._takes_name(tensor)]
+
+    def _plan_parameter(self, live: str, fields: Mapping[str, str]) -> None:
+        key, parameter = self._capture.key, self._capture.parameters[live]
+        entry = state_of(self._capture.optimizer).get(parameter)
+        was = self._saved_parameter(live)
+        is_ = TensorInfo(from_torch(parameter.dtype, live), global_shape(parameter))
+        planned: dict[str, torch.Tensor] = {}
+        sources: dict[str, str] = {}
+        grown: dict[str, str] = {}
+        lines: list[str] = []
+        for field, tensor in fields.items():
+            name, info = f"{key}.state.{live}.{field}", self._saved.info(tensor)
+            if not self._takes(live, field):
                 continue
-            live = group.get(key)
-            if isinstance(live, torch.Tensor):
-                with torch.no_grad():
-                    live.copy_(torch.as_tensor(value))
+            own = entry.get(field) if isinstance(entry, dict) else None
+            here = None
+            if was is not None and was != is_ and was.shape == info.shape:
+                here = TensorInfo(is_.dtype if info.dtype == was.dtype else info.dtype, is_.shape)
+                here = None if here == info else here
+            elif isinstance(own, torch.Tensor) and from_torch(own.dtype, name) != info.dtype:
+                here = TensorInfo(from_torch(own.dtype, name), global_shape(own))
+            if here is None:
+                sources[name] = tensor
+                planned[name] = self._memory(name, live, field, own, info)
+                continue
+            lines.append(f"{name}: saved as {describe(info)}, here {describe(here)}")
+            if has_grown(info, here):
+                grown[name] = tensor
+                planned[name] = self._made(live, field, here, zeros=True)
+        self.lines += lines
+        if len(lines) > len(grown):  # a part of a parameter's state is worse than none
+            self._kept.add(live)
+        else:
+            self.sources |= sources
+            self.grown |= grown
+            self.tensors |= planned
+            self._fields[live] = {name.removeprefix(f"{key}.state.{live}."): name for name in planned}
+
+    def _memory(self, name: str, live: str, field: str, own: Any, info: TensorInfo) -> torch.Tensor:
+        """The live tensor where it can take what was saved, else a new one."""
+        if isinstance(own, torch.Tensor) and global_shape(own) == info.shape:
+            pointer = pointer_of(own.detach())
+            if (
+                not pointer or pointer not in self._pointers
+            ):  # memory of another tensor would be read into twice
+                self._pointers.add(pointer)
+                self._live_tensors[name] = own
+                return detached(own, like=self._capture.parameters[live])
+        return self._made(live, field, info)
+
+    def _made(self, live: str, field: str, info: TensorInfo, *, zeros: bool = False) -> torch.Tensor:
+        parameter = self._capture.parameters[live]
+        layout = self._document.layouts.get(f"{self._saved_names[live]}.{field}", {})
+        group = self._groups[parameter]
+        return made(to_torch(info.dtype), info.shape, field, parameter, group, layout, zeros=zeros)
+
+    def _saved_parameter(self, live: str) -> TensorInfo | None:
+        manifest = self._saved.manifest
+        names = self._capture.full_names[live]
+        found = (manifest.tensors.get(manifest.aliases.get(name, name)) for name in names)
+        return next((info for info in found if info is not None), None)
+
+    def _assign(self) -> Assigned:
+        groups = zip(self._capture.optimizer.param_groups, self._capture.group_names(), strict=True)
+        live = [
+            Group(
+                [self._saved_names[name] for name in names if name in self._saved_names],
+                {name: value for name, value in group.items() if name != "params"},
+            )
+            for group, names in groups
+        ]
+        saved = [
+            Group(group["params"], {name: _known(value) for name, value in group.items() if name != "params"})
+            for group in self._document.groups
+        ]
+        prefix = f"{self._capture.key}.param_groups."
+        return assign(self._capture.key, live, saved, lambda name: self._takes_name(f"{prefix}{name}"))
+
+    def _order_difference(self) -> list[str]:
+        """What it tells by the position of parameters is right in the saved order only."""
+        if self._document.own is None or not self._takes_all():
+            return []
+        names = self._capture.group_names()
+        if [[self._saved_names.get(name) for name in group] for group in names] == self._document.names:
+            return []
+        kind = type(self._capture.optimizer).__name__
+        return [
+            f"{self._capture.key}: a {kind} saves itself by the position of its parameters, which are others "
+            "than when saved, or in another order; build it as the saved run did"
+        ]
+
+    def _plan_inner(self, known: Iterable[str]) -> None:
+        key, saved, live = self._capture.key, self._document.inner, self._capture.inner
+        for name in sorted({*saved, *live}):
+            if name not in live:
+                self.lines.append(f"{key}: its {name} was an optimizer when saved, and is none here")
+            elif name not in saved:
+                self.lines.append(f"{key}: its {name} is an optimizer here, and was none when saved")
             else:
-                group[key] = value
-    counters = document.get("counters", {})
-    for parameter, name in capture.named_parameters():
-        entry = capture.optimizer.state.get(parameter)
-        for field_name in list(entry or ()):
-            if f"{name}.{field_name}" in counters:
-                assert entry is not None
-                entry[field_name] = counters[f"{name}.{field_name}"]
+                one = OptimizerRestore(live[name], saved[name], known, self._saved, self._wanted)
+                self._inner.append(one)
+                self.tensors |= one.tensors
+                self.sources |= one.sources
+                self.grown |= one.grown
+                self.lines += one.lines
+                self.unexpected += one.unexpected
+        stored = {*self.sources.values(), *self.unexpected}
+        own = [name for name in values.tensor_names(self._document.own) if name not in stored]
+        self._saved.will_read([{"$tensor": name} for name in own], {})
+
+    def finish(self) -> None:
+        """Hand it all over, after the tensors were read.
+
+        Raises: RestoreFailedError when the optimizer does not hold afterwards what was saved.
+        """
+        if not self._assigned.values:
+            return
+        groups = [
+            {name: self._read_value(value) for name, value in group.items()}
+            for group in self._assigned.values
+        ]
+        states = {live: self._state(live) for live in self._capture.local}
+        told = self._told(groups, states) if self._capture.loads_itself and self._takes_all() else None
+        if told is not None:
+            self._capture.optimizer.load_state_dict(told)
+        self._set_state(states)
+        self._set_extra()
+        for group, assigned in zip(self._capture.optimizer.param_groups, groups, strict=True):
+            _set_values(group, assigned)
+        for inner in self._inner:
+            inner.finish()
+        if told is not None and self._capture.saves_itself:
+            self._check(told)
+
+    def _state(self, live: str) -> Any:
+        """What a parameter's state has to be."""
+        name = self._saved_names.get(live, "")
+        now = state_of(self._capture.optimizer).get(self._capture.parameters[live])
+        if live in self._kept:
+            return now if now is not None else {}
+        if name in self._document.entries:
+            return self._decoded(self._document.entries[name])
+        state = {
+            field: value
+            for field, value in (now.items() if isinstance(now, dict) else ())
+            if not self._takes(live, str(field))
+        }
+        fields = self._fields.get(live, {})
+        state |= {field: self._live_tensors.get(at, self.tensors[at]) for field, at in fields.items()}
+        nested = self._values.get(name, {}).items()
+        return state | {field: self._decoded(value) for field, value in nested if self._takes(live, field)}
+
+    def _told(self, groups: list[dict[str, Any]], states: Mapping[str, Any]) -> dict[Any, Any]:
+        """The state dict for the optimizer's own load_state_dict."""
+        own = self._document.own
+        beyond = {} if own is None else with_parameters(self._from_own(own), self._parameters())
+        if self._document.own_whole:
+            return dict(beyond)
+        numbers = {name: number for number, name in enumerate(self._capture.parameters)}
+        told: dict[Any, Any] = {numbers[live]: state for live, state in states.items() if state}
+        told |= self._extra()
+        live_groups = zip(self._capture.hyperparameters(), groups, self._capture.group_names(), strict=True)
+        return {
+            **beyond,
+            "state": told,
+            "param_groups": [
+                {**live, **assigned, "params": [numbers[name] for name in names]}
+                for live, assigned, names in live_groups
+            ],
+        }
+
+    def _from_own(self, own: Any) -> Any:
+        found = self._read_tensors()
+        for inner in self._inner:
+            found |= inner._read_tensors()
+        return values.decode(own, lambda name: found[name] if name in found else self._saved.tensors[name])
+
+    def _read_tensors(self) -> dict[str, torch.Tensor]:
+        """Saved name -> the state tensor that it was read into."""
+        return {
+            saved: self._live_tensors.get(name, self.tensors[name]) for name, saved in self.sources.items()
+        }
+
+    def _read_value(self, value: Any) -> Any:
+        return self._saved.decoded(value.document) if isinstance(value, _Unread) else copy.deepcopy(value)
+
+    def _set_state(self, states: Mapping[str, Any]) -> None:
+        state = state_of(self._capture.optimizer)
+        for live, new in states.items():
+            parameter = self._capture.parameters[live]
+            now = state.get(parameter)
+            if not isinstance(new, dict):
+                state[parameter] = new
+            elif isinstance(now, dict) and now is not new:
+                now.clear()
+                now.update(new)
+            elif new:
+                state[parameter] = new
+        for live, new in states.items():
+            parameter = self._capture.parameters[live]
+            if isinstance(new, dict) and not new:
+                state.pop(parameter, None)
+            elif state.get(parameter) is None:
+                raise RestoreFailedError(
+                    f"{self._capture.key}: {type(self._capture.optimizer).__name__} does not keep the state "
+                    f"that it is given for {live}; the state is undefined now"
+                )
+
+    def _set_extra(self) -> None:
+        if not self._takes_name(f"{self._capture.key}.state"):
+            return
+        state, extra = state_of(self._capture.optimizer), self._extra()
+        for key in [key for key in state if not isinstance(key, torch.Tensor) and key not in extra]:
+            del state[key]
+        state.update(extra)
+
+    def _extra(self) -> dict[Any, Any]:
+        return {self._saved.decoded(key): self._decoded(value) for key, value in self._document.extra}
+
+    def _decoded(self, value: Any) -> Any:
+        return with_parameters(self._saved.decoded(value), self._parameters())
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """Saved name -> live parameter."""
+        return {saved: self._capture.parameters[live] for live, saved in self._saved_names.items()}
+
+    def _check(self, told: Mapping[Any, Any]) -> None:
+        difference = first_difference(self._capture.key, told, self._capture.optimizer.state_dict())
+        if difference:
+            raise RestoreFailedError(
+                f"after its own load_state_dict, {difference}; the state is undefined now"
+            )
 
 
-def drop_state(capture: OptimizerCapture, names: set[str]) -> None:
-    """Forget the state of the parameters that had none when saved."""
-    for parameter, name in capture.named_parameters():
-        if name in names:
-            capture.optimizer.state.pop(parameter, None)
+class _Unread:
+    """A value whose tensors are not known before they were read."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unread) and self.document == other.document
+
+    def __hash__(self) -> int:
+        return hash(str(self.document))
+
+    def __str__(self) -> str:
+        return "a tensor"
 
 
-def _saved_groups(key: str, document: Mapping[str, Any]) -> dict[str, tuple[int, Mapping[str, Any]]]:
-    """Parameter name -> (group number, group), as saved."""
-    groups = document.get("param_groups")
-    if not isinstance(groups, list) or not all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    ):
-        raise DamagedError(f"the saved values of {key} are not those of an optimizer")
-    return {str(name): (number, group) for number, group in enumerate(groups) for name in group["params"]}
+def _no_tensor(name: str) -> torch.Tensor:
+    raise AssertionError(f"the value has no tensors, and yet {name}")
+
+
+def _known(document: Any) -> Any:
+    return _Unread(document) if values.tensor_names(document) else values.decode(document, _no_tensor)
+
+
+def _set_values(group: dict[str, Any], assigned: Mapping[str, Any]) -> None:
+    """Set a live group's values. A tensor (a capturable learning rate) stays the live one where it can."""
+    for name, value in assigned.items():
+        live = group.get(name)
+        number = isinstance(value, int | float)
+        same = isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor)
+        if isinstance(live, torch.Tensor) and (
+            (number and not live.ndim) or (same and (live.dtype, live.shape) == (value.dtype, value.shape))
+        ):
+            with torch.no_grad():
+                live.copy_(value) if same else live.fill_(value)
+        else:
+            group[name] = value.clone() if isinstance(value, torch.Tensor) else value

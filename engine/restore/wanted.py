@@ -33,6 +33,11 @@ class Wanted:
         included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
+    def takes_value(self, key: str, name: str) -> bool:
+        """Whether something below a state key is wanted that has a name of its own but may be no tensor."""
+        included = not self.include or any(_covers(p, key) or fnmatchcase(name, p) for p in self.include)
+        return included and not any(_covers(p, key) or fnmatchcase(name, p) for p in self.exclude)
+
     def takes_key(self, key: str) -> bool:
         """Whether the values under a state key are wanted, by its name or by a pattern for all below it."""
         included = not self.include or any(_covers(pattern, key) for pattern in self.include)

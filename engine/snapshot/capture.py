@@ -26,7 +26,9 @@ from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.snapshot.in_place import generator_kind, kind_of, saved_value
 from engine.snapshot.modules import ModuleCapture, take_ties_out
-from engine.snapshot.optimizers import OptimizerCapture, owner_of
+from engine.snapshot.optimizer_kinds import check_not_a_state_dict, unwrapped
+from engine.snapshot.optimizers import OptimizerCapture
+from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.wrappers import unwrapped_optimizer
 
 
@@ -54,12 +56,13 @@ class StateCapture:
                     "tensors, arrays, dicts, lists, sets, deques or random number generators. A single "
                     "value goes into a dict"
                 )
+            check_not_a_state_dict(name, state[name])
         for name in per_rank:
             if name not in state or isinstance(state[name], nn.Module | Optimizer):
                 raise UnsavableValueError(
                     f"per_rank names {name!r}, which is not in the state or is a module or an optimizer"
                 )
-        self.state = {key: unwrapped_optimizer(entry) for key, entry in state.items()}
+        self.state = {key: unwrapped(unwrapped_optimizer(entry)) for key, entry in state.items()}
         self.per_rank = frozenset(per_rank)
         self._rank = rank
         self._modules: dict[str, ModuleCapture] = {}
@@ -134,10 +137,10 @@ class StateCapture:
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
                 self._modules[key] = captured_module(key, entry)
+        names = ParameterNames(self._modules, self.state)
         for key, entry in self.state.items():
             if isinstance(entry, Optimizer):
-                owner = self._modules[owner_of(entry, self.state, key)]
-                self._optimizers[key] = OptimizerCapture(key, owner, entry)
+                self._optimizers[key] = OptimizerCapture(key, entry, names)
 
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """(tensors, aliases) of modules and optimizers as last walked, tied ones once."""

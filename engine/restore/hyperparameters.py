@@ -1,0 +1,95 @@
+"""Hyperparameters belong to parameters, not to group numbers: each live group gets those of its own. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.snapshot.own_state import LIVE_FLAGS, first_difference
+
+_NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A parameter group: the names of its parameters and its other values."""
+
+    names: Sequence[str]
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """values: what each live group gets. conflicts: one sentence for each value that two groups claim."""
+
+    values: Sequence[Mapping[str, Any]]
+    conflicts: Sequence[str] = field(default_factory=list)
+
+
+def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Callable[[str], bool]) -> Assigned:
+    """Give each live group the saved hyperparameters of its parameters.
+
+    Groups may be in another order. A group merged of several takes what they agree on. When a saved group was
+    split, and the live parts differ from each other in a value, the saved one would undo that: a conflict,
+    as is a value on which merged groups differ.
+
+    Args:
+        key: the optimizer's, for messages.
+        live: with saved names; parameters that the checkpoint does not know left out.
+        takes: whether a hyperparameter is wanted; others keep their live values.
+    """
+    home = {name: number for number, group in enumerate(saved) for name in group.names}
+    homes = [list(dict.fromkeys(home[name] for name in group.names if name in home)) for group in live]
+    found: list[dict[str, Any]] = []
+    conflicts: list[str] = []
+    for number, group in enumerate(live):
+        mine: dict[str, Any] = {}
+        for name in dict.fromkeys(name for at in homes[number] for name in saved[at].values):
+            if name in _NOT_HYPERPARAMETERS or not takes(name):
+                continue
+            claims = [saved[at] for at in homes[number] if name in saved[at].values]
+            value = claims[0].values[name]
+            other = next((claim for claim in claims if _differ(value, claim.values[name])), None)
+            if other is not None:
+                conflicts.append(
+                    f"{key}: {name} of group {number} was {_show(value)} for {_some(claims[0].names)} and "
+                    f"{_show(other.values[name])} for {_some(other.names)} when saved{_way_out(key, name)}"
+                )
+            elif _split_differs(name, number, live, homes) and _differ(group.values.get(name), value):
+                conflicts.append(
+                    f"{key}: {name} of group {number} ({_some(group.names)}) is "
+                    f"{_show(group.values.get(name))} here and was {_show(value)} when saved, where it was "
+                    f"in one group with others that differ here{_way_out(key, name)}"
+                )
+            mine[name] = value
+        found.append(mine)
+    return Assigned(found, conflicts)
+
+
+def _split_differs(name: str, number: int, live: Sequence[Group], homes: Sequence[Sequence[int]]) -> bool:
+    """Whether live groups that were one group with this one do not have one value of a hyperparameter."""
+    parts = [
+        group
+        for group, of in zip(live, homes, strict=True)
+        if set(of) & set(homes[number]) and name in group.values
+    ]
+    return any(_differ(parts[0].values[name], part.values[name]) for part in parts[1:])
+
+
+def _differ(one: Any, two: Any) -> bool:
+    if isinstance(one, bool | int | float) and isinstance(two, bool | int | float):
+        return one != two and not (one != one and two != two)
+    return bool(first_difference("", one, two))
+
+
+def _way_out(key: str, name: str) -> str:
+    return f'; exclude=("{key}.param_groups.{name}",) keeps the live values'
+
+
+def _show(value: Any) -> str:
+    return str(value)[:60]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

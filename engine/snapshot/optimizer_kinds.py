@@ -1,0 +1,129 @@
+"""What kind of optimizer it is: with state dicts of its own, around another one, sharded over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from engine.errors import UnsavableValueError
+
+_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+"""Where torch keeps the hooks that users register on state dicts; there is no public way to ask for them."""
+
+
+def state_of(optimizer: Optimizer) -> MutableMapping[Any, Any]:
+    """The mapping that holds the optimizer's state of this rank."""
+    held = local_part(optimizer) or optimizer
+    state: MutableMapping[Any, Any] = held.state
+    return state
+
+
+def local_part(optimizer: Optimizer) -> Optimizer | None:
+    """The optimizer over this rank's own parameters inside of a ZeroRedundancyOptimizer.
+
+    By name: to import the class loads torch's TorchScript optimizers.
+    """
+    zero = any(
+        base.__name__ == "ZeroRedundancyOptimizer" and base.__module__.startswith("torch.distributed.optim")
+        for base in type(optimizer).__mro__
+    )
+    if not zero:
+        return None
+    inner = getattr(optimizer, "optim", None)
+    if not isinstance(inner, Optimizer):
+        raise UnsavableValueError(
+            "a ZeroRedundancyOptimizer with overlap_with_ddp=True has nothing to save before its first "
+            "steps; build it without overlap_with_ddp"
+        )
+    return inner
+
+
+def saves_itself(optimizer: Optimizer) -> bool:
+    """Whether `state_dict` gives something else than torch's own would."""
+    return local_part(optimizer) is None and _overrides(optimizer, "state_dict", _HOOKS[:2])
+
+
+def loads_itself(optimizer: Optimizer) -> bool:
+    """Whether `load_state_dict` does something else than torch's own would."""
+    if local_part(optimizer) is not None:
+        return False
+    return saves_itself(optimizer) or _overrides(optimizer, "load_state_dict", _HOOKS[2:])
+
+
+def _overrides(optimizer: Optimizer, method: str, hooks: tuple[str, ...]) -> bool:
+    if method in vars(optimizer) or getattr(type(optimizer), method) is not getattr(Optimizer, method):
+        return True
+    return any(getattr(optimizer, name, None) for name in hooks)
+
+
+def inner_optimizers(key: str, optimizer: Optimizer) -> dict[str, Optimizer]:
+    """Optimizers that this one keeps in its attributes, with state of their own, by attribute.
+
+    Raises: UnsavableValueError for one over other tensors than the outer one's, unless the outer one has a
+        state_dict of its own, which then answers for it.
+    """
+    if local_part(optimizer) is not None:
+        return {}
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, Optimizer] = {}
+    for name, inner in _optimizers_in(vars(optimizer)):
+        if inner is optimizer or inner.state is optimizer.state or any(inner is o for o in found.values()):
+            continue
+        if all(id(parameter) in own for group in inner.param_groups for parameter in group["params"]):
+            found[name] = inner
+        elif not saves_itself(optimizer):
+            raise UnsavableValueError(
+                f"{key}: its attribute {name} is a {type(inner).__name__} over tensors that are not its own "
+                f"parameters, and {type(optimizer).__name__} has no state_dict that tells of it; put both "
+                "optimizers, and what they step, into the state"
+            )
+    return found
+
+
+def _optimizers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Optimizer]]:
+    for name, value in attributes.items():
+        if isinstance(value, Optimizer):
+            yield name, value
+        elif isinstance(value, list | tuple):
+            yield from (
+                (f"{name}.{at}", item) for at, item in enumerate(value) if isinstance(item, Optimizer)
+            )
+        elif isinstance(value, dict):
+            pairs = ((at, item) for at, item in value.items() if isinstance(at, str | int))
+            yield from ((f"{name}.{at}", item) for at, item in pairs if isinstance(item, Optimizer))
+
+
+def unwrapped(entry: Any) -> Any:
+    """The optimizer inside of an object that looks like one and steps it (apex's LARC); else the entry."""
+    if isinstance(entry, Optimizer | nn.Module | dict | torch.Tensor) or not hasattr(entry, "param_groups"):
+        return entry
+    inner = [value for value in getattr(entry, "__dict__", {}).values() if isinstance(value, Optimizer)]
+    same = len(inner) == 1 and _parameters(entry.param_groups) == _parameters(inner[0].param_groups)
+    return inner[0] if same else entry
+
+
+def _parameters(groups: Any) -> list[int]:
+    return [id(parameter) for group in groups for parameter in group["params"]]
+
+
+def check_not_a_state_dict(path: str, entry: Any) -> None:
+    """Refuse what `optimizer.state_dict()` returned: it is of one moment, and training goes on without it."""
+    if not isinstance(entry, Mapping):
+        return
+    groups = entry.get("param_groups")
+    if "state" in entry and isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups):
+        raise UnsavableValueError(
+            f"{path} is the state_dict() of an optimizer, which goes stale as training goes on and cannot be "
+            f"restored; hand over the optimizer itself: {{{path.rpartition('.')[2]!r}: optimizer}}"
+        )
+    for name, inner in entry.items():
+        check_not_a_state_dict(f"{path}.{name}", inner)

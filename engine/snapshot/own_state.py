@@ -1,0 +1,141 @@
+"""State dicts that optimizers make themselves: what they tell beyond torch's own form; comparing them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+LIVE_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+"""How a step is carried out, not what it computes: these stay the live optimizer's."""
+
+_BASE = ("state", "param_groups")
+_PARAMETER = "<parameter {}>"
+
+
+def beyond_base(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> tuple[dict[Any, Any], bool]:
+    """What a state dict tells that the optimizer's state and groups do not: (that, whether it is all of it).
+
+    All of it, when it is not torch's form, or says something else than the optimizer holds.
+    """
+    if not all(name in state_dict for name in _BASE) or not _tells_the_same(optimizer, state_dict):
+        return dict(state_dict), True
+    return {name: value for name, value in state_dict.items() if name not in _BASE}, False
+
+
+def _tells_the_same(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> bool:
+    groups, saved = optimizer.param_groups, state_dict["param_groups"]
+    if not isinstance(saved, list) or len(saved) != len(groups):
+        return False
+    number: dict[Any, int] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            number.setdefault(parameter, len(number))
+    if any(
+        list(told.get("params", ())) != [number[parameter] for parameter in group["params"]]
+        for told, group in zip(saved, groups, strict=True)
+    ):
+        return False
+    held = {
+        number.get(key, key) if isinstance(key, torch.Tensor) else key: value
+        for key, value in optimizer.state.items()
+    }
+    told = state_dict["state"]
+    return (
+        isinstance(told, Mapping)
+        and told.keys() == held.keys()
+        and all(_is_the_same(told[key], held[key]) for key in held)
+    )
+
+
+def _is_the_same(one: Any, two: Any) -> bool:
+    if one is two:
+        return True
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one.keys() == two.keys() and all(_is_the_same(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple) and type(one) is type(two):
+        return len(one) == len(two) and all(map(_is_the_same, one, two))
+    plain = not isinstance(one, torch.Tensor) and type(one) is type(two)
+    return plain and isinstance(one, str | int | float) and one == two
+
+
+def with_names(value: Any, names: Mapping[torch.Tensor, str]) -> Any:
+    """The value with parameters that are keys of a dict replaced by text."""
+    if isinstance(value, dict) and any(isinstance(key, torch.Tensor) for key in value):
+        return {
+            _PARAMETER.format(names[key])
+            if isinstance(key, torch.Tensor) and key in names
+            else key: with_names(inner, names)
+            for key, inner in value.items()
+        }
+    if type(value) is dict:
+        return {key: with_names(inner, names) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_names(inner, names) for inner in value)
+    return value
+
+
+def with_parameters(value: Any, parameters: Mapping[str, torch.Tensor]) -> Any:
+    """Undo `with_names`."""
+    if type(value) is dict:
+        keys = {_PARAMETER.format(name): parameter for name, parameter in parameters.items()}
+        return {keys.get(key, key): with_parameters(inner, parameters) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_parameters(inner, parameters) for inner in value)
+    return value
+
+
+def first_difference(path: str, saved: Any, live: Any) -> str:
+    """One sentence on the first place at which a live value is not the saved one; "" when all is equal.
+
+    Keys, types, dtypes and bits count; the flags of `LIVE_FLAGS` in parameter groups do not.
+    """
+    if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
+        return "" if _same_tensor(saved, live) else f"{path} is {_words(live)}, saved as {_words(saved)}"
+    if isinstance(saved, Mapping) and isinstance(live, Mapping):
+        ignored = LIVE_FLAGS if "params" in saved else frozenset[str]()
+        keys = [key for key in saved if key not in ignored]
+        odd = {*keys} ^ {key for key in live if key not in ignored}
+        if odd:
+            return f"{path} differs in the keys {sorted(map(str, odd))[:5]}"
+        pairs = [(f"{path}.{key}", saved[key], live[key]) for key in keys]
+    elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
+        pairs = [(f"{path}.{at}", one, two) for at, (one, two) in enumerate(zip(saved, live, strict=True))]
+    elif type(saved) is type(live) and _equal(saved, live):
+        return ""
+    else:
+        return f"{path} is {_words(live)}, saved as {_words(saved)}"
+    return next((found for pair in pairs if (found := first_difference(*pair))), "")
+
+
+def _same_tensor(one: torch.Tensor, two: torch.Tensor) -> bool:
+    if one is two:
+        return True
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    local, other = (t.to_local() if isinstance(t, DTensor) else t.detach() for t in (one, two))
+    if local.shape != other.shape:
+        return False
+    same = local.eq(other.to(local.device))
+    if local.is_floating_point():
+        same |= local.isnan() & other.to(local.device).isnan()
+    return bool(same.all())
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, float) and math.isnan(one):
+        return math.isnan(two)
+    return bool(np.all(one == two))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r}"[:80]
