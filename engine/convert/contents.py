@@ -48,10 +48,10 @@ def contents_of(manifest: Manifest) -> Contents:
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether a shared value is what capturing an optimizer leaves: groups, counters, and nothing else."""
+    """Whether a shared value is the document of an optimizer (`engine.snapshot.optimizer_document`)."""
     return (
         isinstance(value, dict)
-        and value.keys() <= {"param_groups", "counters"}
+        and value.keys() <= {"param_groups", "counters", "class", "layouts", "more"}
         and isinstance(value.get("param_groups"), list)
     )
 

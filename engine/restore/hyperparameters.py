@@ -1,4 +1,4 @@
-"""Hyperparameters belong to parameters, not to group numbers: each live group gets those of its own. Pure."""
+"""Hyperparameters belong to parameters, not to group numbers: each live group gets those of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from engine.snapshot import values
 from engine.snapshot.own_state import LIVE_FLAGS, first_difference
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
@@ -93,3 +96,43 @@ def _show(value: Any) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+class Unread:
+    """A value whose tensors are not known before they were read."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unread) and self.document == other.document
+
+    def __hash__(self) -> int:
+        return hash(str(self.document))
+
+    def __str__(self) -> str:
+        return "a tensor"
+
+
+def _no_tensor(name: str) -> torch.Tensor:
+    raise AssertionError(f"the value has no tensors, and yet {name}")
+
+
+def known(document: Any) -> Any:
+    """A saved value as far as it is known before tensors are read."""
+    return Unread(document) if values.tensor_names(document) else values.decode(document, _no_tensor)
+
+
+def set_values(group: dict[str, Any], assigned: Mapping[str, Any]) -> None:
+    """Set a live group's values. A tensor (a capturable learning rate) stays the live one where it can."""
+    for name, value in assigned.items():
+        live = group.get(name)
+        number = isinstance(value, int | float)
+        same = isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor)
+        if isinstance(live, torch.Tensor) and (
+            (number and not live.ndim) or (same and (live.dtype, live.shape) == (value.dtype, value.shape))
+        ):
+            with torch.no_grad():
+                live.copy_(value) if same else live.fill_(value)
+        else:
+            group[name] = value.clone() if isinstance(value, torch.Tensor) else value

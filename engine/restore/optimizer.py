@@ -18,8 +18,8 @@ from engine.dcp.dtypes import from_torch, to_torch
 from engine.errors import RestoreFailedError
 from engine.format.manifest import TensorInfo
 from engine.restore.fit import describe, has_grown
-from engine.restore.hyperparameters import Assigned, Group, assign
-from engine.restore.optimizer_names import match_names, split_path
+from engine.restore.hyperparameters import Assigned, Group, Unread, assign, known, set_values
+from engine.restore.optimizer_names import class_difference, match_names, split_path
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
@@ -28,10 +28,7 @@ from engine.snapshot.modules import pointer_of
 from engine.snapshot.optimizer_document import parse
 from engine.snapshot.optimizer_kinds import state_of
 from engine.snapshot.optimizers import OptimizerCapture
-from engine.snapshot.own_state import LIVE_FLAGS, first_difference, with_parameters
-
-_SCHEDULERS_OWN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-"""Hyperparameters that schedulers add to a group."""
+from engine.snapshot.own_state import first_difference, with_parameters
 
 
 class OptimizerRestore:
@@ -39,7 +36,7 @@ class OptimizerRestore:
 
     Args:
         document: its document, as stored.
-        known: the names of saved tensors, its own among them.
+        stored: the names of saved tensors, its own among them.
     Attributes:
         tensors: what to read, by a name of the destination.
         sources: the saved name of each that was saved as it is here.
@@ -49,7 +46,7 @@ class OptimizerRestore:
     """
 
     def __init__(
-        self, capture: OptimizerCapture, document: Any, known: Iterable[str], saved: Saved, wanted: Wanted
+        self, capture: OptimizerCapture, document: Any, stored: Iterable[str], saved: Saved, wanted: Wanted
     ) -> None:
         self._capture = capture
         self._saved = saved
@@ -66,7 +63,7 @@ class OptimizerRestore:
         self._values: dict[str, dict[str, Any]] = defaultdict(dict)
         self._inner: list[OptimizerRestore] = []
         self._assigned = Assigned([])
-        difference = self._class_difference()
+        difference = class_difference(capture.key, capture.optimizer, self._document)
         if difference:
             self.lines.append(difference)
             return
@@ -78,30 +75,10 @@ class OptimizerRestore:
         self._groups = {parameter: group for group in groups for parameter in group["params"]}
         self._pointers = {pointer_of(parameter.detach()) for parameter in self._groups}
         self._plan_values()
-        self._plan_tensors(known)
+        self._plan_tensors(stored)
         self._assigned = self._assign()
         self.lines += [*self._assigned.conflicts, *self._order_difference()]
-        self._plan_inner(known)
-
-    def _class_difference(self) -> str:
-        """A checkpoint of another class of optimizer may have fields of the same names, and means others."""
-        optimizer = self._capture.optimizer
-        was, here = self._document.class_name, type(optimizer).__name__
-        if was:
-            return "" if was == here else f"{self._capture.key}: saved from a {was}, here a {here}"
-        # Saved before classes were written down: told by what each cannot do without.
-        saved = {name for group in self._document.groups for name in group}
-        live = {name for group in optimizer.param_groups for name in group}
-        lacks, strange = (
-            set(optimizer.defaults) - saved - LIVE_FLAGS,
-            saved - live - LIVE_FLAGS - _SCHEDULERS_OWN,
-        )
-        if saved and lacks and strange:
-            return (
-                f"{self._capture.key}: a {here}, which needs {sorted(lacks)}, saved from another class, "
-                f"which had {sorted(strange)}"
-            )
-        return ""
+        self._plan_inner(stored)
 
     def _takes(self, live: str, field: str) -> bool:
         return self._takes_name(f"{self._capture.key}.state.{live}.{field}")
@@ -133,10 +110,10 @@ class OptimizerRestore:
         for value in mine:
             self._saved.will_read(value, memory)
 
-    def _plan_tensors(self, known: Iterable[str]) -> None:
+    def _plan_tensors(self, stored: Iterable[str]) -> None:
         prefix = f"{self._capture.key}.state."
         fields: dict[str, dict[str, str]] = defaultdict(dict)
-        for tensor in known:
+        for tensor in stored:
             if tensor.startswith(prefix) and tensor not in self._saved.tensors:
                 name, field = split_path(tensor.removeprefix(prefix), self._names)
                 fields[name][field] = tensor
@@ -168,7 +145,7 @@ class OptimizerRestore:
                 here = TensorInfo(is_.dtype if info.dtype == was.dtype else info.dtype, is_.shape)
                 here = None if here == info else here
             elif isinstance(own, torch.Tensor) and from_torch(own.dtype, name) != info.dtype:
-                here = TensorInfo(from_torch(own.dtype, name), global_shape(own))
+                here = TensorInfo(from_torch(own.dtype, name), _global_shape(own, parameter))
             if here is None:
                 sources[name] = tensor
                 planned[name] = self._memory(name, live, field, own, info)
@@ -188,7 +165,7 @@ class OptimizerRestore:
 
     def _memory(self, name: str, live: str, field: str, own: Any, info: TensorInfo) -> torch.Tensor:
         """The live tensor where it can take what was saved, else a new one."""
-        if isinstance(own, torch.Tensor) and global_shape(own) == info.shape:
+        if isinstance(own, torch.Tensor) and _global_shape(own, self._capture.parameters[live]) == info.shape:
             pointer = pointer_of(own.detach())
             if (
                 not pointer or pointer not in self._pointers
@@ -220,7 +197,7 @@ class OptimizerRestore:
             for group, names in groups
         ]
         saved = [
-            Group(group["params"], {name: _known(value) for name, value in group.items() if name != "params"})
+            Group(group["params"], {name: known(value) for name, value in group.items() if name != "params"})
             for group in self._document.groups
         ]
         prefix = f"{self._capture.key}.param_groups."
@@ -239,7 +216,7 @@ class OptimizerRestore:
             "than when saved, or in another order; build it as the saved run did"
         ]
 
-    def _plan_inner(self, known: Iterable[str]) -> None:
+    def _plan_inner(self, stored: Iterable[str]) -> None:
         key, saved, live = self._capture.key, self._document.inner, self._capture.inner
         for name in sorted({*saved, *live}):
             if name not in live:
@@ -247,15 +224,15 @@ class OptimizerRestore:
             elif name not in saved:
                 self.lines.append(f"{key}: its {name} is an optimizer here, and was none when saved")
             else:
-                one = OptimizerRestore(live[name], saved[name], known, self._saved, self._wanted)
+                one = OptimizerRestore(live[name], saved[name], stored, self._saved, self._wanted)
                 self._inner.append(one)
                 self.tensors |= one.tensors
                 self.sources |= one.sources
                 self.grown |= one.grown
                 self.lines += one.lines
                 self.unexpected += one.unexpected
-        stored = {*self.sources.values(), *self.unexpected}
-        own = [name for name in values.tensor_names(self._document.own) if name not in stored]
+        told = {*self.sources.values(), *self.unexpected}
+        own = [name for name in values.tensor_names(self._document.own) if name not in told]
         self._saved.will_read([{"$tensor": name} for name in own], {})
 
     def finish(self) -> None:
@@ -276,7 +253,7 @@ class OptimizerRestore:
         self._set_state(states)
         self._set_extra()
         for group, assigned in zip(self._capture.optimizer.param_groups, groups, strict=True):
-            _set_values(group, assigned)
+            set_values(group, assigned)
         for inner in self._inner:
             inner.finish()
         if told is not None and self._capture.saves_itself:
@@ -332,7 +309,7 @@ class OptimizerRestore:
         }
 
     def _read_value(self, value: Any) -> Any:
-        return self._saved.decoded(value.document) if isinstance(value, _Unread) else copy.deepcopy(value)
+        return self._saved.decoded(value.document) if isinstance(value, Unread) else copy.deepcopy(value)
 
     def _set_state(self, states: Mapping[str, Any]) -> None:
         state = state_of(self._capture.optimizer)
@@ -382,40 +359,5 @@ class OptimizerRestore:
             )
 
 
-class _Unread:
-    """A value whose tensors are not known before they were read."""
-
-    def __init__(self, document: Any) -> None:
-        self.document = document
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unread) and self.document == other.document
-
-    def __hash__(self) -> int:
-        return hash(str(self.document))
-
-    def __str__(self) -> str:
-        return "a tensor"
-
-
-def _no_tensor(name: str) -> torch.Tensor:
-    raise AssertionError(f"the value has no tensors, and yet {name}")
-
-
-def _known(document: Any) -> Any:
-    return _Unread(document) if values.tensor_names(document) else values.decode(document, _no_tensor)
-
-
-def _set_values(group: dict[str, Any], assigned: Mapping[str, Any]) -> None:
-    """Set a live group's values. A tensor (a capturable learning rate) stays the live one where it can."""
-    for name, value in assigned.items():
-        live = group.get(name)
-        number = isinstance(value, int | float)
-        same = isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor)
-        if isinstance(live, torch.Tensor) and (
-            (number and not live.ndim) or (same and (live.dtype, live.shape) == (value.dtype, value.shape))
-        ):
-            with torch.no_grad():
-                live.copy_(value) if same else live.fill_(value)
-        else:
-            group[name] = value.clone() if isinstance(value, torch.Tensor) else value
+def _global_shape(own: torch.Tensor, parameter: torch.Tensor) -> tuple[int, ...]:
+    return global_shape(detached(own, like=parameter))

@@ -1,8 +1,16 @@
-"""Which saved parameter of an optimizer a live one is. Pure."""
+"""Which saved parameter of an optimizer a live one is, and whether it is that optimizer at all. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+
+from torch.optim import Optimizer
+
+from engine.snapshot.optimizer_document import OptimizerDocument
+from engine.snapshot.own_state import LIVE_FLAGS
+
+_SCHEDULERS_OWN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+"""Hyperparameters that schedulers add to a group."""
 
 
 def match_names(
@@ -43,3 +51,24 @@ def split_path(path: str, names: Collection[str]) -> tuple[str, str]:
         end = path.rfind(".", 0, end)
     name, _, field = path.rpartition(".")
     return name, field
+
+
+def class_difference(key: str, optimizer: Optimizer, document: OptimizerDocument) -> str:
+    """Why an optimizer is not of the class that was saved, in a sentence; else "".
+
+    Another class may have fields of the same names and mean others by them.
+    """
+    was, here = document.class_name, type(optimizer).__name__
+    if was:
+        return "" if was == here else f"{key}: saved from a {was}, here a {here}"
+    # Saved before classes were written down: told by what each cannot do without.
+    saved = {name for group in document.groups for name in group}
+    live = {name for group in optimizer.param_groups for name in group}
+    lacks = set(optimizer.defaults) - saved - LIVE_FLAGS
+    strange = saved - live - LIVE_FLAGS - _SCHEDULERS_OWN
+    if saved and lacks and strange:
+        return (
+            f"{key}: a {here}, which needs {sorted(lacks)}, saved from another class, which had "
+            f"{sorted(strange)}"
+        )
+    return ""

@@ -271,6 +271,9 @@ class Larc:
     def state_dict(self) -> Any:
         return self.optim.state_dict()
 
+    def load_state_dict(self, state: Any) -> None:
+        self.optim.load_state_dict(state)
+
 
 def test_an_object_around_an_optimizer_is_saved_as_that() -> None:
     module = network().bfloat16()
