@@ -99,7 +99,8 @@ def _one(
             raise StateError(f"{key} is a {kind} on rank {first_rank} and a {other} on rank {rank}")
     if kind == "module":
         return union_of_values([value for _, _, value in given])
-    if kind == "optimizer" and len({_parameters(value) for _, _, value in given}) > 1:
+    sharded = kind == "optimizer" and any(value.get("sharded") for _, _, value in given)
+    if sharded or (kind == "optimizer" and len({_parameters(value) for _, _, value in given}) > 1):
         return merge_optimizers(key, [value for _, _, value in given])
     for rank, _, value in given[1:]:
         path, one, other = first_difference(key, first, value)

@@ -28,13 +28,13 @@ from engine.parallel.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
-from engine.save.optimizer_documents import merge_documents
 from engine.save.proof import Digests, check_written
 from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
 from engine.save.write import write_rank
 from engine.snapshot.arena import Arena
 from engine.snapshot.filling import Filling
+from engine.snapshot.optimizer_document import merge_documents
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)

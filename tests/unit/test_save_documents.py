@@ -8,7 +8,7 @@ import pytest
 
 from engine.parallel.coordination import Channel
 from engine.save.documents import ASKING, answer, ask, first_difference, put_together, to_ask
-from engine.save.optimizer_documents import merge_documents
+from engine.snapshot.optimizer_document import merge_documents
 from tests.support.channels import MemoryStore, on_ranks
 
 
