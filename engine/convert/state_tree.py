@@ -14,6 +14,7 @@ from typing import Any
 from engine.catalog.record import VAL_LOSS
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.contents import Contents, contents_of
+from engine.convert.plain_values import plain
 from engine.convert.tensors import converted
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, encode_metric
@@ -124,7 +125,7 @@ def _modules(contents: Contents, refs: _Refs) -> dict[str, Any]:
 def _optimizer(
     manifest: Manifest, key: str, fields: Mapping[str, Mapping[str, str]], refs: _Refs
 ) -> dict[str, Any]:
-    document = decode(manifest.objects[key], refs.value)  # type: ignore[arg-type]
+    document = decode(plain(manifest.objects[key]), refs.value)  # type: ignore[arg-type]
     state: dict[str, dict[str, Any]] = {
         parameter: {field: refs.value(name) for field, name in names.items()}
         for parameter, names in fields.items()
@@ -148,7 +149,7 @@ def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def _other_values(manifest: Manifest, contents: Contents, refs: _Refs) -> dict[str, Any]:
     return {
-        key: decode(value, refs.value)  # type: ignore[arg-type]
+        key: decode(plain(value), refs.value)  # type: ignore[arg-type]
         for key, value in manifest.objects.items()
         if key not in contents.optimizers and key not in contents.modules
     }
