@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -56,15 +57,17 @@ class StoreClient:
         in_child(self._leave_to_parent)
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: the client's finalizer must not close connections that the parent uses.
+        """In a forked child: the client must not be taken down, for its connections are the parent's.
 
-        That of s3fs takes the sockets out of the event loop's epoll set, which parent and child share: the
-        parent then waits for answers that it is never told of.
+        Closing a socket there takes it out of the event loop's epoll set, which both share: the parent
+        would then wait for an answer that it is never told of. aiohttp does that when it is collected, so the
+        child keeps the client for good. s3fs's finalizer would wait a second for a thread that is not there.
         """
         # Underscored, but the only way from an object to its finalizers; a test notices when it moves.
         for finalizer, about in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
             if about.weakref() is self.fs:
                 finalizer.detach()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.fs))
 
     @property
     def is_object_store(self) -> bool:
