@@ -39,6 +39,8 @@ class ModuleCapture:
         self.state = read_state_dict(key, module)
         self.value_names = self.state.spelled.keys() - self.state.standing.keys()
         self._absent = absent_buffers(places(module))
+        # Their holders are no dicts, and make new objects whenever they are asked.
+        self._scripted = any(isinstance(child, torch.jit.ScriptModule) for child in module.modules())
         self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
         named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
         self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
@@ -61,7 +63,7 @@ class ModuleCapture:
         written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is
         asked anew.
         """
-        if self._asks_each_time and not self._still_hands_out():
+        if self._scripted or (self._asks_each_time and not self._still_hands_out()):
             return False
         if [*map(len, self._holders)] != self._sizes:
             return False

@@ -432,6 +432,7 @@ MODULES: list[Build] = [
     lambda: nn.ParameterDict({"a": nn.Parameter(torch.ones(2)), "b": nn.ParameterList([torch.ones(1)])}),
     lambda: nn.MultiheadAttention(4, 2),
     lambda: nn.InstanceNorm1d(3, affine=True),
+    lambda: nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)), nn.Linear(3, 1)),
 ]
 
 
