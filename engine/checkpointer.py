@@ -22,6 +22,7 @@ from engine.parallel.connect import connect_ranks
 from engine.restore.restorer import Restorer
 from engine.restore.wanted import Wanted
 from engine.save.arguments import (
+    check_failing,
     check_names,
     check_save,
     check_selector,
@@ -36,6 +37,7 @@ from engine.save.exit import call_at_exit
 from engine.save.handle import SaveHandle
 from engine.save.listener import Listener, guarded
 from engine.save.make import SaverOptions, make_saver
+from engine.save.outcomes import OnFailure, Outcomes
 from engine.save.plain_config import plain_config
 from engine.save.replicas import check_of
 from engine.save.saver import Busy, Checks, Saver, most_secs
@@ -75,6 +77,10 @@ class Checkpointer:
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
         mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
         read_only: restore and list only; takes no lease.
+        on_failure: what a save does that the storage or the ranks' agreement failed. "warn": it is logged and
+            told to `on_event`, its handle raises, and the next save tries again. "raise": the next call
+            raises it. A state that cannot be saved is always raised.
+        max_failures: with "warn", so many failures in a row are raised, on all ranks alike.
         process_group: the ranks that save and restore together, when these are not all: a
             torch.distributed.ProcessGroup. Ranks are numbered as in the group. Two groups of one job have a
             directory each.
@@ -103,6 +109,8 @@ class Checkpointer:
         mirror: str | os.PathLike[str] | None = None,
         mirror_freq: int = 1,
         read_only: bool = False,
+        on_failure: OnFailure = "warn",
+        max_failures: int = 3,
         process_group: Any = None,
         on_event: Listener | None = None,
     ) -> None:
@@ -122,6 +130,7 @@ class Checkpointer:
             check_snapshots=check_snapshots,
             read_only=read_only,
         )
+        check_failing(on_failure, max_failures)
         (seed,) = whole_numbers(seed=seed)
         self._config = plain_config(config)
         listener = guarded(on_event)
@@ -130,8 +139,7 @@ class Checkpointer:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
         calls = Calls(channel, timeout_secs, most_secs(timeout_secs))
-        self.last_committed: CheckpointRecord | None = None
-        self.failed_saves = 0
+        self._outcomes = Outcomes(on_failure, max_failures)
         self._storage = open_storage(directory, storage_options)
         second = second_tier(mirror, self._storage, storage_options)
         capture = StateCapture(state, per_rank, self.rank)
@@ -143,7 +151,7 @@ class Checkpointer:
         if not read_only:
             checks = Checks(check_of(check_replicas), check_snapshots)
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
-            saver = make_saver(ranks, calls, capture, self._directory, options, forgetful(self._on_outcome))
+            saver = make_saver(ranks, calls, capture, self._directory, options, self._outcomes)
             try:  # last: what fails before it leaves no lease behind
                 self._directory.take(channel, mirror_freq, timeout_secs)
             except HoldfastError:
@@ -167,8 +175,9 @@ class Checkpointer:
 
         Returns once training may change the state again: after the copy into host memory at the latest; on
         CUDA the copy itself overlaps with what follows. Every rank calls it at the same step.
-        Raises: StateError for state that cannot be saved; MemoryBudgetError; SaveFailedError when the save
-            before failed and nobody was told; RestoreFailedError while the state is undefined.
+        Raises: StateError for state that cannot be saved; MemoryBudgetError; RestoreFailedError while the
+            state is undefined; SaveFailedError when the save before failed, nobody was told, and
+            `on_failure` is "raise", it was not the first of `max_failures` in a row, or it will not pass.
         """
         saver = self._require_saver()
         if self._restorer.undefined:
@@ -234,12 +243,11 @@ class Checkpointer:
         return record
 
     def poll(self) -> None:
-        """Raise the failure of a save that nobody has been told of yet. Cheap; call it every step.
+        """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.
 
         Ranks may hear of the same failure some steps apart.
         """
-        saver = self._saver
-        failure = saver.handle.take_failure() if saver and saver.handle else None
+        failure = self._saver.flight.take_failure() if self._saver is not None else None
         if failure is not None:
             raise failure
 
@@ -247,7 +255,17 @@ class Checkpointer:
         """Wait for the save in flight; raise its failure, or TimeoutError after `timeout` seconds."""
         if self._saver is not None:
             self._saver.wait(timeout)
-        self.poll()
+            self._raise_newest()
+
+    @property
+    def failed_saves(self) -> int:
+        """How many saves in a row have failed, up to the newest."""
+        return self._outcomes.failed
+
+    @property
+    def last_committed(self) -> CheckpointRecord | None:
+        """The newest checkpoint of this Checkpointer."""
+        return self._outcomes.last_committed
 
     def list(self) -> list[Listed]:
         """Everything in the directory, committed, partial and damaged. Rank-local: reads the storage."""
@@ -264,7 +282,7 @@ class Checkpointer:
         yield
 
     def close(self, mirror_patience: Patience = no_limit) -> None:
-        """Finish the save in flight, let go of the directory, and raise a failure nobody was told of.
+        """Finish the save in flight, let go of the directory, and raise if the newest save has failed.
 
         `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
         In a forked child it does nothing: save, mirror and directory are the parent's.
@@ -281,8 +299,8 @@ class Checkpointer:
                 saver.copier.remove()
                 saver.snapshot.forget_plan()
         finally:
-            self._directory.let_go(mirror_patience, stuck=saver is not None and saver.stuck)
-        self.poll()
+            self._directory.let_go(mirror_patience, stuck=saver is not None and saver.flight.stuck)
+        self._raise_newest()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -297,12 +315,10 @@ class Checkpointer:
         if not self._closed and not self._home.left:
             close_behind(self._at_exit)
 
-    def _on_outcome(self, record: CheckpointRecord | None) -> None:
-        if record is None:
-            self.failed_saves += 1
-        else:
-            self.failed_saves = 0
-            self.last_committed = record
+    def _raise_newest(self) -> None:
+        failure = self._saver.flight.take_failure(newest=True) if self._saver is not None else None
+        if failure is not None:
+            raise failure
 
     def _require_home(self) -> None:
         if self._home.left:

@@ -37,7 +37,12 @@ from __future__ import annotations
 
 
 class HoldfastError(Exception):
-    """Base of every error that Holdfast raises on purpose."""
+    """Base of every error that Holdfast raises on purpose.
+
+    may_pass: whether a save that failed for it may succeed when it is tried again with the same state.
+    """
+
+    may_pass: bool = False
 
 
 class ConfigError(HoldfastError, ValueError):
@@ -75,6 +80,8 @@ class SelectorError(HoldfastError, LookupError):
 class DamagedError(HoldfastError, ValueError):
     """Bytes in storage are not the bytes that were written, or break the format."""
 
+    may_pass = True
+
 
 class HostilePathError(DamagedError):
     """A stored path would leave the checkpoint directory."""
@@ -86,6 +93,8 @@ class NewerFormatError(DamagedError):
 
 class StorageError(HoldfastError, OSError):
     """The directory or object store did not do as told."""
+
+    may_pass = True
 
 
 class NotFoundError(StorageError, FileNotFoundError):
@@ -123,6 +132,8 @@ class LeaseLostError(HoldfastError, RuntimeError):
 class CoordinationError(HoldfastError, RuntimeError):
     """The ranks did not come to an agreement."""
 
+    may_pass = True
+
 
 class LateRanksError(CoordinationError, TimeoutError):
     """Some ranks did not report before the deadline; the message names them, `ranks` where known."""
@@ -133,15 +144,26 @@ class LateRanksError(CoordinationError, TimeoutError):
 
 
 class PeerFailedError(CoordinationError):
-    """Another rank failed; the message carries its cause."""
+    """Another rank failed; the message carries its cause, `may_pass` what that is."""
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class SaveFailedError(HoldfastError, RuntimeError):
-    """A save did not commit; the message carries the cause."""
+    """A save did not commit; the message carries the cause, `may_pass` what that is."""
+
+    def __init__(self, message: str, *, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class SaveStuckError(SaveFailedError):
     """A save hangs beyond every deadline, in a call that never returns; the message says at what."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, may_pass=False)
 
 
 class RestoreFailedError(HoldfastError, RuntimeError):

@@ -138,6 +138,7 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         storage_options=config.storage_mapping,
         mirror=config.mirror,
         mirror_freq=config.mirror_freq,
+        on_failure="raise",  # Saves counts them itself, and all ranks vote to stop
         on_event=recorder.from_engine if job.world.is_first else None,
     )
 

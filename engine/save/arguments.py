@@ -20,6 +20,14 @@ MOST_STEPS = 2**48
 """A step beyond it is a mistake: at a million steps a second it would take nine years."""
 
 
+def check_failing(on_failure: str, max_failures: int) -> None:
+    """ConfigError for what cannot be done about saves that fail."""
+    if on_failure not in ("warn", "raise"):
+        raise ConfigError(f"on_failure is {_shown(on_failure)}: it must be 'warn' or 'raise'")
+    if not _is_whole(max_failures) or max_failures < 1:
+        raise ConfigError(f"max_failures is {_shown(max_failures)}: it must be a whole number, 1 or more")
+
+
 def check_setup(
     directory: object,
     state: object,
@@ -120,9 +128,7 @@ def check_save(step: int, epoch: int, tokens: int, reasons: object) -> tuple[str
     found: tuple[str, ...] = tuple(reasons)  # type: ignore[arg-type]
     unknown = [reason for reason in found if reason not in REASONS]
     if unknown or not found or len(set(found)) != len(found):
-        raise ConfigError(
-            f"reasons is {found}: it must name one or more of {', '.join(REASONS)}, each once"
-        )
+        raise ConfigError(f"reasons is {found}: it must name one or more of {', '.join(REASONS)}, each once")
     if not 0 <= step <= MOST_STEPS:
         raise ConfigError(f"step is {step}: it must be from 0 to {MOST_STEPS} (2**48)")
     for name, value in (("epoch", epoch), ("tokens", tokens)):

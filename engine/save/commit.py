@@ -22,6 +22,7 @@ from engine.errors import (
 from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
+from engine.save.outcomes import all_may_pass
 from engine.save.receipt import Receipt, failures
 from engine.save.replicas import Comparison
 from engine.storage.base import Storage
@@ -63,7 +64,8 @@ def check_receipts(
     """
     failed = failures(receipts)
     if failed:
-        raise PeerFailedError(failed)
+        causes = [receipt.error for receipt in receipts if receipt.error]
+        raise PeerFailedError(failed, may_pass=all_may_pass(causes))
     foreign = [receipt.rank for receipt in receipts if receipt.attempt != attempt]
     if foreign:
         raise SaveFailedError(f"rank {foreign[0]} reported another attempt than {attempt}; restart the run")

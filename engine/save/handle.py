@@ -61,15 +61,17 @@ class SaveHandle:
             raise TimeoutError(f"the save of step {self.step} is not done after {timeout:g} s") from None
         return record
 
-    def take_failure(self) -> SaveFailedError | None:
+    def untold_failure(self) -> SaveFailedError | None:
         """The failure, if there is one that nobody has been told of yet. Never waits."""
-        if not self._future.done():
-            return None
-        error = self._future.exception()
+        error = self._future.exception() if self._future.done() else None
         with self._lock:
-            if not isinstance(error, SaveFailedError) or self._delivered:
-                return None
-            self._delivered = True
+            return error if isinstance(error, SaveFailedError) and not self._delivered else None
+
+    def take_failure(self) -> SaveFailedError | None:
+        """The same, and whoever asks is told with it."""
+        error = self.untold_failure()
+        if error is not None:
+            self.mark_told()
         return error
 
     def mark_told(self) -> None:

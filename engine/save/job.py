@@ -28,6 +28,7 @@ from engine.parallel.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.handle import SaveHandle
+from engine.save.outcomes import may_pass
 from engine.save.proof import Digests, check_written
 from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
@@ -188,6 +189,7 @@ class JobRunner:
             return None
         document = {
             "error": "" if failure is None else _words(failure),
+            "may_pass": failure is not None and may_pass(failure),
             "record": record and record_to_json(record),
         }
         late = failure.ranks if isinstance(failure, LateRanksError) else ()
@@ -298,7 +300,7 @@ def record_to_json(record: CheckpointRecord) -> dict[str, Any]:
 def _record_from(raw: bytes) -> CheckpointRecord:
     document = parse_canonical(raw, what="the outcome of a save")
     if document["error"]:
-        raise SaveFailedError(document["error"])
+        raise SaveFailedError(document["error"], may_pass=document["may_pass"])
     fields = document["record"]
     fields["reasons"] = tuple(fields["reasons"])
     fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
@@ -306,7 +308,8 @@ def _record_from(raw: bytes) -> CheckpointRecord:
 
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
-    failure = SaveFailedError(f"the checkpoint of step {job.info.step} was not saved: {_words(error)}")
+    words = f"the checkpoint of step {job.info.step} was not saved: {_words(error)}"
+    failure = SaveFailedError(words, may_pass=may_pass(error))
     failure.__cause__ = error
     return failure
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from engine.catalog.record import CheckpointRecord
 from engine.parallel.calls import Calls
 from engine.parallel.coordination import Coordinator
 from engine.save.directory import HeldDirectory
 from engine.save.job import JobRunner
+from engine.save.outcomes import Outcomes
 from engine.save.saver import Busy, Checks, Saver
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.copy import Copier, overlap_stream
@@ -39,7 +38,7 @@ def make_saver(
     capture: StateCapture,
     directory: HeldDirectory,
     options: SaverOptions,
-    on_outcome: Callable[[CheckpointRecord | None], None],
+    outcomes: Outcomes,
 ) -> Saver:
     """A saver of this state into that directory."""
     device = state_device(capture.state)
@@ -53,7 +52,7 @@ def make_saver(
         directory.publish,
         directory.clean_up,
         directory.listener,
-        on_outcome,
+        outcomes.note,
         lambda: directory.remove_surplus(disk_full=True),
         given_up=directory.given_up,
     )
@@ -64,6 +63,7 @@ def make_saver(
         channel=calls.channel,
         calls=calls,
         runner=runner,
+        outcomes=outcomes,
         run_id=ranks.run_id,
         busy=options.busy,
         timeout_secs=options.timeout_secs,

@@ -14,7 +14,7 @@ def tell_rank_0(channel: Channel, call: Call, words: str) -> None:
     if call.request.kind != SAVE or call.term("action") in ("skip", "raise"):
         return
     if call.term("replan"):
-        offer = {"error": words, "held": []}
+        offer = {"error": words, "may_pass": True, "held": []}
         channel.gather(f"{call.key}/plan/held", canonical_bytes(offer), 0)
     attempt = str(call.term("attempt") or "")
     receipt = Receipt(channel.rank, attempt, error=f"{CoordinationError.__name__}: {words}")

@@ -12,6 +12,7 @@ from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
 from engine.parallel.agreement import VERDICT_GRACE_SECS
 from engine.parallel.coordination import Channel
+from engine.save.outcomes import may_pass
 from engine.snapshot.divide import Part, divide
 from engine.snapshot.sharing import Group, Offer, all_aliases, groups_to_compare, shared_boxes
 from engine.snapshot.snapshot import chunk_to_json
@@ -77,6 +78,7 @@ def agree_on_plan(
     words = "" if problem is None else str(problem) or type(problem).__name__
     document = {
         "error": words,
+        "may_pass": problem is not None and may_pass(problem),
         "held": [chunk_to_json(chunk) for chunk in offer.held],
         "buffers": [[position, digest] for position, digest in offer.buffers.items()],
         "aliases": dict(offer.aliases),
@@ -91,14 +93,17 @@ def agree_on_plan(
     except Exception as error:
         if channel.rank == 0:
             cause = f"rank 0: {type(error).__name__}: {error}"
-            channel.scatter(f"{key}/plan", _refusals(channel.world_size, cause, "peer"), timeout_secs)
+            kind = "passing" if may_pass(error) else "peer"
+            channel.scatter(f"{key}/plan", _refusals(channel.world_size, cause, kind), timeout_secs)
         raise
     raw = channel.scatter(f"{key}/plan", answers, timeout_secs + VERDICT_GRACE_SECS)
     if problem is not None:
         raise problem
     answer: Mapping[str, Any] = parse_canonical(raw, what="the save plan")
     if answer["error"]:
-        raise (StateError if answer["kind"] == "state" else PeerFailedError)(answer["error"])
+        if answer["kind"] == "state":
+            raise StateError(answer["error"])
+        raise PeerFailedError(answer["error"], may_pass=answer["kind"] == "passing")
     parts = [Part(p, dim, start, length, _chunk(chunk)) for p, dim, start, length, chunk in answer["parts"]]
     watched = [
         Watched(group, tuple(positions), frozenset(fresh)) for group, positions, fresh in answer["watched"]
@@ -110,7 +115,8 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
     """Rank 0's answer to each rank, and what it keeps for itself."""
     documents = [parse_canonical(raw, what="an offer") for raw in raws]
     errors = [f"rank {rank}: {doc['error']}" for rank, doc in enumerate(documents) if doc["error"]]
-    kind, plans = "peer", None
+    passing = all(doc["may_pass"] for doc in documents if doc["error"])
+    kind, plans = "passing" if passing else "peer", None
     if not errors:
         offers = [_offer(document) for document in documents]
         shared = shared_boxes(offers, compared.differing if compared else ())

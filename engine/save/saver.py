@@ -7,7 +7,6 @@ word (`engine.parallel.calls`): one store round trip a save, no collective.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,12 @@ from engine.parallel.agreement import all_agree
 from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
-from engine.save.exit import leave_despite
+from engine.save.flight import Flight
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.missed import tell_rank_0
 from engine.save.moment import Moment, mesh_description
+from engine.save.outcomes import Outcomes, may_pass
 from engine.save.plan import agree_on_plan
 from engine.save.proof import live_digests
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
@@ -73,16 +73,14 @@ class Saver:
     channel: Channel
     calls: Calls
     runner: JobRunner
+    outcomes: Outcomes
     run_id: str
     busy: Busy
     timeout_secs: float
     checks: Checks
     on_event: Callable[[dict[str, Any]], None]
     clock: Callable[[], float] = time.monotonic
-    stuck: bool = False
-    """Whether the save in flight hangs in a call that never returns."""
-    _handle: SaveHandle | None = None
-    _thread: threading.Thread | None = None
+    flight: Flight = field(init=False)
     replicas: Replicas = field(init=False)
     _replaced: bool = False
     """Whether a restore has put other values into the state since the last plan."""
@@ -92,6 +90,7 @@ class Saver:
     """How many announcements every rank has read once the newest save that was not skipped is committed."""
 
     def __post_init__(self) -> None:
+        self.flight = Flight(self.runner, self.outcomes)
         self.replicas = Replicas(self.checks.replicas)
         self.calls.on_missed = lambda call, words: tell_rank_0(self.channel, call, words)
 
@@ -105,11 +104,14 @@ class Saver:
 
         `info.attempt` and `info.mesh` are filled in here.
         Raises: StateError, MemoryBudgetError or whatever else this rank could not do; the other ranks learn
-            of it as the failure of this save. SaveFailedError when the save before has failed and nobody
-            has been told: nothing is saved then.
+            of it as the failure of this save. SaveFailedError when a save before has failed, nobody has been
+            told, and it is not endured: nothing is saved then.
         """
         started = self.clock()
-        call, moment = self._decide(Request(SAVE, info.step))
+        try:
+            call, moment = self._decide(Request(SAVE, info.step))
+        except CoordinationError as error:
+            return self.flight.never_began(info, self.clock() - started, error)
         if call.term("action") == "skip":
             return SaveHandle(info.step, skipped=True)
         waited = self.clock()
@@ -122,11 +124,13 @@ class Saver:
         job = self._job(call, info, moment, started)
         job.secs.update(wait=waited - started, capture=planned - waited, copy=0.0)
         # Started before the copy: it writes each part of the arena as soon as that is filled.
-        self._start(job)
+        self.flight.start(job)
         if moment.problem is None:
             self._copy(moment, job)
         job.blocked_secs = self.clock() - started
         if moment.problem is not None:
+            if self.outcomes.on_failure == "warn" and may_pass(moment.problem):
+                return job.handle  # which has it, and whoever saves next is told if there are too many
             # The caller gets the cause at once and in its own class: nobody need be told of it again.
             job.handle.mark_told()
             raise moment.problem
@@ -158,47 +162,16 @@ class Saver:
         self.wait()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save in flight, whatever its outcome.
-
-        Raises: TimeoutError after `timeout` seconds; without any, SaveStuckError once every deadline of the
-            save has passed. From then on it is not waited for any more.
-        """
-        thread = self._thread
-        if thread is None:
-            return
-        most = self._most_secs
-        thread.join((0.0 if self.stuck else most) if timeout is None else timeout)
-        if not thread.is_alive():
-            self._thread, self.stuck = None, False
-            return
-        running = f"the save of step {self._handle.step if self._handle else '?'} is still running"
-        if timeout is not None:
-            raise TimeoutError(running)
-        if not self.stuck:
-            self.stuck = True
-            leave_despite(thread)
-        raise SaveStuckError(
-            f"rank {self.channel.rank}: {running} after {most:g} s more, {self.runner.doing}: "
-            "the storage does not answer. Look into the kernel log and at the mount"
-        )
+        """Wait for the save in flight, whatever its outcome. Raises: as `Flight.wait`."""
+        self.flight.wait(self._most_secs, timeout)
 
     @property
     def _most_secs(self) -> float:
         return most_secs(self.timeout_secs)
 
-    @property
-    def handle(self) -> SaveHandle | None:
-        """The newest save."""
-        return self._handle
-
-    @property
-    def writing(self) -> bool:
-        """Whether the background thread is at work."""
-        return self._thread is not None and self._thread.is_alive()
-
     def _begin(self, request: Request) -> None:
         """Tell the others that rank 0 has come, when they have to wait for it all the same."""
-        if self.channel.rank == 0 and self.writing:
+        if self.channel.rank == 0 and self.flight.writing:
             self.calls.begin(request)
 
     def _decide(self, request: Request) -> tuple[Call, Moment]:
@@ -210,12 +183,14 @@ class Saver:
             self.wait()
             if call.term("action") == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
-                told = self._handle.take_failure() if self._handle else None
-                raise told or SaveFailedError(str(call.term("cause")))
+                told = self.flight.handle.take_failure() if self.flight.handle else None
+                if told is not None and self.outcomes.on_failure == "raise":
+                    raise told
+                raise SaveFailedError(str(call.term("cause"))) from told
             moment = self._look()
             moment.planning = bool(call.term("replan"))
             return call, moment
-        if self.busy == "skip" and self.writing:
+        if self.busy == "skip" and self.flight.writing:
             return self._announce(request, "skip"), Moment()
         self._begin(request)
         try:
@@ -223,15 +198,14 @@ class Saver:
         except SaveStuckError as error:
             self._announce(request, "raise", cause=str(error))
             raise
-        failure = self._handle.take_failure() if self._handle else None
+        failure = self.flight.take_failure()
         if failure is not None:
             self._announce(request, "raise", cause=str(failure))
             raise failure
         moment = self._look()
         # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
         # After a failed save some rank may have none: it ran out of memory, or was refused.
-        failed = self._handle is not None and self._handle.failed()
-        moment.planning = moment.changed or moment.problem is not None or failed or self._replaced
+        moment.planning = moment.changed or moment.problem is not None or self.flight.failed or self._replaced
         self._forget_decisions()
         call = self._announce(request, "go", replan=moment.planning)
         self._read_by_all = self.calls.mark()
@@ -251,7 +225,7 @@ class Saver:
 
         Not the words that followed: rank 0 waits for nobody to skip a save, so the others may be behind.
         """
-        if self._handle is not None and self._handle.done() and not self._handle.failed():
+        if self.flight.committed:
             self.calls.forget(self._read_by_all)
             self._read_by_all = 0
 
@@ -275,7 +249,7 @@ class Saver:
                 )
             return
         self._replaced = False
-        if self._handle is not None and self._handle.done() and not self._handle.failed():
+        if self.flight.committed:
             self.replicas.confirm()
         try:
             plan = agree_on_plan(
@@ -373,14 +347,6 @@ class Saver:
                 "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in causes},
             }
         )
-
-    def _start(self, job: Job) -> None:
-        self._handle = job.handle
-        # Not a daemon: a save that everyone forgot about still finishes before the interpreter exits.
-        self._thread = threading.Thread(
-            target=self.runner.run, args=(job,), name=f"holdfast-save-{job.info.step}", daemon=False
-        )
-        self._thread.start()
 
 
 def most_secs(timeout_secs: float) -> float:

@@ -185,7 +185,7 @@ WAYS: dict[str, Callable[[Checkpointer, Any], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_failure_surfaces_at_the_next_call_once(way: str, storage: ControlledStorage) -> None:
-    checkpointer = Checkpointer("ignored", state())
+    checkpointer = Checkpointer("ignored", state(), on_failure="raise")
     handle = failing_save(checkpointer, storage)
     with pytest.raises(SaveFailedError, match=r"step 7 was not saved.*no space"):
         WAYS[way](checkpointer, handle)

@@ -12,7 +12,9 @@ NAMES = {"CheckpointRecord", "Checkpointer", "HoldfastError", "ReshardableLoader
 
 CHECKPOINTER = {
     "close",
+    "failed_saves",
     "guard",
+    "last_committed",
     "list",
     "poll",
     "prepare",

@@ -16,6 +16,7 @@ from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
+from engine.save.outcomes import Outcomes
 from engine.save.saver import Busy, Checks, Saver
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.copy import Copier
@@ -59,6 +60,7 @@ def saver(channel: Channel, writer: Writer, busy: Busy) -> Saver:
         channel=channel,
         calls=Calls(channel, DEADLINE_SECS, DEADLINE_SECS),
         runner=cast(JobRunner, writer),
+        outcomes=Outcomes(),
         run_id="run",
         busy=busy,
         timeout_secs=DEADLINE_SECS,

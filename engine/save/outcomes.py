@@ -1,0 +1,71 @@
+"""What became of the saves so far, and whether training goes on after one that failed.
+
+A failure of the storage or between the ranks may be gone at the next save: by default it is logged, and the
+next save tries again. A state that cannot be saved stays so: that is always raised.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from engine import errors
+from engine.catalog.record import CheckpointRecord
+from engine.errors import HoldfastError, SaveFailedError
+
+OnFailure = Literal["warn", "raise"]
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """The saves of one Checkpointer, as this rank knows them.
+
+    Args:
+        on_failure: "warn" to go on after a failure that may pass, "raise" to raise every one.
+        max_failures: so many failures in a row are raised all the same.
+    """
+
+    on_failure: OnFailure = "raise"
+    max_failures: int = 1
+    failed: int = 0
+    """How many in a row have failed, up to the newest."""
+    last_committed: CheckpointRecord | None = None
+
+    def note(self, record: CheckpointRecord | None) -> None:
+        """A save is committed, or has failed."""
+        if record is None:
+            self.failed += 1
+        else:
+            self.failed, self.last_committed = 0, record
+
+    def endures(self, error: BaseException) -> bool:
+        """Whether training goes on after this failure, which has been noted."""
+        return self.on_failure == "warn" and may_pass(error) and self.failed < self.max_failures
+
+    def final(self, failure: SaveFailedError) -> SaveFailedError:
+        """What to raise for a failure that is not endured."""
+        if self.on_failure == "raise" or not may_pass(failure):
+            return failure
+        count = f"{self.failed} save{'s' * (self.failed != 1)} in a row failed"
+        last = SaveFailedError(f"{count} (max_failures={self.max_failures}), the newest so: {failure}")
+        last.__cause__ = failure
+        return last
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a later save may succeed although this error came."""
+    return error.may_pass if isinstance(error, HoldfastError) else isinstance(error, OSError)
+
+
+def all_may_pass(descriptions: Iterable[str]) -> bool:
+    """The same of failures as ranks describe them to each other: "Kind: message"."""
+    return all(_kind_may_pass(description.partition(":")[0]) for description in descriptions)
+
+
+def _kind_may_pass(name: str) -> bool:
+    kind = getattr(errors, name, None) or getattr(builtins, name, None)
+    if not isinstance(kind, type):
+        return False
+    return kind.may_pass if issubclass(kind, HoldfastError) else issubclass(kind, OSError)
