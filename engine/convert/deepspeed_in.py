@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.convert.elsewhere import TO_TRANSFORMERS
 from engine.convert.opened import Opened
 from engine.convert.pt_in import open_pt
 from engine.convert.recognise import ZERO_TO_FP32
 from engine.errors import StateError
 
 _LATEST = "latest"
-_MODEL = "mp_rank_00_model_states.pt"
+MODEL = "mp_rank_00_model_states.pt"
 _MODELS = "*model_states.pt"
 _OPTIMIZERS = "*_optim_states.pt"
 _MOST_NAME_BYTES = 256
-_TO_TRANSFORMERS = (
-    "Megatron-DeepSpeed's `python tools/convert_checkpoint/deepspeed_to_transformers.py --input_folder IN "
-    "--output_folder OUT` puts it together: import OUT"
-)
 
 
 def deepspeed_folder(path: Path) -> Path | None:
@@ -43,7 +40,7 @@ def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:
     """
     files = sorted(file.name for file in folder.glob(_MODELS))
     _refuse_parts(folder, files)
-    tree, tensors, notes = open_pt(folder / _MODEL, trust_pickle=trust_pickle)
+    tree, tensors, notes = open_pt(folder / MODEL, trust_pickle=trust_pickle)
     partitions = sorted(file.name for file in folder.glob(_OPTIMIZERS))
     if not partitions:
         return Opened("pt", tree, tensors, notes)
@@ -73,11 +70,11 @@ def _refuse_parts(folder: Path, files: list[str]) -> None:
     if any(name.startswith("layer_") for name in files):
         raise StateError(
             f"{folder} is a checkpoint of DeepSpeed's pipeline, whose layers lie in files of their own. "
-            f"{_TO_TRANSFORMERS}"
+            f"{TO_TRANSFORMERS}"
         )
-    if files != [_MODEL]:
+    if files != [MODEL]:
         raise StateError(
             f"{folder} is a DeepSpeed checkpoint of {len(files)} tensor-parallel parts "
             f"({', '.join(files[:4])}). "
-            f"{_TO_TRANSFORMERS}"
+            f"{TO_TRANSFORMERS}"
         )

@@ -7,9 +7,11 @@ Accelerate; DCP, alone or as torchtitan, Accelerate and Lightning write it; Deep
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from engine.convert.dcp_in import open_dcp
+from engine.convert.deepspeed_in import MODEL as DEEPSPEED_MODEL
 from engine.convert.deepspeed_in import deepspeed_folder, open_deepspeed
 from engine.convert.elsewhere import refuse_elsewhere
 from engine.convert.file_kinds import file_kind
@@ -27,11 +29,17 @@ _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _ACCELERATE_DCP = "pytorch_model_fsdp_0"
 _ACCELERATE_OPTIMIZER = "optimizer_0"
 _LIGHTNING_META = "meta.pt"
+_PIECE = re.compile(r"-\d+-of-(\d+)\.(?:safetensors|bin)$")
 
 
 def open_file(path: Path, trust_pickle: bool) -> Opened:
     """Open one file by what is in it. Raises as `open_pt` and `open_safetensors` do."""
     kind = file_kind(path)
+    _refuse_piece(path)
+    if path.name in BIN_FILES and kind.format == "torch":
+        return open_bin_shards(path.parent, [path], trust_pickle)
+    if path.name == DEEPSPEED_MODEL:
+        return open_deepspeed(path.parent, trust_pickle)
     named = path.suffix == ".safetensors"
     if kind.format == "safetensors" or named:
         tree, tensors = open_safetensors(path)
@@ -58,6 +66,9 @@ def open_directory(path: Path, trust_pickle: bool) -> Opened:
     refuse_elsewhere(path)
     if (path / METADATA).exists():
         return _dcp(path, trust_pickle)
+    weights = _single_weights(path)
+    if weights is not None:
+        return add_companions(path, weights, trust_pickle)
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
     if len(files) == 1:
         return open_file(files[0], trust_pickle)
@@ -70,15 +81,28 @@ def _weights(path: Path, trust_pickle: bool) -> Opened | None:
         return Opened("safetensors", *open_safetensors(path))
     for name in BIN_FILES:
         if (path / name).exists():
-            opened = open_file(path / name, trust_pickle)
-            return (
-                opened if opened.kind == "safetensors" else open_bin_shards(path, [path / name], trust_pickle)
-            )
+            return open_file(path / name, trust_pickle)
     if (path / BIN_INDEX).exists():
         return open_bin_shards(path, None, trust_pickle)
-    if len(list(path.glob("*.safetensors"))) == 1:
-        return Opened("safetensors", *open_safetensors(path))
     return None
+
+
+def _single_weights(path: Path) -> Opened | None:
+    """The weights in the directory's only safetensors file, whatever it is called."""
+    files = list(path.glob("*.safetensors"))
+    for file in files:
+        _refuse_piece(file)
+    return Opened("safetensors", *open_safetensors(path)) if len(files) == 1 else None
+
+
+def _refuse_piece(path: Path) -> None:
+    """ConfigError for one of the several files that Hugging Face's tools cut a large model into."""
+    piece = _PIECE.search(path.name)
+    if piece is not None and int(piece[1]) > 1:
+        raise ConfigError(
+            f"{path} is one of {int(piece[1])} files of a model: give the directory with all of them and "
+            "their index"
+        )
 
 
 def _dcp(path: Path, trust_pickle: bool) -> Opened:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import StateError
 
@@ -16,6 +18,17 @@ class _Tool:
     patterns: tuple[str, ...]
     advice: str
 
+
+_MEGATRON = (
+    "make Hugging Face weights of it: `python tools/checkpoint/convert.py --model-type GPT --loader mcore "
+    "--saver SAVER --load-dir IN --save-dir OUT`; import OUT"
+)
+_MEGATRON_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+
+TO_TRANSFORMERS = (
+    "Megatron-DeepSpeed's `python tools/convert_checkpoint/deepspeed_to_transformers.py --input_folder IN "
+    "--output_folder OUT` puts it together: import OUT"
+)
 
 _TOOLS = (
     _Tool(
@@ -33,8 +46,7 @@ _TOOLS = (
     _Tool(
         "a Megatron-LM checkpoint, cut over tensor- and pipeline-parallel ranks",
         ("latest_checkpointed_iteration.txt", "mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt"),
-        "make Hugging Face weights of it: `python tools/checkpoint/convert.py --model-type GPT --loader "
-        "mcore --saver SAVER --load-dir IN --save-dir OUT`; import OUT",
+        _MEGATRON,
     ),
     _Tool(
         "a diffusers pipeline",
@@ -73,6 +85,29 @@ def refuse_elsewhere(path: Path) -> None:
             raise StateError(
                 f"{path} is {tool.name}: it cannot be imported as it is. {_sentence(tool.advice)}"
             )
+
+
+def refuse_part(tree: Mapping[str, Any], what: str) -> None:
+    """StateError when a file is one of several that make up a model, by what it says itself."""
+    args = tree.get("args")
+    sizes = args if isinstance(args, Mapping) else {}
+    cut = [key for key in _MEGATRON_SIZES if isinstance(sizes.get(key), int) and sizes[key] > 1]
+    if cut:
+        said = " and ".join(f"{key} {sizes[key]}" for key in cut)
+        raise StateError(
+            f"{what} is one part of a model that Megatron-LM cut ({said}). {_sentence(_MEGATRON)}"
+        )
+    parts = tree.get("mp_world_size")
+    if "ds_version" in tree and isinstance(parts, int) and parts > 1:
+        raise StateError(
+            f"{what} is one of {parts} tensor-parallel parts of a DeepSpeed model. {TO_TRANSFORMERS}"
+        )
+    inner = tree.get("optimizer_state_dict")
+    if isinstance(inner, Mapping) and "zero_stage" in inner:
+        raise StateError(
+            f"{what} is a rank's partition of a DeepSpeed ZeRO optimizer, with no model in it: give the "
+            "directory"
+        )
 
 
 def _sentence(advice: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.catalog.record import VAL_LOSS
+from engine.convert.elsewhere import refuse_part
 from engine.convert.flattened import nested_optimizer
 from engine.convert.marker import added_keys, read_marker
 from engine.convert.names import Names, shared_names
@@ -122,6 +123,7 @@ class _Sorting:
         self._notes: list[str] = []
 
     def result(self) -> Recognised:
+        refuse_part(self._left, self._what)
         config = self._settings = self._config()
         step = self._count(_STEPS)
         epoch, tokens = self._count(_EPOCHS), self._count(_TOKENS)
@@ -144,11 +146,14 @@ class _Sorting:
 
     def _number(self, key: str) -> int | float | None:
         """The number at a key, also where it is a tensor of one element."""
-        value = self._left.get(key)
-        if isinstance(value, TensorRef) and value.info.shape in ((), (1,)):
-            value = self._scalar(value)
+        value = self._plain(self._left.get(key))
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if is_number else None
+
+    def _plain(self, value: Any) -> Any:
+        """The number that a tensor of one element is; any other value as it is."""
+        single = isinstance(value, TensorRef) and value.info.shape in ((), (1,))
+        return self._scalar(value) if single else value
 
     def _count(self, keys: tuple[str, ...]) -> int | None:
         for key in keys:
@@ -175,8 +180,8 @@ class _Sorting:
         merged: dict[str, Any] = {}
         for name in _CONFIGS:
             value = self._left.get(name)
-            if isinstance(value, Mapping) and not _has_tensors(value):
-                found = {str(key): _json(item) for key, item in value.items()}
+            if isinstance(value, Mapping):
+                found = {str(key): _json(self._plain(item)) for key, item in value.items()}
                 merged |= {key: item for key, item in found.items() if item is not None}
                 self._also += [
                     f"{name}.{key}{_described(item)}"

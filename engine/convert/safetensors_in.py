@@ -65,24 +65,40 @@ def open_safetensors(path: Path) -> tuple[dict[str, Any], SafetensorsFiles]:
     Raises: ConfigError when a file is no safetensors file at all; DamagedError; OSError.
     """
     folder = path if path.is_dir() else path.parent
-    tensors = SafetensorsFiles(_files(path))
+    files, wanted = _files(path)
+    tensors = SafetensorsFiles(files)
+    refuse_lacking(wanted - tensors.infos.keys(), folder)
     config = folder / "config.json"
     refs = {name: TensorRef(name, info) for name, info in tensors.infos.items()}
     tied = {name: refs[kept] for name, kept in tensors.shared.items() if kept in refs and name not in refs}
     return {"model": refs | tied, "config": read_json(config) if config.exists() else {}}, tensors
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    if (path / SINGLE).exists():
-        return [path / SINGLE]
-    if not (path / INDEX).exists():
-        return sorted(path.glob("*.safetensors"))
-    weight_map = read_json(path / INDEX).get("weight_map")
+def files_of_index(index: Path) -> tuple[list[Path], set[str]]:
+    """(the files, the tensors) that an index of Hugging Face's names. DamagedError; OSError."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise DamagedError(f"{path / INDEX} does not say which tensor lies in which file")
-    return [path / safe_name(file) for file in sorted(set(weight_map.values()))]
+        raise DamagedError(f"{index} does not say which tensor lies in which file")
+    return [index.parent / safe_name(file) for file in sorted(set(weight_map.values()))], set(weight_map)
+
+
+def refuse_lacking(names: set[str], folder: Path) -> None:
+    """DamagedError when there are tensors that an index names and no file has."""
+    if names:
+        raise DamagedError(
+            f"{folder} lacks {len(names)} of the tensors that its index names, {min(names)!r} first"
+        )
+
+
+def _files(path: Path) -> tuple[list[Path], set[str]]:
+    """(the files, the tensors that have to be in them as far as that is said)."""
+    if not path.is_dir():
+        return [path], set()
+    if (path / SINGLE).exists():
+        return [path / SINGLE], set()
+    if not (path / INDEX).exists():
+        return sorted(path.glob("*.safetensors")), set()
+    return files_of_index(path / INDEX)
 
 
 def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:

@@ -7,10 +7,9 @@ from typing import Any
 
 from engine.convert.opened import Joined, Opened
 from engine.convert.pt_in import open_pt
-from engine.convert.safetensors_in import read_json
+from engine.convert.safetensors_in import files_of_index, read_json, refuse_lacking
 from engine.convert.tensors import TensorSource
 from engine.errors import DamagedError
-from engine.format.names import safe_name
 
 BIN_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "adapter_model.bin")
 """Files that hold a model's weights alone; the second is Accelerate's, of a whole FSDP model."""
@@ -23,11 +22,9 @@ def open_bin_shards(path: Path, files: list[Path] | None, trust_pickle: bool) ->
 
     Raises: StateError when loading one would run code and `trust_pickle` is not given; DamagedError; OSError.
     """
+    wanted: set[str] = set()
     if files is None:
-        weight_map = read_json(path / BIN_INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise DamagedError(f"{path / BIN_INDEX} does not say which tensor lies in which file")
-        files = [path / safe_name(name) for name in sorted(set(weight_map.values()))]
+        files, wanted = files_of_index(path / BIN_INDEX)
     model: dict[str, Any] = {}
     sources: list[TensorSource] = []
     notes: list[str] = []
@@ -39,6 +36,7 @@ def open_bin_shards(path: Path, files: list[Path] | None, trust_pickle: bool) ->
         model |= tree
         sources.append(tensors)
         notes += said
+    refuse_lacking(wanted - model.keys(), path)
     config = path / "config.json"
     tree = {"model": model, "config": read_json(config) if config.exists() else {}}
     return Opened("pt", tree, Joined(*sources), tuple(notes))

@@ -190,3 +190,16 @@ def test_a_refused_pickle_names_what_it_wants(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": np.ones(2), "n": argparse.Namespace()}, 4))
     with pytest.raises(StateError, match=r"a pickle that torch.save did not write.*argparse.Namespace"):
         import_checkpoint(str(tmp_path / "a.pkl"), str(tmp_path / "new"))
+
+
+def test_a_tensor_of_a_class_that_does_not_exist_here_is_its_values(
+    tmp_path: Path, their_module: types.ModuleType
+) -> None:
+    """Such a pickle asks torch._tensor._rebuild_from_type_v2 for it, which would ask the class."""
+    kind: Any = their_class(their_module, "Weight", torch.Tensor)
+    torch.save({"model": {"w": torch.arange(3.0).as_subclass(kind)}}, tmp_path / "a.pt")
+    assert b"_rebuild_from_type_v2" in (tmp_path / "a.pt").read_bytes()
+    del sys.modules["their_project"]
+    _, tensors, notes = imported(tmp_path / "a.pt", trust_pickle=True)
+    assert torch.equal(tensors["model.w"], torch.arange(3.0))
+    assert "their_project.Weight" in notes

@@ -5,7 +5,9 @@ Sources: torchtitan/components/checkpoint.py, deepspeed/runtime/engine.py, megat
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
 from engine import Checkpointer, CheckpointRecord
 from engine.catalog.listing import read_manifest
 from engine.convert.checkpoint import CheckpointTensors
+from engine.convert.export import ExportOptions, export_checkpoint
 from engine.convert.importing import import_checkpoint
 from engine.convert.tensors import whole
-from engine.errors import ConfigError, StateError
+from engine.errors import ConfigError, DamagedError, StateError
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage
 from tests.support.tiny_gpt2 import new_model
@@ -392,3 +395,126 @@ def test_two_optimizers_are_named(tmp_path: Path) -> None:
     _, manifest, notes = take(tmp_path / "a.ckpt")
     assert not manifest.objects
     assert "left out: optimizer_states" in notes
+
+
+def test_accelerates_fsdp_directory(tmp_path: Path) -> None:
+    """Model and optimizer are DCP directories of their own, side by side."""
+    module = net()
+    optimizer = trained(module)
+    folder = tmp_path / "state"
+    dcp.save({"model": get_model_state_dict(module)}, checkpoint_id=folder / "pytorch_model_fsdp_0")
+    states = get_optimizer_state_dict(module, optimizer)
+    dcp.save({"optimizer": states}, checkpoint_id=folder / "optimizer_0")
+    torch.save({"step": 0}, folder / "random_states_0.pkl")
+    record, _, notes = take(folder)
+    assert record.step == 2
+    assert notes.splitlines()[-1] == "left out: random_states_0.pkl"
+    assert_restores(tmp_path / "new", module, optimizer, fresh())
+
+
+def test_lightnings_sharded_directory(tmp_path: Path) -> None:
+    """Model and optimizers by DCP, and everything else in a file beside them."""
+    module = net()
+    optimizer = trained(module)
+    model = {f"net.{name}": tensor for name, tensor in get_model_state_dict(module).items()}
+    states = get_optimizer_state_dict(module, optimizer)
+    named = {f"net.{name}": state for name, state in states["state"].items()}
+    groups = [{**g, "params": [f"net.{name}" for name in g["params"]]} for g in states["param_groups"]]
+    state = {"model": model, "optimizer_0": {"state": named, "param_groups": groups}}
+    dcp.save(state, checkpoint_id=tmp_path / "a.ckpt")
+    torch.save({"global_step": 8, "epoch": 2, "loops": {}}, tmp_path / "a.ckpt" / "meta.pt")
+    record, _, notes = take(tmp_path / "a.ckpt")
+    assert (record.step, record.epoch) == (8, 2)
+    assert "left out: loops" in notes
+    assert_restores(tmp_path / "new", module, optimizer, fresh())
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_model_in_several_files(tmp_path: Path, suffix: str) -> None:
+    """All of them or nothing: a file alone is a part of a model, and one that lacks a tensor is damage."""
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    folder, weights = tmp_path / "hf", {"a": torch.ones(2), "b": torch.ones(3)}
+    folder.mkdir()
+    pieces = {name: folder / f"{stem}-0000{n}-of-00002.{suffix}" for n, name in enumerate(weights, 1)}
+    write: Any = torch.save if suffix == "bin" else save_file
+    for name, file in pieces.items():
+        write({name: weights[name]}, file)
+    with pytest.raises(ConfigError, match="is one of 2 files of a model"):
+        take(pieces["a"])
+    if suffix == "safetensors":
+        with pytest.raises(ConfigError, match="is one of 2 files of a model"):
+            take(folder)
+    index = {"weight_map": {name: file.name for name, file in pieces.items()}}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    assert take(folder)[1].tensors.keys() == {"model.a", "model.b"}
+    write({"c": weights["b"]}, pieces["b"])
+    with pytest.raises(DamagedError, match="lacks 1 of the tensors that its index names, 'b' first"):
+        take(folder)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (
+            {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(tensor_model_parallel_size=2)},
+            r"Megatron-LM cut \(tensor_model_parallel_size 2\).*tools/checkpoint/convert.py",
+        ),
+        (
+            {"module": {"w": torch.ones(1)}, "mp_world_size": 2, "ds_version": "0.17.0"},
+            "one of 2 tensor-parallel parts of a DeepSpeed model",
+        ),
+        (
+            {"optimizer_state_dict": {"zero_stage": 2, "partition_count": 2}, "ds_version": "0.17.0"},
+            "partition of a DeepSpeed ZeRO optimizer.*give the directory",
+        ),
+    ],
+)
+def test_a_part_of_a_model_is_refused(tmp_path: Path, document: dict[str, Any], words: str) -> None:
+    torch.save(document, tmp_path / "a.pt")
+    with pytest.raises(StateError, match=words):
+        take(tmp_path / "a.pt", trust_pickle=True)
+
+
+def test_deepspeeds_file_alone_is_the_checkpoint(tmp_path: Path) -> None:
+    step = deepspeed(tmp_path / "ds", net())
+    (step / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"not read")
+    assert "zero_pp_rank_0_mp_rank_00_optim_states.pt" in take(step / "mp_rank_00_model_states.pt")[2]
+
+
+def test_an_optimizer_that_cannot_be_read_is_left_out_by_name(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "hf" / "model.safetensors")
+    torch.save({"state": {}, "param_groups": [], "odd": Loader()}, tmp_path / "hf" / "optimizer.pt")
+    notes = take(tmp_path / "hf")[2]
+    assert "its optimizer was left out" in notes
+    assert "--trust_pickle" in notes
+    assert notes.splitlines()[-1] == "left out: optimizer.pt"
+
+
+def test_a_peft_adapter_says_that_it_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    name = "base_model.model.layer.lora_A.weight"
+    save_file({name: torch.ones(2)}, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
+    _, manifest, notes = take(tmp_path / "a")
+    assert manifest.tensors.keys() == {f"model.{name}"}
+    assert "PEFT adapter: the weights of its base model (x/y) are not in it" in notes
+
+
+def test_tensors_in_a_configuration_are_numbers_or_named(tmp_path: Path) -> None:
+    config = {"lr": torch.tensor(0.5), "table": torch.ones(2), "n": 1}
+    torch.save({"model": {"w": torch.ones(2)}, "config": config}, tmp_path / "a.pt")
+    _, manifest, notes = take(tmp_path / "a.pt")
+    assert manifest.config == {"lr": 0.5, "n": 1}
+    assert "left out: config.table" in notes
+
+
+def test_keys_that_were_added_to_an_export_are_named(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run", {"model": net()}) as checkpointer:
+        record = checkpointer.save(1).result()
+    options = ExportOptions(format="torch")
+    export_checkpoint(LocalStorage(tmp_path / "run"), record.id, str(tmp_path / "a.pt"), options)
+    assert "left out" not in take(tmp_path / "a.pt")[2]
+    document = torch.load(tmp_path / "a.pt")
+    torch.save({**document, "ema": {"w": torch.ones(2)}}, tmp_path / "b.pt")
+    assert "left out: ema" in take(tmp_path / "b.pt")[2]
