@@ -51,7 +51,7 @@ def is_optimizer(value: Any) -> bool:
     """Whether a shared value is the document of an optimizer (`engine.snapshot.optimizer_document`)."""
     return (
         isinstance(value, dict)
-        and value.keys() <= {"param_groups", "counters", "class", "layouts", "more"}
+        and value.keys() <= {"param_groups", "counters", "class", "sharded", "layouts", "more"}
         and isinstance(value.get("param_groups"), list)
     )
 

@@ -2,6 +2,7 @@
 
 param_groups   hyperparameters by group, and the names of the group's parameters under "params"
 class          the optimizer's class, by name
+sharded        whether each rank's state is that of its own part of the parameters
 counters       "<parameter>.<field>" -> state that is not a tensor
 layouts        "<parameter>.<field>" -> how a state tensor lies where its shape does not tell (`layouts`)
 more           a mapping of format version 2, where one of these is needed:
@@ -29,6 +30,7 @@ class OptimizerDocument:
 
     groups: Sequence[Mapping[str, Json]]
     class_name: str = ""
+    sharded: bool = False
     counters: Mapping[str, Json] = field(default_factory=dict)
     layouts: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     entries: Mapping[str, Json] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class OptimizerDocument:
         found: dict[str, Json] = {"param_groups": list(self.groups)}
         optional: dict[str, Json] = {
             "class": self.class_name,
+            "sharded": self.sharded,
             "counters": self.counters,
             "layouts": self.layouts,
         }
@@ -72,6 +75,7 @@ def parse(key: str, document: Json) -> OptimizerDocument:
         return OptimizerDocument(
             groups=[{**group, "params": [str(name) for name in group["params"]]} for group in groups],
             class_name=str(document.get("class", "")),
+            sharded=bool(document.get("sharded")),
             counters=dict(document.get("counters", {})),
             layouts=dict(document.get("layouts", {})),
             entries=dict(more.get("entries", {})),
@@ -98,6 +102,7 @@ def merge_documents(key: str, documents: Sequence[Json]) -> Json:
     return OptimizerDocument(
         groups=_merged_groups(key, parts),
         class_name=_one(key, "class", [part.class_name for part in parts]),
+        sharded=any(part.sharded for part in parts),
         counters=_union(key, "counters", [part.counters for part in parts]),
         layouts=_union(key, "layouts", [part.layouts for part in parts]),
         entries=_union(key, "state", [part.entries for part in parts]),

@@ -170,6 +170,7 @@ class OptimizerCapture:
         return OptimizerDocument(
             groups=groups,
             class_name=type(self.optimizer).__name__,
+            sharded=local_part(self.optimizer) is not None,
             counters={
                 path: self._encoded(entry.get(field), f"counters.{path}", tensors)
                 for path, entry, field in self._counters
