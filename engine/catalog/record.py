@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.format.best import DEFAULT, BestRule
 from engine.format.digest import bytes_digest
 from engine.format.manifest import Manifest
 
 VAL_LOSS = "val_loss"
-"""The metric that `best` is decided by; lower is better."""
+"""The metric that `best` is decided by where nothing else is said; lower is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,13 @@ class CheckpointRecord:
     manifest_digest: str
     """Of the manifest's bytes as they stand in storage: two records are one checkpoint if it is equal."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    best: BestRule = DEFAULT
+    """By what its run decides which checkpoint is best."""
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss, or None where there is none or it is not finite: such a one is never best."""
-        value = self.metrics.get(VAL_LOSS)
-        return value if value is not None and math.isfinite(value) else None
+        """The validation loss, or None where there is none or it is not finite."""
+        return DEFAULT.value(self.metrics)
 
 
 def from_manifest(
@@ -66,4 +67,5 @@ def from_manifest(
         bytes=manifest.total_bytes,
         manifest_digest=manifest_digest or bytes_digest(manifest.to_bytes()),
         metrics=dict(manifest.metrics),
+        best=manifest.best,
     )

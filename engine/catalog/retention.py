@@ -6,11 +6,13 @@ good one in its favour. Latest, backup and best stay under every policy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.catalog.record import CheckpointRecord
 from engine.errors import ConfigError
+from engine.format.best import DEFAULT, BestRule, Mode
 
 EPOCH_REASON = "epoch"
 """The reason that an epoch's closing checkpoint carries."""
@@ -18,16 +20,29 @@ EPOCH_REASON = "epoch"
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How many checkpoints to keep. In place of a policy, None keeps all."""
+    """How many checkpoints to keep: after each commit the others are deleted. None in its place keeps all."""
 
     rolling: int = 10
     """The newest so many. Latest and backup stay even at 0."""
     best: int = 1
-    """Those with the so many lowest validation losses. The best one stays even at 0."""
+    """The so many best ones by `metric`. The best one stays even at 0."""
     epochs: bool = True
     """Keep every checkpoint that closed an epoch, for ever."""
+    metric: str = "val_loss"
+    """Which of the metrics that `save` is given decides what is best."""
+    mode: Mode = "min"
+    """Whether its lowest ("min") or its highest ("max") value is best."""
+
+    @property
+    def rule(self) -> BestRule:
+        """What decides which is best."""
+        return BestRule(self.metric, self.mode)
 
     def __post_init__(self) -> None:
+        try:
+            _ = self.rule
+        except ValueError as error:
+            raise ConfigError(f"Retention(metric={self.metric!r}, mode={self.mode!r}): {error}") from None
         for name, value in (("rolling", self.rolling), ("best", self.best)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"Retention({name}={value!r}): give a number of checkpoints, 0 or more")
@@ -47,10 +62,22 @@ def by_sequence(records: Collection[CheckpointRecord]) -> list[CheckpointRecord]
     return sorted(records, key=lambda record: (record.sequence, record.id))
 
 
-def by_loss(records: Collection[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Lowest validation loss first, of equals the older; those without a finite one are left out."""
-    scored = [record for record in records if record.val_loss is not None]
-    return sorted(scored, key=lambda record: (record.val_loss, record.sequence, record.id))
+def best_first(records: Collection[CheckpointRecord], rule: BestRule) -> list[CheckpointRecord]:
+    """The best first, of equals the older; those without a finite value are left out."""
+    scored = [(value, r) for r in records if (value := rule.value(r.metrics)) is not None]
+    scored.sort(key=lambda pair: (rule.badness(pair[0]), pair[1].sequence, pair[1].id))
+    return [record for _, record in scored]
+
+
+def rule_of(records: Collection[CheckpointRecord]) -> BestRule:
+    """By what the run that wrote the newest of them decides which is best."""
+    newest = max(records, key=lambda record: (record.sequence, record.id), default=None)
+    return DEFAULT if newest is None else newest.best
+
+
+def metrics_of(records: Iterable[CheckpointRecord]) -> list[str]:
+    """The names of the metrics that any of them carries with a finite value."""
+    return sorted({name for r in records for name, value in r.metrics.items() if math.isfinite(value)})
 
 
 def closes_epoch(record: CheckpointRecord) -> bool:
@@ -63,18 +90,40 @@ def roles(
 ) -> dict[str, tuple[str, ...]]:
     """By id, newest first, what a record serves as: of latest, backup, best, epoch, rolling, in that order.
 
-    `best` marks as many as the policy keeps; the lowest of them is what the selector `best` finds.
+    `best` marks as many as the policy keeps; the first of them is what the selector `best` finds. Without a
+    policy that of the run which wrote the newest decides.
     """
-    policy = retention or Retention(rolling=len(records))
+    rule = rule_of(records)
+    policy = retention or Retention(rolling=len(records), metric=rule.metric, mode=rule.mode)
     newest = [record.id for record in reversed(by_sequence(records))]
     members = {
         "latest": set(newest[:1]),
         "backup": set(newest[1:2]),
-        "best": {record.id for record in by_loss(records)[: max(1, policy.best)]},
+        "best": {record.id for record in best_first(records, policy.rule)[: max(1, policy.best)]},
         "epoch": {record.id for record in records if policy.epochs and closes_epoch(record)},
         "rolling": set(newest[: policy.rolling]),
     }
     return {id: tuple(name for name, ids in members.items() if id in ids) for id in newest}
+
+
+def unfed(records: Sequence[CheckpointRecord], retention: Retention) -> str:
+    """What to say where nothing can be best, because no checkpoint carries the metric; "" where all is well.
+
+    A run that gives no metrics at all, and has asked for nothing, has nothing to hear.
+    """
+    if not records or best_first(records, retention.rule):
+        return ""
+    others = metrics_of(records)
+    asked = retention.rule != DEFAULT or retention.best > 1
+    if not asked and not others:
+        return ""
+    there = f"the metrics that there are: {', '.join(others)}" if others else "there are no metrics at all"
+    extreme = "lowest" if retention.mode == "min" else "highest"
+    return (
+        f"no checkpoint is kept as best: retention goes by the {extreme} {retention.metric!r}, and none "
+        f"carries a finite value of it ({there}). Give it to save(metrics={{...}}), or choose another with "
+        "Retention(metric=..., mode=...)"
+    )
 
 
 def surplus(
@@ -91,10 +140,11 @@ def surplus(
 
 
 def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Retention, held: bool) -> Decision:
+    value, label = retention.rule.value(record.metrics), retention.rule.label
     wording = {
         "latest": "latest",
         "backup": "backup",
-        "best": f"best (val loss {record.val_loss:.6g})" if record.val_loss is not None else "best",
+        "best": f"best ({label} {value:.6g})" if value is not None else "best",
         "epoch": f"closed epoch {record.epoch}",
         "rolling": f"among the newest {retention.rolling}",
     }
@@ -103,10 +153,11 @@ def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Reten
         why.append("held")
     if why:
         return Decision(record, True, ", ".join(why))
-    return Decision(record, False, f"older than the newest {max(2, retention.rolling)}, {_not_best(record)}")
+    older = f"older than the newest {max(2, retention.rolling)}"
+    return Decision(record, False, f"{older}, {_not_best(value, retention.rule)}")
 
 
-def _not_best(record: CheckpointRecord) -> str:
-    if record.val_loss is None:
-        return "without a validation loss"
-    return f"val loss {record.val_loss:.6g} is not best"
+def _not_best(value: float | None, rule: BestRule) -> str:
+    if value is None:
+        return "without a validation loss" if rule == DEFAULT else f"without a finite {rule.metric}"
+    return f"{rule.label} {value:.6g} is not best"

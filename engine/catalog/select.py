@@ -11,27 +11,36 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import by_loss, by_sequence, closes_epoch, roles
+from engine.catalog.retention import best_first, by_sequence, closes_epoch, metrics_of, roles, rule_of
 from engine.errors import SelectorError
+from engine.format.best import BestRule
 from engine.format.names import parse_attempt_name
 
 Kind = Literal["latest", "backup", "best", "epoch", "step", "id", "path"]
 
 __all__ = ["FORMS", "Selector", "choose", "describe", "parse_selector", "roles"]
 
-FORMS = "latest, backup, best, epoch:N, step:N, a checkpoint's id, or a path or URI of one (with a slash)"
+FORMS = (
+    "latest, backup, best, epoch:N, step:N, best:METRIC:min, best:METRIC:max, a checkpoint's id, or a path "
+    "or URI of one (with a slash)"
+)
 
 _NUMBERED = re.compile(r"(epoch|step):([0-9]{1,18})", re.ASCII)
+_BEST = re.compile(r"best:(.+):(min|max)", re.ASCII)
 _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A parsed selector. `number` is set for epoch and step only; `text` is what was typed."""
+    """A parsed selector. `number` is set for epoch and step only; `text` is what was typed.
+
+    `rule`: what decides which is best; None leaves it to the run that wrote the newest checkpoint.
+    """
 
     kind: Kind
     text: str
     number: int = 0
+    rule: BestRule | None = None
 
 
 def parse_selector(text: str) -> Selector:
@@ -42,6 +51,8 @@ def parse_selector(text: str) -> Selector:
             return Selector(text, text)
     if numbered := _NUMBERED.fullmatch(text):
         return Selector("epoch" if numbered[1] == "epoch" else "step", text, int(numbered[2]))
+    if (best := _BEST.fullmatch(text)) and best[1].isprintable():
+        return Selector("best", text, rule=BestRule(best[1], "min" if best[2] == "min" else "max"))
     if parse_attempt_name(text) is not None:
         return Selector("id", text)
     if "/" in text or text in (".", ".."):
@@ -54,7 +65,7 @@ def choose(records: Sequence[CheckpointRecord], selector: Selector) -> Checkpoin
     ordered = by_sequence(records)
     found = _FINDERS[selector.kind](ordered, selector)
     if found is None:
-        why = _missing(selector)
+        why = _missing(selector, ordered)
         raise SelectorError(f"no checkpoint answers to {selector.text!r}: {why}. {describe(ordered)}")
     return found
 
@@ -75,11 +86,18 @@ def _one(record: CheckpointRecord, serving: tuple[str, ...]) -> str:
     return f"step:{record.step}" + (f" ({', '.join(names)})" if names else "")
 
 
-def _missing(selector: Selector) -> str:
+def _no_best(records: Sequence[CheckpointRecord], selector: Selector) -> str:
+    metric, others = (selector.rule or rule_of(records)).metric, metrics_of(records)
+    there = f"the metrics that there are: {', '.join(others)}" if others else "there are no metrics at all"
+    more = f"; ask for best:{others[0]}:min or best:{others[0]}:max" if others else ""
+    return f"none carries a finite {metric}" + (f" ({there}{more})" if records else "")
+
+
+def _missing(selector: Selector, records: Sequence[CheckpointRecord]) -> str:
     return {
         "latest": "nothing was committed",
         "backup": "backup is the one before the latest, and there are not two",
-        "best": "none carries a finite val_loss",
+        "best": _no_best(records, selector),
         "epoch": f"none closed epoch {selector.number}",
         "step": f"none is of step {selector.number}",
         "id": "none has this id",
@@ -101,7 +119,7 @@ _Finder = Callable[[Sequence[CheckpointRecord], Selector], "CheckpointRecord | N
 _FINDERS: dict[Kind, _Finder] = {
     "latest": lambda records, _: _newest(records),
     "backup": lambda records, _: records[-2] if len(records) > 1 else None,
-    "best": lambda records, _: next(iter(by_loss(records)), None),
+    "best": lambda records, s: next(iter(best_first(records, s.rule or rule_of(records))), None),
     "epoch": lambda records, s: _newest([r for r in records if closes_epoch(r) and r.epoch == s.number]),
     "step": lambda records, s: _newest([r for r in records if r.step == s.number]),
     "id": lambda records, s: _newest([r for r in records if r.id == s.text]),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from engine.errors import ConfigError
+from engine.format.best import MODES
 
 PROGRAM = "python -m engine.checkpoints"
 
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     copy = command("copy", "DIR_OR_CKPT", "copy checkpoints, verified on arrival; run again, it goes on")
     copy.add_argument("to", metavar="DIR_TO", help="checkpoint directory to copy to: a path or an fsspec URI")
-    copy.add_argument("--select", help="only one: latest, backup, best, epoch:N, step:N or an id")
+    copy.add_argument("--select", help=f"only one: {_SELECTORS}")
     show = command("show", "DIR_OR_CKPT", "one checkpoint's manifest", json)
     show.add_argument("--select", default="latest", help=_SELECT)
     verify = command(
@@ -73,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         "--rolling", type=_count, metavar="N", help="keep the newest N (default: the run's, or 10)"
     )
     prune.add_argument("--best", type=_count, metavar="N", default=1, help="keep the N best (default: 1)")
+    prune.add_argument(
+        "--best_metric", metavar="NAME", help="the metric that decides which is best (default: the run's)"
+    )
+    prune.add_argument(
+        "--best_mode", choices=MODES, help="whether its lowest or highest is best (default: the run's)"
+    )
     prune.add_argument("--no_epochs", action="store_true", help="do not keep those that closed an epoch")
     prune.add_argument("--dry_run", action="store_true", help="only say what would happen")
     command(
@@ -108,7 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SELECT = "latest, backup, best, epoch:N, step:N or an id (default: latest)"
+_SELECTORS = "latest, backup, best, epoch:N, step:N, best:METRIC:max or an id"
+_SELECT = f"{_SELECTORS} (default: latest)"
 _NEW = "what to write: a path or URI that does not exist yet"
 _TARGETS = {
     "DIR": "checkpoint directory: a path or an fsspec URI",

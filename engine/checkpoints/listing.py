@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.catalog.listing import Listed, committed, list_checkpoints, read_manifest
-from engine.catalog.retention import by_sequence
+from engine.catalog.retention import by_sequence, rule_of
 from engine.catalog.select import roles
 from engine.checkpoints import text
 from engine.checkpoints.target import open_directory, run_policy
 from engine.errors import DamagedError, NotFoundError
+from engine.format.best import DEFAULT, BestRule
+from engine.format.json import encode_metric
 from engine.mirror.owed import owed
 from engine.mirror.tiers import both_tiers
 from engine.storage.base import Storage
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif not listed:
         print(f"no checkpoints in {storage.uri}" + (f" and {mirrored.uri}" if mirrored else ""))
     else:
-        print(as_text(listed, serving, time.time(), mirrored))
+        print(as_text(listed, serving, time.time(), mirrored, rule_of(records)))
     return 0
 
 
@@ -111,15 +113,26 @@ def as_json(
         "status": item.status,
         "path": record.path if record else storage.describe(item.id),
     }
+    if record is not None and record.best != DEFAULT:
+        entry["best"] = record.best.to_json()
+        entry["metrics"] = {name: encode_metric(value) for name, value in record.metrics.items()}
     if mirrored is None:
         return entry
     return {**entry, "local": mirrored.local.get(item.id), "mirror": mirrored.mirror.get(item.id)}
 
 
-def as_text(listed: list[Listed], serving: Roles, now: float, mirrored: Mirrored | None = None) -> str:
-    """A table, and below it why some are not committed. `now`: Unix time."""
-    header = _HEADER if mirrored is None else _TIERS_HEADER
-    lines = [text.table(header, [_row(item, serving, now, mirrored) for item in listed], _RIGHT)]
+def as_text(
+    listed: list[Listed],
+    serving: Roles,
+    now: float,
+    mirrored: Mirrored | None = None,
+    rule: BestRule = DEFAULT,
+) -> str:
+    """A table, and below it why some are not committed. `now`: Unix time. `rule`: which metric to show."""
+    names = _HEADER if mirrored is None else _TIERS_HEADER
+    column = rule.label.upper() if rule == DEFAULT else f"{rule.label} ({rule.mode})"
+    header = tuple(column if name == "VAL LOSS" else name for name in names)
+    lines = [text.table(header, [_row(item, serving, now, mirrored, rule) for item in listed], _RIGHT)]
     lines += [f"{item.id}: {text.printable(item.reason)}" for item in listed if item.reason]
     if mirrored is not None:
         lines.append(_owed_line(mirrored))
@@ -133,14 +146,16 @@ def _owed_line(mirrored: Mirrored) -> str:
     return f"{mirrored.uri} is still owed {count} checkpoint{'s' * (count != 1)}, {size}"
 
 
-def _row(item: Listed, serving: Roles, now: float, mirrored: Mirrored | None) -> tuple[str, ...]:
+def _row(
+    item: Listed, serving: Roles, now: float, mirrored: Mirrored | None, rule: BestRule
+) -> tuple[str, ...]:
     record = item.record
     status = item.status + ", held" * item.held + ", link" * bool(item.link)
-    loss = record.val_loss if record else None
+    value = rule.value(record.metrics) if record else None
     cells: tuple[str, ...] = (
         "-" if item.step is None else str(item.step),
         str(record.epoch) if record else "-",
-        "-" if loss is None else f"{loss:.4f}",
+        "-" if value is None else f"{value:.4f}",
         text.size(item.bytes),
         str(record.world_size) if record else "-",
         text.age(now - record.created) if record else "-",

@@ -50,7 +50,11 @@ def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespac
     records = committed(listed)
     policy = run_policy(storage, records)
     rolling = policy.rolling if arguments.rolling is None else arguments.rolling
-    policy = replace(policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs)
+    metric = policy.metric if arguments.best_metric is None else arguments.best_metric
+    mode = policy.mode if arguments.best_mode is None else arguments.best_mode
+    policy = replace(
+        policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs, metric=metric, mode=mode
+    )
     return surplus(records, policy, held=exempt(listed))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.catalog.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention, by_sequence
+from engine.catalog.retention import Retention, by_sequence, rule_of
 from engine.catalog.select import choose, describe, parse_selector
 from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorError
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name
@@ -88,13 +88,15 @@ def find(listed: list[Listed], name: str) -> Listed:
 
 
 def run_policy(storage: Storage, records: list[CheckpointRecord]) -> Retention:
-    """The retention policy of the run that wrote the newest checkpoint, as far as it is stored."""
+    """The policy of the run that wrote the newest checkpoint, as far as it is stored: number and metric."""
+    rule = rule_of(records)
+    default = Retention(metric=rule.metric, mode=rule.mode)
     for record in reversed(by_sequence(records)):
         try:
             kept = read_manifest(storage, record.id).config.get(KEEP_FLAG)
         except (DamagedError, NotFoundError):  # damaged or retired since the listing: ask the one before
             continue
         if isinstance(kept, int) and not isinstance(kept, bool) and kept >= 0:
-            return Retention(rolling=kept)
+            return replace(default, rolling=kept)
         break
-    return Retention()
+    return default

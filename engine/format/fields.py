@@ -42,6 +42,10 @@ class Fields:
         self._left.discard(name)
         return self._value[name]
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a field; for the few that may be left out."""
+        return name in self._value
+
     def integer(self, name: str, *, least: int = 0, most: int = MAX_INT) -> int:
         """An integer in [least, most]."""
         value = self.take(name)

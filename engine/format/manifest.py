@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import DamagedError
 from engine.format import digest
+from engine.format.best import DEFAULT, BestRule
 from engine.format.dtypes import ITEMSIZES
 from engine.format.fields import Fields, are_extents, validated
 from engine.format.forms import version_needed
@@ -24,6 +25,9 @@ from engine.format.names import index_file, parse_attempt_name, shard_file
 
 REASONS = ("interval", "epoch", "best", "signal", "final", "manual", "import", "merge")
 """Why a checkpoint was taken; one may have several."""
+
+BEST_VERSION = 2
+"""The format version that brought the field `best`."""
 
 _TENSOR_KEYS = {"dtype", "shape"}
 
@@ -85,6 +89,7 @@ class Manifest:
     tensors     by name; `aliases` are further names of them (tied weights)
     objects     JSON values that all ranks share, by state key; `config` is the training configuration
     shards      one receipt per rank, in rank order
+    best        by which metric the run decides which checkpoint is best; format version 2 unless the default
     """
 
     id: str
@@ -105,6 +110,7 @@ class Manifest:
     objects: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     software: Mapping[str, str] = field(default_factory=dict)
+    best: BestRule = DEFAULT
 
     def __post_init__(self) -> None:
         self._check_identity()
@@ -140,10 +146,11 @@ class Manifest:
         return validated(what, lambda: cls(**values))
 
     def _to_json(self) -> dict[str, Any]:
+        version = version_needed(dict(self.objects), dtypes={info.dtype for info in self.tensors.values()})
+        best = {} if self.best == DEFAULT else {"best": self.best.to_json()}
         return {
-            "format_version": version_needed(
-                dict(self.objects), dtypes={info.dtype for info in self.tensors.values()}
-            ),
+            **best,
+            "format_version": max(version, BEST_VERSION) if best else version,
             "id": self.id,
             "sequence": self.sequence,
             "step": self.step,
@@ -238,10 +245,18 @@ def _values_from_json(fields: Fields) -> dict[str, Any]:
         "objects": fields.mapping("objects"),
         "config": fields.mapping("config"),
         "software": _texts_by_name(fields, "software"),
+        "best": _best_from_json(fields) if fields.has("best") else DEFAULT,
         "shards": tuple(
             _shard_from_json(Fields(shard, f"{what}, in its shards,")) for shard in fields.array("shards")
         ),
     }
+
+
+def _best_from_json(fields: Fields) -> BestRule:
+    inner = Fields(fields.mapping("best"), f"{fields.what}, at its best,")
+    metric, mode = inner.text("metric"), inner.text("mode")
+    inner.finish()
+    return validated(inner.what, lambda: BestRule(metric, mode))  # type: ignore[arg-type]
 
 
 def _texts_by_name(fields: Fields, name: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from engine.catalog.lease import Lease
 from engine.catalog.listing import Memory, committed, exempt, list_checkpoints
 from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention, surplus
+from engine.catalog.retention import Retention, surplus, unfed
+from engine.catalog.said import first_time
 from engine.errors import HoldfastError, NotFoundError
 from engine.mirror.owed import give_way, spare
 from engine.mirror.uploader import Mirror, Patience
@@ -58,6 +59,8 @@ def remove_surplus(
         policy = surplus(local, retention, held=exempt(listed))
         owed = mirror.owed_of(local) if mirror is not None else frozenset()
         decisions = spare(policy, owed)
+        if any(not decision.keep for decision in decisions):
+            say_unfed(storage, local, retention)
         given_up.update(decision.record.id for decision in decisions if not decision.keep)
         removed = reap(storage, decisions).removed
         given_up.difference_update(removed)  # somebody may copy it back
@@ -70,6 +73,13 @@ def remove_surplus(
         log.warning("%s goes although the mirror has not got it: %s", path, why)
         removed = reap(storage, [last_resort]).removed
     return bool(removed)
+
+
+def say_unfed(storage: Storage, records: Sequence[CheckpointRecord], retention: Retention) -> None:
+    """Say once of a directory that its best checkpoint cannot be told, before the first one is deleted."""
+    sentence = unfed(records, retention)
+    if sentence and first_time("unfed", storage.uri, retention.rule.selector):
+        log.warning("%s: %s", storage.uri, sentence)
 
 
 def close_mirror(

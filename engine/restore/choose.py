@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.catalog.listing import Directory, Listed, committed, read_manifest
 from engine.catalog.record import CheckpointRecord, from_manifest
+from engine.catalog.retention import best_first, by_sequence, rule_of
 from engine.catalog.select import Selector, choose, parse_selector
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
@@ -77,8 +78,8 @@ def choose_checkpoint(
             where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
             raise DamagedError(_nothing_whole(where, list(tiers.listed))) from None
         record = choose(committed(tiers.listed), selector)
-    if selector.kind == "latest":
-        _tell_walk_back(view, tiers, record)
+    if selector.kind in ("latest", "best"):
+        _tell_passed_over(view, tiers, record, selector)
     tier: Tier = "mirror" if record.id in tiers.from_mirror else "local"
     return Choice("", record.id, record, view.directory(tiers, record.id).manifest(record.id), tier)
 
@@ -183,9 +184,14 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
     )
 
 
-def _tell_walk_back(view: _View, tiers: Tiers, record: CheckpointRecord) -> None:
+def _tell_passed_over(view: _View, tiers: Tiers, record: CheckpointRecord, selector: Selector) -> None:
+    """Say which damaged ones would have been chosen instead."""
+    rule = selector.rule or rule_of(committed(tiers.listed))
     for item in tiers.listed:
-        newer = item.record is not None and item.record.sequence > record.sequence
-        if item.status == "damaged" and newer and item.id not in view.passed_over:
+        if item.status != "damaged" or item.record is None or item.id in view.passed_over:
+            continue
+        both = [item.record, record]
+        first = by_sequence(both)[-1] if selector.kind == "latest" else best_first(both, rule)[0]
+        if first is item.record:
             reason = view.directory(tiers, item.id).explained(item).reason
             log.warning("passing over %s, which is damaged: %s", item.id, reason)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from engine.errors import ConfigError
+from engine.format.best import BestRule, Mode
 from model.config import GPT2Config
 
 LOCKED = ("model", "seq_len", "global_batch", "seed", "steps_per_epoch")
@@ -38,6 +39,9 @@ Storage options hold credentials. A checkpoint that named a mirror would send th
 its author. `on_event` is a command: if it were taken from a checkpoint, loading one would run code that its
 author chose.
 """
+
+METRICS = ("val_loss", "train_loss")
+"""What the trainer measures."""
 
 Device = Literal["auto", "cpu", "cuda"]
 SavePolicy = Literal["wait", "skip"]
@@ -94,7 +98,11 @@ class TrainConfig:
     checkpoint_freq: int = 250
     """Save every so many steps; 0 saves only at epochs, best losses, signals and the end."""
     keep_checkpoints: int = 10
-    """How many rolling checkpoints to keep besides latest, backup, best and epochs."""
+    """How many rolling checkpoints to keep besides latest, backup, best and epochs; others are deleted."""
+    best_metric: str = "val_loss"
+    """The metric that decides which checkpoint is best: val_loss or train_loss."""
+    best_mode: Mode = "min"
+    """Whether the lowest (min) or the highest (max) value of it is best."""
     checkpoint_dir: str = "./checkpoints"
     """Directory or fsspec URI of the checkpoints."""
     mirror: str | None = None
@@ -160,12 +168,18 @@ class TrainConfig:
         _require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "grace_secs", 0 < self.grace_secs < math.inf, "above 0")
+        _require(self, "best_metric", self.best_metric in METRICS, " or ".join(METRICS))
         for name in ("data", "checkpoint_dir", "model", "init_from", "log_dir", "on_event", "mirror"):
             _require(self, name, getattr(self, name) != "", "not empty")
         if self.resume is not None and self.new_run:
             raise ConfigError(
                 f"--resume {self.resume} carries a run on and --new_run starts one: give one of the two"
             )
+
+    @property
+    def best_rule(self) -> BestRule:
+        """What decides which checkpoint is best."""
+        return BestRule(self.best_metric, self.best_mode)
 
     @property
     def final_lr(self) -> float:
@@ -195,7 +209,7 @@ _HINTS: dict[str, Any] = get_type_hints(TrainConfig)
 
 def _fits(value: Any, hint: Any) -> bool:
     options = get_args(hint) or (hint,)
-    if hint in (Device, SavePolicy):
+    if hint in (Device, SavePolicy, Mode):
         return value in options
     if hint == tuple[float, float]:
         return isinstance(value, tuple) and len(value) == 2 and all(_fits(item, float) for item in value)

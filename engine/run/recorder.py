@@ -44,8 +44,8 @@ class Recorder:
         """Say, before it starts, why `step` is saved: the events of that save will carry it."""
         with self._lock:
             self._saves[step] = {"reasons": list(reasons), "metrics": dict(metrics)}
-            if (loss := metrics.get("val_loss")) is not None:
-                self.best.promise(step, loss)
+            if (value := metrics.get(self.best.rule.metric)) is not None:
+                self.best.promise(step, value)
 
     def save_skipped(self, step: int) -> None:
         """The save that was announced did not take place."""
@@ -78,10 +78,10 @@ class Recorder:
         with self._lock:
             return statistics.median(self._took_secs) if self._took_secs else 0.0
 
-    def improves(self, loss: float) -> bool:
-        """Whether a validation loss is below that of every checkpoint; for rank 0 to ask."""
+    def improves(self, value: float) -> bool:
+        """Whether the metric that decides is better than that of every checkpoint; for rank 0 to ask."""
         with self._lock:
-            return self.best.improves(loss)
+            return self.best.improves(value)
 
     def evaluated(self, step: int, loss: float, *, best: bool, secs: float) -> None:
         """A validation of `step` has ended."""

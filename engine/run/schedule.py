@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+
+from engine.format.best import DEFAULT, BestRule
 
 REASONS_IN_ORDER = ("interval", "epoch", "best", "signal", "final")
 """The reasons of the trainer, in the order in which a checkpoint lists them."""
@@ -52,26 +55,29 @@ def last_step(max_steps: int | None, num_epochs: int | None, steps_per_epoch: in
 
 @dataclass(slots=True)
 class BestLoss:
-    """The lowest validation loss that a checkpoint has, or will have once its save has committed.
+    """The best validation loss, or value of another metric, that a checkpoint has or is going to have.
 
     Kept by rank 0 alone: when a failed save becomes known differs between ranks, so each rank deciding by
     itself would let them part ways.
     """
 
     committed: float | None = None
+    rule: BestRule = DEFAULT
     _promised: dict[int, float] = field(default_factory=dict)
 
-    def improves(self, loss: float) -> bool:
-        """Whether `loss` is below every loss so far; a NaN never is, and infinity never counts."""
+    def improves(self, value: float) -> bool:
+        """Whether `value` is better than every one so far; a NaN never is, and infinity never counts."""
         known = [*self._promised.values(), *([] if self.committed is None else [self.committed])]
-        return all(loss < other for other in known) if -float("inf") < loss < float("inf") else False
+        return math.isfinite(value) and all(self.rule.beats(value, other) for other in known)
 
-    def promise(self, step: int, loss: float) -> None:
-        """A save of `step` that carries `loss` is under way."""
-        self._promised[step] = loss
+    def promise(self, step: int, value: float) -> None:
+        """A save of `step` that carries `value` is under way."""
+        self._promised[step] = value
 
     def settle(self, step: int, *, committed: bool) -> None:
-        """The save of `step` has ended: its loss counts for good, or never did."""
-        loss = self._promised.pop(step, None)
-        if committed and loss is not None and (self.committed is None or loss < self.committed):
-            self.committed = loss
+        """The save of `step` has ended: its value counts for good, or never did."""
+        value = self._promised.pop(step, None)
+        if not committed or value is None:
+            return
+        if self.committed is None or self.rule.beats(value, self.committed):
+            self.committed = value

@@ -8,17 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from engine.catalog.listing import Directory, Listed, committed, read_manifest
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import by_loss, by_sequence
+from engine.catalog.retention import best_first, by_sequence
 from engine.catalog.select import Selector, choose, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
+from engine.format.best import DEFAULT, BestRule, Mode
 from engine.format.forms import without_order
 from engine.format.manifest import Manifest
 from engine.mirror.tiers import both_tiers
-from engine.run.config import TrainConfig
+from engine.run.config import METRICS, TrainConfig
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from engine.storage.split import split_uri
@@ -43,8 +44,18 @@ class Start:
     world_size: int | None = None
     fingerprint: str | None = None
     """Of the dataset that the checkpoint was trained on."""
-    best_val_loss: float | None = None
-    """The lowest among the committed checkpoints of the directory; None for a new run."""
+    best_values: Mapping[str, float] = field(default_factory=dict)
+    """The best among the committed checkpoints of the directory, by the selector that means it; none for a
+    new run."""
+
+    @property
+    def best_val_loss(self) -> float | None:
+        """The lowest validation loss among them."""
+        return self.best_value(DEFAULT)
+
+    def best_value(self, rule: BestRule) -> float | None:
+        """The best value among them by a rule of this trainer; None where there is none."""
+        return self.best_values.get(rule.selector)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +88,7 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
         StorageError: the directory could not be listed, which is not the same as an empty one.
     """
-    selector = None if config.resume is None else parse_selector(config.resume)
+    selector = None if config.resume is None else parse_selector(_resume(config))
     path = selector.text if selector is not None and selector.kind == "path" else None
     if path is not None and not directory_given:
         config = replace(config, checkpoint_dir=split_uri(path)[0])
@@ -115,6 +126,21 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
     assert directory is not None
     start = _resumed(config, selector.text, sentence, directory.manifest(record.id), records)
     return replace(start, home=config.mirror or "") if from_mirror else start
+
+
+def _best_values(records: Sequence[CheckpointRecord]) -> dict[str, float]:
+    found = {}
+    for rule in (BestRule(metric, mode) for metric in METRICS for mode in get_args(Mode)):
+        for record in best_first(records, rule)[:1]:
+            found[rule.selector] = record.metrics[rule.metric]
+    return found
+
+
+def _resume(config: TrainConfig) -> str:
+    """What to carry on from. "best" goes by the flags where they say how; else by what its run has stored."""
+    assert config.resume is not None
+    own = config.best_rule != DEFAULT and config.resume.strip() == "best"
+    return config.best_rule.selector if own else config.resume
 
 
 def look(storage: Storage) -> Directory | None:
@@ -194,7 +220,6 @@ def _resumed(
     config: TrainConfig, selector: str, sentence: str, manifest: Manifest, records: Sequence[CheckpointRecord]
 ) -> Start:
     loader = without_order(manifest.objects.get("loader"))
-    lowest = by_loss(records)[:1]
     return Start(
         checkpoint_dir=config.checkpoint_dir,
         selector=selector,
@@ -204,5 +229,5 @@ def _resumed(
         stored=dict(manifest.config),
         world_size=manifest.world_size,
         fingerprint=loader.get("fingerprint") if isinstance(loader, Mapping) else None,
-        best_val_loss=lowest[0].val_loss if lowest else None,
+        best_values=_best_values(records),
     )

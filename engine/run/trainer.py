@@ -64,7 +64,7 @@ def train(
     console.say(start.sentence)
     job = _build(config, start, agreement, world)
     console.say(job.describe())
-    recorder = Recorder(console, BestLoss(start.best_val_loss))
+    recorder = Recorder(console, BestLoss(start.best_value(config.best_rule), config.best_rule))
     try:
         ckpt = agreement.together(lambda: _open_checkpointer(config, job, recorder, restart))
         with _closing(ckpt, preemption):
@@ -129,7 +129,13 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
     return Checkpointer(
         config.checkpoint_dir,
         job.state(),
-        retention=Retention(rolling=config.keep_checkpoints, best=1, epochs=True),
+        retention=Retention(
+            rolling=config.keep_checkpoints,
+            best=1,
+            epochs=True,
+            metric=config.best_metric,
+            mode=config.best_mode,
+        ),
         config={**to_json(config), LAUNCH_KEY: restart.launch},
         busy=config.save_policy,
         check_replicas="full" if config.check_replicas else "sampled",
@@ -274,15 +280,15 @@ class _Loop:
             raise self.saves.reason_to_stop()
 
     def _evaluate(self, metrics: dict[str, float]) -> tuple[int | None, bool]:
-        """The signal that broke it off, if any, and whether the loss is the lowest yet; fills `metrics`."""
+        """The signal that broke it off, if any, and whether it is the best yet; fills `metrics`."""
         began = time.perf_counter()
         loss, signum = evaluate(self.job, self.agreement)
         if loss is None:
             return signum, False
         # Rank 0 alone knows which saves have committed, so it alone can say what is best.
-        mine = float(self.job.world.is_first and self.recorder.improves(loss))
+        metrics["val_loss"] = loss
+        mine = float(self.job.world.is_first and self.recorder.improves(metrics[self.job.config.best_metric]))
         verdict = torch.tensor(mine, dtype=torch.float64, device=self.job.device)
         best = self.agreement.vote(verdict).total > 0
         self.recorder.evaluated(self.step, loss, best=best, secs=time.perf_counter() - began)
-        metrics["val_loss"] = loss
         return None, best

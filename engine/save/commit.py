@@ -19,6 +19,7 @@ from engine.errors import (
     SaveFailedError,
     StorageError,
 )
+from engine.format.best import DEFAULT, BestRule
 from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
@@ -141,6 +142,7 @@ def commit(
     *,
     sequence: int,
     parent: str | None,
+    best: BestRule = DEFAULT,
     now: Callable[[], float] = time.time,
 ) -> CheckpointRecord:
     """Publish the manifest. From here on the checkpoint is listed.
@@ -167,6 +169,7 @@ def commit(
         config=dict(info.config),
         software=dict(info.software),
         shards=shards,
+        best=best,
     )
     raw = manifest.to_bytes()
     if lease is not None:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.catalog.lease import STALE_SECS, Lease
-from engine.catalog.listing import Memory, highest_sequence, list_checkpoints
+from engine.catalog.listing import Memory, committed, highest_sequence, list_checkpoints
 from engine.catalog.reaper import reap_abandoned
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
 from engine.errors import DirectoryHeldError, HoldfastError
+from engine.format.best import DEFAULT
 from engine.format.manifest import ShardReceipt
-from engine.mirror.keeping import close_mirror, remove_surplus
+from engine.mirror.keeping import close_mirror, remove_surplus, say_unfed
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience
 from engine.parallel.agreement import all_agree, rank0_decides
 from engine.parallel.coordination import Channel
@@ -111,6 +112,7 @@ class HeldDirectory:
             job.objects,
             sequence=self._sequence,
             parent=self.parent,
+            best=DEFAULT if self.retention is None else self.retention.rule,
         )
         self.parent = record.id
         return record
@@ -136,6 +138,8 @@ class HeldDirectory:
 
     def let_go(self, mirror_patience: Patience, *, stuck: bool) -> None:
         """Close the mirror and give the directory back; with a save that hangs it stays this run's."""
+        if self.retention is not None and self.retention != Retention(rolling=self.retention.rolling):
+            say_unfed(self.storage, committed(item for _, item in self._seen.values()), self.retention)
         if self.mirror is not None and stuck:
             self.mirror.close(mirror_patience)
         elif self.mirror is not None and self.lease is not None:

@@ -21,6 +21,7 @@ from typing import Any
 from engine.catalog.reaper import delete_attempt
 from engine.catalog.record import CheckpointRecord
 from engine.errors import CoordinationError, HoldfastError, LateRanksError, SaveFailedError
+from engine.format.best import BestRule
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
 from engine.parallel.calls import Call, end_call
@@ -291,7 +292,8 @@ class JobRunner:
 
 def record_to_json(record: CheckpointRecord) -> dict[str, Any]:
     """A record as ranks send it to each other."""
-    return {name: getattr(record, name) for name in record.__slots__ if name != "reasons"} | {
+    return {name: getattr(record, name) for name in record.__slots__} | {
+        "best": record.best.to_json(),
         "reasons": list(record.reasons),
         "metrics": {name: str(value) for name, value in record.metrics.items()},
     }
@@ -303,6 +305,7 @@ def _record_from(raw: bytes) -> CheckpointRecord:
         raise SaveFailedError(document["error"], may_pass=document["may_pass"])
     fields = document["record"]
     fields["reasons"] = tuple(fields["reasons"])
+    fields["best"] = BestRule(**fields["best"])
     fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
     return CheckpointRecord(**fields)
 

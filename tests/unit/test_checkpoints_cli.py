@@ -422,7 +422,8 @@ def test_the_command_line_does_not_grow_by_accident() -> None:
         "verify": {"--storage_options", "--json", "--quick"},
         "hold": {"--storage_options"},
         "release": {"--storage_options"},
-        "prune": {"--storage_options", "--rolling", "--best", "--no_epochs", "--dry_run"},
+        "prune": {"--storage_options", "--rolling", "--best", "--best_metric", "--best_mode", "--no_epochs"}
+        | {"--dry_run"},
         "export": {"--storage_options", "--to", "--format", "--dtype", "--model_only", "--select"},
         "import": {"--storage_options", "--to", "--trust_pickle"},
         "merge": {"--storage_options", "--to", "--weights"},
