@@ -102,7 +102,7 @@ def as_json(
 ) -> dict[str, Any]:
     """One entry of the JSON listing. What a partial or damaged one cannot tell is null."""
     record = item.record
-    entry = {
+    entry: dict[str, Any] = {
         "step": item.step,
         "epoch": record.epoch if record else None,
         "val_loss": record.val_loss if record else None,
