@@ -22,12 +22,14 @@ from engine.restore.entries import Entries
 from engine.restore.fit import Fit, match, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
+from engine.restore.per_rank import own_view
 from engine.restore.saved import Saved
 from engine.restore.staging import Staging
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY
+from engine.snapshot.per_rank import OwnNames
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +62,16 @@ class Destination:
         wanted: Wanted,
     ) -> None:
         self._capture = capture
-        self._manifest = manifest
         self._rank = rank
         self._wanted = wanted
-        self._saved = Saved(manifest, locals_, rank, world_size)
         keys = [key for key in capture.state if wanted.takes_key(key)]
         self._keys = [
             key for key in keys if not wanted.model_only or isinstance(capture.state[key], nn.Module)
         ]
+        own = capture.names.keys & set(self._keys)
+        manifest = own_view(manifest, locals_, own, rank=rank, world_size=world_size)
+        self._manifest = manifest
+        self._saved = Saved(manifest, locals_, rank, world_size, OwnNames(rank, own))
         capture.make_ready()
         self._modules = Modules(capture, self._keys, self._saved, wanted)
         try:

@@ -13,6 +13,7 @@ from engine.errors import DamagedError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.snapshot import values
 from engine.snapshot.captured import per_rank_name
+from engine.snapshot.per_rank import OwnNames
 from engine.snapshot.sharing import union_of_values
 
 
@@ -23,12 +24,18 @@ class Saved:
         manifest: the checkpoint's.
         locals_: each saved rank's rank-local JSON.
         rank, world_size: of the run that restores.
+        names: of what is declared per rank, which `manifest` has under live names.
     Attributes:
         tensors: what is read for values, by saved name.
     """
 
     def __init__(
-        self, manifest: Manifest, locals_: Sequence[Mapping[str, Any]], rank: int, world_size: int
+        self,
+        manifest: Manifest,
+        locals_: Sequence[Mapping[str, Any]],
+        rank: int,
+        world_size: int,
+        names: OwnNames | None = None,
     ) -> None:
         self.manifest = manifest
         self.locals_ = locals_
@@ -36,6 +43,7 @@ class Saved:
         self.world_size = world_size
         self.same_world = manifest.world_size == world_size
         self.tensors: dict[str, torch.Tensor] = {}
+        self._names = names or OwnNames(rank, frozenset())
         self._kept: dict[str, torch.Tensor] = {}
 
     @property
@@ -60,6 +68,8 @@ class Saved:
         Of a module's extra state ranks keep their own, as of its buffers: submodule name -> value.
         """
         shared = self.manifest.objects.get(key)
+        if key in self._names.keys:
+            return shared
         own = self.own.get(key) if self.same_world else None
         return shared if shared is None or own is None else union_of_values([own, shared])
 
@@ -76,10 +86,12 @@ class Saved:
         return torch.empty(info.shape, dtype=to_torch(info.dtype))
 
     def own_name(self, name: str) -> str:
-        """The name under which this rank's own value of a tensor was kept; `name` where none was.
+        """The name in the checkpoint of this rank's own value of a tensor; `name` where none was kept.
 
         Ranks keep their own of a module's buffers: the running statistics of a batch norm.
         """
+        if self._names.of(name) != name:
+            return self._names.of(name)
         own = per_rank_name(self.rank, name)
         kept = self.same_world and self.manifest.tensors.get(own) == self.manifest.tensors.get(name)
         return own if kept else name

@@ -29,6 +29,7 @@ from engine.snapshot.modules import ModuleCapture, take_ties_out
 from engine.snapshot.optimizer_kinds import check_not_a_state_dict, unwrapped
 from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
+from engine.snapshot.per_rank import OwnNames, with_names
 from engine.snapshot.wrappers import unwrapped_optimizer
 
 
@@ -58,13 +59,14 @@ class StateCapture:
                 )
             check_not_a_state_dict(name, state[name])
         for name in per_rank:
-            if name not in state or isinstance(state[name], nn.Module | Optimizer):
-                raise UnsavableValueError(
-                    f"per_rank names {name!r}, which is not in the state or is a module or an optimizer"
-                )
+            if name not in state:
+                raise UnsavableValueError(f"per_rank names {name!r}, which is not in the state")
         self.state = {key: unwrapped(unwrapped_optimizer(entry)) for key, entry in state.items()}
         self.per_rank = frozenset(per_rank)
         self._rank = rank
+        fixed = [key for key, entry in self.state.items() if isinstance(entry, nn.Module | Optimizer)]
+        self.names = OwnNames(rank, self.per_rank.intersection(fixed))
+        """What modules and optimizers that are declared per rank are called in the checkpoint."""
         self._modules: dict[str, ModuleCapture] = {}
         self._optimizers: dict[str, OptimizerCapture] = {}
         self._fixed = Captured()
@@ -82,11 +84,11 @@ class StateCapture:
             fixed, tensors=dict(fixed.tensors), aliases=dict(fixed.aliases), shared={}, local={}
         )
         for module in self._modules.values():
-            module.collect_values(captured)
+            self._collect(module, captured)
         if len(captured.tensors) > len(fixed.tensors):  # tensors inside of extra state
             captured.buffers |= captured.tensors.keys() - fixed.tensors.keys()
         for optimizer in self._optimizers.values():
-            optimizer.collect_values(captured)
+            self._collect(optimizer, captured)
         plain = [item for item in self.state.items() if not isinstance(item[1], nn.Module | Optimizer)]
         for key, entry in sorted(plain, key=lambda item: not generator_kind(item[1])):
             if key in self.per_rank:
@@ -101,6 +103,16 @@ class StateCapture:
         captured.local[RNG_KEY] = values.encode(rng_state, name, captured.tensors)
         return captured
 
+    def _collect(self, entry: ModuleCapture | OptimizerCapture, captured: Captured) -> None:
+        if entry.key not in self.per_rank:
+            entry.collect_values(captured)
+            return
+        own = Captured()
+        entry.collect_values(own)
+        captured.tensors.update((self.names.of(name), tensor) for name, tensor in own.tensors.items())
+        for key, document in own.shared.items():
+            captured.local[key] = with_names(document, self.names.of)
+
     def _capture_fixed(self) -> Captured:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""
         if not self._walked_since and self._unchanged():
@@ -108,13 +120,16 @@ class StateCapture:
         self.refresh()
         tensors, aliases = self.fixed_tensors()
         guarded = [name for entry in self._optimizers.values() for name in entry.guarded(self._modules)]
+        buffers = [name for module in self._modules.values() for name in module.buffers & tensors.keys()]
+        own = self.names.of
+        tensors = {own(name): tensor for name, tensor in tensors.items()}
         self._fixed = Captured(
             tensors,
             frozenset(tensors),
-            frozenset(aliases.get(name, name) for name in guarded),
-            frozenset(name for module in self._modules.values() for name in module.buffers & tensors.keys()),
+            frozenset(own(aliases.get(name, name)) for name in guarded),
+            frozenset(map(own, buffers)),
             self._fixed.generation + 1,
-            aliases,
+            {own(alias): own(name) for alias, name in aliases.items()},
         )
         self._walked_since = False
         return self._fixed
@@ -143,7 +158,7 @@ class StateCapture:
                 self._optimizers[key] = OptimizerCapture(key, entry, names)
 
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """(tensors, aliases) of modules and optimizers as last walked, tied ones once."""
+        """(tensors, aliases) of modules and optimizers as last walked, by live names, tied ones once."""
         tensors: dict[str, torch.Tensor] = {}
         for module in self._modules.values():
             tensors.update(module.tensors)

@@ -147,8 +147,8 @@ def test_entries_that_cannot_be_restored_in_place_are_refused(entry: Any) -> Non
         StateCapture({"entry": entry}, (), 0)
 
 
-@pytest.mark.parametrize("name", ["missing", "model", "optimizer"])
-def test_per_rank_names_values_of_the_state(name: str) -> None:
+@pytest.mark.parametrize("name", ["missing", "mod"])
+def test_per_rank_names_keys_of_the_state(name: str) -> None:
     model, optimizer = trained()
     with pytest.raises(UnsavableValueError, match=f"per_rank names '{name}'"):
         StateCapture({"model": model, "optimizer": optimizer}, (name,), 0)
@@ -464,3 +464,15 @@ def test_an_unsavable_value_is_named_by_key_path() -> None:
     capture = StateCapture({"loader": Counter(workers={"pool": object()})}, (), 0)
     with pytest.raises(UnsavableValueError, match=r"loader\.workers\.pool: a builtins\.object is neither"):
         capture.capture()
+
+
+def test_modules_and_optimizers_that_are_declared_per_rank_carry_the_ranks_names() -> None:
+    model, optimizer = trained()
+    state = {"model": model, "optimizer": optimizer, "other": nn.Linear(1, 1)}
+    captured = StateCapture(state, ("model", "optimizer"), 3).capture()
+    own = {name for name in captured.tensors if not name.startswith("per_rank.00003.")}
+    assert own == {"other.weight", "other.bias"}
+    assert captured.fixed <= captured.tensors.keys()
+    assert captured.guarded <= captured.fixed
+    assert "optimizer" in captured.local
+    assert "optimizer" not in captured.shared
