@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_any
 
 from engine.errors import RestoreFailedError
+from engine.snapshot.metrics import UPDATE_COUNTS, set_update_counts
 from engine.snapshot.state_dicts import (
     EXTRA_STATE,
     StateDict,
@@ -36,6 +37,8 @@ def hand_back(
     Raises: RestoreFailedError naming the module when it does not take them.
     """
     tree = places(module)
+    document = dict(document)
+    counts = document.pop(UPDATE_COUNTS, {})
     only_extra = all(is_extra_state(name) for name in document) and not loose
     if only_extra and not any(loads_by_itself(place.module) for place in tree):
         _set_extra_state(tree, document)
@@ -43,9 +46,10 @@ def hand_back(
     try:
         with torch.no_grad():
             # What state_dict() hands out may be rounded, and loading it round the live tensors.
-            exact = _copies(tree) if tree_any(_is_tensor, dict(document)) else {}
+            exact = _copies(tree) if tree_any(_is_tensor, document) else {}
             _load(module, _whole(key, module, tree, {**document, **loose}, strict=strict), strict=strict)
             _fill(places(module), {**exact, **loose})
+            set_update_counts(tree, counts)
     except Exception as error:
         raise RestoreFailedError(
             f"{key}: load_state_dict() of {type(module).__qualname__} did not take what was saved, the state "
@@ -80,7 +84,7 @@ def _whole(
     now: StateDict = read_state_dict(key, module)
     whole: dict[Any, Any] = {now.spelled[name]: now.tensors[name] for name in now.standing}
     if not strict:
-        whole |= {now.spelled[name]: value for name, value in now.values.items()}
+        whole |= {now.spelled[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
     for name, value in saved.items():
         spelled = now.spelled.get(name)
         if spelled is None and isinstance(name, str):

@@ -62,7 +62,7 @@ def places(root: nn.Module) -> list[Place]:
     wrappers = [
         (found, attributes)
         for module, name, attributes in _WRAPPERS
-        if (found := _loaded(module, name)) is not None
+        if (found := loaded_class(module, name)) is not None
     ]
     return list(_walk(root, "", "", wrappers, set()))
 
@@ -93,7 +93,7 @@ def _walk(
 
 def refuse_unsavable(key: str, root: nn.Module) -> None:
     """Raises: UnsavableValueError for a wrapper whose parameters are not those of the modules inside it."""
-    fsdp1 = _loaded(*_FSDP1)
+    fsdp1 = loaded_class(*_FSDP1)
     if fsdp1 is None:
         return
     for name, module in root.named_modules():
@@ -113,12 +113,13 @@ def unwrapped_optimizer(entry: Any) -> Any:
     if not isinstance(entry, Optimizer) and type(entry).__module__.partition(".")[0] == "torch":
         return entry
     for module, name in _OPTIMIZER_WRAPPERS:
-        found = _loaded(module, name)
+        found = loaded_class(module, name)
         if found is not None and isinstance(entry, found):
             return unwrapped_optimizer(entry.optimizer)
     return entry
 
 
-def _loaded(module: str, name: str) -> Any:
+def loaded_class(module: str, name: str) -> Any:
+    """A class, if its module has been imported already; else None."""
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else None

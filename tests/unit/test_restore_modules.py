@@ -299,27 +299,49 @@ def test_a_module_that_refuses_its_state_is_named(tmp_path: Path) -> None:
         restore(tmp_path, Refuses())
 
 
-def test_metrics_come_back_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("persistent", [False, True])
+def test_metrics_come_back_in_the_middle_of_an_epoch(tmp_path: Path, persistent: bool) -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 
     def build() -> Any:
-        metrics = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
-        metrics.persistent(True)
-        return metrics
+        metrics = torchmetrics.MetricCollection(
+            [
+                torchmetrics.CatMetric(),
+                torchmetrics.MeanMetric(),
+                # These two have the same state, and only the first of them is updated.
+                torchmetrics.classification.BinaryPrecision(),
+                torchmetrics.classification.BinaryRecall(),
+                torchmetrics.classification.BinaryROC(thresholds=5),
+            ]
+        )
+        metrics.persistent(persistent)
+        return {"all": metrics, "one": torchmetrics.PearsonCorrCoef()}
+
+    def update(state: Any, seed: int) -> None:
+        torch.manual_seed(seed)
+        for name, metric in state["all"].items(keep_base=True):
+            targets = (torch.randint(0, 2, (8,)),) if "Binary" in name else ()
+            metric.update(torch.rand(8), *targets)
+        state["one"](torch.rand(8), torch.rand(8))
+
+    def computed(state: Any) -> list[Any]:
+        found = [*state["all"].compute().values(), state["one"].compute()]
+        return [[t.tolist() for t in v] if isinstance(v, tuple) else v.tolist() for v in found]
 
     metrics, fresh = build(), build()
-    with Checkpointer(tmp_path, {"metrics": metrics}) as checkpointer:
+    with Checkpointer(tmp_path, metrics) as checkpointer:
         checkpointer.save(1).result(60)
-        metrics.update(torch.tensor([1.0, 5.0]))
-        metrics.update(torch.tensor([9.0]))
+        update(metrics, 1)
+        update(metrics, 2)
         checkpointer.save(2).result(60)
-    with Checkpointer(tmp_path, {"metrics": fresh}, read_only=True) as checkpointer:
+    update(fresh, 9)
+    computed(fresh)
+    with Checkpointer(tmp_path, fresh, read_only=True) as checkpointer:
         checkpointer.restore()
+    assert computed(fresh) == computed(metrics)
     for one in (metrics, fresh):
-        one.update(torch.tensor([2.0]))
-    assert {n: v.tolist() for n, v in fresh.compute().items()} == {
-        n: v.tolist() for n, v in metrics.compute().items()
-    }
+        update(one, 3)
+    assert computed(fresh) == computed(metrics)
 
 
 @pytest.mark.parametrize("build", [nn.MSELoss, nn.ModuleList, lambda: nn.BatchNorm1d(2, False)])

@@ -164,17 +164,29 @@ def test_nested_values_refer_to_live_tensors_by_their_name() -> None:
     }
 
 
-def test_a_metric_keeps_what_it_says_is_persistent() -> None:
+def test_a_metric_inside_of_a_model_keeps_what_it_says_is_persistent() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
-    metrics = torchmetrics.MetricCollection([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
+    metrics = nn.ModuleList([torchmetrics.MeanMetric(), torchmetrics.CatMetric()])
     assert found(metrics) == {}
-    metrics.persistent(True)
+    for metric in metrics:
+        metric.persistent(True)
     capture = StateCapture({"model": metrics}, (), 0)
     capture.capture()
-    metrics.update(torch.tensor([2.0, 4.0]))
+    for metric in metrics:
+        metric.update(torch.tensor([2.0, 4.0]))
     tensors = capture.capture().tensors
-    assert tensors["model.MeanMetric.mean_value"] == 6
-    assert tensors["model.CatMetric.value.0"].tolist() == [2, 4]
+    assert tensors["model.0.mean_value"] == 6
+    assert tensors["model.1.value.0"].tolist() == [2, 4]
+
+
+def test_metrics_that_share_their_state_are_captured_as_if_each_had_been_updated() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    kinds = torchmetrics.classification.BinaryPrecision, torchmetrics.classification.BinaryRecall
+    metrics = torchmetrics.MetricCollection([kind() for kind in kinds])
+    for _ in range(3):
+        metrics.update(torch.tensor([0.9, 0.2]), torch.tensor([1, 1]))
+    tensors = found(metrics)
+    assert tensors["BinaryRecall.tp"] == tensors["BinaryPrecision.tp"] == 3
 
 
 def test_a_state_dict_that_is_none_is_refused_by_name() -> None:
