@@ -62,6 +62,8 @@ class Checkpointer:
         state: name -> module, optimizer, object with `state_dict` and `load_state_dict`, tensor, dict or
             list. Optimizers need their module beside them. Random number generators are added by itself.
         per_rank: names whose values belong to a rank; all others must be equal on all ranks.
+        rank0: names whose values rank 0 alone decides, such as its log history or best loss: they are saved
+            from it, not compared, and a restore gives them to every rank.
         retention: what clean-up keeps; None keeps everything.
         config: the run's configuration, a dict, namespace or dataclass; the manifest carries it as JSON.
         seed: for the random streams of ranks after a restore at another world size.
@@ -96,6 +98,7 @@ class Checkpointer:
         state: Mapping[str, Any],
         *,
         per_rank: tuple[str, ...] = (),
+        rank0: tuple[str, ...] = (),
         retention: Retention | None = _KEEP_DEFAULT,
         config: Any = None,
         seed: int = 0,
@@ -118,6 +121,7 @@ class Checkpointer:
             directory,
             state,
             per_rank=per_rank,
+            rank0=rank0,
             retention=retention,
             busy=busy,
             timeout_secs=timeout_secs,
@@ -142,7 +146,7 @@ class Checkpointer:
         self._outcomes = Outcomes(on_failure, max_failures)
         self._storage = open_storage(directory, storage_options)
         second = second_tier(mirror, self._storage, storage_options)
-        capture = StateCapture(state, per_rank, self.rank)
+        capture = StateCapture(state, per_rank, self.rank, rank0)
         self._restorer = Restorer(
             self._storage, capture, calls, seed, timeout_secs, storage_options, listener, read_only, second
         )

@@ -33,6 +33,7 @@ def check_setup(
     state: object,
     *,
     per_rank: object,
+    rank0: object,
     retention: object,
     busy: object,
     timeout_secs: object,
@@ -47,7 +48,7 @@ def check_setup(
     """ConfigError for an argument of a Checkpointer that cannot work. `switches` are True or False."""
     check_addresses(directory=directory, mirror="" if mirror is None else mirror)
     _check_state(state)
-    check_names(per_rank=per_rank)
+    check_names(per_rank=per_rank, rank0=rank0)
     if retention is not None and not isinstance(retention, Retention):
         raise ConfigError(
             f"retention is {_shown(retention)}: give Retention(rolling=3), say, or None to keep everything"

@@ -78,7 +78,8 @@ def check_receipts(
             "what should be the same on all ranks that hold it is not: "
             + "; ".join(lines)
             + ". Find out why the ranks went apart; for what belongs to one rank, give it a name of its own, "
-            "make it part of a DTensor, or declare its state key in per_rank"
+            "make it part of a DTensor, or declare its state key in per_rank; for what rank 0 alone decides, "
+            "declare it in rank0"
         )
     return tuple(receipt.shard for receipt in receipts if receipt.shard is not None)
 

@@ -40,10 +40,13 @@ class StateCapture:
         state: name -> object. Optimizers need their module in the same state.
         per_rank: names whose values belong to this rank alone.
         rank: this rank.
+        rank0: names whose values rank 0 alone decides: it saves them, and every rank is given its.
     Raises: UnsavableValueError for names that cannot work.
     """
 
-    def __init__(self, state: Mapping[str, Any], per_rank: tuple[str, ...], rank: int) -> None:
+    def __init__(
+        self, state: Mapping[str, Any], per_rank: tuple[str, ...], rank: int, rank0: tuple[str, ...] = ()
+    ) -> None:
         for name in state:
             if not name or "." in name or name.startswith("$") or name in (RNG_KEY, PER_RANK_PREFIX):
                 raise UnsavableValueError(
@@ -62,7 +65,15 @@ class StateCapture:
             if name not in state:
                 raise UnsavableValueError(f"per_rank names {name!r}, which is not in the state")
         self.state = {key: unwrapped(unwrapped_optimizer(entry)) for key, entry in state.items()}
+        for name in rank0:
+            if name not in state or isinstance(state[name], nn.Module | Optimizer) or name in per_rank:
+                raise UnsavableValueError(
+                    f"rank0 names {name!r}, which is not in the state, is a module or an optimizer, or is in "
+                    "per_rank, too"
+                )
         self.per_rank = frozenset(per_rank)
+        self._others: frozenset[str] = frozenset() if rank == 0 else frozenset(rank0)
+        """What is rank 0's to save."""
         self._rank = rank
         fixed = [key for key, entry in self.state.items() if isinstance(entry, nn.Module | Optimizer)]
         self.names = OwnNames(rank, self.per_rank.intersection(fixed))
@@ -90,6 +101,7 @@ class StateCapture:
         for optimizer in self._optimizers.values():
             self._collect(optimizer, captured)
         plain = [item for item in self.state.items() if not isinstance(item[1], nn.Module | Optimizer)]
+        plain = [(key, entry) for key, entry in plain if key not in self._others]
         for key, entry in sorted(plain, key=lambda item: not generator_kind(item[1])):
             if key in self.per_rank:
                 name = per_rank_name(self._rank, key)

@@ -476,3 +476,19 @@ def test_modules_and_optimizers_that_are_declared_per_rank_carry_the_ranks_names
     assert captured.guarded <= captured.fixed
     assert "optimizer" in captured.local
     assert "optimizer" not in captured.shared
+
+
+@pytest.mark.parametrize("name", ["absent", "model", "mine"])
+def test_rank0_names_values_of_the_state(name: str) -> None:
+    state = {"model": torch.nn.Linear(1, 1), "mine": {"n": 1}, "log": {"n": 1}}
+    with pytest.raises(UnsavableValueError, match=f"rank0 names '{name}'"):
+        StateCapture(state, ("mine",), 0, (name,))
+
+
+def test_only_rank_0_captures_what_it_alone_decides() -> None:
+    state = {"log": {"t": torch.zeros(2), "n": 1}, "values": {"n": 2}}
+    zero, one = (StateCapture(state, (), rank, ("log",)).capture() for rank in range(2))
+    assert set(zero.shared) == {"log", "values"}
+    assert set(one.shared) == {"values"}
+    assert "log.t" in zero.tensors
+    assert "log.t" not in one.tensors
