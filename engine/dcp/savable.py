@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from engine.errors import UnsavableValueError
@@ -39,6 +40,9 @@ def _odd(tensor: torch.Tensor) -> tuple[str, str]:
         return f"a {layout}", f"store its to_dense(){instead}"
     if tensor.is_quantized:
         return f"a quantized ({str(tensor.dtype).removeprefix('torch.')})", dtype_remedy(tensor.dtype)
+    if isinstance(tensor, DTensor) and hasattr(type(tensor.to_local()), "__tensor_flatten__"):
+        inside = type(tensor.to_local()).__qualname__
+        return f"a distributed {inside}", "shards of tensors made of tensors have no place in the whole"
     if tensor.device.type == "meta":
         return "a meta", "give the module memory with to_empty() and initialise it first"
     return "", ""

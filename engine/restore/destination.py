@@ -114,6 +114,7 @@ class Destination:
         missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
         lines = (
             *self.fit.mismatched,
+            *self._modules.differences,
             *self._entries.differences.values(),
             *self._missing_classes(),
         )

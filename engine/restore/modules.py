@@ -20,7 +20,7 @@ from engine.restore.unmade import Unmade
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
-from engine.snapshot.modules import ABSENT_BUFFERS, ModuleCapture
+from engine.snapshot.modules import ABSENT_BUFFERS, COMPOSITES, ModuleCapture
 from engine.snapshot.state_dicts import loads_by_itself
 from engine.snapshot.wrappers import places
 
@@ -34,6 +34,7 @@ class Modules:
         missing, unexpected: what state_dict() holds besides tensors, in the live state only and in the
             checkpoint only.
         absent: names of live buffers that were None when saved.
+        differences: one sentence for each tensor made of tensors that is of another kind than when saved.
         loose: names of saved tensors that go through load_state_dict(): no live tensor can be filled.
     """
 
@@ -45,6 +46,7 @@ class Modules:
         self._unmade = Unmade()
         self.missing: list[str] = []
         self.unexpected: list[str] = []
+        self.differences: list[str] = []
         self.absent: set[str] = set()
         self.loose: set[str] = set()
 
@@ -58,6 +60,7 @@ class Modules:
         for key, capture in self._modules():
             document = self._document(key, None)
             absent = document.pop(ABSENT_BUFFERS, ())
+            self._compare_composites(key, capture, document.pop(COMPOSITES, {}))
             self.absent |= {f"{key}.{name}" for name in absent if self._wanted.takes(f"{key}.{name}")}
             self._find_loose(key, capture, document)
             self._compare(key, capture, document)
@@ -83,6 +86,7 @@ class Modules:
         for key, capture in self._modules():
             document = self._document(key, self._saved)
             absent = document.pop(ABSENT_BUFFERS, ())
+            document.pop(COMPOSITES, None)
             mine = [name for name in self.loose if name.startswith(f"{key}.")]
             loose = {name.removeprefix(f"{key}."): self._saved.tensors[name] for name in mine}
             hand_back(key, capture.module, document, loose, strict=self._wanted.strict)
@@ -105,7 +109,7 @@ class Modules:
         return {
             name: value
             for name, value in found.items()
-            if name == ABSENT_BUFFERS or self._wanted.takes(f"{key}.{name}")
+            if name in (ABSENT_BUFFERS, COMPOSITES) or self._wanted.takes(f"{key}.{name}")
         }
 
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
@@ -136,3 +140,14 @@ class Modules:
             full = f"{key}.{name}"
             if name not in document and full not in self.loose and self._wanted.takes(full):
                 self.missing.append(f"{full} (of state_dict(), no tensor)")
+
+    def _compare_composites(self, key: str, capture: ModuleCapture, saved: Mapping[str, Any]) -> None:
+        for name, here in capture.composites().items():
+            full, then = f"{key}.{name}", saved.get(name)
+            if then != here and self._wanted.takes(full):
+                was = _kind(then) if then else "no tensor that is made of others"
+                self.differences.append(f"{full}: saved as {was}, here {_kind(here)}")
+
+
+def _kind(described: Mapping[str, Any]) -> str:
+    return f"{described['class']} {described['shape']} ({described['context']})"

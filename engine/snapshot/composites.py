@@ -7,13 +7,13 @@ together by its own `__tensor_unflatten__`. Protocol: torch/utils/_python_dispat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from engine.errors import DamagedError, StateMismatchError
+from engine.errors import DamagedError, StateMismatchError, UnsavableValueError
 from engine.snapshot.named_types import find_class, type_name
 
 Json = Any
@@ -38,6 +38,49 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors that a composite one is made of, by attribute; they may be composite themselves."""
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return {name: getattr(tensor, name) for name in names}
+
+
+def leaves_of(tensor: torch.Tensor, name: str) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
+    """The plain tensors that a composite one is made of: (name, holder, attribute, tensor) of each.
+
+    The holder is the dict in which the tensor stands under the attribute; an empty one where there is none.
+    """
+    for attribute, part in parts_of(tensor).items():
+        if is_composite(part):
+            yield from leaves_of(part, f"{name}.{attribute}")
+        else:
+            holder = vars(tensor) if vars(tensor).get(attribute) is part else {}
+            yield f"{name}.{attribute}", holder, attribute, part
+
+
+def describe(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]) -> dict[str, Any]:
+    """What a live composite tensor is besides its parts: one that is filled in place has to be alike.
+
+    What the class tells besides the parts (scales' block sizes, settings) is kept as a value where it has a
+    form, else as its text: it is only ever compared.
+    Raises: UnsavableValueError where that text is different in every process.
+    """
+    kind = type(tensor)
+    _, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    try:
+        encode(context, path)
+    except UnsavableValueError as error:
+        text = repr(context)
+        if " at 0x" in text:
+            raise UnsavableValueError(
+                f"{path}: what a {kind.__qualname__} is besides its parts cannot be stored ({error})"
+            ) from error
+        context = text
+    parts = {
+        name: describe(part, f"{path}.{name}", encode) if is_composite(part) else None
+        for name, part in parts_of(tensor).items()
+    }
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "shape": list(tensor.shape),
+        "context": context,
+        "parts": parts,
+    }
 
 
 def encode_composite(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]) -> Json:

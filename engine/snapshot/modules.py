@@ -11,7 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from engine.dcp.boxes import detached, geometry
+from engine.errors import UnsavableValueError
+from engine.snapshot import values
 from engine.snapshot.captured import Captured
+from engine.snapshot.composites import describe, is_composite, leaves_of
 from engine.snapshot.state_dicts import (
     absent_buffers,
     encode_values,
@@ -25,6 +28,9 @@ Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
 
 ABSENT_BUFFERS = "_absent_buffers"
 """Among a module's values: its persistent buffers that are None. A fresh module may have a tensor there."""
+
+COMPOSITES = "_composites"
+"""Among a module's values: what its tensors that are made of tensors are besides those (`composites`)."""
 
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
@@ -43,11 +49,17 @@ class ModuleCapture:
         self._scripted = any(isinstance(child, torch.jit.ScriptModule) for child in module.modules())
         self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
         named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
+        self._composites = {name: tensor for name, tensor in named.items() if is_composite(tensor)}
+        parts = [
+            part for name, tensor in self._composites.items() for part in leaves_of(named.pop(name), name)
+        ]
+        named |= {name: tensor for name, _, _, tensor in parts}
         self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
         self.identities = {name: id(tensor) for name, tensor in named.items()}
         buffers = {id(buffer) for buffer in module.buffers()}
         self.buffers = {name for name, identity in self.identities.items() if identity in buffers}
         self._slots = _slots(module)
+        self._slots += [(holder, name, part, pointer_of(part)) for _, holder, name, part in parts]
         self._children = [
             (child._modules, *entry) for child in module.modules() for entry in child._modules.items()
         ]
@@ -90,11 +102,28 @@ class ModuleCapture:
         """Add what state_dict() holds besides live tensors: extra state, whatever hooks and overrides add."""
         if self._absent:
             self.state.values[ABSENT_BUFFERS] = self._absent
+        if self._composites:
+            self.state.values[COMPOSITES] = self.composites()
         if self.state.values:
             captured.shared[self.key] = encode_values(
                 self.key, self.state, captured.aliases, captured.tensors
             )
             self.state.values = {}  # may be copies of the whole model; the next save asks anew
+
+    def composites(self) -> dict[str, Any]:
+        """What each tensor that is made of tensors is besides those, by the tensor's name in the module."""
+        return {
+            name.removeprefix(f"{self.key}."): describe(tensor, name, _encoded)
+            for name, tensor in self._composites.items()
+        }
+
+
+def _encoded(value: Any, path: str) -> Any:
+    tensors: dict[str, torch.Tensor] = {}
+    document = values.encode(value, path, tensors)
+    if tensors:
+        raise UnsavableValueError(f"{path}: holds a tensor that is not one of its parts")
+    return document
 
 
 def take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:

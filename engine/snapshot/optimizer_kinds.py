@@ -104,11 +104,24 @@ def _optimizers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Optimiz
 
 def unwrapped(entry: Any) -> Any:
     """The optimizer inside of an object that looks like one and steps it (apex's LARC); else the entry."""
+    if isinstance(entry, Optimizer) and not hasattr(entry, "param_groups"):
+        return _Opaque(entry)
     if isinstance(entry, Optimizer | nn.Module | dict | torch.Tensor) or not hasattr(entry, "param_groups"):
         return entry
     inner = [value for value in getattr(entry, "__dict__", {}).values() if isinstance(value, Optimizer)]
     same = len(inner) == 1 and _parameters(entry.param_groups) == _parameters(inner[0].param_groups)
     return inner[0] if same else entry
+
+
+class _Opaque:
+    """An optimizer in name only: it has a state_dict() and neither groups nor state.
+
+    pytorch_optimizer's SafeFP16Optimizer is one.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.state_dict = optimizer.state_dict
+        self.load_state_dict = optimizer.load_state_dict
 
 
 def _parameters(groups: Any) -> list[int]:

@@ -93,14 +93,18 @@ def with_parameters(value: Any, parameters: Mapping[str, torch.Tensor]) -> Any:
 def first_difference(path: str, saved: Any, live: Any) -> str:
     """One sentence on the first place at which a live value is not the saved one; "" when all is equal.
 
-    Keys, types, dtypes and bits count; the flags of `LIVE_FLAGS` in parameter groups do not.
+    Keys, types, dtypes and bits count; the flags of `LIVE_FLAGS` in parameter groups do not. An empty dict is
+    as good as none: that of a parameter without state comes and goes when somebody looks at it.
     """
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
         return "" if _same_tensor(saved, live) else f"{path} is {_words(live)}, saved as {_words(saved)}"
     if isinstance(saved, Mapping) and isinstance(live, Mapping):
         ignored = LIVE_FLAGS if "params" in saved else frozenset[str]()
-        keys = [key for key in saved if key not in ignored]
-        odd = {*keys} ^ {key for key in live if key not in ignored}
+        keys, live_keys = (
+            [key for key, value in each.items() if key not in ignored and not _is_empty(value)]
+            for each in (saved, live)
+        )
+        odd = {*keys} ^ {*live_keys}
         if odd:
             return f"{path} differs in the keys {sorted(map(str, odd))[:5]}"
         pairs = [(f"{path}.{key}", saved[key], live[key]) for key in keys]
@@ -111,6 +115,10 @@ def first_difference(path: str, saved: Any, live: Any) -> str:
     else:
         return f"{path} is {_words(live)}, saved as {_words(saved)}"
     return next((found for pair in pairs if (found := first_difference(*pair))), "")
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and not value
 
 
 def _same_tensor(one: torch.Tensor, two: torch.Tensor) -> bool:
