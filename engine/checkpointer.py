@@ -246,6 +246,23 @@ class Checkpointer:
             self._directory.parent = record.id
         return record
 
+    def read(self, selector: str = "latest", *, include: Sequence[str] = ()) -> dict[str, Any]:
+        """What a checkpoint holds, by state key, without any object to restore it into. Verified as ever.
+
+        Rank-local: any rank may call it alone, and nothing live is touched. Modules come as tensors by name,
+        optimizers as {"state": {parameter: ...}, "param_groups": [...]}, other entries as the value that was
+        saved; of values saved per rank this rank gets its own, at the saved world size. Tensors are whole and
+        in host memory.
+
+        Args:
+            selector: as for `restore`.
+            include: shell patterns over tensor names and state keys, as for `restore`; () means everything.
+        Returns: {} when `latest` finds nothing at all.
+        Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
+        """
+        check_names(include=include)
+        return self._restorer.read(check_selector(selector), include)
+
     def poll(self) -> None:
         """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from engine.errors import StateError
 from engine.format.manifest import Manifest
 from engine.snapshot.captured import PER_RANK_PREFIX
+from engine.snapshot.optimizer_document import is_optimizer
 from engine.snapshot.values import tensor_names
 
 
@@ -45,15 +45,6 @@ def contents_of(manifest: Manifest) -> Contents:
             parameter, _, field = rest.removeprefix("state.").rpartition(".")
             optimizers[key].setdefault(parameter, {})[field] = manifest.aliases.get(name, name)
     return Contents(modules, optimizers)
-
-
-def is_optimizer(value: Any) -> bool:
-    """Whether a shared value is the document of an optimizer (`engine.snapshot.optimizer_document`)."""
-    return (
-        isinstance(value, dict)
-        and value.keys() <= {"param_groups", "counters", "class", "sharded", "layouts", "more"}
-        and isinstance(value.get("param_groups"), list)
-    )
 
 
 def main_module(contents: Contents, what: str) -> str:

@@ -15,15 +15,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from engine.catalog import marks
 from engine.catalog.record import CheckpointRecord, from_manifest
-from engine.dcp.load import Slice, plan_slices
+from engine.dcp.load import Slice
 from engine.errors import (
     CoordinationError,
     DamagedError,
@@ -32,8 +31,6 @@ from engine.errors import (
     RestoreFailedError,
     SelectorError,
 )
-from engine.format.index import ShardFile
-from engine.format.layout import PlacedChunk
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
 from engine.parallel.agreement import all_agree, rank0_decides
@@ -46,13 +43,14 @@ from engine.restore.others import unexpected_on_all
 from engine.restore.places import (
     Indexes,
     Locals,
-    Place,
     chunk_places,
     describe_chunks,
     places_of,
     read_description,
 )
+from engine.restore.planning import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, Located, ReadStats, read_slices
+from engine.restore.stored import read_stored
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
 from engine.storage.base import Storage
@@ -99,6 +97,18 @@ class Restorer:
         except CoordinationError:
             end_call(self.channel, call)
             raise
+
+    def read(self, selector: str, include: Sequence[str]) -> dict[str, Any]:
+        """What a checkpoint holds, by state key. Rank-local."""
+        return read_stored(
+            self.storage,
+            selector,
+            include,
+            rank=self.channel.rank,
+            world_size=self.channel.world_size,
+            options=self.storage_options,
+            mirror=self.mirror,
+        )
 
     def _all_restore(self, call: Call, selector: str, wanted: Wanted) -> CheckpointRecord | None:
         """All ranks have come: try one checkpoint after the other."""
@@ -185,7 +195,7 @@ class Restorer:
             # Still before the agreement: what an object refuses here must stop every rank.
             destination.finish()
         except Exception as error:
-            problem = _as_restore_failure(_missing_is_damage(storage, name, error), manifest.id)
+            problem = _as_restore_failure(missing_is_damage(storage, name, error), manifest.id)
         all_agree(
             self.channel, f"{key}/read", problem, self.timeout_secs, what=f"the restore of {manifest.id}"
         )
@@ -224,15 +234,17 @@ class Restorer:
                 places = read_description(manifest, chunks)
             destination = self._destination(manifest, indexes, wanted)
         except Exception as error:
-            problem = _missing_is_damage(storage, name, error)
+            problem = missing_is_damage(storage, name, error)
         try:
             mine = destination.unexpected if destination is not None else None
             nowhere = unexpected_on_all(self.channel, key, mine, self.timeout_secs)
             if destination is not None:
                 destination.check(f"the checkpoint {storage.describe(name)}", nowhere)
-                slices, found = _plan(destination, manifest, places, indexes)
+                slices, found = plan_reads(
+                    destination.tensors, destination.sources, manifest, places, indexes
+                )
         except Exception as error:
-            problem = problem or _missing_is_damage(storage, name, error)
+            problem = problem or missing_is_damage(storage, name, error)
         try:
             all_agree(
                 self.channel, f"{key}/fits", problem, self.timeout_secs, what=f"the restore of {manifest.id}"
@@ -265,7 +277,7 @@ class Restorer:
                     return None
                 return describe_chunks(manifest, indexes.every())
             except NotFoundError as error:
-                problem = _missing_is_damage(storage, name, error)
+                problem = missing_is_damage(storage, name, error)
                 if problem is error:
                     raise
                 raise problem from error
@@ -314,26 +326,7 @@ def place_of(chosen: Mapping[str, Any]) -> str:
     return in_mirror(str(chosen["id"])) if chosen["mirror"] else str(chosen["id"])
 
 
-def _plan(
-    destination: Destination, manifest: Manifest, places: Mapping[str, list[Place]], indexes: Indexes
-) -> tuple[list[Slice], Located]:
-    """What to read, and where it lies with the digests to check it by; reads the indexes that takes."""
-    held = {name: places[saved] for name, saved in destination.sources.items()}
-    slices = plan_slices(
-        destination.tensors,
-        {name: manifest.tensors[saved] for name, saved in destination.sources.items()},
-        {name: [place.placed.chunk for place in found] for name, found in held.items()},
-    )
-    used = {(item.name, item.chunk): held[item.name][item.chunk] for item in slices}
-    read = indexes.fetch({place.rank for place in used.values()})
-    shards = {shard.file: shard for index in read for shard in index.files}
-    found: dict[str, dict[int, tuple[ShardFile, PlacedChunk]]] = defaultdict(dict)
-    for (name, number), place in used.items():
-        found[name][number] = (shards[place.file], place.placed)
-    return slices, found
-
-
-def _missing_is_damage(storage: Storage, name: str, error: Exception) -> Exception:
+def missing_is_damage(storage: Storage, name: str, error: Exception) -> Exception:
     """A file that is gone while the manifest stands is damage; gone with its manifest, it was retired."""
     try:
         if isinstance(error, NotFoundError) and storage.exists(f"{name}/{MANIFEST}"):

@@ -63,6 +63,15 @@ class OptimizerDocument:
         return found
 
 
+def is_optimizer(document: Json) -> bool:
+    """Whether a shared value is the document of an optimizer."""
+    return (
+        isinstance(document, dict)
+        and document.keys() <= {"param_groups", "counters", "class", "sharded", "layouts", "more"}
+        and isinstance(document.get("param_groups"), list)
+    )
+
+
 def parse(key: str, document: Json) -> OptimizerDocument:
     """Take a stored document apart. Raises DamagedError for one that is not an optimizer's."""
     groups = document.get("param_groups") if isinstance(document, dict) else None

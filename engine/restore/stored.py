@@ -1,0 +1,164 @@
+"""Stored values by state key, without any object to restore them into. Rank-local, and verified as ever."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from engine.errors import DamagedError, NotFoundError, SelectorError
+from engine.format.manifest import Manifest
+from engine.restore.choose import Choice, choose_checkpoint, in_mirror
+from engine.restore.places import Indexes, Locals, chunk_places, places_of
+from engine.restore.planning import plan_reads
+from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
+from engine.restore.saved import Saved
+from engine.restore.wanted import Wanted
+from engine.snapshot import values
+from engine.snapshot.captured import PER_RANK_PREFIX
+from engine.snapshot.modules import ABSENT_BUFFERS
+from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse
+from engine.storage.base import Storage
+from engine.storage.open import open_storage
+
+log = logging.getLogger(__name__)
+
+
+def read_stored(
+    storage: Storage,
+    selector: str,
+    include: Sequence[str],
+    *,
+    rank: int,
+    world_size: int,
+    options: Mapping[str, str] | None = None,
+    mirror: Storage | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint holds, by state key; {} when `latest` finds nothing at all.
+
+    Args:
+        include: shell patterns over tensor names and state keys, as for a restore; none means everything.
+        rank, world_size: of the run that asks: values saved per rank are those of this rank.
+    Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
+    """
+    passed_over: set[str] = set()
+    while True:
+        choice = choose_checkpoint(storage, selector, passed_over=passed_over, options=options, mirror=mirror)
+        if choice is None:
+            return {}
+        try:
+            return _read(_storage_of(choice, storage, mirror, options), choice, include, rank, world_size)
+        except (DamagedError, NotFoundError) as error:
+            place = choice.record.id if choice.tier == "local" else in_mirror(choice.record.id)
+            if selector != "latest" or place in passed_over:
+                raise
+            log.warning("%s cannot be read, trying another: %s", choice.record.id, error)
+            passed_over.add(place)
+
+
+def _storage_of(
+    choice: Choice, storage: Storage, mirror: Storage | None, options: Mapping[str, str] | None
+) -> Storage:
+    if choice.tier == "mirror":
+        assert mirror is not None, "it was chosen from there"
+        return mirror
+    return open_storage(choice.target, options) if choice.target else storage
+
+
+def _read(
+    storage: Storage, choice: Choice, include: Sequence[str], rank: int, world_size: int
+) -> dict[str, Any]:
+    manifest = choice.manifest
+    indexes = Indexes(storage, manifest, choice.name)
+    chunk_places(manifest, indexes.every())  # they describe the manifest's tensors, whole and once
+    saved = Saved(manifest, Locals(indexes, manifest.world_size), rank, world_size)
+    contents = _Contents(saved, Wanted(include=tuple(include)))
+    tensors = contents.tensors
+    sources = {name: name for name in tensors}
+    slices, found = plan_reads(tensors, sources, manifest, places_of(indexes.every()), indexes)
+    read_slices(storage, choice.name, slices, found, pace=LOCAL_PACE if storage.is_local else STORE_PACE)
+    result = contents.values()
+    if include and not result:
+        keys = ", ".join(sorted(key for key in saved.keys if key != PER_RANK_PREFIX))
+        raise SelectorError(f"nothing in {manifest.id} matches include={list(include)}; it holds {keys}")
+    return result
+
+
+class _Contents:
+    """The wanted part of a checkpoint, by what it belongs to, and memory to read its tensors into."""
+
+    def __init__(self, saved: Saved, wanted: Wanted) -> None:
+        self._saved = saved
+        manifest = saved.manifest
+        local = saved.own if saved.same_world else {}
+        documents = {**manifest.objects, **local}
+        self._fields = _fields(manifest, documents, wanted)
+        self._documents = {
+            key: document
+            for key, document in documents.items()
+            if wanted.takes_key(key) or (key in self._fields and is_optimizer(document))
+        }
+        for document in self._documents.values():
+            saved.will_read(document, {})
+        for names in self._fields.values():
+            for name in names.values():
+                if name not in saved.tensors:
+                    saved.will_read({"$tensor": name}, {})
+        self.tensors = saved.tensors
+
+    def values(self) -> dict[str, Any]:
+        """By state key; the tensors have been read."""
+        return {key: self._value(key) for key in sorted({*self._fields, *self._documents})}
+
+    def _value(self, key: str) -> Any:
+        fields = {name: self.tensors[stored] for name, stored in self._fields.get(key, {}).items()}
+        document = self._documents.get(key)
+        if document is None:
+            return fields
+        if is_optimizer(document):
+            return _optimizer(self._saved, parse(key, document), fields)
+        value = self._saved.decoded(document)
+        if not fields:
+            return value
+        return fields | {name: item for name, item in value.items() if name != ABSENT_BUFFERS}
+
+
+def _fields(
+    manifest: Manifest, documents: Mapping[str, Any], wanted: Wanted
+) -> dict[str, dict[str, str]]:
+    """By state key, the tensors that no document refers to: modules' and optimizers', under all names."""
+    inside = {name for document in documents.values() for name in values.tensor_names(document)}
+    found: dict[str, dict[str, str]] = {}
+    for name in (*manifest.tensors, *manifest.aliases):
+        key, _, rest = name.partition(".")
+        if rest and key != PER_RANK_PREFIX and name not in inside and wanted.takes_value(key, name):
+            found.setdefault(key, {})[rest] = manifest.aliases.get(name, name)
+    return found
+
+
+def _optimizer(
+    saved: Saved, document: OptimizerDocument, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """As its state_dict(), with parameters by name; other optimizers inside of it stand under "inner"."""
+    known = sorted((name for names in document.names for name in names), key=len, reverse=True)
+    state: dict[str, Any] = {name: saved.decoded(entry) for name, entry in document.entries.items()}
+    counters = {path: saved.decoded(value) for path, value in document.counters.items()}
+    mine = {name.removeprefix("state."): t for name, t in tensors.items() if name.startswith("state.")}
+    for path, value in {**mine, **counters}.items():
+        parameter = next((name for name in known if path.startswith(f"{name}.")), path.rpartition(".")[0])
+        state.setdefault(parameter, {})[path.removeprefix(f"{parameter}.")] = value
+    for key, value in document.extra:
+        state[saved.decoded(key)] = saved.decoded(value)
+    groups = [saved.decoded(dict(group)) for group in document.groups]
+    found: dict[str, Any] = {"state": state, "param_groups": groups}
+    if document.own is not None:
+        found["own"] = saved.decoded(document.own)
+    if document.inner:
+        found["inner"] = {}
+    for name, inner in document.inner.items():
+        prefix = f"inner.{name}."
+        below = {path.removeprefix(prefix): t for path, t in tensors.items() if path.startswith(prefix)}
+        found["inner"][name] = _optimizer(saved, parse(name, inner), below)
+    return found
