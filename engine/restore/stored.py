@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from engine.errors import DamagedError, NotFoundError, SelectorError
-from engine.format.manifest import Manifest
 from engine.restore.choose import Choice, choose_checkpoint, in_mirror
 from engine.restore.places import Indexes, Locals, chunk_places, places_of
 from engine.restore.planning import plan_reads
@@ -17,7 +16,7 @@ from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
-from engine.snapshot.captured import PER_RANK_PREFIX
+from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
 from engine.snapshot.modules import ABSENT_BUFFERS
 from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse
 from engine.storage.base import Storage
@@ -93,8 +92,8 @@ class _Contents:
         self._saved = saved
         manifest = saved.manifest
         local = saved.own if saved.same_world else {}
-        documents = {**manifest.objects, **local}
-        self._fields = _fields(manifest, documents, wanted)
+        documents = {**local, **{key: saved.json(key) for key in manifest.objects}}
+        self._fields = _fields(saved, documents, wanted)
         self._documents = {
             key: document
             for key, document in documents.items()
@@ -125,16 +124,21 @@ class _Contents:
         return fields | {name: item for name, item in value.items() if name != ABSENT_BUFFERS}
 
 
-def _fields(
-    manifest: Manifest, documents: Mapping[str, Any], wanted: Wanted
-) -> dict[str, dict[str, str]]:
-    """By state key, the tensors that no document refers to: modules' and optimizers', under all names."""
+def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[str, dict[str, str]]:
+    """By state key, the tensors that no document refers to: modules' and optimizers', under all names.
+
+    Of what ranks have of their own (buffers, what is declared per rank), this rank's.
+    """
+    manifest = saved.manifest
     inside = {name for document in documents.values() for name in values.tensor_names(document)}
     found: dict[str, dict[str, str]] = {}
-    for name in (*manifest.tensors, *manifest.aliases):
+    own = per_rank_name(saved.rank, "") if saved.same_world else "-"
+    for stored in sorted((*manifest.tensors, *manifest.aliases), key=lambda name: name.startswith(own)):
+        name = stored.removeprefix(own)
         key, _, rest = name.partition(".")
-        if rest and key != PER_RANK_PREFIX and name not in inside and wanted.takes_value(key, name):
-            found.setdefault(key, {})[rest] = manifest.aliases.get(name, name)
+        if rest and key != PER_RANK_PREFIX and stored not in inside and wanted.takes_value(key, name):
+            found.setdefault(key, {})[rest] = manifest.aliases.get(stored, stored)
+    found.pop(RNG_KEY, None)
     return found
 
 

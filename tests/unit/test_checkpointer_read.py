@@ -123,3 +123,13 @@ def test_tied_weights_are_read_under_all_of_their_names(tmp_path: Path) -> None:
         found = checkpointer.read()["model"]
     assert found.keys() == tied.state_dict().keys()
     assert found["a.weight"] is found["b.weight"]
+
+
+def test_what_is_declared_per_rank_is_read_as_this_ranks_own(tmp_path: Path) -> None:
+    state = trained()
+    with Checkpointer(tmp_path, state, per_rank=("model", "optimizer")) as checkpointer:
+        checkpointer.save(1).result()
+        found = checkpointer.read(include=["model", "optimizer"])
+    assert found["model"].keys() == state["model"].state_dict().keys()
+    assert torch.equal(found["model"]["0.weight"], state["model"][0].weight)
+    assert found["optimizer"]["state"].keys() == {name for name, _ in state["model"].named_parameters()}
