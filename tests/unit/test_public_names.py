@@ -18,6 +18,7 @@ CHECKPOINTER = {
     "list",
     "poll",
     "prepare",
+    "read",
     "restore",
     "save",
     "wait",
