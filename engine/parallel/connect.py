@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +23,11 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from engine.errors import ConfigError, CoordinationError, LateRanksError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.agreement import VERDICT_GRACE_SECS, rank0_decides
-from engine.parallel.answering import AnsweringStore, Store
+from engine.parallel.answering import ANSWER_SECS, AnsweringStore, Store
 from engine.parallel.coordination import Channel, Coordinator
 
 ADDRESS = "holdfast/address"
+RUN = "run"
 
 _ALL_MAKE_ONE = (
     "every rank of the process group makes its Checkpointer at the same point. If only some ranks are to "
@@ -62,46 +65,86 @@ def _alone() -> Coordinator:
     return Coordinator(0, 1, uuid.uuid4().hex[:12])
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where rank 0 hosts the store of one Checkpointer."""
+
+    host: str
+    port: int
+    run_id: str
+
+    def connect(self, timeout_secs: float) -> Store:
+        """A client of the store. Raises: what torch raises when there is none."""
+        timeout = timedelta(seconds=timeout_secs)
+        store: Any = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return AnsweringStore(store)
+
+    def answers(self) -> bool:
+        """Whether the store is there, and is this one: a process that died may have left its address."""
+        try:
+            # Torch's client would try again and again for as long as its timeout.
+            socket.create_connection((self.host, self.port), ANSWER_SECS).close()
+            return self.connect(ANSWER_SECS).get(RUN) == self.run_id.encode()
+        except (OSError, dist.DistError, RuntimeError):
+            return False
+
+
 def _join(rank: int, world_size: int, board: Store, timeout_secs: float) -> Coordinator:
-    timeout = timedelta(seconds=timeout_secs)
     server: Any = None
     if rank == 0:
+        run_id, timeout = uuid.uuid4().hex[:12], timedelta(seconds=timeout_secs)
         server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        address = [reachable_host(dist.get_rank(), os.environ), server.port, uuid.uuid4().hex[:12]]
-        board.set(ADDRESS, canonical_bytes(address))
+        server.set(RUN, run_id)
+        host = reachable_host(dist.get_rank(), os.environ)
+        board.set(ADDRESS, canonical_bytes([host, server.port, run_id]))
+        address = Address("127.0.0.1", server.port, run_id)
     else:
-        address = parse_canonical(_read_address(rank, board, timeout_secs), what="rank 0's address")
-    host, port, run_id = str(address[0]), int(str(address[1])), str(address[2])
+        address = _find_rank_0(rank, board, timeout_secs)
 
     def connect() -> Store:
         try:
-            store: Any = TCPStore(
-                "127.0.0.1" if rank == 0 else host,
-                port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timeout,
-            )
+            return address.connect(timeout_secs)
         except (dist.DistError, RuntimeError) as error:
-            raise CoordinationError(f"rank {rank} cannot reach rank 0 at {host}:{port}: {error}") from error
-        return AnsweringStore(store)
+            raise CoordinationError(
+                f"rank {rank} cannot reach rank 0 at {address.host}:{address.port}: {error}"
+            ) from error
 
-    return Coordinator(rank, world_size, run_id, connect, server)
+    return Coordinator(rank, world_size, address.run_id, connect, server)
 
 
-def _read_address(rank: int, board: Store, timeout_secs: float) -> bytes:
-    try:
-        board.wait([ADDRESS], timedelta(seconds=timeout_secs))
-        return board.get(ADDRESS)
-    except (dist.DistError, RuntimeError) as error:
-        # A FileStore says that it has given up with a plain RuntimeError.
-        if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
-            raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
-        raise LateRanksError(
-            f"rank 0 did not make its Checkpointer within {timeout_secs:g} s, but rank {rank} did: "
-            f"{_ALL_MAKE_ONE}",
-            (0,),
-        ) from error
+def _find_rank_0(
+    rank: int,
+    board: Store,
+    timeout_secs: float,
+    *,
+    answers: Callable[[Address], bool] = Address.answers,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Address:
+    deadline = clock() + timeout_secs
+    while True:
+        try:
+            board.wait([ADDRESS], timedelta(seconds=max(0.001, deadline - clock())))
+            address = Address(*parse_canonical(board.get(ADDRESS), what="rank 0's address"))
+        except (dist.DistError, RuntimeError) as error:
+            # A FileStore says that it has given up with a plain RuntimeError.
+            if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
+                raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
+            raise _rank_0_stays_away(rank, timeout_secs) from error
+        if answers(address):
+            return address
+        # Torchrun may keep one store through restarts: this is the address of rank 0's dead predecessor.
+        if clock() >= deadline:
+            raise _rank_0_stays_away(rank, timeout_secs)
+        sleep(0.1)
+
+
+def _rank_0_stays_away(rank: int, timeout_secs: float) -> LateRanksError:
+    return LateRanksError(
+        f"rank 0 did not make its Checkpointer within {timeout_secs:g} s, but rank {rank} did: "
+        f"{_ALL_MAKE_ONE}",
+        (0,),
+    )
 
 
 def _all_come(channel: Channel, board: Store, timeout_secs: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, bool]:
 def one_sided(rank: int, world_size: int, directory: str) -> dict[str, Any]:
     state = {"values": {"t": torch.ones(10)}}
     found: dict[str, Any] = {}
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # each node's agent counts its own
     with Checkpointer(directory, state, timeout_secs=TIMEOUT_SECS) as checkpointer:
 
         def save(step: int) -> tuple[Any, bool]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from engine.errors import ConfigError, CoordinationError, LateRanksError
 from engine.parallel import connect
-from engine.parallel.connect import ADDRESS, connect_ranks, reachable_host
+from engine.parallel.connect import ADDRESS, Address, connect_ranks, reachable_host
 from engine.parallel.coordination import Channel
 from tests.support.channels import BrokenStore, ImpatientStore, MemoryStore, on_ranks
 
@@ -40,16 +40,48 @@ def test_a_group_that_this_rank_is_not_in_is_refused(initialised: None) -> None:
 
 
 def test_rank_0_that_makes_none_is_named() -> None:
-    with pytest.raises(
-        LateRanksError, match="rank 0 did not make its Checkpointer within 5 s, but rank 2 did"
-    ):
-        connect._read_address(2, ImpatientStore(), 5)
+    with pytest.raises(LateRanksError, match="rank 0 did not make its Checkpointer within 5 s, but rank 2"):
+        connect._find_rank_0(2, ImpatientStore(), 5)
 
 
 def test_a_lost_store_of_the_group_is_not_a_rank_that_stays_away() -> None:
     with pytest.raises(CoordinationError, match="lost the process group's store") as caught:
-        connect._read_address(2, BrokenStore(), 5)
+        connect._find_rank_0(2, BrokenStore(), 5)
     assert not isinstance(caught.value, LateRanksError)
+
+
+def test_the_address_of_a_dead_predecessor_is_passed_over() -> None:
+    board = MemoryStore()
+    board.set(ADDRESS, b'["host",1,"dead"]')
+    slept: list[float] = []
+
+    def sleep(secs: float) -> None:
+        slept.append(secs)
+        board.set(ADDRESS, b'["host",2,"alive"]')
+
+    found = connect._find_rank_0(1, board, 30, answers=lambda address: address.run_id == "alive", sleep=sleep)
+    assert (found.port, len(slept)) == (2, 1)
+
+
+def test_a_dead_predecessor_alone_is_no_rank_0() -> None:
+    board = ImpatientStore()
+    board.set(ADDRESS, b'["host",1,"dead"]')
+
+    def sleep(secs: float) -> None:
+        board.now += secs
+
+    with pytest.raises(LateRanksError, match="rank 0 did not make its Checkpointer within 5 s"):
+        connect._find_rank_0(1, board, 5, answers=lambda address: False, clock=board.clock, sleep=sleep)
+
+
+def test_which_stores_answer() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server.set(connect.RUN, "this")
+    assert Address("127.0.0.1", server.port, "this").answers()
+    assert not Address("127.0.0.1", server.port, "another").answers()
+    port = server.port
+    del server
+    assert not Address("127.0.0.1", port, "this").answers()
 
 
 def test_ranks_that_make_none_are_named_to_those_that_do() -> None:
