@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class OptimizerRestore:
         self._live_tensors: dict[str, torch.Tensor] = {}
         self._fields: dict[str, dict[str, str]] = {}
         self._kept: set[str] = set()
+        self._takes_all = True  # until something is left out: its own load_state_dict knows no parts
         self._values: dict[str, dict[str, Any]] = defaultdict(dict)
         self._inner: list[OptimizerRestore] = []
         self._assigned = Assigned([])
@@ -84,13 +86,9 @@ class OptimizerRestore:
         return self._takes_name(f"{self._capture.key}.state.{live}.{field}")
 
     def _takes_name(self, name: str) -> bool:
-        return self._wanted.takes_value(self._capture.key.partition(".")[0], name)
-
-    def _takes_all(self) -> bool:
-        """Whether nothing of this optimizer is left out: its own load_state_dict knows no parts."""
-        root = self._capture.key.partition(".")[0]
-        below = [pattern for pattern in self._wanted.exclude if pattern.startswith(f"{root}.")]
-        return self._wanted.takes_key(root) and not below
+        taken = self._wanted.takes_value(self._capture.key.partition(".")[0], name)
+        self._takes_all &= taken
+        return taken
 
     def _plan_values(self) -> None:
         """Have the tensors inside of values read: nested in a parameter's state, in groups, and elsewhere."""
@@ -205,7 +203,7 @@ class OptimizerRestore:
 
     def _order_difference(self) -> list[str]:
         """What it tells by the position of parameters is right in the saved order only."""
-        if self._document.own is None or not self._takes_all():
+        if self._document.own is None or not self._takes_all:
             return []
         names = self._capture.group_names()
         if [[self._saved_names.get(name) for name in group] for group in names] == self._document.names:
@@ -247,7 +245,7 @@ class OptimizerRestore:
             for group in self._assigned.values
         ]
         states = {live: self._state(live) for live in self._capture.local}
-        told = self._told(groups, states) if self._capture.loads_itself and self._takes_all() else None
+        told = self._told(groups, states) if self._capture.loads_itself and self._takes_all else None
         if told is not None:
             self._capture.optimizer.load_state_dict(told)
         self._set_state(states)
@@ -280,7 +278,7 @@ class OptimizerRestore:
     def _told(self, groups: list[dict[str, Any]], states: Mapping[str, Any]) -> dict[Any, Any]:
         """The state dict for the optimizer's own load_state_dict."""
         own = self._document.own
-        beyond = {} if own is None else with_parameters(self._from_own(own), self._parameters())
+        beyond = {} if own is None else with_parameters(self._from_own(own), self._parameters)
         if self._document.own_whole:
             return dict(beyond)
         numbers = {name: number for number, name in enumerate(self._capture.parameters)}
@@ -345,8 +343,10 @@ class OptimizerRestore:
         return {self._saved.decoded(key): self._decoded(value) for key, value in self._document.extra}
 
     def _decoded(self, value: Any) -> Any:
-        return with_parameters(self._saved.decoded(value), self._parameters())
+        found = self._saved.decoded(value)
+        return with_parameters(found, self._parameters) if isinstance(found, dict | list | tuple) else found
 
+    @cached_property
     def _parameters(self) -> dict[str, torch.Tensor]:
         """Saved name -> live parameter."""
         return {saved: self._capture.parameters[live] for live, saved in self._saved_names.items()}

@@ -39,8 +39,34 @@ def why_unguarded(state: Mapping[str, Any]) -> str | None:
     for optimizer in optimizers:
         if any(group.get("capturable") for group in optimizer.param_groups):
             return "an optimizer's step is captured in a CUDA graph"
+        others = methods_beside_step(optimizer)
+        if others:
+            return (
+                f"a {type(optimizer).__name__} has methods besides step() that may change weights: "
+                f"{', '.join(others)}"
+            )
         if "torch._dynamo" in getattr(type(optimizer).step, "__module__", "") or hasattr(
             optimizer.step, "_torchdynamo_orig_callable"
         ):
             return "an optimizer's step is compiled"
+        # Torch marks a step that runs hooks so; a class that does not call Optimizer.__init__ lacks it.
+        if not getattr(optimizer.step, "hooked", False):
+            return f"the step of a {type(optimizer).__name__} runs no hooks"
     return None
+
+
+def methods_beside_step(optimizer: Optimizer) -> list[str]:
+    """Public methods beyond those of torch: train() and eval() of schedulefree, first_step() of SAM.
+
+    No hook of ours runs before those, so nothing would hold them back from weights that are being copied.
+    """
+    return sorted(
+        {
+            name
+            for base in type(optimizer).__mro__
+            if not base.__module__.startswith("torch.optim")
+            for name, value in vars(base).items()
+            if callable(value) and not name.startswith("_") and not hasattr(Optimizer, name)
+        }
+        - {"step"}
+    )

@@ -82,11 +82,14 @@ def with_names(value: Any, names: Mapping[torch.Tensor, str]) -> Any:
 
 def with_parameters(value: Any, parameters: Mapping[str, torch.Tensor]) -> Any:
     """Undo `with_names`."""
+    return _with_keys(value, {_PARAMETER.format(name): parameter for name, parameter in parameters.items()})
+
+
+def _with_keys(value: Any, keys: Mapping[Any, torch.Tensor]) -> Any:
     if type(value) is dict:
-        keys = {_PARAMETER.format(name): parameter for name, parameter in parameters.items()}
-        return {keys.get(key, key): with_parameters(inner, parameters) for key, inner in value.items()}
+        return {keys.get(key, key): _with_keys(inner, keys) for key, inner in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(with_parameters(inner, parameters) for inner in value)
+        return type(value)(_with_keys(inner, keys) for inner in value)
     return value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from engine.snapshot import copy as copy_module
 from engine.snapshot.copy import Batch, Copier, Pair, copy_pairs, overlap_stream
 from engine.snapshot.filling import Filling
-from engine.snapshot.guard import state_device, why_unguarded
+from engine.snapshot.guard import methods_beside_step, state_device, why_unguarded
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -295,6 +296,41 @@ def test_a_compiled_step_cannot_be_guarded() -> None:
     assert isinstance(owner, torch.optim.Optimizer)
     owner.step = torch.compile(owner.step, backend="eager")  # type: ignore[method-assign]
     assert why_unguarded(state) == "an optimizer's step is compiled"
+
+
+def test_an_optimizer_that_changes_weights_outside_of_steps_cannot_be_guarded() -> None:
+    """Its step alone has a hook of ours; a copy under way would see what eval() does to the weights."""
+
+    class Averaging(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+        def eval(self) -> None: ...
+
+        def _helper(self) -> None: ...
+
+    model = nn.Linear(2, 2)
+    state = {"model": model, "optimizer": Averaging(model.parameters(), lr=0.1)}
+    reason = why_unguarded(state)
+    assert reason == "a Averaging has methods besides step() that may change weights: eval"
+
+
+def test_an_optimizer_whose_step_runs_no_hooks_cannot_be_guarded() -> None:
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.param_groups = inner.param_groups
+
+        def step(self, closure: Any = None) -> None: ...  # type: ignore[override]
+
+    model = nn.Linear(2, 2)
+    state = {"model": model, "optimizer": Bare(torch.optim.SGD(model.parameters()))}
+    assert why_unguarded(state) == "the step of a Bare runs no hooks"
+
+
+def test_every_optimizer_of_torch_can_be_guarded() -> None:
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    for name in ("AdamW", "SGD", "Muon", "Adafactor", "LBFGS", "SparseAdam"):
+        assert methods_beside_step(getattr(torch.optim, name)([parameter])) == [], name
 
 
 def test_the_device_is_that_of_the_first_parameters() -> None:

@@ -63,6 +63,24 @@ def test_a_modules_tensors_are_in_plain_dicts_of_its_own() -> None:
     assert network._modules["child"] is network.child
 
 
+def test_a_step_that_runs_hooks_is_marked_also_below_a_schedule() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    assert optimizer.step.hooked  # type: ignore[attr-defined]
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    assert optimizer.step.hooked  # type: ignore[attr-defined]
+
+
+def test_hooks_on_state_dicts_are_in_dicts_of_the_optimizer() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    optimizer.register_state_dict_pre_hook(lambda *_: None)
+    optimizer.register_state_dict_post_hook(lambda *_: None)
+    optimizer.register_load_state_dict_pre_hook(lambda *_: None)
+    optimizer.register_load_state_dict_post_hook(lambda *_: None)
+    for kind in ("state_dict", "load_state_dict"):
+        for when in ("pre", "post"):
+            assert len(getattr(optimizer, f"_optimizer_{kind}_{when}_hooks")) == 1
+
+
 def test_loading_an_optimizer_replaces_its_entries() -> None:
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
