@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 
 def test_foreach_copy_copies_lists_also_without_blocking() -> None:
@@ -111,27 +111,6 @@ def test_extra_state_goes_under_a_name_of_its_own() -> None:
     network = nn.Sequential(WithExtra(1, 1))
     assert get_model_state_dict(network)["0._extra_state"] == {"n": 1}
     assert nn.Module.get_extra_state is nn.Linear.get_extra_state
-
-
-def test_the_optimizer_state_that_dcp_makes_is_that_of_a_step_with_zero_gradients() -> None:
-    network = nn.Linear(2, 2)
-    before = network.weight.detach().clone()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.5, weight_decay=0.5)
-    get_optimizer_state_dict(network, optimizer)
-    assert set(optimizer.state) == set(network.parameters())
-    assert set(optimizer.state[network.weight]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert torch.equal(network.weight, before)
-    assert network.weight.grad is None
-    assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_the_optimizer_state_that_dcp_makes_leaves_gradients_alone_by_making_none() -> None:
-    """The reason why gradients are put aside: with one present it returns without making any state."""
-    network = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(network.parameters())
-    network.weight.grad = torch.ones(2, 2)
-    get_optimizer_state_dict(network, optimizer)
-    assert not any(optimizer.state.values())
 
 
 def test_step_pre_hooks_run_before_the_step_and_can_be_removed() -> None:
