@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
     from engine.loaders import ReshardableLoader
     from engine.save.handle import SaveHandle
+    from engine.stopping import StopSignals
 
 if sys.platform != "linux":
     raise UnsupportedPlatformError(
@@ -31,6 +32,7 @@ __all__ = [
     "ReshardableLoader",
     "Retention",
     "SaveHandle",
+    "StopSignals",
 ]
 
 _HOMES = {
@@ -39,6 +41,7 @@ _HOMES = {
     "ReshardableLoader": "engine.loaders",
     "Retention": "engine.catalog.retention",
     "SaveHandle": "engine.save.handle",
+    "StopSignals": "engine.stopping",
 }
 
 

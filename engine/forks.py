@@ -10,10 +10,12 @@ made in C; what runs without being asked (signals, finalizers of others) is take
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 
@@ -31,21 +33,28 @@ class Home:
         return os.getpid() != self.pid
 
 
-_calls: dict[int, weakref.WeakMethod[Callable[[], Any]]] = {}
+_calls: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
+"""Objects and functions. WeakMethod would do, but complains at exit when it goes before its object."""
 _numbers = itertools.count()
 
 
 def in_child(method: Callable[[], Any]) -> None:
     """Have a bound method called in every forked child, for as long as its object lives."""
+    assert isinstance(method, MethodType)
     number = next(_numbers)
-    _calls[number] = weakref.WeakMethod(method, lambda _: _calls.pop(number, None))
+    forget = functools.partial(_forget, _calls, number)
+    _calls[number] = weakref.ref(method.__self__, forget), method.__func__
+
+
+def _forget(calls: dict[int, Any], number: int, reference: object) -> None:
+    calls.pop(number, None)  # handed over: at exit the module's own names may be gone
 
 
 def _after_fork() -> None:
-    for reference in list(_calls.values()):
-        method = reference()
-        if method is not None:
-            method()
+    for reference, function in list(_calls.values()):
+        live = reference()
+        if live is not None:
+            function(live)
 
 
 os.register_at_fork(after_in_child=_after_fork)

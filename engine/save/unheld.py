@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import ParamSpec
 
 from engine.save.exit import call_at_exit
@@ -22,12 +23,14 @@ _closing: list[threading.Thread] = []
 
 def forgetful(method: Callable[P, None]) -> Callable[P, None]:
     """A bound method that does not hold its object, and does nothing once that is gone."""
-    reference = weakref.WeakMethod(method)
+    assert isinstance(method, MethodType)
+    # WeakMethod would do, but complains at exit when it goes before its object.
+    reference, function = weakref.ref(method.__self__), method.__func__
 
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         live = reference()
         if live is not None:
-            live(*args, **kwargs)
+            function(live, *args, **kwargs)
 
     return call
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,20 @@ def test_the_guides_stateful_loader(runner: Callable[[str, str], Runner]) -> Non
 
 def test_the_guides_batch_that_is_drawn_ahead(runner: Callable[[str, str], Runner]) -> None:
     ends_alike(runner, of_the_guide("ahead"), 10, 30)
+
+
+def test_the_guides_loop_that_a_signal_stops(runner: Callable[[str, str], Runner]) -> None:
+    def batches() -> Iterator[int]:
+        yield from (1, 2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        yield from (3, 4)
+
+    seen: list[int] = []
+    given = {"loader": batches(), "state": {"n": {"seen": seen}}, "step": 0, "train_step": seen.append}
+    names = runner(of_the_guide("StopSignals"), "stopped").run(**given)
+    assert seen == [1, 2, 3], "the batch that was fetched when the signal came is trained on"
+    record = names["ckpt"].last_committed
+    assert (record.step, record.reasons) == (3, ("signal",))
 
 
 def test_a_batch_ahead_that_is_in_no_state_is_lost(runner: Callable[[str, str], Runner]) -> None:

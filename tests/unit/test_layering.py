@@ -20,6 +20,7 @@ FLOORS = (
     "errors",
     "forks",
     "loaders",
+    "stopping",
     "native",
     "format",
     "storage",

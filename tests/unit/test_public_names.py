@@ -8,7 +8,15 @@ import sys
 
 import engine
 
-NAMES = {"CheckpointRecord", "Checkpointer", "HoldfastError", "ReshardableLoader", "Retention", "SaveHandle"}
+NAMES = {
+    "CheckpointRecord",
+    "Checkpointer",
+    "HoldfastError",
+    "ReshardableLoader",
+    "Retention",
+    "SaveHandle",
+    "StopSignals",
+}
 
 CHECKPOINTER = {
     "close",
