@@ -10,23 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.snapshot.wrappers import Place, loaded_class
 
 UPDATE_COUNTS = "_update_counts"
 """Among a metric's values: how often each was updated. Means over batches are weighted by it."""
-
-
-def settle(root: nn.Module) -> None:
-    """Have collections give their metrics the state that they share.
-
-    Metrics with equal states are updated through the first of them, and the others follow when asked for.
-    """
-    collection = loaded_class("torchmetrics.collections", "MetricCollection")
-    for module in root.modules() if collection else ():
-        if isinstance(module, collection):
-            list(module.items())
 
 
 def metric_values(tree: Sequence[Place]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
-from engine.snapshot.metrics import metric_values, settle
+from engine.snapshot.metrics import metric_values
 from engine.snapshot.wrappers import Place, places
 
 EXTRA_STATE = "_extra_state"
@@ -63,7 +63,6 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
     """
     with torch.no_grad():
         try:
-            settle(root)
             handed_out: Any = root.state_dict()
         except Exception as error:
             raise UnsavableValueError(

@@ -179,16 +179,6 @@ def test_a_metric_inside_of_a_model_keeps_what_it_says_is_persistent() -> None:
     assert tensors["model.1.value.0"].tolist() == [2, 4]
 
 
-def test_metrics_that_share_their_state_are_captured_as_if_each_had_been_updated() -> None:
-    torchmetrics = pytest.importorskip("torchmetrics")
-    kinds = torchmetrics.classification.BinaryPrecision, torchmetrics.classification.BinaryRecall
-    metrics = torchmetrics.MetricCollection([kind() for kind in kinds])
-    for _ in range(3):
-        metrics.update(torch.tensor([0.9, 0.2]), torch.tensor([1, 1]))
-    tensors = found(metrics)
-    assert tensors["BinaryRecall.tp"] == tensors["BinaryPrecision.tp"] == 3
-
-
 def test_a_state_dict_that_is_none_is_refused_by_name() -> None:
     class Odd(nn.Linear):
         def state_dict(self) -> Any:  # type: ignore[override]
