@@ -15,9 +15,11 @@ from engine.snapshot.metrics import UPDATE_COUNTS, set_update_counts
 from engine.snapshot.state_dicts import (
     EXTRA_STATE,
     StateDict,
+    asked,
     is_extra_state,
     live_tensors,
     loads_by_itself,
+    overrides_loading,
     read_state_dict,
 )
 from engine.snapshot.wrappers import Place, places
@@ -36,6 +38,7 @@ def hand_back(
     loose: saved tensors for which it has none to fill.
     Raises: RestoreFailedError naming the module when it does not take them.
     """
+    module = asked(module)
     tree = places(module)
     document = dict(document)
     counts = document.pop(UPDATE_COUNTS, {})
@@ -65,9 +68,9 @@ def take_out(module: nn.Module, names: set[str]) -> None:
                 place.module._buffers[name] = None
 
 
-def owner_of(name: str, tree: Sequence[Place]) -> nn.Module:
-    """The innermost module of a tree that a canonical name lies in."""
-    return _innermost(name, tree).module
+def takes_by_itself(name: str, tree: Sequence[Place]) -> bool:
+    """Whether code that is not torch's may take what was saved under a canonical name."""
+    return overrides_loading(tree[0].module) or loads_by_itself(_innermost(name, tree).module)
 
 
 def _innermost(name: str, tree: Sequence[Place]) -> Place:
@@ -95,12 +98,14 @@ def _whole(
 
 
 def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> None:
-    parameters = inspect.signature(module.load_state_dict).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if strict or not (takes_all or "strict" in parameters):
-        module.load_state_dict(whole)
-    else:
-        module.load_state_dict(whole, strict=False)
+    if overrides_loading(module):
+        takes_strict = "strict" in inspect.signature(module.load_state_dict).parameters
+        module.load_state_dict(whole, **({} if strict or not takes_strict else {"strict": False}))
+        return
+    # Missing keys are no harm: the live tensors have been filled.
+    unused = module.load_state_dict(whole, strict=False).unexpected_keys
+    if strict and unused:
+        raise ValueError(f"it has no use for {', '.join(sorted(unused)[:5])}")
 
 
 def _copies(tree: Sequence[Place]) -> dict[str, torch.Tensor]:

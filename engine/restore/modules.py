@@ -14,14 +14,15 @@ import torch
 
 from engine.errors import DamagedError
 from engine.format.manifest import TensorInfo
-from engine.restore.loading import hand_back, owner_of, take_out
+from engine.restore.loading import hand_back, take_out, takes_by_itself
 from engine.restore.saved import Saved
 from engine.restore.unmade import Unmade
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
+from engine.snapshot.metrics import UPDATE_COUNTS
 from engine.snapshot.modules import ABSENT_BUFFERS, COMPOSITES, ModuleCapture
-from engine.snapshot.state_dicts import loads_by_itself
+from engine.snapshot.state_dicts import asked
 from engine.snapshot.wrappers import places
 
 
@@ -115,7 +116,7 @@ class Modules:
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
         manifest, live = self._saved.manifest, capture.state.tensors
         inside = set(values.tensor_names(self._saved.json(key)))
-        tree = places(capture.module)
+        tree = places(asked(capture.module))
         for full, info in manifest.tensors.items():
             name = full.removeprefix(f"{key}.")
             if name == full or full in inside or not self._wanted.takes(full):
@@ -123,20 +124,19 @@ class Modules:
             mine = live.get(name)
             if mine is None:
                 # Older checkpoints have all that state_dict() handed out among the tensors.
-                loose = name in capture.value_names or loads_by_itself(owner_of(name, tree))
+                loose = name in capture.value_names or takes_by_itself(name, tree)
             else:
                 fits = isinstance(mine, torch.nn.Parameter) or tuple(mine.shape) == info.shape
-                loose = not fits and loads_by_itself(owner_of(name, tree))
+                loose = not fits and takes_by_itself(name, tree)
             if loose:
                 self.loose.add(full)
 
     def _compare(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
-        tree = places(capture.module)
+        tree = places(asked(capture.module))
         for name in document:
-            known = name in capture.state.spelled or loads_by_itself(capture.module)
-            if not known and not loads_by_itself(owner_of(str(name), tree)):
+            if name not in capture.state.spelled and not takes_by_itself(str(name), tree):
                 self.unexpected.append(f"{key}.{name} (of state_dict(), no tensor)")
-        for name in capture.value_names:
+        for name in capture.value_names - {UPDATE_COUNTS}:
             full = f"{key}.{name}"
             if name not in document and full not in self.loose and self._wanted.takes(full):
                 self.missing.append(f"{full} (of state_dict(), no tensor)")

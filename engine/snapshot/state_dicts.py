@@ -23,7 +23,7 @@ from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.metrics import metric_values
-from engine.snapshot.wrappers import Place, places
+from engine.snapshot.wrappers import Place, places, wrapped_by
 
 EXTRA_STATE = "_extra_state"
 """The last part of the name of what a module's get_extra_state() returns."""
@@ -53,6 +53,16 @@ class StateDict:
     spelled: dict[Any, Any] = field(default_factory=dict)
 
 
+def asked(root: nn.Module) -> nn.Module:
+    """The module whose state_dict() and load_state_dict() are the state's: the one inside of wrappers.
+
+    An override of it may take no arguments, as a wrapper's state_dict() would hand on; its load_state_dict()
+    no wrapper would call. A wrapper with code of its own is asked itself.
+    """
+    inside = wrapped_by(root)
+    return root if inside is None or _takes_part(root) or loads_by_itself(root) else asked(inside)
+
+
 def read_state_dict(key: str, root: nn.Module) -> StateDict:
     """Ask a module for its state_dict(), and tell live tensors from what else is in there.
 
@@ -61,6 +71,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
     Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out, or a tensor is
         of a kind that a checkpoint cannot hold.
     """
+    root = asked(root)
     with torch.no_grad():
         try:
             handed_out: Any = root.state_dict()
@@ -165,9 +176,14 @@ def has_own_state_dict(root: nn.Module) -> bool:
     return any(_takes_part(module) for module in root.modules())
 
 
+def overrides_loading(module: nn.Module) -> bool:
+    """Whether load_state_dict() itself is not torch's."""
+    return not _is_torchs(_function(module, "load_state_dict"))
+
+
 def loads_by_itself(module: nn.Module) -> bool:
     """Whether code that is not torch's takes part when this very module, not its children, is loaded."""
-    if any(not _is_torchs(_function(module, name)) for name in ("load_state_dict", "_load_from_state_dict")):
+    if overrides_loading(module) or not _is_torchs(_function(module, "_load_from_state_dict")):
         return True
     # torch keeps pre-hooks in an object of its own, under `hook`.
     pre = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]

@@ -59,12 +59,23 @@ _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDat
 
 def places(root: nn.Module) -> list[Place]:
     """Every module of a tree with its canonical name, wrappers included, in the order of state_dict()."""
-    wrappers = [
+    return list(_walk(root, "", "", _wrappers(), set()))
+
+
+def wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper wraps; None for what is no wrapper."""
+    for kind, attributes in _wrappers():
+        if isinstance(module, kind):
+            return module._modules[next(iter(attributes))]
+    return None
+
+
+def _wrappers() -> list[tuple[type, dict[str, str]]]:
+    return [
         (found, attributes)
         for module, name, attributes in _WRAPPERS
         if (found := loaded_class(module, name)) is not None
     ]
-    return list(_walk(root, "", "", wrappers, set()))
 
 
 def _walk(

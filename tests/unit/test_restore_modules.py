@@ -289,6 +289,85 @@ def test_nested_values_come_back(tmp_path: Path) -> None:
     assert fresh.rounds == 7
 
 
+def compile_eagerly(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, checkpoint_wrapper, compile_eagerly])
+def test_overrides_that_a_wrapper_would_not_call_are_called(tmp_path: Path, wrap: Any) -> None:
+    class NoArguments(Nested):
+        def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+            return super().state_dict()
+
+    model, fresh = NoArguments(), NoArguments()
+    model.rounds = 7
+    save(tmp_path, wrap(model))
+    restore(tmp_path, wrap(fresh))
+    assert same(bits(fresh), bits(model))
+    assert fresh.rounds == 7
+
+
+def test_a_hook_on_the_wrapper_itself_takes_part(tmp_path: Path) -> None:
+    seen = []
+
+    def wrapped() -> Any:
+        model = nn.DataParallel(plain())
+        model.register_state_dict_post_hook(lambda _, state, __, ___: state.update(note=torch.tensor(5)))
+        model.register_load_state_dict_pre_hook(lambda _, state, *__: seen.append(int(state.pop("note"))))
+        return model
+
+    model, fresh = wrapped(), wrapped()
+    save(tmp_path, model)
+    restore(tmp_path, fresh)
+    assert same(bits(fresh), bits(model))
+    assert seen == [5]
+
+
+class Stacked(nn.Module):
+    """Experts that are handed out as one tensor: no key is left for the parameters themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def state_dict(self, *_: Any, destination: Any = None, prefix: str = "", **__: Any) -> Any:
+        found = {} if destination is None else destination
+        found[f"{prefix}stacked"] = torch.stack([expert.weight for expert in self.experts])
+        return found
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+        for expert, weight in zip(self.experts, state.pop(f"{prefix}stacked"), strict=True):
+            expert.weight.data.copy_(weight)
+
+
+def test_tensors_that_are_handed_out_as_one(tmp_path: Path) -> None:
+    model, fresh = nn.Sequential(plain(), Stacked()), nn.Sequential(plain(), Stacked())
+    save(tmp_path, model)
+    restore(tmp_path, fresh)
+    assert same(bits(fresh), bits(model))
+
+
+class Grows(nn.Module):
+    """Makes the layers that the loaded state has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+    def load_state_dict(self, state: Any, strict: bool = True) -> Any:  # type: ignore[override]
+        while len(self.layers) <= max(int(name.split(".")[1]) for name in state):
+            self.layers.append(nn.Linear(2, 2))
+        return super().load_state_dict(state, strict)
+
+
+def test_layers_that_loading_makes_come_back(tmp_path: Path) -> None:
+    model, fresh = Grows(), Grows()
+    model.layers.append(nn.Linear(2, 2))
+    save(tmp_path, model)
+    restore(tmp_path, fresh)
+    assert same(bits(fresh), bits(model))
+
+
 def test_a_module_that_refuses_its_state_is_named(tmp_path: Path) -> None:
     class Refuses(Nested):
         def load_state_dict(self, state: Any) -> None:  # type: ignore[override]
