@@ -43,6 +43,8 @@ def _odd(tensor: torch.Tensor) -> tuple[str, str]:
     if isinstance(tensor, DTensor) and hasattr(type(tensor.to_local()), "__tensor_flatten__"):
         inside = type(tensor.to_local()).__qualname__
         return f"a distributed {inside}", "shards of tensors made of tensors have no place in the whole"
+    if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
+        return "a partial", "redistribute() it to Replicate or Shard placements: its sum is yet to be made"
     if tensor.device.type == "meta":
         return "a meta", "give the module memory with to_empty() and initialise it first"
     return "", ""

@@ -176,5 +176,5 @@ def _check_coverage(holders: dict[Chunk, list[tuple[int, int]]]) -> None:
         if volume != prod(first.shape) or overlapping([("", c) for c in chunks if prod(c.sizes)]):
             raise StateError(
                 f"{name}: the ranks hold {volume} elements of {prod(first.shape)} in {len(chunks)} boxes "
-                "that overlap or leave a hole; its placements cannot be saved"
+                "that overlap or leave a hole; redistribute() a DTensor with interleaved shards to Shard"
             )
