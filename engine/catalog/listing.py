@@ -95,22 +95,32 @@ class Directory:
         self._memory: Memory = {} if memory is None else memory
         for name in self._memory.keys() - self._files.keys():
             self._memory.pop(name, None)  # another thread may have been faster
+        self._unmarked: dict[str, Listed] = {}
+        """Of those that carry a mark of damage, what there was to say of them without."""
+        self._explained: dict[str, Listed] = {}
         self._newest: Manifest | None = None
         self._lock = threading.Lock()
 
     def read(self, names: Collection[str]) -> list[Listed]:
         """What is to say of these `names`, by sequence. One that was retired since the listing is left out.
 
-        The reason of a mark costs another read: it is "" until `explained` asks for it.
+        A mark of damage costs another read: its reason is "", and it counts, until `explained` has asked.
         """
         _each(self._storage, self._look_at, [name for name in names if name not in self._read])
         return sorted((item for name in names if (item := self._read[name]) is not None), key=_order)
 
     def explained(self, item: Listed) -> Listed:
-        """The same, with the reason of its mark."""
-        if item.status != "damaged" or item.reason:
+        """The same, with the reason of its mark; or as it is without, where that does not hold any more."""
+        unmarked, known = self._unmarked.get(item.id), self._explained.get(item.id)
+        if known is not None:
+            return known
+        if unmarked is None:
             return item
-        return replace(item, reason=marks.damage_reason(self._storage, item.id))
+        mark = marks.read_mark(self._storage, item.id)
+        found = replace(item, reason=mark.reason) if mark.holds else unmarked
+        with self._lock:
+            self._read[item.id] = self._explained[item.id] = found
+        return found
 
     def everything(self) -> list[Listed]:
         """Every attempt, explained, by sequence; those without a readable manifest last."""
@@ -129,9 +139,16 @@ class Directory:
         if known is not None and files == self._files[name]:
             self._read[name] = known
             return
-        item, manifest = _with_manifest(self._storage, name, self._files[name], self._whole)
+        files = self._files[name]
+        marked = DAMAGED in files
+        files = {file: size for file, size in files.items() if file != DAMAGED}
+        item, manifest = _with_manifest(self._storage, name, files, self._whole)
         if item is not None and (link := self._storage.link_target(name)) is not None:
             item = replace(item, link=link)
+        # A directory that is another checkpoint's is not made whole by losing a mark.
+        if marked and item is not None and manifest is not None and manifest.id == name:
+            self._unmarked[name] = item
+            item = replace(item, status="damaged", reason="")
         with self._lock:
             self._read[name] = item
             if manifest is None or item is None or item.status != "committed":
@@ -240,8 +257,6 @@ def _with_manifest(
     if manifest.id != name:
         reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
         return Listed(name, "damaged", record, bytes, reason, held), manifest
-    if DAMAGED in files:
-        return Listed(name, "damaged", record, bytes, "", held), manifest
     wrong = size_damage(manifest, files) if whole else []
     if wrong:
         reason = wrong[0].sentence + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from engine.catalog import marks
 from engine.catalog.listing import Listed, list_checkpoints
 from engine.catalog.verify import Progress, VerifyResult, verify_checkpoint
 from engine.checkpoints import text
 from engine.checkpoints.progress import meter
 from engine.checkpoints.target import find, open_target
-from engine.errors import HoldfastError, NewerFormatError, NotFoundError, SelectorError
+from engine.errors import HoldfastError, NewerFormatError, NotFoundError, SelectorError, StorageError
+from engine.format.names import MANIFEST
 from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
 
 EXIT_DAMAGED = 1
 
@@ -27,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Verify and report. Exit code 1 when anything is damaged.
 
     In a directory, a checkpoint that cannot be judged (newer format) does not stop the others; it raises at
-    the end unless there is damage to report.
+    the end unless there is damage to report. One that is retired meanwhile is passed over. A checkpoint that
+    is found whole loses its mark of damage.
     """
     target = open_target(arguments)
     storage = target.storage
@@ -46,11 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
         for item in chosen:
             try:
                 results.append(_verify(storage, item, arguments.quick, bar.progress))
-            except (NewerFormatError, NotFoundError) as error:
+            except NotFoundError as error:
+                if target.name is None and not storage.exists(f"{item.id}/{MANIFEST}"):
+                    log.info("%s was retired meanwhile", item.id)
+                else:
+                    errors.append(error)
+            except NewerFormatError as error:
                 errors.append(error)
             else:
+                cleared = results[-1].ok and not arguments.quick and _lost_its_mark(storage, item.id)
                 if not arguments.json:
-                    print("\n".join(report(results[-1], item)), flush=True)
+                    print("\n".join(report(results[-1], item, cleared=cleared)), flush=True)
     if arguments.json:
         print(json.dumps(as_json(results, storage), indent=2))
     if any(not result.ok for result in results):
@@ -62,13 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(result: VerifyResult, item: Listed) -> Iterator[str]:
-    """The lines about one checkpoint."""
+def report(result: VerifyResult, item: Listed, *, cleared: bool = False) -> Iterator[str]:
+    """The lines about one checkpoint. `cleared`: it was marked as damaged, and is no longer."""
     speed = f"{text.size(result.bytes)} in {result.secs:.2f} s, {text.rate(result.bytes, result.secs)}"
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
     yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":
         yield f"  nothing is wrong with it, but it is listed as damaged: {text.printable(item.reason)}"
+    if cleared:
+        yield "  its mark as damaged was removed"
 
 
 def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
@@ -87,6 +101,14 @@ def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
             for result in results
         ],
     }
+
+
+def _lost_its_mark(storage: Storage, id: str) -> bool:
+    try:
+        return marks.take_away(storage, id)
+    except StorageError as error:
+        log.warning("%s keeps its mark as damaged: %s", id, error)
+        return False
 
 
 def _verify(storage: Storage, item: Listed, quick: bool, progress: Progress) -> VerifyResult:

@@ -301,7 +301,9 @@ class Mirror:
         """Have one checkpoint in the mirror, whole."""
         self.in_flight = record.id
         self._begun.add(record.id)
+        seen: str | None = None
         try:
+            seen = marks.seen(self._local, record.id)
             copied = copy_checkpoint(
                 self._local,
                 record.id,
@@ -311,7 +313,7 @@ class Mirror:
                 cancel=self._cancel,
             )
         except (AlreadyExistsError, DamagedError, NotFoundError) as error:
-            self._pass_over(record, error)
+            self._pass_over(record, error, seen)
             return
         finally:
             self.in_flight = None
@@ -324,7 +326,7 @@ class Mirror:
         if is_new or copied.sent_bytes:
             self._tell_copied(record, copied)
 
-    def _pass_over(self, record: CheckpointRecord, error: HoldfastError) -> None:
+    def _pass_over(self, record: CheckpointRecord, error: HoldfastError, seen: str | None) -> None:
         """What cannot be sent must not hold up the others. An outage is raised again."""
         if not self._local.exists(f"{record.id}/{MANIFEST}"):
             log.info("%s was removed before the mirror had it", record.path)
@@ -333,7 +335,7 @@ class Mirror:
             raise error
         self._refused.add(record.id)
         if isinstance(error, DamagedError):
-            marks.mark_damaged(self._local, record.id, str(error))
+            marks.mark_damaged(self._local, record.id, str(error), seen=seen)
         self._tell_failure(record, f"{record.path} was not copied: {error}")
 
     def _tell_copied(self, record: CheckpointRecord, copied: Copied) -> None:

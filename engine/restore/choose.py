@@ -68,6 +68,7 @@ def choose_checkpoint(
         return _at_path(selector_text, options)
     view = _View(storage, mirror, selector, frozenset(passed_over))
     tiers = view.what_may_answer()
+    tiers = _without_void_marks(view, tiers, selector)
     try:
         record = choose(committed(tiers.listed), selector)
     except SelectorError:
@@ -182,6 +183,27 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
         f"{where} holds no whole checkpoint, only damaged or unfinished ones ({'; '.join(lines)}). "
         "Nothing was deleted. Restore one by hand, or start anew in another --checkpoint_dir"
     )
+
+
+def _without_void_marks(view: _View, tiers: Tiers, selector: Selector) -> Tiers:
+    """The same, but for marks of damage that do not hold any more. Asked of those that make a difference."""
+    for marked in [item for item in tiers.listed if item.status == "damaged" and not item.reason]:
+        if marked.record is None:
+            continue
+        whole = committed(tiers.listed)
+        if _answer(whole, selector) == _answer([*whole, marked.record], selector):
+            continue
+        explained = view.directory(tiers, marked.id).explained(marked)
+        listed = tuple(explained if item is marked else item for item in tiers.listed)
+        tiers = replace(tiers, listed=listed)
+    return tiers
+
+
+def _answer(records: list[CheckpointRecord], selector: Selector) -> str | None:
+    try:
+        return choose(records, selector).id
+    except SelectorError:
+        return None
 
 
 def _tell_passed_over(view: _View, tiers: Tiers, record: CheckpointRecord, selector: Selector) -> None:

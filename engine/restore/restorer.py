@@ -80,8 +80,10 @@ class Restorer:
     undefined: bool = False
     _chosen: Manifest | None = None
     _passed_over: set[str] = field(default_factory=set)
-    _unmarked: set[str] = field(default_factory=set)
-    """Damaged checkpoints of this directory that could not be marked: known here alone."""
+    _seen: str | None = None
+    """What the chosen checkpoint's files were before they were read, on rank 0."""
+    _unmarked: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    """Damaged checkpoints that could not be marked, known to rank 0 alone: place -> name, what was seen."""
 
     def restore(self, selector: str, wanted: Wanted) -> CheckpointRecord | None:
         """Restore what the selector means, in place. None when `latest` finds nothing at all.
@@ -112,7 +114,7 @@ class Restorer:
 
     def _all_restore(self, call: Call, selector: str, wanted: Wanted) -> CheckpointRecord | None:
         """All ranks have come: try one checkpoint after the other."""
-        self._passed_over = set(self._unmarked)
+        self._passed_over = self._known_damaged()
         first: HoldfastError | None = None
         for attempt in itertools.count():
             key = f"{call.key}/{attempt}"
@@ -162,7 +164,7 @@ class Restorer:
         if choice is None:
             return None
         self._chosen = choice.manifest
-        return {
+        chosen = {
             "target": choice.target,
             "name": choice.name,
             "id": choice.record.id,
@@ -170,6 +172,8 @@ class Restorer:
             "digest": choice.record.manifest_digest,
             "manifest": "" if self.channel.world_size == 1 else choice.manifest.to_bytes().decode("utf-8"),
         }
+        self._seen = _seen(self._storage_of(chosen), choice.name)
+        return chosen
 
     def _restore(self, key: str, chosen: Mapping[str, Any], wanted: Wanted) -> CheckpointRecord:
         started = self.clock()
@@ -308,15 +312,26 @@ class Restorer:
             wanted=wanted,
         )
 
+    def _known_damaged(self) -> set[str]:
+        """What was found damaged here, could not be marked, and has not changed since."""
+        for place, (name, seen) in list(self._unmarked.items()):
+            tier = self.mirror if place == in_mirror(name) else self.storage
+            assert tier is not None
+            now = _seen(tier, name)
+            if seen is not None and now is not None and now != seen:
+                del self._unmarked[place]
+        return set(self._unmarked)
+
     def _mark(self, chosen: Mapping[str, Any], error: Exception) -> None:
         """Remember the damage, in the directory if it may be written, so that it is not tried first again."""
         if not chosen["target"]:
-            self._unmarked.add(place_of(chosen))
+            self._unmarked[place_of(chosen)] = str(chosen["name"]), self._seen
         if self.read_only:
             return
         try:
-            marks.mark_damaged(self._storage_of(chosen), str(chosen["name"]), str(error))
-            self._unmarked.discard(place_of(chosen))
+            name = str(chosen["name"])
+            marks.mark_damaged(self._storage_of(chosen), name, str(error), seen=self._seen)
+            self._unmarked.pop(place_of(chosen), None)
         except HoldfastError as problem:
             log.warning("could not mark %s as damaged: %s", chosen["id"], problem)
 
@@ -324,6 +339,13 @@ class Restorer:
 def place_of(chosen: Mapping[str, Any]) -> str:
     """How a copy is remembered that was tried in vain: the other tier may have a whole one."""
     return in_mirror(str(chosen["id"])) if chosen["mirror"] else str(chosen["id"])
+
+
+def _seen(storage: Storage, name: str) -> str | None:
+    """Which bytes are about to be read; None where that cannot be told."""
+    with contextlib.suppress(HoldfastError):
+        return marks.seen(storage, name)
+    return None
 
 
 def missing_is_damage(storage: Storage, name: str, error: Exception) -> Exception:
