@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.tiers import steps_in
 
 FORK = multiprocessing.get_context("fork")
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = 50
 
 
@@ -147,6 +149,37 @@ def test_the_workers_of_a_dataloader(job: Job) -> None:
     assert [tree(folder) for folder in job.folders] == before
     job.local.gate.set()
     assert handle.result(DEADLINE_SECS) is not None
+
+
+SCRIPT = """
+import os, sys, torch
+from engine import Checkpointer
+
+state = {"values": {"t": torch.zeros(100_000), "n": 0}}
+with Checkpointer(sys.argv[1], state, mirror=sys.argv[2]) as ckpt:
+    for step in range(1, 5):
+        handle = ckpt.save(step)
+        child = os.fork()
+        if child == 0:
+            sys.exit(3)  # leaves the `with`, runs every hook, and takes the interpreter down
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert handle.result(60.0).step == step
+"""
+
+
+def test_a_child_that_leaves_by_the_whole_way_of_python(tmp_path: Path) -> None:
+    """`os.fork` and `sys.exit`, with a save and a copy to the mirror in flight."""
+    local, mirror = tmp_path / "local", tmp_path / "mirror"
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(local), str(mirror)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr, ran.stdout) == (0, "", "")
+    assert steps_in(LocalStorage(local))[-1] == steps_in(LocalStorage(mirror))[-1] == 4
 
 
 def test_what_a_child_is_told(job: Job) -> None:
