@@ -17,6 +17,7 @@ from engine.catalog.retention import Retention
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
+from engine.parallel.agreement import all_make
 from engine.parallel.calls import RESTORE, Calls, Request
 from engine.parallel.connect import connect_ranks
 from engine.restore.restorer import Restorer
@@ -43,6 +44,7 @@ from engine.save.replicas import check_of
 from engine.save.saver import Busy, Checks, Saver, most_secs
 from engine.save.unheld import close_behind, forgetful
 from engine.snapshot.capture import StateCapture
+from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
@@ -144,9 +146,14 @@ class Checkpointer:
         channel = ranks.channel()
         calls = Calls(channel, timeout_secs, most_secs(timeout_secs))
         self._outcomes = Outcomes(on_failure, max_failures)
-        self._storage = open_storage(directory, storage_options)
-        second = second_tier(mirror, self._storage, storage_options)
-        capture = StateCapture(state, per_rank, self.rank, rank0)
+
+        def open_all() -> tuple[Storage, Storage | None, StateCapture]:
+            storage = open_storage(directory, storage_options)
+            second = second_tier(mirror, storage, storage_options)
+            return storage, second, StateCapture(state, per_rank, self.rank, rank0)
+
+        opened = all_make(channel, "start/open", open_all, timeout_secs, what="the making of a Checkpointer")
+        self._storage, second, capture = opened
         self._restorer = Restorer(
             self._storage, capture, calls, seed, timeout_secs, storage_options, listener, read_only, second
         )

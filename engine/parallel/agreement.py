@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from engine import errors
 from engine.errors import CoordinationError, HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
+
+T = TypeVar("T")
 
 VERDICT_GRACE_SECS = 30.0
 """How much longer than rank 0 waits for late ranks the others wait for its word about them."""
@@ -70,6 +72,21 @@ def all_agree(
         if problem is not None and (its_own or type(problem) is type(common)):
             raise problem from None
         raise common from problem
+
+
+def all_make(channel: Channel, key: str, work: Callable[[], T], timeout_secs: float, *, what: str) -> T:
+    """Each rank's own result of `work`, when all of them have one; raises as `all_agree` otherwise.
+
+    What a rank has made by then is its own to clean up.
+    """
+    made: list[T] = []
+    problem: Exception | None = None
+    try:
+        made.append(work())
+    except Exception as error:
+        problem = error
+    all_agree(channel, key, problem, timeout_secs, what=what)
+    return made[0]
 
 
 def _acknowledge(channel: Channel, key: str, timeout_secs: float, *, without: tuple[int, ...] = ()) -> None:

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.errors import CoordinationError
 from engine.format.json import canonical_bytes, parse_canonical
-from engine.parallel.agreement import VERDICT_GRACE_SECS
+from engine.parallel.agreement import VERDICT_GRACE_SECS, rank0_decides
 from engine.parallel.coordination import Channel
 
 
 def unexpected_on_all(
-    channel: Channel, key: str, unexpected: Sequence[str] | None, timeout_secs: float
+    channel: Channel, key: str, unexpected: Sequence[str] | None, timeout_secs: float, what: str
 ) -> frozenset[str]:
     """The names that every rank has no place for. Every rank calls it, also one that has failed: with None.
 
-    Raises: LateRanksError; CoordinationError.
+    Raises: LateRanksError, on every rank, naming those that did not come to `what`; CoordinationError.
     """
-    try:
-        names = None if unexpected is None else list(unexpected)
-        raws = channel.gather(f"{key}/unexpected", canonical_bytes(names), timeout_secs)
-    except CoordinationError:
-        channel.broadcast(f"{key}/nowhere", canonical_bytes([]), 0)
-        raise
-    found = None
-    if raws is not None:
+    note = canonical_bytes(None if unexpected is None else list(unexpected))
+    if channel.rank != 0:
+        channel.gather(f"{key}/unexpected", note, 0)
+
+    def ask() -> list[str]:
+        raws = channel.gather(f"{key}/unexpected", note, timeout_secs, what=what)
+        assert raws is not None, "only rank 0 asks"
         lists = [parse_canonical(raw, what="a list of names") for raw in raws]
-        found = canonical_bytes(sorted(nowhere([names for names in lists if names is not None])))
-    raw = channel.broadcast(f"{key}/nowhere", found, timeout_secs + VERDICT_GRACE_SECS)
-    return frozenset(parse_canonical(raw, what="a list of names"))
+        return sorted(nowhere([names for names in lists if names is not None]))
+
+    return frozenset(rank0_decides(channel, f"{key}/nowhere", ask, timeout_secs + VERDICT_GRACE_SECS))
 
 
 def nowhere(lists: Sequence[Sequence[str]]) -> set[str]:

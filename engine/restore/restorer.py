@@ -188,7 +188,7 @@ class Restorer:
         if self.channel.rank == 0:
             # Every rank has read them, or it could not have agreed.
             with contextlib.suppress(CoordinationError):
-                self.channel.forget([f"{key}/choice", f"{key}/chunks"])
+                self.channel.forget([f"{key}/choice", f"{key}/chunks", f"{key}/nowhere"])
                 self.calls.forget(self.calls.mark())
         self.undefined = True
         stats: ReadStats | None = None
@@ -241,18 +241,21 @@ class Restorer:
             problem = missing_is_damage(storage, name, error)
         try:
             mine = destination.unexpected if destination is not None else None
-            nowhere = unexpected_on_all(self.channel, key, mine, self.timeout_secs)
+            what = f"the restore of {manifest.id}"
+            nowhere = unexpected_on_all(self.channel, key, mine, self.timeout_secs, what)
             if destination is not None:
                 destination.check(f"the checkpoint {storage.describe(name)}", nowhere)
                 slices, found = plan_reads(
                     destination.tensors, destination.sources, manifest, places, indexes
                 )
+        except CoordinationError:  # every rank that has come knows that not all have
+            if destination is not None:
+                destination.abandon()
+            raise
         except Exception as error:
             problem = problem or missing_is_damage(storage, name, error)
         try:
-            all_agree(
-                self.channel, f"{key}/fits", problem, self.timeout_secs, what=f"the restore of {manifest.id}"
-            )
+            all_agree(self.channel, f"{key}/fits", problem, self.timeout_secs, what=what)
         except Exception:
             if destination is not None:
                 destination.abandon()

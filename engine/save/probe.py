@@ -29,11 +29,11 @@ def probe_shared(
         return
     path = f"{PROBE_PREFIX}{nonce}"
 
-    def write() -> bool:
+    def write() -> str:
         storage.publish(path, nonce.encode(), exclusive=False)
-        return True
+        return storage.uri
 
-    rank0_decides(channel, "start/nonce", write, timeout_secs)
+    uri = rank0_decides(channel, "start/nonce", write, timeout_secs)
     problem: StorageError | None = None
     # A network file system may serve an older listing for a while.
     deadline = clock() + min(timeout_secs / 2, 30.0)
@@ -44,8 +44,9 @@ def probe_shared(
         except NotFoundError:
             if clock() >= deadline:
                 problem = StorageError(
-                    f"rank {channel.rank} does not see the file that rank 0 wrote to {storage.uri}: every "
-                    "node must see the same checkpoint directory; give a shared path or a URI"
+                    f"rank {channel.rank} does not see in {storage.uri} the file that rank 0 wrote to {uri}: "
+                    "every rank must see the same checkpoint directory; give a shared path or a URI. Ranks "
+                    "that save into a directory of their own need a process_group of their own"
                 )
                 break
         except StorageError as error:

@@ -13,12 +13,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from engine.catalog.attempts import new_attempt
-from engine.errors import CoordinationError, HoldfastError, SaveFailedError, SaveStuckError, StateError
+from engine.errors import (
+    CoordinationError,
+    HoldfastError,
+    LateRanksError,
+    SaveFailedError,
+    SaveStuckError,
+    StateError,
+)
 from engine.format.digest import bytes_digest
 from engine.format.forms import without_order
 from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
-from engine.parallel.agreement import all_agree
+from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree
 from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.save.commit import SaveInfo
@@ -149,7 +156,9 @@ class Saver:
         moment.planning = True
         self._plan(call, moment)
         try:
-            all_agree(self.channel, call.key, moment.problem, self.timeout_secs, what=str(request))
+            # Who has not come to the planning is not waited for once more.
+            secs = LATE_VERDICT_SECS if isinstance(moment.problem, LateRanksError) else self.timeout_secs
+            all_agree(self.channel, call.key, moment.problem, secs, what=str(request))
         except HoldfastError as error:
             self.snapshot.forget_plan()  # a plan that one rank could not take is none
             if isinstance(error, CoordinationError):

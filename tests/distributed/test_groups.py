@@ -117,6 +117,36 @@ def test_a_checkpointer_that_only_some_ranks_make(world: World, tmp_path: Path) 
         assert not list(tmp_path.glob("some/*"))
 
 
+def one_bad_state(rank: int, world_size: int, directory: str) -> Any:
+    started = time.monotonic()
+    bad: dict[str, Any] = {"values": {"t": torch.ones(2)}, "odd": 3 if rank == 1 else {"n": 3}}
+    answer = outcome(lambda: Checkpointer(f"{directory}/bad", bad, timeout_secs=60))
+    near = time.monotonic() - started < NEAR_SECS
+    dist.barrier()
+    mine = state(2.0)
+    with Checkpointer(f"{directory}/good", mine, timeout_secs=30) as checkpointer:
+        return answer, near, save_and_restore(checkpointer, mine, 1)
+
+
+def test_a_state_that_one_rank_refuses_stops_all_at_once(world: World, tmp_path: Path) -> None:
+    for answer, near, rest in world(2).run(one_bad_state, str(tmp_path)):
+        assert answer.startswith("UnsavableValueError: the state entry 'odd' is a int")
+        assert near
+        assert rest == (1, 2.0)
+
+
+def other_directories(rank: int, world_size: int, directory: str) -> Any:
+    return outcome(lambda: Checkpointer(f"{directory}/{rank}", state(1.0), timeout_secs=TIMEOUT_SECS))
+
+
+def test_ranks_with_other_directories_are_refused(world: World, tmp_path: Path) -> None:
+    for answer in world(2).run(other_directories, str(tmp_path)):
+        assert answer.startswith(
+            f"StorageError: rank 1 does not see in {tmp_path}/1 the file that rank 0 wrote to"
+        )
+        assert "process_group" in answer
+
+
 def groups_that_come_and_go(rank: int, world_size: int, directory: str) -> Any:
     mine = state(3.0)
     first = Checkpointer(directory, mine, timeout_secs=30)
