@@ -25,6 +25,7 @@ from engine.restore.wanted import Wanted
 from engine.save.arguments import (
     check_failing,
     check_names,
+    check_rename,
     check_save,
     check_selector,
     check_setup,
@@ -226,6 +227,7 @@ class Checkpointer:
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         strict: bool = True,
+        rename: Mapping[str, str] | None = None,
     ) -> CheckpointRecord | None:
         """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
 
@@ -236,6 +238,8 @@ class Checkpointer:
                 is left out keeps its live value.
             strict: False loads what matches into a changed architecture, fills the first rows of tensors
                 that have grown, and logs everything missing, unexpected and different in one message.
+            rename: saved name -> live name ({"model.encoder": "model.backbone"}, {"ema": "model"}), of
+                tensors, state keys, and all below them; the patterns are over live names.
         Returns: its record; None when `latest` finds nothing at all.
         Raises: SelectorError; StateMismatchError, before anything was changed; DamagedError; StorageError;
             RestoreFailedError.
@@ -247,7 +251,7 @@ class Checkpointer:
         if self._saver is not None:
             self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()
-        wanted = Wanted(model_only, tuple(include), tuple(exclude), strict)
+        wanted = Wanted(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
         record = self._restorer.restore(selector, wanted)
         if record is not None and wanted.everything:
             self._directory.parent = record.id

@@ -23,6 +23,7 @@ from engine.restore.fit import Fit, match, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
 from engine.restore.per_rank import own_view
+from engine.restore.rename import rename_checkpoint
 from engine.restore.saved import Saved
 from engine.restore.staging import Staging
 from engine.restore.wanted import Wanted
@@ -68,6 +69,8 @@ class Destination:
         self._keys = [
             key for key in keys if not wanted.model_only or isinstance(capture.state[key], nn.Module)
         ]
+        renamed = rename_checkpoint(manifest, locals_, wanted.rename)
+        manifest, locals_ = renamed.manifest, renamed.locals_
         own = capture.names.keys & set(self._keys)
         manifest = own_view(manifest, locals_, own, rank=rank, world_size=world_size)
         self._manifest = manifest
@@ -97,7 +100,8 @@ class Destination:
         self._staging = Staging({name: live[name] for name in self.sources} | self._saved.tensors)
         self.tensors = self._staging.tensors
         self.sources |= {name: name for name in self._saved.tensors}
-        self.sources = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
+        stored = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
+        self.sources = {name: renamed.stored.get(saved, saved) for name, saved in stored.items()}
 
     @property
     def unexpected(self) -> tuple[str, ...]:
@@ -109,6 +113,7 @@ class Destination:
 
         `unexpected`: what no rank has a place for; None: all that this one has none for.
         """
+        self._check_patterns(what)
         saved = self._saved.keys
         absent = [key for key in self._keys if key not in saved and not self._modules.is_empty(key)]
         missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
@@ -135,6 +140,27 @@ class Destination:
         self._modules.finish()
         self._optimizers.finish()
         self._entries.finish()
+
+    def _check_patterns(self, what: str) -> None:
+        """A pattern that means nothing would restore nothing and report success."""
+        live, aliases = self._capture.fixed_tensors()
+        stored = {*self._manifest.tensors, *self._manifest.aliases}
+        documents = self._manifest.objects
+        modules = {key for key in documents if key in self._capture.modules}
+        values = {f"{key}.{name}" for key in modules for name in documents[key]}
+        fixed = {name.partition(".")[0] for name in (*live, *stored)} - {PER_RANK_PREFIX}
+        others = {key for key in {*documents, *self._capture.state} if key not in self._capture.modules}
+        names = [n for n in (*live, *aliases, *stored, *values) if n.partition(".")[0] not in others]
+        keys = {*fixed, *self._capture.state, *self._saved.keys, RNG_KEY}
+        stray = self._wanted.unknown(names, keys, excluded=True)
+        if stray and self._rank == 0:  # one list may be for many checkpoints, so no error
+            log.warning("exclude names %s, and neither %s nor the state has that", ", ".join(stray), what)
+        unknown = self._wanted.unknown(names, keys)
+        if unknown and self._wanted.strict:
+            raise StateMismatchError(
+                f"include names {', '.join(map(repr, unknown))}, and neither {what} nor the state has "
+                "anything of that name; nothing was changed"
+            )
 
     def _missing_classes(self) -> list[str]:
         """Values of modules and optimizers that cannot be made here."""

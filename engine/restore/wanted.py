@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 
@@ -11,17 +12,21 @@ class Wanted:
     """A choice among the names of a state.
 
     model_only: modules, nothing else.
-    include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys ("loader");
-        no include means everything. What is left out keeps its live value.
+    include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys ("loader",
+        "model"), which mean all below them; no include means everything. What is left out keeps its live
+        value.
     strict: everything wanted must be in both, with equal shape and dtype. Otherwise what matches is loaded,
         a tensor that has grown in its first dimension is filled as far as the saved one goes, and the rest
         stays as it is.
+    rename: saved name -> live name, of tensors, of state keys, and of all below them. The patterns are over
+        live names.
     """
 
     model_only: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = True
+    rename: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def everything(self) -> bool:
@@ -29,9 +34,26 @@ class Wanted:
         return not (self.model_only or self.include or self.exclude)
 
     def takes(self, name: str) -> bool:
-        """Whether the tensor of that name is wanted."""
-        included = not self.include or any(fnmatchcase(name, pattern) for pattern in self.include)
-        return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        """Whether the tensor of that name is wanted: by its own name, or by that of its state key."""
+        return self.takes_value(name.partition(".")[0], name)
+
+    def unknown(
+        self, names: Collection[str], keys: Collection[str], *, excluded: bool = False
+    ) -> list[str]:
+        """The patterns to include, or to exclude, that mean nothing here: spelled wrong, it seems.
+
+        Args:
+            names: what there is below modules. Below other state keys anything may be named.
+            keys: the state keys.
+        """
+        modules = {name.partition(".")[0] for name in names}
+        return [
+            pattern
+            for pattern in (self.exclude if excluded else self.include)
+            if pattern.partition(".")[0] not in set(keys) - modules
+            and not any(_covers(pattern, key) for key in keys)
+            and not any(fnmatchcase(name, pattern) for name in names)
+        ]
 
     def takes_value(self, key: str, name: str) -> bool:
         """Whether something below a state key is wanted that has a name of its own but may be no tensor."""

@@ -96,6 +96,18 @@ def check_names(**given: object) -> None:
             raise ConfigError(f"{name} is {_shown(value)}: it must be a tuple of names")
 
 
+def check_rename(rename: object) -> dict[str, str]:
+    """The names as a dict. ConfigError unless it maps text to text."""
+    if rename is None:
+        return {}
+    names = isinstance(rename, Mapping) and all(
+        isinstance(name, str) and name for pair in rename.items() for name in pair
+    )
+    if not names:
+        raise ConfigError(f"rename is {_shown(rename)}: it must be a dict of live names by saved name")
+    return dict(rename)  # type: ignore[call-overload, no-any-return]
+
+
 def check_switches(**given: object) -> None:
     """ConfigError unless each is True or False."""
     for name, value in given.items():

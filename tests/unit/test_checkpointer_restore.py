@@ -567,7 +567,7 @@ def test_the_collector_is_off_while_a_restore_is_planned_and_no_longer(
 
         monkeypatch.setattr(restorer, name, spy)
 
-    for name in ("choose_checkpoint", "plan_slices", "read_slices"):
+    for name in ("choose_checkpoint", "plan_reads", "read_slices"):
         spied(name)
     state = values(0) if fits else {"others": {"n": 0}}
     was_enabled = gc.isenabled()
@@ -577,7 +577,7 @@ def test_the_collector_is_off_while_a_restore_is_planned_and_no_longer(
                 gc.disable()
             if fits:
                 checkpointer.restore("latest")
-                assert seen == {"choose_checkpoint": False, "plan_slices": False, "read_slices": enabled}
+                assert seen == {"choose_checkpoint": False, "plan_reads": False, "read_slices": enabled}
             else:
                 with pytest.raises(StateMismatchError):
                     checkpointer.restore("latest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ from engine.restore.wanted import Wanted
         (Wanted(exclude=("*.b",)), "model.b", False),
         (Wanted(include=("model.*",), exclude=("*.b",)), "model.b", False),
         (Wanted(include=("model.*",), exclude=("*.b",)), "model.c", True),
+        (Wanted(include=("model",)), "model.c", True),
+        (Wanted(include=("mod*",)), "model.c", True),
+        (Wanted(exclude=("model",)), "model.c", False),
+        (Wanted(include=("loader",)), "model.c", False),
     ],
 )
 def test_names(wanted: Wanted, name: str, takes: bool) -> None:
@@ -176,3 +181,47 @@ def test_a_shrunk_tensor_is_not_filled(saved: Path) -> None:
     net = Net(rows=3)
     restore(saved, net, model_only=True, strict=False)
     assert bool((net.embedding.weight.detach() == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "unknown"),
+    [
+        (Wanted(include=("modle.*",)), ["modle.*"]),
+        (Wanted(include=("model.bodi.*",)), ["model.bodi.*"]),
+        (Wanted(include=("*.bias", "loader", "optimizer.param_groups.lr")), []),
+        (Wanted(exclude=("optimizer.param_groups.lr", "rng", "model.body.bias")), []),
+        (Wanted(exclude=("modle",)), ["modle"]),
+    ],
+)
+def test_patterns_that_mean_nothing(wanted: Wanted, unknown: list[str]) -> None:
+    names = ["model.body.weight", "model.body.bias"]
+    keys = {"model", "optimizer", "loader", "rng"}
+    assert wanted.unknown(names, keys, excluded=bool(wanted.exclude)) == unknown
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"include": ["modle"]}, {"include": ["n", "model.bdy.*"]}]
+)
+def test_a_name_that_is_nowhere_changes_nothing(wrong: Any, tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"model": Net(2, fill=1.0), "n": {"n": 1}}) as checkpointer:
+        checkpointer.save(1).result()
+    live = Net(2)
+    with (
+        Checkpointer(tmp_path, {"model": live, "n": {"n": 0}}, read_only=True) as checkpointer,
+        pytest.raises(StateMismatchError, match="has anything of that name; nothing was changed"),
+    ):
+        checkpointer.restore(**wrong)
+    assert not live.body.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "filled"), [({"include": ["model"]}, True), ({"exclude": ["model"]}, False)]
+)
+def test_a_state_key_means_all_below_it(options: Any, filled: bool, tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"model": Net(2, fill=1.0), "n": {"n": 1}}) as checkpointer:
+        checkpointer.save(1).result()
+    live, other = Net(2), {"n": 0}
+    with Checkpointer(tmp_path, {"model": live, "n": other}, read_only=True) as checkpointer:
+        checkpointer.restore(**options)
+    assert bool(live.body.weight.all()) is filled
+    assert other == {"n": 0 if filled else 1}

@@ -1,0 +1,213 @@
+"""A checkpoint under other names: what `restore(rename={saved: live})` looks at. Pure.
+
+A name in `rename` stands for itself and for all below it: "model.encoder" for "model.encoder.0.weight" too.
+Everything that goes by the name follows: an optimizer's state of those parameters, extra state, each rank's
+own. What the checkpoint itself has under a live name that was given away is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.errors import StateMismatchError
+from engine.format.manifest import Manifest
+from engine.restore.optimizer_names import split_path
+from engine.snapshot.captured import PER_RANK_PREFIX
+from engine.snapshot.modules import ABSENT_BUFFERS
+from engine.snapshot.optimizer_document import is_optimizer, parse
+from engine.snapshot.per_rank import with_names
+from engine.snapshot.values import tensor_names
+
+Json = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """A checkpoint under live names. `stored` is the name in the checkpoint of each tensor."""
+
+    manifest: Manifest
+    locals_: Sequence[Mapping[str, Json]]
+    stored: Mapping[str, str]
+
+
+def rename_checkpoint(
+    manifest: Manifest, locals_: Sequence[Mapping[str, Json]], rename: Mapping[str, str]
+) -> Renamed:
+    """The checkpoint as if it had been saved under the live names.
+
+    Raises: StateMismatchError for a name that the checkpoint does not have, and for two that become one.
+    """
+    if not rename:
+        return Renamed(manifest, locals_, {})
+    names = _Names(manifest, locals_, rename)
+    tensors = names.live_names(manifest.tensors)
+    stored = {live: name for name, live in tensors.items()}
+    aliases = {
+        live: tensors[manifest.aliases[name]]
+        for name, live in names.live_names(manifest.aliases).items()
+        if manifest.aliases[name] in tensors and live not in stored
+    }
+    changed = replace(
+        manifest,
+        tensors={live: manifest.tensors[name] for live, name in stored.items()},
+        aliases=aliases,
+        objects=names.documents(manifest.objects),
+    )
+    return Renamed(changed, [names.documents(local) for local in locals_], stored)
+
+
+class _Names:
+    def __init__(
+        self, manifest: Manifest, locals_: Sequence[Mapping[str, Json]], rename: Mapping[str, str]
+    ) -> None:
+        self._rename = rename
+        documents = [item for found in (manifest.objects, *locals_) for item in found.items()]
+        inside = {name for _, document in documents for name in tensor_names(document)}
+        stored = {*manifest.tensors, *manifest.aliases}
+        self._everything = {_own(name)[1] for name in stored}
+        optimizers: dict[str, Json] = {key: doc for key, doc in documents if is_optimizer(doc)}
+        outside = (_own(name)[1].partition(".") for name in stored - inside)
+        self._modules = {key for key, dot, _ in outside if dot and key not in optimizers}
+        self._parameters = {
+            key: {name: self._parameter(name) for names in parse(key, document).names for name in names}
+            for key, document in optimizers.items()
+        }
+        self._check_known(manifest, {key for key, _ in documents})
+
+    def _check_known(self, manifest: Manifest, keys: set[str]) -> None:
+        known = self._everything | keys
+        for saved in self._rename:
+            if not any(name == saved or name.startswith(f"{saved}.") for name in known):
+                there = ", ".join(sorted({name.partition(".")[0] for name in known}))
+                raise StateMismatchError(
+                    f"rename has {saved!r}, and {manifest.id} holds nothing of that name (it holds {there}); "
+                    "nothing was changed"
+                )
+
+    def of(self, name: str) -> str:
+        """The live name of a name that says all of its path."""
+        start = name
+        while start:
+            if start in self._rename:
+                return self._rename[start] + name[len(start) :]
+            start = start.rpartition(".")[0]
+        return name
+
+    def tensor(self, name: str) -> str:
+        """The live name of a stored tensor."""
+        prefix, rest = _own(name)
+        key = rest.partition(".")[0]
+        live = self.of(rest)
+        if live == rest or self.of(key) != key:
+            live = self._of_optimizer(key, rest, live)
+        return prefix + live
+
+    def _of_optimizer(self, key: str, name: str, live: str) -> str:
+        """Below ".state." stands a parameter, which may have another name now."""
+        parameters = self._parameters.get(key)
+        before, dot, path = name.partition(".state.")
+        if not parameters or not dot:
+            return live
+        parameter, field = split_path(path, parameters)
+        new = parameters.get(parameter, parameter)
+        return f"{self.of(before)}.state.{new}.{field}"
+
+    def _parameter(self, name: str) -> str:
+        """The live name of an optimizer's parameter: a full one, or one within a module."""
+        if name in self._everything and self.of(name) != name:
+            return self.of(name)
+        for key in sorted(self._modules):
+            full = f"{key}.{name}"
+            if full in self._everything and self.of(full) != full:
+                return self.of(full).partition(".")[2]
+        return name
+
+    def live_names(self, names: Mapping[str, Any]) -> dict[str, str]:
+        """Stored name -> live name, without those whose place was given to another."""
+        found = {name: self.tensor(name) for name in names}
+        taken: dict[str, str] = {}
+        for name, live in found.items():
+            if live != name and taken.setdefault(live, name) != name:
+                raise StateMismatchError(
+                    f"rename makes {taken[live]} and {name} both {live}; nothing was changed"
+                )
+        return {name: live for name, live in found.items() if live != name or name not in taken}
+
+    def documents(self, documents: Mapping[str, Json]) -> dict[str, Json]:
+        """JSON by state key, under live names."""
+        found: dict[str, Json] = {}
+        moved: set[str] = set()
+        for key, document in documents.items():
+            live = self.of(key)
+            if live == key and key in self._rename.values() and key not in self._rename:
+                continue  # its place was given to another
+            if live in moved:
+                raise StateMismatchError(f"rename makes two state keys {live}; nothing was changed")
+            if live != key:
+                moved.add(live)
+            renamed = with_names(document, self.tensor)
+            if key in self._parameters:
+                found[live] = _with_parameters(renamed, self._parameters[key])
+            elif key in self._modules and isinstance(renamed, dict) and not _is_form(renamed):
+                for name, value in renamed.items():
+                    self._add_module_value(found, key, name, value)
+            else:
+                found[live] = renamed
+        return found
+
+    def _add_module_value(self, found: dict[str, Json], key: str, name: str, value: Json) -> None:
+        if name != ABSENT_BUFFERS:
+            new, _, rest = self.of(f"{key}.{name}").partition(".")
+            found.setdefault(new, {})[rest] = value
+            return
+        for buffer in value:
+            new, _, rest = self.of(f"{key}.{buffer}").partition(".")
+            found.setdefault(new, {}).setdefault(name, []).append(rest)
+
+
+def _own(name: str) -> tuple[str, str]:
+    """(the prefix of a rank's own name or "", the name that any rank has)."""
+    first, _, rest = name.partition(".")
+    if first != PER_RANK_PREFIX:
+        return "", name
+    rank, _, name = rest.partition(".")
+    return f"{first}.{rank}.", name
+
+
+def _is_form(document: Mapping[str, Json]) -> bool:
+    return len(document) == 1 and next(iter(document)).startswith("$")
+
+
+def _with_parameters(document: Json, names: Mapping[str, str]) -> Json:
+    """An optimizer's document with other names for its parameters."""
+
+    def path(text: str) -> str:
+        parameter, field = split_path(text, names)
+        return f"{names.get(parameter, parameter)}.{field}"
+
+    parsed = parse("the optimizer", document)
+    if parsed.own is not None and any(name != new for name, new in names.items()):
+        raise StateMismatchError(
+            f"a {parsed.class_name} saves itself through its own state_dict(), which may hold the names of "
+            "parameters: it cannot be restored under other names. Leave it out with exclude=; nothing was "
+            "changed"
+        )
+    return replace(
+        parsed,
+        groups=[_with_names_of_group(group, names) for group in parsed.groups],
+        counters=_renamed(parsed.counters, path),
+        layouts=_renamed(parsed.layouts, path),
+        entries=_renamed(parsed.entries, lambda name: names.get(name, name)),
+        inner={name: _with_parameters(inner, names) for name, inner in parsed.inner.items()},
+    ).to_json()
+
+
+def _renamed(found: Mapping[str, Json], name: Callable[[str], str]) -> dict[str, Json]:
+    return {name(key): value for key, value in found.items()}
+
+
+def _with_names_of_group(group: Mapping[str, Json], names: Mapping[str, str]) -> dict[str, Json]:
+    params = [names.get(name, name) for name in group["params"]]
+    return {**group, "params": params}
