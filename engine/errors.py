@@ -8,7 +8,7 @@ catches it as it would expect:
     │   └── UnsupportedPlatformError             not Linux
     ├── StateError (ValueError)                  the training state cannot be saved or restored as it is
     │   ├── UnsavableValueError (TypeError)      neither a tensor nor JSON, named by its key path
-    │   ├── ReplicaMismatchError                 a replicated value differs between ranks
+    │   ├── ReplicaMismatchError (SaveFailedError)  what ranks should hold alike differs between them
     │   ├── TornSnapshotError                    the state changed while its snapshot was taken
     │   └── StateMismatchError                   checkpoint and destination do not fit; lists every tensor
     ├── SelectorError (LookupError)              no checkpoint answers to this name; lists what there is
@@ -59,10 +59,6 @@ class StateError(HoldfastError, ValueError):
 
 class UnsavableValueError(StateError, TypeError):
     """A value in the state is neither a tensor nor JSON."""
-
-
-class ReplicaMismatchError(StateError):
-    """A value declared replicated differs between ranks."""
 
 
 class TornSnapshotError(StateError):
@@ -164,6 +160,13 @@ class SaveStuckError(SaveFailedError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, may_pass=False)
+
+
+class ReplicaMismatchError(StateError, SaveFailedError):
+    """What several ranks should hold alike differs between them; every rank gets it as the save failure."""
+
+    def __init__(self, message: str) -> None:
+        SaveFailedError.__init__(self, message, may_pass=False)
 
 
 class RestoreFailedError(HoldfastError, RuntimeError):

@@ -20,7 +20,13 @@ from typing import Any
 
 from engine.catalog.reaper import delete_attempt
 from engine.catalog.record import CheckpointRecord
-from engine.errors import CoordinationError, HoldfastError, LateRanksError, SaveFailedError
+from engine.errors import (
+    CoordinationError,
+    HoldfastError,
+    LateRanksError,
+    ReplicaMismatchError,
+    SaveFailedError,
+)
 from engine.format.best import BestRule
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
@@ -191,6 +197,7 @@ class JobRunner:
         document = {
             "error": "" if failure is None else _words(failure),
             "may_pass": failure is not None and may_pass(failure),
+            "replicas": isinstance(failure, ReplicaMismatchError),
             "record": record and record_to_json(record),
         }
         late = failure.ranks if isinstance(failure, LateRanksError) else ()
@@ -301,6 +308,8 @@ def record_to_json(record: CheckpointRecord) -> dict[str, Any]:
 
 def _record_from(raw: bytes) -> CheckpointRecord:
     document = parse_canonical(raw, what="the outcome of a save")
+    if document["replicas"]:
+        raise ReplicaMismatchError(document["error"])
     if document["error"]:
         raise SaveFailedError(document["error"], may_pass=document["may_pass"])
     fields = document["record"]
@@ -312,7 +321,8 @@ def _record_from(raw: bytes) -> CheckpointRecord:
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
     words = f"the checkpoint of step {job.info.step} was not saved: {_words(error)}"
-    failure = SaveFailedError(words, may_pass=may_pass(error))
+    apart = isinstance(error, ReplicaMismatchError)
+    failure = ReplicaMismatchError(words) if apart else SaveFailedError(words, may_pass=may_pass(error))
     failure.__cause__ = error
     return failure
 

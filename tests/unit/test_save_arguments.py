@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import datetime
 import enum
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Settings:
         ({"config": {1: 0, "1": 0}}, r"config has two keys that are both written '1' in JSON"),
         ({"config": {"a": 2**70}}, r"config cannot be written as JSON: a is an integer beyond 64 bits"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_a_checkpointer_refuses_what_cannot_work(given: State, words: str, tmp_path: Path) -> None:
     arguments: State = {"directory": tmp_path / "new", "state": {"a": {}}, **given}
