@@ -21,6 +21,7 @@ from engine.format.forms import without_order
 from engine.format.manifest import Manifest, TensorInfo
 from engine.loaders import make_iterator
 from engine.restore import trial
+from engine.restore.held_optimizers import put_back
 from engine.restore.saved import Saved
 from engine.snapshot import rng, values
 from engine.snapshot.capture import encoded_entry
@@ -93,6 +94,7 @@ class Entries:
         kind = kind_of(entry)
         assert kind is not None, "the state was checked when it was handed over"
         kind.put(entry, value)
+        put_back(entry, value)
         make_iterator(entry)
 
     def _difference(self, key: str, entry: Any) -> str:

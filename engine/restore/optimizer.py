@@ -29,7 +29,7 @@ from engine.snapshot.modules import pointer_of
 from engine.snapshot.optimizer_document import parse
 from engine.snapshot.optimizer_kinds import state_of
 from engine.snapshot.optimizers import OptimizerCapture
-from engine.snapshot.own_state import first_difference, with_parameters
+from engine.snapshot.own_state import first_difference, with_names, with_parameters
 
 
 class OptimizerRestore:
@@ -340,7 +340,9 @@ class OptimizerRestore:
         state.update(extra)
 
     def _extra(self) -> dict[Any, Any]:
-        return {self._saved.decoded(key): self._decoded(value) for key, value in self._document.extra}
+        found = {self._saved.decoded(key): self._decoded(value) for key, value in self._document.extra}
+        named: dict[Any, Any] = with_parameters(found, self._parameters)
+        return named
 
     def _decoded(self, value: Any) -> Any:
         found = self._saved.decoded(value)
@@ -352,7 +354,10 @@ class OptimizerRestore:
         return {saved: self._capture.parameters[live] for live, saved in self._saved_names.items()}
 
     def _check(self, told: Mapping[Any, Any]) -> None:
-        difference = first_difference(self._capture.key, told, self._capture.optimizer.state_dict())
+        # By name: some put the id() of a parameter where others put its position.
+        names = {parameter: name for name, parameter in self._parameters.items()}
+        live = with_names(self._capture.optimizer.state_dict(), names)
+        difference = first_difference(self._capture.key, with_names(told, names), live)
         if difference:
             raise RestoreFailedError(
                 f"after its own load_state_dict, {difference}; the state is undefined now"

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from torch.optim import Optimizer
 
 from engine.snapshot.optimizer_document import OptimizerDocument
-from engine.snapshot.own_state import LIVE_FLAGS
+from engine.snapshot.optimizer_kinds import class_name
 
-_SCHEDULERS_OWN = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-"""Hyperparameters that schedulers add to a group."""
+_TELLING = {"betas", "momentum", "rho", "alpha", "lambd", "etas", "lr_decay", "beta2_decay", "max_iter"}
+"""Hyperparameters that one optimizer of torch has and another lacks."""
 
 
 def match_names(
@@ -58,17 +58,16 @@ def class_difference(key: str, optimizer: Optimizer, document: OptimizerDocument
 
     Another class may have fields of the same names and mean others by them.
     """
-    was, here = document.class_name, type(optimizer).__name__
+    was, here = document.class_name, class_name(optimizer)
     if was:
         return "" if was == here else f"{key}: saved from a {was}, here a {here}"
     # Saved before classes were written down: told by what each cannot do without.
     saved = {name for group in document.groups for name in group}
     live = {name for group in optimizer.param_groups for name in group}
-    lacks = set(optimizer.defaults) - saved - LIVE_FLAGS
-    strange = saved - live - LIVE_FLAGS - _SCHEDULERS_OWN
-    if saved and lacks and strange:
+    lacks, strange = (live - saved) & _TELLING, (saved - live) & _TELLING
+    if lacks and strange:
         return (
-            f"{key}: a {here}, which needs {sorted(lacks)}, saved from another class, which had "
+            f"{key}: a {here}, which has {sorted(lacks)}, saved from another class, which had "
             f"{sorted(strange)}"
         )
     return ""

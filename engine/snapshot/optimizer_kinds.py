@@ -47,6 +47,11 @@ def local_part(optimizer: Optimizer) -> Optimizer | None:
     return inner
 
 
+def class_name(optimizer: Optimizer) -> str:
+    """The class whose state it is: of a ZeroRedundancyOptimizer the one inside, as without it."""
+    return type(local_part(optimizer) or optimizer).__name__
+
+
 def saves_itself(optimizer: Optimizer) -> bool:
     """Whether `state_dict` gives something else than torch's own would."""
     return local_part(optimizer) is None and _overrides(optimizer, "state_dict", _HOOKS[:2])
@@ -102,6 +107,12 @@ def _optimizers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Optimiz
             yield from ((f"{name}.{at}", item) for at, item in pairs if isinstance(item, Optimizer))
 
 
+def keeps_optimizers(entry: Any) -> bool:
+    """Whether an object that is no optimizer has some in its attributes."""
+    plain = isinstance(entry, Optimizer | nn.Module) or not hasattr(entry, "state_dict")
+    return not plain and any(True for _ in _optimizers_in(getattr(entry, "__dict__", {})))
+
+
 def unwrapped(entry: Any) -> Any:
     """The optimizer inside of an object that looks like one and steps it (apex's LARC); else the entry."""
     if isinstance(entry, Optimizer) and not hasattr(entry, "param_groups"):
@@ -130,6 +141,9 @@ def _parameters(groups: Any) -> list[int]:
 
 def check_not_a_state_dict(path: str, entry: Any) -> None:
     """Refuse what `optimizer.state_dict()` returned: it is of one moment, and training goes on without it."""
+    if isinstance(entry, list | tuple):
+        for number, inner in enumerate(entry):
+            check_not_a_state_dict(f"{path}.{number}", inner)
     if not isinstance(entry, Mapping):
         return
     groups = entry.get("param_groups")

@@ -16,7 +16,14 @@ from engine.snapshot.captured import Captured
 from engine.snapshot.composites import is_composite
 from engine.snapshot.modules import ModuleCapture, Slot, in_place, pointer_of
 from engine.snapshot.optimizer_document import OptimizerDocument
-from engine.snapshot.optimizer_kinds import inner_optimizers, loads_itself, local_part, saves_itself, state_of
+from engine.snapshot.optimizer_kinds import (
+    class_name,
+    inner_optimizers,
+    loads_itself,
+    local_part,
+    saves_itself,
+    state_of,
+)
 from engine.snapshot.own_state import beyond_base, with_names
 from engine.snapshot.parameters import ParameterNames, stranger
 
@@ -169,7 +176,7 @@ class OptimizerCapture:
             groups.append({**encoded, "params": names})
         return OptimizerDocument(
             groups=groups,
-            class_name=type(self.optimizer).__name__,
+            class_name=class_name(self.optimizer),
             sharded=local_part(self.optimizer) is not None,
             counters={
                 path: self._encoded(entry.get(field), f"counters.{path}", tensors)
@@ -182,7 +189,7 @@ class OptimizerCapture:
             },
             extra=[
                 [
-                    values.encode(key, f"{self.key}.state", tensors),
+                    values.encode(self._named_key(key), f"{self.key}.state", tensors),
                     self._encoded(state[key], f"extra.{number}", tensors),
                 ]
                 for number, key in enumerate(self._extra)
@@ -210,6 +217,10 @@ class OptimizerCapture:
         if isinstance(value, dict | list | tuple):
             value = with_names(value, self._names)
         return values.encode(value, f"{self.key}.{path}", tensors)
+
+    def _named_key(self, key: Any) -> Any:
+        (found,) = with_names({key: None}, self._names)
+        return found
 
     def _own(self, beyond: Any, tensors: dict[str, torch.Tensor]) -> Any:
         """What its own state_dict() tells, with tensors that are its state's stored once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ LIVE_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
 
 _BASE = ("state", "param_groups")
 _PARAMETER = "<parameter {}>"
+_IDENTITY = "<id of parameter {}>"
 
 
 def beyond_base(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> tuple[dict[Any, Any], bool]:
@@ -65,31 +66,32 @@ def _is_the_same(one: Any, two: Any) -> bool:
 
 
 def with_names(value: Any, names: Mapping[torch.Tensor, str]) -> Any:
-    """The value with parameters that are keys of a dict replaced by text."""
-    if isinstance(value, dict) and any(isinstance(key, torch.Tensor) for key in value):
-        return {
-            _PARAMETER.format(names[key])
-            if isinstance(key, torch.Tensor) and key in names
-            else key: with_names(inner, names)
-            for key, inner in value.items()
-        }
-    if type(value) is dict:
-        return {key: with_names(inner, names) for key, inner in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(with_names(inner, names) for inner in value)
-    return value
+    """The value with parameters that are keys of a dict replaced by text, and so their `id()`s."""
+    by_id = {id(parameter): name for parameter, name in names.items()}
+    return _with_keys(value, lambda key: name_of_key(key, by_id))
+
+
+def name_of_key(key: Any, by_id: Mapping[int, str]) -> Any:
+    """The text for a parameter or its `id()`; any other key as it is."""
+    if isinstance(key, torch.Tensor):
+        return _PARAMETER.format(by_id[id(key)]) if id(key) in by_id else key
+    return _IDENTITY.format(by_id[key]) if type(key) is int and key in by_id else key
 
 
 def with_parameters(value: Any, parameters: Mapping[str, torch.Tensor]) -> Any:
     """Undo `with_names`."""
-    return _with_keys(value, {_PARAMETER.format(name): parameter for name, parameter in parameters.items()})
+    keys: dict[str, Any] = {_PARAMETER.format(name): parameter for name, parameter in parameters.items()}
+    keys |= {_IDENTITY.format(name): id(parameter) for name, parameter in parameters.items()}
+    return _with_keys(value, lambda key: keys.get(key, key) if isinstance(key, str) else key)
 
 
-def _with_keys(value: Any, keys: Mapping[Any, torch.Tensor]) -> Any:
-    if type(value) is dict:
-        return {keys.get(key, key): _with_keys(inner, keys) for key, inner in value.items()}
+def _with_keys(value: Any, replaced: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        pairs = [(key, replaced(key), inner) for key, inner in value.items()]
+        if type(value) is dict or any(new is not key for key, new, _ in pairs):
+            return {new: _with_keys(inner, replaced) for _, new, inner in pairs}
     if type(value) in (list, tuple):
-        return type(value)(_with_keys(inner, keys) for inner in value)
+        return type(value)(_with_keys(inner, replaced) for inner in value)
     return value
 
 

@@ -148,6 +148,16 @@ def test_zero_redundancy_at_the_same_and_another_world_size(
         assert differences(found, undisturbed) == []
 
 
+@pytest.mark.parametrize(("saved_as", "restored_as"), [("zero", "plain"), ("plain", "zero")])
+def test_zero_redundancy_and_plain_optimizers_take_each_others_state(
+    saved_as: str, restored_as: str, world: World, tmp_path: Path
+) -> None:
+    before, after = (2 if how == "zero" else 1 for how in (saved_as, restored_as))
+    undisturbed = world(before).run(save, str(tmp_path), saved_as)[0]
+    for found, _ in world(after).run(resume, str(tmp_path), restored_as):
+        assert differences(found, undisturbed) == []
+
+
 @pytest.mark.parametrize("how", OPTIMIZERS)
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 4)])
 def test_state_is_made_beside_sharded_parameters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -575,3 +576,90 @@ def test_the_destination_makes_state_and_installs_it_at_the_end_only() -> None:
     found.check("it")
     assert found.tensors["optimizer.state.0.weight.exp_avg"].shape == (4, 3)
     assert not two["optimizer"].state
+
+
+class Lookahead(Optimizer):
+    """As the first published ones: slow weights under `id()`s in the state dict, a count in an attribute."""
+
+    def __init__(self, optimizer: Optimizer, k: int = 2) -> None:
+        self.optimizer, self.k, self.count = optimizer, k, 0
+        self.defaults = optimizer.defaults
+        self.param_groups = optimizer.param_groups
+        self.state = collections.defaultdict(dict)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        self.count += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                entry = self.state[parameter]
+                if "slow" not in entry:
+                    entry["slow"] = parameter.detach().clone()
+                if self.count % self.k == 0:
+                    entry["slow"] += 0.5 * (parameter.detach() - entry["slow"])
+                    parameter.data.copy_(entry["slow"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> Any:
+        slow = {id(parameter): entry for parameter, entry in self.state.items()}
+        return {"slow_state": slow, "fast_state": self.optimizer.state_dict(), "count": self.count}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.count = state["count"]
+        self.optimizer.load_state_dict(state["fast_state"])
+        self.param_groups = self.optimizer.param_groups
+        by_id = {id(p): p for group in self.param_groups for p in group["params"]}
+        self.state = collections.defaultdict(dict)
+        self.state.update({by_id[key]: entry for key, entry in state["slow_state"].items()})
+
+
+def test_a_state_dict_with_ids_of_parameters_comes_back() -> None:
+    two = made(lambda m: Lookahead(torch.optim.Adam(m.parameters(), lr=0.1)), steps=3)
+    fresh = made(lambda m: Lookahead(torch.optim.Adam(m.parameters(), lr=0.1)), seed=5)
+    restored(saved_of(two), fresh)
+    assert fresh["optimizer"].count == 3
+    for state in (two, fresh):
+        step(state["model"], state["optimizer"], 2)
+    for one, other in zip(two["model"].parameters(), fresh["model"].parameters(), strict=True):
+        assert same_bits(one, other)
+        slow = [state["optimizer"].state[p]["slow"] for state, p in ((two, one), (fresh, other))]
+        assert same_bits(*slow)
+
+
+def test_state_under_the_id_of_a_parameter_comes_back_under_its_id() -> None:
+    one, two = made(KINDS["SGD"]), made(KINDS["SGD"])
+    one["optimizer"].state[id(one["model"][0].weight)] = torch.ones(2)
+    restored(saved_of(one), two)
+    assert same_bits(two["optimizer"].state[id(two["model"][0].weight)], torch.ones(2))
+    assert len(two["optimizer"].state) == 1
+
+
+class Several:
+    """Steps a list of optimizers: no optimizer itself, and torch casts what it loads."""
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = list(optimizers)
+
+    def state_dict(self) -> Any:
+        return {"all": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: Any) -> None:
+        for optimizer, own in zip(self.optimizers, state["all"], strict=True):
+            optimizer.load_state_dict(own)
+
+
+def test_what_an_object_with_optimizers_inside_loads_is_not_cast() -> None:
+    def make() -> State:
+        module = network().bfloat16()
+        parts = [torch.optim.SGD(part.parameters(), lr=0.1) for part in module]
+        return {"model": module, "optimizers": Several(*parts)}
+
+    one = make()
+    for part, optimizer in zip(one["model"], one["optimizers"].optimizers, strict=True):
+        for parameter in part.parameters():
+            optimizer.state[parameter] = {"moment": torch.rand(parameter.shape), "n": 1}
+    two = restored(saved_of(one), make())
+    assert differences(photograph(two), photograph(one)) == []
+    assert two["optimizers"].optimizers[1].state[two["model"][1].bias]["moment"].dtype == torch.float32
