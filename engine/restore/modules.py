@@ -21,7 +21,7 @@ from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.capture import StateCapture
 from engine.snapshot.metrics import UPDATE_COUNTS
-from engine.snapshot.modules import ABSENT_BUFFERS, COMPOSITES, ModuleCapture
+from engine.snapshot.modules import ABSENT_BUFFERS, COMPOSITES, LATE_BUFFERS, NOTES, ModuleCapture
 from engine.snapshot.state_dicts import asked
 from engine.snapshot.wrappers import places
 
@@ -53,9 +53,10 @@ class Modules:
 
     def prepare(self) -> None:
         """Make what the modules lack. To be called before everything else is looked at."""
-        made = [
-            self._unmade.make(capture.module, partial(self._info, key)) for key, capture in self._modules()
-        ]
+        made = []
+        for key, capture in self._modules():
+            late = self._document(key, None).get(LATE_BUFFERS, ())
+            made.append(self._unmade.make(capture.module, partial(self._info, key), late))
         if any(made):
             self._capture.refresh()
         for key, capture in self._modules():
@@ -63,6 +64,7 @@ class Modules:
             absent = document.pop(ABSENT_BUFFERS, ())
             self._compare_composites(key, capture, document.pop(COMPOSITES, {}))
             self.absent |= {f"{key}.{name}" for name in absent if self._wanted.takes(f"{key}.{name}")}
+            document = {name: value for name, value in document.items() if name not in NOTES}
             self._find_loose(key, capture, document)
             self._compare(key, capture, document)
 
@@ -87,7 +89,8 @@ class Modules:
         for key, capture in self._modules():
             document = self._document(key, self._saved)
             absent = document.pop(ABSENT_BUFFERS, ())
-            document.pop(COMPOSITES, None)
+            for note in NOTES - {UPDATE_COUNTS}:
+                document.pop(note, None)
             mine = [name for name in self.loose if name.startswith(f"{key}.")]
             loose = {name.removeprefix(f"{key}."): self._saved.tensors[name] for name in mine}
             hand_back(key, capture.module, document, loose, strict=self._wanted.strict)
@@ -110,7 +113,7 @@ class Modules:
         return {
             name: value
             for name, value in found.items()
-            if name in (ABSENT_BUFFERS, COMPOSITES) or self._wanted.takes(f"{key}.{name}")
+            if name in NOTES or self._wanted.takes(f"{key}.{name}")
         }
 
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:

@@ -17,7 +17,7 @@ from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
-from engine.snapshot.modules import ABSENT_BUFFERS
+from engine.snapshot.modules import NOTES
 from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
@@ -121,7 +121,7 @@ class _Contents:
         value = self._saved.decoded(document)
         if not fields:
             return value
-        return fields | {name: item for name, item in value.items() if name != ABSENT_BUFFERS}
+        return fields | {name: item for name, item in value.items() if name not in NOTES}
 
 
 def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[str, dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from engine.dcp.dtypes import to_torch
 from engine.format.manifest import TensorInfo
-from engine.snapshot.wrappers import places
+from engine.snapshot.wrappers import Place, places, wrapped_by
 
 
 class Unmade:
@@ -20,13 +20,17 @@ class Unmade:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def make(self, module: nn.Module, info: Callable[[str], TensorInfo | None]) -> bool:
+    def make(
+        self, module: nn.Module, info: Callable[[str], TensorInfo | None], late: Sequence[str]
+    ) -> bool:
         """Make what a module lacks and the checkpoint has. Returns whether there was something to make.
 
         info: dtype and global shape of what is to be read under a canonical name; None for what is not.
+        late: names of buffers that were registered in training.
         """
         before = len(self._undo)
         for place in places(module):
+            self._register(place, [name for name in late if info(name)])
             child = place.module
             for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
                 persistent = name not in child._non_persistent_buffers_set
@@ -43,9 +47,17 @@ class Unmade:
                     self._undo.append(partial(child._buffers.__setitem__, name, None))
         return len(self._undo) > before
 
+    def _register(self, place: Place, late: Sequence[str]) -> None:
+        for full in late:
+            prefix, dot, name = full.rpartition(".")
+            here = prefix + dot == place.name and wrapped_by(place.module) is None
+            if here and not hasattr(place.module, name):
+                place.module.register_buffer(name, None)
+                self._undo.append(partial(delattr, place.module, name))
+
     def abandon(self) -> None:
         """Leave the modules as they were."""
-        for undo in self._undo:
+        for undo in reversed(self._undo):
             undo()
         self._undo.clear()
 

@@ -30,6 +30,7 @@ from engine.snapshot.optimizer_kinds import check_not_a_state_dict, unwrapped
 from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.per_rank import OwnNames, with_names
+from engine.snapshot.state_dicts import buffer_names
 from engine.snapshot.wrappers import unwrapped_optimizer
 
 
@@ -71,6 +72,8 @@ class StateCapture:
                     f"rank0 names {name!r}, which is not in the state, is a module or an optimizer, or is in "
                     "per_rank, too"
                 )
+        modules = {key: entry for key, entry in self.state.items() if isinstance(entry, nn.Module)}
+        self._first_buffers = {key: buffer_names(module) for key, module in modules.items()}
         self.per_rank = frozenset(per_rank)
         self._others: frozenset[str] = frozenset() if rank == 0 else frozenset(rank0)
         """What is rank 0's to save."""
@@ -163,7 +166,7 @@ class StateCapture:
         self._walked_since = True
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
-                self._modules[key] = captured_module(key, entry)
+                self._modules[key] = captured_module(key, entry, self._first_buffers[key])
         names = ParameterNames(self._modules, self.state)
         for key, entry in self.state.items():
             if isinstance(entry, Optimizer):
@@ -202,13 +205,13 @@ def encoded_entry(entry: Any, path: str, tensors: dict[str, torch.Tensor]) -> An
     return values.encode(saved_value(entry), path, tensors, keep_order=True)
 
 
-def captured_module(key: str, module: nn.Module) -> ModuleCapture:
+def captured_module(key: str, module: nn.Module, first_buffers: Mapping[str, bool]) -> ModuleCapture:
     """The module's tensors.
 
     Raises: UnsavableValueError for a tensor of a kind that has no form, where torch only says what it cannot.
     """
     try:
-        return ModuleCapture(key, module)
+        return ModuleCapture(key, module, first_buffers)
     except (RuntimeError, ValueError, NotImplementedError):
         names = (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
         for name, tensor in names:

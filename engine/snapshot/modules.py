@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +15,20 @@ from engine.errors import UnsavableValueError
 from engine.snapshot import values
 from engine.snapshot.captured import Captured
 from engine.snapshot.composites import describe, is_composite, leaves_of
+from engine.snapshot.metrics import UPDATE_COUNTS
 from engine.snapshot.state_dicts import (
-    absent_buffers,
+    buffer_names,
     encode_values,
     has_own_state_dict,
     read_state_dict,
 )
-from engine.snapshot.wrappers import places, refuse_unsavable
+from engine.snapshot.wrappers import refuse_unsavable
 
 Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
 """Where a tensor stands: (holder, key, tensor, the address of its local memory)."""
+
+LATE_BUFFERS = "_late_buffers"
+"""Among a module's values: its buffers that were registered in training; a fresh one has none of them."""
 
 ABSENT_BUFFERS = "_absent_buffers"
 """Among a module's values: its persistent buffers that are None. A fresh module may have a tensor there."""
@@ -32,19 +36,27 @@ ABSENT_BUFFERS = "_absent_buffers"
 COMPOSITES = "_composites"
 """Among a module's values: what its tensors that are made of tensors are besides those (`composites`)."""
 
+NOTES = frozenset({ABSENT_BUFFERS, LATE_BUFFERS, COMPOSITES, UPDATE_COUNTS})
+"""Names among a module's values that are no keys of its state_dict()."""
+
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
 
 class ModuleCapture:
-    """The canonical names of a module's parameters and buffers, and the tensors behind them."""
+    """The canonical names of a module's parameters and buffers, and the tensors behind them.
 
-    def __init__(self, key: str, module: nn.Module) -> None:
+    first_buffers: the names of its buffers when training began.
+    """
+
+    def __init__(self, key: str, module: nn.Module, first_buffers: Container[str] | None = None) -> None:
         refuse_unsavable(key, module)
         self.key = key
         self.module = module
         self.state = read_state_dict(key, module)
         self.value_names = self.state.spelled.keys() - self.state.standing.keys()
-        self._absent = absent_buffers(places(module))
+        buffers_now = buffer_names(module)
+        self._absent = [name for name, is_there in buffers_now.items() if not is_there]
+        self._late = [name for name in buffers_now if first_buffers is not None and name not in first_buffers]
         # Their holders are no dicts, and make new objects whenever they are asked.
         self._scripted = any(isinstance(child, torch.jit.ScriptModule) for child in module.modules())
         self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
@@ -102,6 +114,8 @@ class ModuleCapture:
         """Add what state_dict() holds besides live tensors: extra state, whatever hooks and overrides add."""
         if self._absent:
             self.state.values[ABSENT_BUFFERS] = self._absent
+        if self._late:
+            self.state.values[LATE_BUFFERS] = self._late
         if self._composites:
             self.state.values[COMPOSITES] = self.composites()
         if self.state.values:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.format.layout import Chunk
-from engine.snapshot.modules import ABSENT_BUFFERS
+from engine.snapshot.modules import NOTES
 
 SMALL_BUFFER_BYTES = 64 << 10
 """Each rank's own value of a buffer up to this size is always kept. Of a larger one it is kept once a
@@ -111,8 +111,10 @@ def union_of_values(documents: Sequence[Any]) -> Any:
     for one in documents:
         for name, value in one.items():
             known = union.setdefault(name, value)
-            if name == ABSENT_BUFFERS:
-                union[name] = [*known, *(absent for absent in value if absent not in known)]
+            if name in NOTES and isinstance(value, dict):
+                union[name] = value | known
+            elif name in NOTES:
+                union[name] = [*known, *(more for more in value if more not in known)]
     return union
 
 

@@ -205,14 +205,14 @@ def live_tensors(tree: Iterable[Place]) -> dict[str, torch.Tensor]:
     return found
 
 
-def absent_buffers(tree: Iterable[Place]) -> list[str]:
-    """The canonical names of the persistent buffers that are None."""
-    return [
-        place.name + name
-        for place in tree
+def buffer_names(root: nn.Module) -> dict[str, bool]:
+    """The canonical names of the persistent buffers, and whether there is a tensor and not None."""
+    return {
+        place.name + name: buffer is not None
+        for place in places(root)
         for name, buffer in place.module._buffers.items()
-        if buffer is None and name not in place.module._non_persistent_buffers_set
-    ]
+        if name not in place.module._non_persistent_buffers_set
+    }
 
 
 def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) -> None:

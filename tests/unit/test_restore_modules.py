@@ -490,6 +490,27 @@ def test_a_buffer_that_was_taken_away_in_training_goes(tmp_path: Path) -> None:
     assert same(bits(fresh), bits(model))
 
 
+@pytest.mark.parametrize("wrap", [lambda module: module, nn.DataParallel], ids=["bare", "wrapped"])
+def test_a_buffer_that_was_registered_in_training_comes_back(tmp_path: Path, wrap: Any) -> None:
+    model = wrap(plain())
+    with Checkpointer(tmp_path, {"model": model}) as checkpointer:
+        checkpointer.save(1).result(60)
+        norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm1d))
+        norm.register_buffer("seen", torch.ones(3))
+        checkpointer.save(2).result(60)
+    fresh, other = plain(), nn.Sequential(*plain(), nn.Linear(2, 2))
+    with pytest.raises(StateMismatchError, match=r"model\.2\.weight"):
+        restore(tmp_path, other)
+    assert not hasattr(other[1][0], "seen")
+    with Checkpointer(tmp_path, {"model": fresh}) as checkpointer:
+        checkpointer.restore()
+        checkpointer.save(3).result(60)
+    assert same(bits(fresh), bits(model))
+    third = wrap(plain())
+    restore(tmp_path, third)
+    assert same(bits(third), bits(model))
+
+
 class Queue(nn.Module):
     """A buffer whose length changes; loading takes the saved length."""
 

@@ -380,6 +380,8 @@ def test_no_change_of_structure_goes_unnoticed(
         for found in (second, fresh)
     ]
     assert described[0] == described[1]
+    # Only a capture that has a history knows which buffers came later.
+    second.shared.pop("model", None)
     assert second.shared == fresh.shared
 
 
