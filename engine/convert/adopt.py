@@ -129,7 +129,7 @@ def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str
     step = _step(adopted, found, parts)
     # torch.save keeps the module's own order of parameters, and of a GPT-2 it is known.
     in_order = is_gpt2 or found.kind == "pt" or _put_in_order(adopted, parts)
-    objects = _add_optimizer(adopted, found, parts, in_order=in_order)
+    objects = _add_optimizer(adopted, found, parts, in_order=in_order, wide=is_gpt2)
     local: dict[str, Any] = {}
     if objects and is_gpt2:
         objects |= trainer_objects(step, parts.epoch, parts.config.get("seed", SEED))
@@ -217,7 +217,9 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
             adopted.parameters[name] = Parameter(stored[place.name], info.shape, place.transposed)
     if narrow:
         kinds = " and ".join(narrow)
-        adopted.notes.append(f"its {kinds} weights became F32, which is what the trainer keeps")
+        adopted.notes.append(
+            f"its {kinds} weights became F32, which is what the trainer keeps; so did its optimizer's moments"
+        )
     if gpt2.zeros:
         adopted.notes.append(
             f"{len(gpt2.zeros)} biases that it does not have were added as zeros, which computes the same"
@@ -233,8 +235,14 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
     return config
 
 
-def _add_optimizer(adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool) -> dict[str, Any]:
-    """Add the optimizer's state; returns its JSON by state key, nothing when there is none to use."""
+def _add_optimizer(
+    adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool, wide: bool
+) -> dict[str, Any]:
+    """Add the optimizer's state; returns its JSON by state key, nothing when there is none to use.
+
+    wide: its numbers become float32, as those of the weights did: the moments of an optimizer have the
+    weights' type.
+    """
     if parts.optimizer is None:
         return {}
 
@@ -250,7 +258,8 @@ def _add_optimizer(adopted: Adopted, found: Incoming, parts: Recognised, *, in_o
         return {}
     adopted.left_out += [f"optimizer.{path}" for path in result.left_out]
     for name, tensor in result.tensors.items():
-        adopted.add(f"optimizer.state.{name}", tensor.info, _state_reader(found, tensor))
+        info = TensorInfo("F32", tensor.info.shape) if wide and is_float(tensor.info.dtype) else tensor.info
+        adopted.add(f"optimizer.state.{name}", info, _state_reader(found, tensor))
     return {"optimizer": encode(dict(result.document), "optimizer", {})}
 
 

@@ -24,12 +24,17 @@ def deepspeed_folder(path: Path) -> Path | None:
     """Where a DeepSpeed checkpoint's files lie: in `path`, or in the folder that its file `latest` names."""
     if _is_one(path):
         return path
+    name = latest_folder(path)
+    return path / name if name is not None and _is_one(path / name) else None
+
+
+def latest_folder(path: Path) -> str | None:
+    """The folder that DeepSpeed's file `latest` names, if there is one."""
     latest = path / _LATEST
-    if latest.is_file() and latest.stat().st_size <= _MOST_NAME_BYTES:
-        name = latest.read_text(errors="replace").strip()
-        if name.isprintable() and name not in ("", ".", "..") and "/" not in name and _is_one(path / name):
-            return path / name
-    return None
+    if not latest.is_file() or latest.stat().st_size > _MOST_NAME_BYTES:
+        return None
+    name = latest.read_text(errors="replace").strip()
+    return name if name.isprintable() and name not in ("", ".", "..") and "/" not in name else None
 
 
 def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:

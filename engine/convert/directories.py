@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine.convert.dcp_in import open_dcp
 from engine.convert.deepspeed_in import MODEL as DEEPSPEED_MODEL
-from engine.convert.deepspeed_in import deepspeed_folder, open_deepspeed
+from engine.convert.deepspeed_in import deepspeed_folder, latest_folder, open_deepspeed
 from engine.convert.elsewhere import refuse_elsewhere
 from engine.convert.file_kinds import file_kind
 from engine.convert.opened import Joined, Opened
@@ -73,6 +73,13 @@ def open_directory(path: Path, trust_pickle: bool) -> Opened:
     if len(files) == 1:
         return open_file(files[0], trust_pickle)
     raise ConfigError(_not_understood(path, files))
+
+
+def belongs(path: Path, name: str) -> bool:
+    """Whether a folder inside a directory is read with it."""
+    if name in (_ACCELERATE_DCP, _ACCELERATE_OPTIMIZER):
+        return True
+    return latest_folder(path) == name
 
 
 def _weights(path: Path, trust_pickle: bool) -> Opened | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.convert.directories import open_directory, open_file
+from engine.convert.directories import belongs, open_directory, open_file
 from engine.convert.opened import Kind
 from engine.convert.tensors import Progress, TensorSource, ignore_progress
 from engine.errors import NotFoundError
@@ -74,19 +74,30 @@ def _open(path: Path, what: str, trust_pickle: bool) -> Incoming:
 
 
 def _fetch(storage: Storage, name: str, path: Path, progress: Progress) -> None:
-    """Copy a file, or a directory with all that is below it, out of a store."""
+    """Copy a file, or a directory with those below it that belong to it, out of a store."""
     try:
         storage.size(name)
     except NotFoundError:
-        path.mkdir()
-        for entry in storage.list_dir(name):
-            inner = f"{name}/{entry.name}"
-            if entry.is_dir:
-                _fetch(storage, inner, path / entry.name, progress)
-            else:
-                _fetch_file(storage, inner, path / entry.name, progress)
+        _fetch_directory(storage, name, path, progress)
     else:
         _fetch_file(storage, name, path, progress)
+
+
+def _fetch_directory(storage: Storage, name: str, path: Path, progress: Progress) -> None:
+    path.mkdir()
+    entries = storage.list_dir(name)
+    for entry in entries:
+        if not entry.is_dir:
+            _fetch_file(storage, f"{name}/{entry.name}", path / entry.name, progress)
+    for entry in entries:
+        inner = f"{name}/{entry.name}"
+        if entry.is_dir and belongs(path, entry.name):
+            _fetch_directory(storage, inner, path / entry.name, progress)
+        elif entry.is_dir:
+            # Only what lies there counts: a folder of checkpoints is not fetched to say that it is one.
+            (path / entry.name).mkdir()
+            for other in storage.list_dir(inner):
+                (path / entry.name / other.name).touch()
 
 
 def _fetch_file(storage: Storage, name: str, path: Path, progress: Progress) -> None:

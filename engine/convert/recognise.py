@@ -8,7 +8,7 @@ dicts, and what DCP's `get_state_dict` gives. Whatever else is there is named in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,9 @@ _HOLDERS = ("train_state",)
 """Dicts whose entries count as the checkpoint's own: torchtitan's."""
 
 _MAX_COUNT = 10**18
+
+_SHARDS = ("class DTensor)", "class ShardedTensor)")
+"""How the description of a tensor ends that is one rank's part of a larger one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +196,9 @@ class _Sorting:
 
     def _model(self) -> tuple[dict[str, TensorRef], Names]:
         candidates = [key for key in _MODELS if _has_tensors(self._left.get(key))]
+        for key in _MODELS:
+            if isinstance(self._left.get(key), Mapping):
+                refuse_shards({}, _flat(self._left[key])[1], self._what)
         roots = [key for key, value in self._left.items() if isinstance(value, TensorRef)]
         if candidates:
             return self._take_model(candidates[0], self._left.pop(candidates[0]))
@@ -204,7 +210,9 @@ class _Sorting:
         if len(others) == 1:
             self._notes.append(f"what it holds as {others[0]!r} is taken to be the model")
             return self._take_model(others[0], self._left.pop(others[0]))
-        there = ", ".join(str(key)[:MAX_NAME_BYTES] for key in list(self._left)[:20]) or "nothing"
+        there = ", ".join(
+            str(key)[:MAX_NAME_BYTES] + _described(value) for key, value in list(self._left.items())[:20]
+        )
         raise StateError(
             f"{self._what} holds no model that can be recognised: it has {there}, and no 'model'"
         )
@@ -213,7 +221,7 @@ class _Sorting:
         hugging_face = "architectures" in self._settings
         model, names, others = tensors_by_name(value, self._what, are_the_modules=hugging_face)
         self._also += [f"{key}.{other}" if key else other for other in others]
-        refuse_shards(model, self._what)
+        refuse_shards(model, others, self._what)
         return model, names
 
     def _optimizer(self, names: Names, model: Mapping[str, TensorRef]) -> Mapping[str, Any] | None:
@@ -229,8 +237,14 @@ class _Sorting:
         return None
 
 
-def refuse_shards(model: Mapping[str, TensorRef], what: str) -> None:
+def refuse_shards(model: Mapping[str, TensorRef], others: Sequence[str], what: str) -> None:
     """StateError when the tensors are what a sharding tool leaves in place of a model's own."""
+    shard = next((other for other in others if other.endswith(_SHARDS)), None)
+    if shard is not None:
+        raise StateError(
+            f"{what} holds one rank's shards, not a model: {shard[:120]}. Save it with DCP, or with what "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict gives under full_state_dict=True"
+        )
     flat = next((name for name in model if name.rpartition(".")[2].startswith("_flat_param")), None)
     if flat is not None:
         raise StateError(

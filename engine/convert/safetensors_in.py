@@ -14,7 +14,8 @@ from engine.convert.safetensors_out import INDEX, SINGLE
 from engine.convert.state_tree import TensorRef
 from engine.convert.tensors import row_spans
 from engine.dcp.dtypes import to_torch
-from engine.errors import ConfigError, DamagedError
+from engine.errors import ConfigError, DamagedError, StateError
+from engine.format.dtypes import ITEMSIZES
 from engine.format.json import parse_bounded
 from engine.format.layout import HeaderEntry, header_bytes, parse_header
 from engine.format.manifest import TensorInfo
@@ -112,9 +113,37 @@ def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
     with open(file, "rb") as opened:
         first = opened.read(_FIRST_BYTES)
         raw = first + opened.read(header_bytes(first, size, what=str(file)) - _FIRST_BYTES)
+    header = _plain_header(raw)
+    _refuse_unheld(header, file)
     entries = parse_header(raw, size, what=str(file))
-    metadata = json.loads(raw[_FIRST_BYTES:]).get("__metadata__", {})
+    metadata = header.get("__metadata__", {})
     return entries, metadata if isinstance(metadata, dict) else {}
+
+
+def _plain_header(raw: bytes) -> dict[str, Any]:
+    """The header as JSON; nothing of one that is none, for `parse_header` to say so."""
+    try:
+        header = json.loads(raw[_FIRST_BYTES:])
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _is_tensor(name: str, entry: Any) -> bool:
+    return name != "__metadata__" and isinstance(entry, dict)
+
+
+def _refuse_unheld(header: dict[str, Any], file: Path) -> None:
+    """StateError that names every tensor whose element type no checkpoint holds."""
+    types = {name: entry.get("dtype") for name, entry in header.items() if _is_tensor(name, entry)}
+    unheld = [
+        f"{name} ({kind})" for name, kind in types.items() if isinstance(kind, str) and kind not in ITEMSIZES
+    ]
+    if unheld:
+        raise StateError(
+            f"{file} has tensors of element types that no checkpoint holds: {', '.join(unheld)}. Convert them "
+            "with the tool that wrote it"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file, save_model
 from torch import nn
@@ -22,17 +23,20 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine import Checkpointer, CheckpointRecord
 from engine.catalog.listing import read_manifest
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.export import ExportOptions, export_checkpoint
 from engine.convert.importing import import_checkpoint
+from engine.convert.incoming import incoming
 from engine.convert.tensors import whole
 from engine.errors import ConfigError, DamagedError, StateError
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage
-from tests.support.tiny_gpt2 import new_model
+from tests.support.tiny_gpt2 import new_model, new_optimizer, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -518,3 +522,62 @@ def test_keys_that_were_added_to_an_export_are_named(tmp_path: Path) -> None:
     document = torch.load(tmp_path / "a.pt")
     torch.save({**document, "ema": {"w": torch.ones(2)}}, tmp_path / "b.pt")
     assert "left out: ema" in take(tmp_path / "b.pt")[2]
+
+
+def test_a_ranks_shards_are_no_model(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shard = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+        torch.save({"model": {"a": torch.ones(1), "w": shard}}, tmp_path / "a.pt")
+        with pytest.raises(StateError, match=r"one rank's shards.*w .a tensor of the class DTensor"):
+            take(tmp_path / "a.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_half_precision_moments_become_what_the_trainers_optimizer_has(tmp_path: Path) -> None:
+    model = new_model(seed=3).bfloat16()
+    optimizer = new_optimizer(model)
+    step(model, optimizer)
+    document = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": {"n_head": 2}}
+    torch.save(document, tmp_path / "a.pt")
+    take(tmp_path / "a.pt")
+    other = new_model(seed=4)
+    into = new_optimizer(other)
+    with Checkpointer(tmp_path / "new", {"model": other, "optimizer": into}) as checkpointer:
+        assert checkpointer.restore("latest", exclude=["loader", "schedule"]) is not None
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.float(), two)
+        assert torch.equal(optimizer.state[one]["exp_avg"].float(), into.state[two]["exp_avg"])
+
+
+def test_element_types_that_no_checkpoint_holds_are_named(tmp_path: Path) -> None:
+    header = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header["q"] = {"dtype": "F4", "shape": [2], "data_offsets": [4, 5]}
+    raw = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(5))
+    with pytest.raises(StateError, match=r"no checkpoint holds: q \(F4\)"):
+        take(tmp_path / "a.safetensors")
+
+
+def test_only_what_belongs_to_a_checkpoint_is_fetched(tmp_path: Path) -> None:
+    """A run's folder in a store is refused with the names of its checkpoints, not after fetching them all."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    deepspeed(tmp_path / "ds", net())
+    memory.put(str(tmp_path / "ds"), "/fetching/ds", recursive=True)
+    memory.pipe_file("/fetching/run/checkpoint-3/model.safetensors", bytes(1000))
+    try:
+        record, _ = import_checkpoint("memory://fetching/ds", str(tmp_path / "new"))
+        assert record.step == 40
+        fetched: list[int] = []
+        with (
+            pytest.raises(ConfigError, match="these in it may be: checkpoint-3"),
+            incoming("memory://fetching/run", progress=fetched.append),
+        ):
+            pass
+        assert sum(fetched) == 0
+    finally:
+        memory.rm("/fetching", recursive=True)
