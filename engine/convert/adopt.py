@@ -217,9 +217,8 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
             adopted.parameters[name] = Parameter(stored[place.name], info.shape, place.transposed)
     if narrow:
         kinds = " and ".join(narrow)
-        adopted.notes.append(
-            f"its {kinds} weights became F32, which is what the trainer keeps; so did its optimizer's moments"
-        )
+        moments = "" if parts.optimizer is None else "; so did its optimizer's moments"
+        adopted.notes.append(f"its {kinds} weights became F32, which is what the trainer keeps{moments}")
     if gpt2.zeros:
         adopted.notes.append(
             f"{len(gpt2.zeros)} biases that it does not have were added as zeros, which computes the same"

@@ -210,8 +210,9 @@ class _Sorting:
         if len(others) == 1:
             self._notes.append(f"what it holds as {others[0]!r} is taken to be the model")
             return self._take_model(others[0], self._left.pop(others[0]))
-        there = ", ".join(
-            str(key)[:MAX_NAME_BYTES] + _described(value) for key, value in list(self._left.items())[:20]
+        entries = list(self._left.items())[:20]
+        there = (
+            ", ".join(str(key)[:MAX_NAME_BYTES] + _described(value) for key, value in entries) or "nothing"
         )
         raise StateError(
             f"{self._what} holds no model that can be recognised: it has {there}, and no 'model'"

@@ -141,8 +141,8 @@ def _refuse_unheld(header: dict[str, Any], file: Path) -> None:
     ]
     if unheld:
         raise StateError(
-            f"{file} has tensors of element types that no checkpoint holds: {', '.join(unheld)}. Convert them "
-            "with the tool that wrote it"
+            f"{file} has tensors of element types that no checkpoint holds: {', '.join(unheld)}. Convert "
+            "them with the tool that wrote it"
         )
 
 
