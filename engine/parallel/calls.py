@@ -21,6 +21,8 @@ from engine.parallel.coordination import Channel
 
 SAVE, PREPARE, RESTORE = "save", "prepare", "restore"
 
+_CANCELLED = "cancelled"
+
 ALL_RANKS = "every rank has to make the same calls in the same order"
 
 
@@ -102,6 +104,8 @@ class Calls:
 
     def decide(self, request: Request, terms: Mapping[str, Any]) -> Call:
         """Give rank 0's word on the call that it is making."""
+        if self._begun is not None and self._begun.request != request:
+            self.cancel(f"it has gone on to {request}")
         begun, self._begun = self._begun, None
         if begun is None:
             return self._announce(request, terms)
@@ -110,11 +114,19 @@ class Calls:
         self._announced.append(key)
         return Call(begun.number, request, terms)
 
+    def cancel(self, why: str) -> None:
+        """Rank 0 makes nothing of the call that it has begun, if there is one."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self.channel.broadcast(_terms_key(begun.number), canonical_bytes({_CANCELLED: why}), 0)
+            self._announced.append(_terms_key(begun.number))
+            end_call(self.channel, begun)
+
     def join(self, request: Request) -> Call:
         """Wait for rank 0's word on the call that this rank is making.
 
         Raises: LateRanksError when rank 0 does not come to it in time; CoordinationError at once when rank 0
-            is past it.
+            is past it, or has given it up.
         """
         deadline = self.clock() + self.timeout_secs
         missed: Call | None = None
@@ -163,7 +175,10 @@ class Calls:
         if call.terms is not None:
             return call
         raw = self.channel.broadcast(_terms_key(call.number), None, self.patience_secs + self.timeout_secs)
-        return Call(call.number, call.request, parse_canonical(raw, what="rank 0's word"))
+        terms = parse_canonical(raw, what="rank 0's word")
+        if _CANCELLED in terms:
+            raise CoordinationError(f"rank 0 gave {call.request} up: {terms[_CANCELLED]}")
+        return Call(call.number, call.request, terms)
 
     def _alone(self, request: Request, missed: Call | None) -> LateRanksError:
         last = "" if missed is None else f" (it was last at {missed.request})"

@@ -168,7 +168,11 @@ class Saver:
     def settle(self, request: Request) -> None:
         """Have no save in flight before a call of all ranks that bears none."""
         self._begin(request)
-        self.wait()
+        try:
+            self.wait()
+        except BaseException as error:
+            self.calls.cancel(str(error) or type(error).__name__)
+            raise
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save in flight, whatever its outcome. Raises: as `Flight.wait`."""

@@ -129,6 +129,34 @@ def test_what_rank_0_decides_after_waiting_reaches_all() -> None:
     assert [call.term("go") for call in on_ranks(3, work)] == [True] * 3
 
 
+def test_a_call_that_rank_0_gives_up_holds_nobody() -> None:
+    ranks = Ranks()
+    ranks.zero.begin(Request(RESTORE, "latest"))
+    waiting = ranks.store.values["call/1"]
+    ranks.zero.cancel("the save before hangs")
+    ranks.zero.cancel("there is nothing to give up now")
+    decided = ranks.zero.decide(save(2), {"go": True})
+    assert ranks.one.join(save(2)) == decided
+    assert ranks.missed == []
+    # One that had read of it before hears why.
+    ranks.store.values["call/1"] = waiting
+    ranks.one._number = 0
+    with pytest.raises(CoordinationError, match="gave the restore of 'latest' up: the save before hangs"):
+        ranks.one.join(Request(RESTORE, "latest"))
+
+
+def test_the_terms_of_another_call_are_never_taken() -> None:
+    """Rank 0 was interrupted while it waited, and makes another call."""
+    ranks = Ranks()
+    ranks.zero.begin(save(1))
+    decided = ranks.zero.decide(save(2), {"go": True})
+    assert decided.number == 2
+    with pytest.raises(LateRanksError):
+        ranks.one.join(save(3))
+    ranks.one._number = 0
+    assert ranks.one.join(save(2)) == decided
+
+
 def test_what_all_have_read_is_forgotten_and_nothing_later() -> None:
     store = MemoryStore()
     zero = Calls(Channel(0, 2, store), 5, 5)
