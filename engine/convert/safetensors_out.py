@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.convert.tensors import Progress, raw_bytes
-from engine.format.dtypes import itemsize
+from engine.format.dtypes import header_sizes, itemsize
 from engine.format.manifest import TensorInfo
 
 SHARD_BYTES = 5_000_000_000
@@ -80,7 +80,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
         end = begin + entry.info.tensor_bytes
         document[entry.name] = {
             "dtype": entry.info.dtype,
-            "shape": list(entry.info.shape),
+            "shape": list(header_sizes(entry.info.dtype, entry.info.shape)),
             "data_offsets": [begin, end],
         }
         begin = end

@@ -27,6 +27,7 @@ _TO_TORCH: dict[str, torch.dtype] = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F4": torch.float4_e2m1fn_x2,
 }
 _FROM_TORCH = {dtype: name for name, dtype in _TO_TORCH.items()}
 

@@ -1,6 +1,7 @@
 """The element types of safetensors that the format uses, by their names there.
 
-Types of less than a byte are left out: a chunk's begin could fall inside a byte.
+Types of less than a byte are left out: a chunk's begin could fall inside a byte. `F4` comes in pairs, as in
+torch: an element is a byte of two values, and only a safetensors header counts the values.
 """
 
 from __future__ import annotations
@@ -27,8 +28,32 @@ ITEMSIZES: dict[str, int] = {
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
+    "F4": 1,
 }
 """Bytes of one element, by safetensors name."""
+
+_VALUES_EACH = {"F4": 2}
+"""Values in one element, where a header counts values."""
+
+
+def header_sizes(dtype: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a safetensors header gives of these sizes. ValueError for a scalar of pairs."""
+    each = _VALUES_EACH.get(dtype, 1)
+    if each == 1:
+        return sizes
+    if not sizes:
+        raise ValueError(f"a scalar of {dtype} has no shape in safetensors: give it one dimension")
+    return (*sizes[:-1], sizes[-1] * each)
+
+
+def sizes_of_header(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of `header_sizes`. DamagedError for values that do not come in whole elements."""
+    each = _VALUES_EACH.get(dtype, 1)
+    if each == 1:
+        return shape
+    if not shape or shape[-1] % each:
+        raise DamagedError(f"{dtype} {list(shape)} does not come in whole bytes")
+    return (*shape[:-1], shape[-1] // each)
 
 
 def itemsize(dtype: str) -> int:

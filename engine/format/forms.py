@@ -47,7 +47,7 @@ FORMS: dict[str, int] = {
 }
 """Form -> the version that brought it. A `$` key that is not listed here is damage."""
 
-DTYPES: dict[str, int] = {}
+DTYPES: dict[str, int] = {"F4": 2}
 """Element type -> the version that brought it, where that is not the first."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.errors import DamagedError, StateError
-from engine.format.dtypes import ITEMSIZES, itemsize
+from engine.format.dtypes import ITEMSIZES, header_sizes, itemsize, sizes_of_header
 from engine.format.fields import Fields, are_extents
 from engine.format.json import canonical_bytes, parse_bounded, unique_pairs
 from engine.format.names import parse_shard_file, shard_file
@@ -118,6 +118,8 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name[:40]!r} cannot name a tensor")
     if dtype not in ITEMSIZES:
         raise ValueError(f"tensor {name!r}: unknown element type {str(dtype)[:40]!r}")
+    if dtype == "F4" and not shape:
+        raise ValueError(f"tensor {name!r}: a scalar of F4 has no shape in safetensors")
     if len(shape) > MAX_DIMS or not are_extents(shape):
         raise ValueError(f"tensor {name!r}: {str(shape)[:200]} is not a shape of up to {MAX_DIMS} dimensions")
 
@@ -182,7 +184,8 @@ def _header(chunks: list[Chunk]) -> bytes:
     for chunk in chunks:
         end = position + chunk.chunk_bytes
         span = [position, end]
-        document[chunk.name] = {"dtype": chunk.dtype, "shape": list(chunk.sizes), "data_offsets": span}
+        shape = list(header_sizes(chunk.dtype, chunk.sizes))
+        document[chunk.name] = {"dtype": chunk.dtype, "shape": shape, "data_offsets": span}
         position = end
     text = canonical_bytes(document)
     padded_bytes = -(-(_LENGTH_BYTES + len(text)) // ALIGN_BYTES) * ALIGN_BYTES - _LENGTH_BYTES
@@ -242,6 +245,7 @@ def _entry(name: str, value: object, data_begin: int, what: str) -> HeaderEntry:
     dtype, sizes = fields.text("dtype"), fields.integers("shape", most_items=MAX_DIMS)
     span = fields.integers("data_offsets", most_items=2)
     fields.finish()
+    sizes = sizes_of_header(dtype, sizes)
     if len(span) != 2 or span[1] - span[0] != math.prod(sizes) * itemsize(dtype):
         raise DamagedError(f"{what}: {name[:80]!r} is {dtype} {list(sizes)} in the byte range {list(span)}")
     return HeaderEntry(dtype, sizes, data_begin + span[0], data_begin + span[1])

@@ -223,6 +223,7 @@ TENSORS = {
     "f16": torch.randn(7).to(torch.float16),
     "f8": torch.randn(7).to(torch.float8_e4m3fn),
     "f8-fnuz": torch.randn(7).to(torch.float8_e5m2fnuz),
+    "f4": torch.arange(6, dtype=torch.uint8).view(2, 3).view(torch.float4_e2m1fn_x2),
     "f8-e8m0": torch.ones(7).to(torch.float8_e8m0fnu),
     "c64": torch.randn(7, dtype=torch.complex64),
     "i64": torch.tensor([2**63 - 1, -(2**63)]),

@@ -135,7 +135,7 @@ def test_safetensors_knows_every_dtype(tmp_path: Path, dtype: str) -> None:
     (tmp_path / "x").write_bytes(file_of(planned))
     with safe_open(tmp_path / "x", "np") as file:
         assert file.get_slice("x").get_dtype() == dtype
-        assert file.get_slice("x").get_shape() == [3]
+        assert file.get_slice("x").get_shape() == [6 if dtype == "F4" else 3]
 
 
 def test_stock_dcp_finds_global_shapes_and_chunks(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ HOSTILE = {
     "no entries": raw_file({}),
     "entry is a list": raw_file({"a": [GOOD]}),
     "no dtype": raw_file({"a": {"shape": [4], "data_offsets": [0, 16]}}),
-    "unknown dtype": raw_file({"a": {**GOOD, "dtype": "F4"}}),
+    "unknown dtype": raw_file({"a": {**GOOD, "dtype": "F6_E2M3"}}),
     "dtype is a list": raw_file({"a": {**GOOD, "dtype": ["F32"]}}),
     "unknown field": raw_file({"a": {**GOOD, "code": "x"}}),
     "shape too large": raw_file({"a": {**GOOD, "shape": [5]}}),
@@ -297,5 +297,20 @@ def test_sizes_agree_with_the_table() -> None:
     for dtype in ITEMSIZES:
         item = chunk("x", dtype, (7, 3))
         assert item.chunk_bytes == math.prod((7, 3)) * itemsize(dtype)
-    with pytest.raises(DamagedError, match="F4"):
-        itemsize("F4")
+    with pytest.raises(DamagedError, match="F6_E2M3"):
+        itemsize("F6_E2M3")
+
+
+def test_f4_is_counted_in_values_by_headers_alone() -> None:
+    (planned,) = plan_files(0, [chunk("x", "F4", (2, 3))])
+    entry = parse_header(file_of(planned), planned.file_bytes)["x"]
+    assert (entry.sizes, entry.end - entry.begin) == ((2, 3), 6)
+    text = planned.header[8:].decode().rstrip()
+    assert json.loads(text)["x"]["shape"] == [2, 6]
+    for bad in ([2, 5], []):
+        broken = {"x": {"dtype": "F4", "shape": bad, "data_offsets": [0, 6]}}
+        raw = json.dumps(broken).encode().ljust(64)
+        with pytest.raises(DamagedError, match="whole bytes"):
+            parse_header(struct.pack("<Q", 64) + raw + bytes(6), 78)
+    with pytest.raises(ValueError, match="a scalar of F4"):
+        chunk("x", "F4", ())
