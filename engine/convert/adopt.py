@@ -82,11 +82,15 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
                 add(f"{key}.{name}", ref)
     for key in marker["optimizers"]:
         names = _group_names(marker["objects"].get(key))
+        known = set(names)
         for parameter, fields in tree[key].get("state", {}).items():
             name = names[parameter] if isinstance(parameter, int) and parameter < len(names) else parameter
+            if name not in known or not isinstance(fields, Mapping):
+                continue  # under no parameter: among the values
             for field_name, ref in fields.items():
-                if isinstance(ref, TensorRef):
-                    add(f"{key}.state.{name}.{field_name}", ref)
+                full = f"{key}.state.{name}.{field_name}"
+                if isinstance(ref, TensorRef) and full not in tree.get(EXTRA, {}):
+                    add(full, ref)
     for name, ref in tree.get(EXTRA, {}).items():
         add(name, ref)
     needed = [*tensor_names(marker["objects"]), *tensor_names(marker["local"])]

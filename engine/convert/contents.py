@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import StateError
 from engine.format.manifest import Manifest
+from engine.restore.optimizer_names import split_path
 from engine.snapshot.captured import PER_RANK_PREFIX
 from engine.snapshot.optimizer_document import is_optimizer
 from engine.snapshot.values import tensor_names
@@ -22,10 +24,12 @@ class Contents:
 
     modules: key -> {name in the module: name in the checkpoint}, tied weights under all of their names.
     optimizers: key -> parameter name -> field ("exp_avg") -> name in the checkpoint.
+    inside: names in the checkpoint of the tensors of optimizers inside of others.
     """
 
     modules: Mapping[str, Mapping[str, str]]
     optimizers: Mapping[str, Mapping[str, Mapping[str, str]]]
+    inside: tuple[str, ...] = ()
 
 
 def contents_of(manifest: Manifest) -> Contents:
@@ -33,6 +37,8 @@ def contents_of(manifest: Manifest) -> Contents:
     optimizers: dict[str, dict[str, dict[str, str]]] = {
         key: {} for key, value in manifest.objects.items() if is_optimizer(value)
     }
+    parameters = {key: _parameters(manifest.objects[key]) for key in optimizers}
+    inside = []
     modules: dict[str, dict[str, str]] = {}
     values = {name for value in manifest.objects.values() for name in tensor_names(value)}
     for name in (*manifest.tensors, *manifest.aliases):
@@ -42,9 +48,16 @@ def contents_of(manifest: Manifest) -> Contents:
         if key not in optimizers:
             modules.setdefault(key, {})[rest] = manifest.aliases.get(name, name)
         elif rest.startswith("state."):
-            parameter, _, field = rest.removeprefix("state.").rpartition(".")
+            parameter, field = split_path(rest.removeprefix("state."), parameters[key])
             optimizers[key].setdefault(parameter, {})[field] = manifest.aliases.get(name, name)
-    return Contents(modules, optimizers)
+        else:
+            inside.append(name)
+    return Contents(modules, optimizers, tuple(inside))
+
+
+def _parameters(document: Any) -> set[str]:
+    groups = (group.get("params", ()) for group in document["param_groups"] if isinstance(group, dict))
+    return {str(name) for names in groups for name in names}
 
 
 def main_module(contents: Contents, what: str) -> str:

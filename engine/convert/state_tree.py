@@ -19,6 +19,7 @@ from engine.convert.tensors import converted
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, encode_metric
 from engine.format.manifest import Manifest, TensorInfo
+from engine.restore.optimizer_names import split_path
 from engine.snapshot.captured import RNG_KEY
 from engine.snapshot.values import decode, tensor_names
 
@@ -130,10 +131,16 @@ def _optimizer(
         parameter: {field: refs.value(name) for field, name in names.items()}
         for parameter, names in fields.items()
     }
+    parameters = {str(name) for group in document["param_groups"] for name in group["params"]}
     for path, value in document.get("counters", {}).items():
-        parameter, _, field = path.rpartition(".")
+        parameter, field = split_path(path, parameters)
         state.setdefault(parameter, {})[field] = value
-    return {"state": state, "param_groups": document["param_groups"]}
+    more = document.get("more", {})
+    state |= more.get("entries", {})
+    # A number would be taken for that of a parameter.
+    state |= {name: value for name, value in more.get("extra", ()) if isinstance(name, str)}
+    own = more.get("own") if not more.get("own_whole") else None
+    return {**(own or {}), "state": state, "param_groups": document["param_groups"]}
 
 
 def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
@@ -143,8 +150,10 @@ def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
     for group in optimizer["param_groups"]:
         own = [numbers.setdefault(name, len(numbers)) for name in group["params"]]
         groups.append({**group, "params": own})
-    state = {numbers[name]: fields for name, fields in optimizer["state"].items() if name in numbers}
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    found = optimizer["state"]
+    state = dict(sorted((numbers[name], fields) for name, fields in found.items() if name in numbers))
+    state |= {name: value for name, value in found.items() if name not in numbers}
+    return {**optimizer, "state": state, "param_groups": groups}
 
 
 def _other_values(manifest: Manifest, contents: Contents, refs: _Refs) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def _marker(
     manifest = source.manifest
     local = {} if model_only else dict(source.indexes[0].local)
     objects = {} if model_only else dict(manifest.objects)
-    names = [*tensor_names(objects), *tensor_names(local)]
+    names = [*tensor_names(objects), *tensor_names(local), *(() if model_only else contents.inside)]
     document = {
         "version": 1,
         "id": manifest.id,

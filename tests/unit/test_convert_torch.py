@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from engine import Checkpointer
 from engine.convert.diff import diff_checkpoints
 from engine.convert.export import ExportOptions, export_checkpoint
 from engine.convert.importing import import_checkpoint
@@ -112,6 +114,40 @@ def test_importing_it_gives_the_same_checkpoint(
     assert len(found.common) > 80
     assert (found.values, notes) == ((), ())
     assert (record.reasons, record.step, record.tokens) == (("import",), 2, 48)
+
+
+class Around(torch.optim.SGD):
+    """Keeps another optimizer, and state of every kind."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.base_optimizer = torch.optim.SGD(self.param_groups)
+        first, second = self.param_groups[0]["params"]
+        self.state["global"] = {"count": 3, "ema": torch.arange(3.0)}
+        self.state[5] = [torch.ones(2)]
+        self.state[first] = {0: {"exp_avg": torch.full((2,), 2.0)}, 1: torch.zeros(1)}
+        self.state[second] = {"a.b": torch.ones(2), "history": [torch.zeros(2), None]}
+
+
+def test_everything_that_an_optimizer_keeps_survives_export_and_import(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = Around(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.base_optimizer.step()
+    with Checkpointer(tmp_path / "run", {"model": model, "optimizer": optimizer}) as checkpointer:
+        id = checkpointer.save(1).result(60).id
+    export_checkpoint(
+        LocalStorage(tmp_path / "run"), id, str(tmp_path / "out"), ExportOptions(format="torch")
+    )
+    found = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+    assert found["global"]["count"] == 3
+    assert found[0][0]["exp_avg"].tolist() == [2, 2]
+    record, _ = import_checkpoint(str(tmp_path / "out"), str(tmp_path / "new"))
+    difference = diff_checkpoints(
+        (LocalStorage(tmp_path / "run"), id), (LocalStorage(tmp_path / "new"), record.id)
+    )
+    assert difference.same
+    assert any(".inner.base_optimizer.state." in tensor.name for tensor in difference.common)
 
 
 DTYPES = {
