@@ -99,7 +99,7 @@ def test_e_a_value_that_should_be_the_same_and_is_not_is_an_error(root: Path) ->
 
         for outcome in world.each(save):
             assert isinstance(outcome, SaveFailedError)
-            assert "counter differs on rank 1" in str(outcome)
+            assert "counter.step differs on rank 1: 1 there, 0 on rank 0" in str(outcome)
         world.settle()
         assert committed_steps(root) == {}
 
@@ -143,8 +143,8 @@ def test_h_a_resharded_load_reads_little_more_than_it_needs(
         "engine.restore.restorer.read_slices",
         lambda *args, **given: stats.append(real(*args, **given)) or stats[-1],
     )
-    with job(root, 2, per_rank=()) as world:
-        world.save(1)
+    with job(root, 2, per_rank=(), check_replicas="off") as world:  # each rank's own values differ
+        assert not any(isinstance(outcome, BaseException) for outcome in world.save(1))
     with job(root, 4, per_rank=(), read_only=True) as world:
         world.restore()
         for rank in world.ranks:

@@ -76,7 +76,7 @@ def test_a_holder_that_sleeps_at_any_operation_cannot_commit_nor_harm(
             thread, outcomes = paused_save(sleeper, step + 1)
             saver = sleeper.ranks[0].ckpt._saver
             assert saver is not None
-            while not asleep.wait(0.005) and (thread.is_alive() or saver.writing):
+            while not asleep.wait(0.005) and (thread.is_alive() or saver.flight.writing):
                 pass
             fired = bool(target.fired)
             with job(root, 1) as winner:
