@@ -215,6 +215,14 @@ class Saver:
         if failure is not None:
             self._announce(request, "raise", cause=str(failure))
             raise failure
+        if self.capture.asks_together:
+            # The others look now, too, and what they find is said while planning.
+            self._forget_decisions()
+            call = self._announce(request, "go", replan=True)
+            self._read_by_all = self.calls.mark()
+            moment = self._look()
+            moment.planning = True
+            return call, moment
         moment = self._look()
         # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
         # After a failed save some rank may have none: it ran out of memory, or was refused.

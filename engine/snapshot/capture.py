@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.dcp.savable import check_savable
@@ -30,7 +31,7 @@ from engine.snapshot.optimizer_kinds import check_not_a_state_dict, unwrapped
 from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.per_rank import OwnNames, with_names
-from engine.snapshot.state_dicts import buffer_names
+from engine.snapshot.state_dicts import buffer_names, has_own_state_dict
 from engine.snapshot.wrappers import unwrapped_optimizer
 
 
@@ -85,6 +86,7 @@ class StateCapture:
         self._optimizers: dict[str, OptimizerCapture] = {}
         self._fixed = Captured()
         self._walked_since = True
+        self._together: bool | None = None
 
     def capture(self) -> Captured:
         """The state as it is now. Tensors are live: copy them before training goes on.
@@ -149,6 +151,15 @@ class StateCapture:
         self._walked_since = False
         return self._fixed
 
+    @property
+    def asks_together(self) -> bool:
+        """Whether all ranks have to ask for a state_dict() at one moment: its hooks may gather shards."""
+        if self._together is None:
+            modules = [entry for entry in self.state.values() if isinstance(entry, nn.Module)]
+            sharded = [m for m in modules if any(isinstance(p, DTensor) for p in m.parameters())]
+            self._together = any(has_own_state_dict(module) for module in sharded)
+        return self._together
+
     def make_ready(self) -> None:
         """See that modules and optimizers are as last walked, and can be written into."""
         walked = len(self._modules) + len(self._optimizers) > 0
@@ -164,6 +175,7 @@ class StateCapture:
         """Walk every module and optimizer anew."""
         # What was kept for `capture` may be of another walk: a restore gives optimizers their state.
         self._walked_since = True
+        self._together = None
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
                 self._modules[key] = captured_module(key, entry, self._first_buffers[key])

@@ -285,16 +285,27 @@ def _is_copy(value: Any, live: torch.Tensor) -> bool:
     """Whether a value is what one gets by copying the live tensor, perhaps into a smaller dtype."""
     if not isinstance(value, torch.Tensor) or value.shape != live.shape:
         return False
-    if isinstance(value, DTensor) != isinstance(live, DTensor):
-        return False
-    if isinstance(value, DTensor) and isinstance(live, DTensor):
-        if (value.placements, value.device_mesh) != (live.placements, live.device_mesh):
+    if isinstance(value, DTensor):
+        if not isinstance(live, DTensor) or _spread(value) != _spread(live):
             return False
         value, live = value.to_local(), live.to_local()
+    elif isinstance(live, DTensor):  # gathered, perhaps: every rank compares what it holds of it
+        chunks = live.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        if len(chunks) != 1:
+            return False
+        for dim, (begin, size) in enumerate(zip(chunks[0].offsets, chunks[0].sizes, strict=True)):
+            value = value.narrow(dim, begin, size)
+        live = live.to_local()
+        if value.shape != live.shape:
+            return False
     plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided for t in (value, live))
     if not plain or value.is_quantized or live.is_quantized:
         return False
     return torch.equal(_bytes(live.to(value.device, value.dtype)), _bytes(value))
+
+
+def _spread(tensor: DTensor) -> Any:
+    return tensor.placements, tensor.device_mesh
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,34 @@ def test_copies_that_a_hook_hands_out_are_not_what_is_saved(
     sharded: bool, world: World, tmp_path: Path
 ) -> None:
     assert world(2).run(halving, str(tmp_path), sharded) == [True] * 2
+
+
+def gathering(rank: int, world_size: int, directory: str) -> Any:
+    def gather(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, tensor in list(state.items()):
+            state[name] = plain(tensor)
+
+    def build(seed: int) -> Any:
+        found = fsdp2(seed)
+        found.register_state_dict_post_hook(gather)
+        return found
+
+    wrapped, fresh = build(1), build(2)
+    with Checkpointer(directory, {"model": wrapped}) as checkpointer:
+        checkpointer.save(1).result(60)
+        record = checkpointer.save(2).result(60)
+        manifest = json.loads(Path(directory, record.id, "manifest.json").read_bytes())
+        stored = {name for name in manifest["tensors"] if name.startswith("model.")}
+    with Checkpointer(directory, {"model": fresh}, read_only=True) as checkpointer:
+        checkpointer.restore()
+    return stored, equal(*[[plain(p).detach() for p in one.parameters()] for one in (fresh, wrapped)])
+
+
+def test_a_hook_may_gather_shards_which_are_stored_once(world: World, tmp_path: Path) -> None:
+    """All ranks ask for state_dict() at one moment: its collectives would wait for each other otherwise."""
+    for names, same in world(2).run(gathering, str(tmp_path)):
+        assert same
+        assert names == {f"model.{name}" for name in model(1).state_dict()}
 
 
 def averaging(rank: int, world_size: int, directory: str) -> Any:
