@@ -27,7 +27,7 @@ from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.snapshot.in_place import generator_kind, kind_of, saved_value
 from engine.snapshot.modules import ModuleCapture, take_ties_out
-from engine.snapshot.optimizer_kinds import check_not_a_state_dict, unwrapped
+from engine.snapshot.optimizer_kinds import check_optimizers_stand_alone, unwrapped
 from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.per_rank import OwnNames, with_names
@@ -62,7 +62,7 @@ class StateCapture:
                     "tensors, arrays, dicts, lists, sets, deques or random number generators. A single "
                     "value goes into a dict"
                 )
-            check_not_a_state_dict(name, state[name])
+            check_optimizers_stand_alone(name, state[name])
         for name in per_rank:
             if name not in state:
                 raise UnsavableValueError(f"per_rank names {name!r}, which is not in the state")

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 
 from engine.errors import UnsavableValueError
 
+_DEPTH = 4
+"""How deep optimizers are looked for inside of dicts and lists."""
+
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
@@ -139,18 +142,26 @@ def _parameters(groups: Any) -> list[int]:
     return [id(parameter) for group in groups for parameter in group["params"]]
 
 
-def check_not_a_state_dict(path: str, entry: Any) -> None:
-    """Refuse what `optimizer.state_dict()` returned: it is of one moment, and training goes on without it."""
-    if isinstance(entry, list | tuple):
-        for number, inner in enumerate(entry):
-            check_not_a_state_dict(f"{path}.{number}", inner)
-    if not isinstance(entry, Mapping):
-        return
-    groups = entry.get("param_groups")
-    if "state" in entry and isinstance(groups, list) and all(isinstance(group, Mapping) for group in groups):
+def check_optimizers_stand_alone(path: str, entry: Any, depth: int = 0) -> None:
+    """Refuse an optimizer inside of a dict or list, and what `optimizer.state_dict()` returned.
+
+    The latter is of one moment, and training goes on without it.
+    """
+    if depth and isinstance(entry, Optimizer):
         raise UnsavableValueError(
-            f"{path} is the state_dict() of an optimizer, which goes stale as training goes on and cannot be "
-            f"restored; hand over the optimizer itself: {{{path.rpartition('.')[2]!r}: optimizer}}"
+            f"{path} is an optimizer inside of a dict or list; give each optimizer a key of its own in the "
+            f"state: {{{path.replace('.', '_')!r}: optimizer}}"
         )
-    for name, inner in entry.items():
-        check_not_a_state_dict(f"{path}.{name}", inner)
+    if depth > _DEPTH or not isinstance(entry, Mapping | list | tuple):
+        return
+    if isinstance(entry, Mapping):
+        groups = entry.get("param_groups")
+        if "state" in entry and isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
+            raise UnsavableValueError(
+                f"{path} is the state_dict() of an optimizer, which goes stale as training goes on and "
+                "cannot be restored; hand over the optimizer itself: "
+                f"{{{path.rpartition('.')[2]!r}: optimizer}}"
+            )
+    items = entry.items() if isinstance(entry, Mapping) else enumerate(entry)
+    for name, inner in items:
+        check_optimizers_stand_alone(f"{path}.{name}", inner, depth + 1)

@@ -401,6 +401,19 @@ def test_a_state_dict_in_place_of_the_optimizer_is_refused_at_construction(neste
         StateCapture({"model": state["model"], **entry}, (), 0)
 
 
+@pytest.mark.parametrize("entry", [list, lambda found: {"a": found[0]}], ids=["list", "dict"])
+def test_optimizers_inside_of_a_list_or_dict_are_refused_at_construction(entry: Any) -> None:
+    state = made(KINDS["SGD"])
+    with pytest.raises(UnsavableValueError, match="give each optimizer a key of its own"):
+        StateCapture({"model": state["model"], "optimizers": entry([state["optimizer"]])}, (), 0)
+
+
+def test_a_list_that_holds_itself_is_not_walked_for_ever() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    StateCapture({"values": endless}, (), 0)
+
+
 def tied(share: bool) -> State:
     torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
