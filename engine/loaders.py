@@ -96,11 +96,15 @@ class ReshardableLoader:
 
 
 def make_iterator(entry: Any) -> None:
-    """Have a StatefulDataLoader that was just restored make its iterator now.
+    """Have a StatefulDataLoader make its iterator now, unless it has one; does nothing to other objects.
 
-    It would do so at the next `iter`, and draw from the global generator then. Made before the generators
-    come back, the draw is undone with them, as if the iterator had been there all the time.
+    It would do so when it is asked for its state, or at the next `iter`, and draw from its generator then,
+    which may be the global one. Made before the generators are captured, the draw is in what is saved. Made
+    before they come back, it is undone with them, as if the iterator had been there all the time.
     """
     loader = entry.loader if isinstance(entry, ReshardableLoader) else entry
-    if type(loader).__module__.partition(".")[0] == "torchdata":
+    if type(loader).__module__.partition(".")[0] != "torchdata":
+        return
+    # Underscored, but to ask for the state each time would have every dataset make its own twice.
+    if getattr(loader, "_iterator", None) is None:
         loader.state_dict()

@@ -125,8 +125,7 @@ class Preemption:
         signal.set_wakeup_fd(-1)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if signum == signal.SIGTERM else signal.SIG_IGN)  # type: ignore[arg-type]
-        for fd in self._pipe:
-            os.close(fd)
+        os.close(self._pipe[1])  # the other end is closed by the thread that reads it, which is the parent's
         self._pipe = None
 
     def watch(self, read_fd: int) -> None:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from engine.dcp.savable import check_savable
 from engine.errors import UnsavableValueError
+from engine.loaders import make_iterator
 from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.snapshot.in_place import generator_kind, kind_of, saved_value
@@ -93,6 +94,8 @@ class StateCapture:
 
         Raises: UnsavableValueError naming the key path of a value that is neither tensor nor JSON.
         """
+        for entry in self.state.values():
+            make_iterator(entry)
         # First out, last in: state_dict() of other objects may draw random numbers.
         rng_state = rng.capture()
         fixed = self._capture_fixed()
@@ -113,7 +116,7 @@ class StateCapture:
                 captured.local[key] = encoded_entry(entry, name, captured.tensors)
             else:
                 captured.shared[key] = encoded_entry(entry, key, captured.tensors)
-        # Saving must not change what training draws next: a loader asked for its state makes its iterator.
+        # Saving must not change what training draws next, or a resumed run would draw something else.
         if not torch.equal(torch.get_rng_state(), rng_state["torch"]):
             torch.set_rng_state(rng_state["torch"])
         name = per_rank_name(self._rank, RNG_KEY)

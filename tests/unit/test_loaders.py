@@ -69,7 +69,7 @@ def rank_loader(rank: int, world_size: int, batch: int, workers: int = 0) -> Res
 class Training:
     """A run with dropout, as a new process would make it: the global generator starts somewhere else."""
 
-    def __init__(self, folder: Path, loader: Any, seed: int) -> None:
+    def __init__(self, folder: Path, loader: Any, seed: int, **more: Any) -> None:
         torch.manual_seed(seed)
         self.loader = loader
         self.seen: list[list[float]] = []
@@ -77,6 +77,7 @@ class Training:
         self.model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.5))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
         state = {"model": self.model, "optimizer": self.optimizer, "loader": loader, "n": self.counters}
+        state.update(more)
         self.ckpt = Checkpointer(folder, state, per_rank=("loader",))
 
     def run(self, until: int, save_at: int | None = None) -> None:
@@ -116,13 +117,55 @@ def test_a_run_that_is_carried_on_sees_and_draws_the_same(
     assert all(map(torch.equal, first.model.state_dict().values(), second.model.state_dict().values()))
 
 
+@pytest.mark.parametrize("save_at", [0, 3, PER_EPOCH])
+def test_a_generator_that_the_loader_was_given_is_an_entry_beside_it(tmp_path: Path, save_at: int) -> None:
+    """torchdata keeps what the sampler has drawn of it, and not what the iterator draws for its workers."""
+
+    def training(seed: int) -> Training:
+        order = torch.Generator().manual_seed(7)
+        loader = StatefulDataLoader(Numbers(), batch_size=BATCH, shuffle=True, generator=order)
+        return Training(tmp_path, loader, seed, order=order)
+
+    first = training(1)
+    first.run(2 * PER_EPOCH + 2, save_at)
+    first.ckpt.close()
+    second = training(2)
+    assert second.ckpt.restore() is not None
+    second.run(2 * PER_EPOCH + 2)
+    second.ckpt.close()
+    assert second.seen == first.seen[save_at:]
+
+
+def test_a_save_before_the_first_batch_changes_nothing(tmp_path: Path) -> None:
+    """The loader makes its iterator for it, and draws from the global generator, as it would have later."""
+
+    def train(save_at: int | None) -> Training:
+        torch.manual_seed(3)
+        made = Training(tmp_path / str(save_at), shuffled(0), 1)
+        made.run(PER_EPOCH + 2, save_at)
+        made.ckpt.close()
+        return made
+
+    saved, unsaved = train(0), train(None)
+    assert unsaved.seen == saved.seen
+    assert all(map(torch.equal, unsaved.model.state_dict().values(), saved.model.state_dict().values()))
+
+
+class Draws:
+    """An object whose `state_dict` draws from the global generator."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"drawn": float(torch.rand(()))}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass
+
+
 def test_saving_draws_nothing(tmp_path: Path) -> None:
-    """A loader asked for its state makes its iterator, which draws from the global generator."""
-    made = Training(tmp_path, shuffled(0), 1)
-    before = torch.get_rng_state()
-    made.ckpt.save(0).result(60.0)
-    assert torch.equal(torch.get_rng_state(), before)
-    made.ckpt.close()
+    with Checkpointer(tmp_path, {"draws": Draws()}) as checkpointer:
+        before = torch.get_rng_state()
+        checkpointer.save(1).result(60.0)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def take(loaders: list[ReshardableLoader], steps: int) -> list[list[float]]:
