@@ -21,14 +21,20 @@ from torch.optim import Optimizer
 
 from engine.snapshot import rng
 
+_ATOMS = {int, float, str, bool, bytes, complex, type(None)}
 _MOST_ELEMENTS = 1 << 16
 """Larger tensors are shared with the stand-in: what fits into JSON does not fill them."""
+
+
+class _Plain:
+    """An object that has nothing but its `__dict__`."""
 
 
 def refusal(entry: Any, value: Any) -> str:
     """What the entry's `load_state_dict` says against `value`, in words; "" when it takes it or is not tried.
 
-    Not tried are iterables, whose copy could start workers, and objects that a plain copy does not stand for.
+    Not tried are iterables, whose copy could start workers, and objects that a plain copy does not stand for:
+    one that does not take the state that the entry itself has now proves nothing.
     """
     if not _has_stand_in(entry) or hasattr(type(entry), "__iter__") or hasattr(type(entry), "__next__"):
         return ""
@@ -36,11 +42,22 @@ def refusal(entry: Any, value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when the entry itself is loaded
-            _stand_in(entry, {}).load_state_dict(copy.deepcopy(value))
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
+            said = _try(entry, value)
+            return "" if not said or _try(entry, entry.state_dict()) else said
     finally:
         rng.restore(generators)
+
+
+def _try(entry: Any, value: Any) -> str:
+    """What a stand-in for the entry says against a value; "" when it takes it, or when there is none."""
+    try:
+        trial, given = _stand_in(entry, {}), copy.deepcopy(value)
+    except Exception:
+        return ""
+    try:
+        trial.load_state_dict(given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
@@ -52,15 +69,17 @@ def _has_stand_in(entry: Any) -> bool:
         and "load_state_dict" not in vars(entry)  # it would load the entry itself
         and not hasattr(kind, "__del__")  # the copy's end would close what the entry still uses
         and not isinstance(entry, nn.Module | Optimizer | torch.Tensor)
-        and getattr(kind, "__new__", None) is getattr(object, "__new__", None)
+        and kind.__basicsize__ == _Plain.__basicsize__  # no slots, nothing that C keeps
     )
 
 
 def _stand_in(value: Any, made: dict[int, Any]) -> Any:
     """A copy of a stateful object, of what it holds, and of the stateful objects among that."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
     if id(value) in made:
         return made[id(value)]
-    kind = type(value)
     if isinstance(value, torch.Tensor) and kind is torch.Tensor and value.numel() <= _MOST_ELEMENTS:
         made[id(value)] = value.detach().clone()
     elif isinstance(value, torch.Generator):
@@ -73,7 +92,8 @@ def _stand_in(value: Any, made: dict[int, Any]) -> Any:
     elif kind in (list, collections.deque):
         found = made[id(value)] = copy.copy(value)
         for number, item in enumerate(value):
-            found[number] = _stand_in(item, made)
+            if type(item) not in _ATOMS:
+                found[number] = _stand_in(item, made)
     elif kind in (set, bytearray):
         made[id(value)] = copy.copy(value)
     elif isinstance(value, types.MethodType) and id(value.__self__) in made:

@@ -11,6 +11,7 @@ import collections
 import enum
 import json
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from engine.snapshot.named_types import decode_named, encode_enum, missing_class
 
 Json = Any
 _MAX_DEPTH = 48  # JSON containers; a manifest may nest 64, and puts a few around a value
+
+_BEYOND = 2**63
 
 _FACTORIES: dict[str, type] = {
     kind.__name__: kind for kind in (dict, list, set, tuple, int, float, str, bool, bytes, complex)
@@ -78,7 +81,7 @@ class _Encoder:
         if kind is dict or kind in (collections.OrderedDict, collections.Counter, collections.defaultdict):
             return self._mapping(value, path, depth)
         if kind is list:
-            return [self.encode(item, f"{path}.{i}", depth + 1) for i, item in enumerate(value)]
+            return self._items(value, path, depth)
         if kind is tuple:
             return {"$tuple": self._items(value, path, depth + 1)}
         return self._rare(value, path, depth)
@@ -115,7 +118,13 @@ class _Encoder:
         return {"$tensor": name}
 
     def _items(self, value: Any, path: str, depth: int) -> list[Json]:
-        return [self.encode(item, f"{path}.{i}", depth + 1) for i, item in enumerate(value)]
+        # A history of losses may have a million: a path for each would take longer than all the rest.
+        return [
+            item
+            if (type(item) is float and isfinite(item)) or (type(item) is int and -_BEYOND < item < _BEYOND)
+            else self.encode(item, f"{path}.{i}", depth + 1)
+            for i, item in enumerate(value)
+        ]
 
     def _sorted_items(self, value: Any, path: str, depth: int) -> list[Json]:
         """A set's values: sorted, for two processes iterate over equal sets in different orders."""

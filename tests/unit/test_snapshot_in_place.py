@@ -6,7 +6,7 @@ import collections
 import enum
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.errors import RestoreFailedError, StateMismatchError, UnsavableValueError
+from engine.restore.trial import refusal
 from engine.snapshot import rng
 from engine.snapshot.in_place import reseed
 
@@ -298,3 +299,85 @@ def test_extra_state_may_hold_arrays_and_enums(tmp_path: Path) -> None:
     live = through(tmp_path, saved, Counted(None))
     assert live.extra["array"].tolist() == [0, 1, 2]
     assert (live.extra["phase"], live.extra["set"]) == (Phase.WARM, {1})
+
+
+class Slotted:
+    """A plain copy does not stand for it."""
+
+    __slots__ = ("__dict__", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def state_dict(self) -> State:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: State) -> None:
+        if state["number"] < self.number:
+            raise ValueError("less")
+        self.number = state["number"]
+
+
+class Registered:
+    """Only what was made by its constructor may be loaded."""
+
+    known: ClassVar[set[int]] = set()
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.known.add(id(self))
+
+    def state_dict(self) -> State:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: State) -> None:
+        if id(self) not in self.known:
+            raise LookupError("a stranger")
+        self.number = state["number"]
+
+
+class Loader(Picky):
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+class Closing(Picky):
+    def __del__(self) -> None:
+        self.seen.append(-1)
+
+
+@pytest.mark.parametrize("kind", [Slotted, Registered])
+def test_what_a_copy_does_not_stand_for_is_restored_without_a_trial(kind: Any, tmp_path: Path) -> None:
+    assert through(tmp_path, kind(5), kind(2)).number == 5
+
+
+@pytest.mark.parametrize("kind", [Loader, Closing])
+def test_loaders_and_what_closes_itself_are_not_tried(kind: Any) -> None:
+    entry = kind(2)
+    assert refusal(entry, {"number": 1}) == ""
+    assert (entry.seen, entry.loaded) == ([], 0)
+
+
+def test_a_trial_touches_nothing_that_the_entry_holds() -> None:
+    picky = Picky(2)
+    model = nn.Linear(2, 2)
+    picky.inner, picky.model = Picky(2), model  # type: ignore[attr-defined]
+    picky.many = {"list": [1, [2]], "tensor": torch.ones(2)}  # type: ignore[attr-defined]
+
+    def spoil(state: State) -> None:
+        raise AssertionError("it is the entry itself that is loaded")
+
+    class Nested(Picky):
+        def load_state_dict(self, state: State) -> None:
+            self.inner.load_state_dict({"number": 2})  # type: ignore[attr-defined]
+            self.many["list"][1].append(3)  # type: ignore[attr-defined]
+            self.many["tensor"].zero_()  # type: ignore[attr-defined]
+            assert self.model is model  # type: ignore[attr-defined]
+
+    picky.__class__ = Nested
+    assert refusal(picky, {"number": 2}) == ""
+    assert picky.inner.loaded == 0  # type: ignore[attr-defined]
+    assert picky.many["list"] == [1, [2]]  # type: ignore[attr-defined]
+    assert picky.many["tensor"].tolist() == [1, 1]  # type: ignore[attr-defined]
+    picky.load_state_dict = spoil  # type: ignore[method-assign]
+    assert refusal(picky, {"number": 2}) == ""
