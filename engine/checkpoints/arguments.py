@@ -122,7 +122,7 @@ _TARGETS = {
     "DIR": "checkpoint directory: a path or an fsspec URI",
     "CKPT": "one checkpoint in its directory: a path or URI",
     "DIR_OR_CKPT": "checkpoint directory, or one checkpoint in it: a path or URI",
-    "SRC": "another tool's checkpoint, a file or a directory (docs/convert.md lists the tools): a path or URI",
+    "SRC": "another tool's checkpoint, a file or a directory (see docs/convert.md): a path or URI",
 }
 
 
