@@ -555,10 +555,10 @@ def test_half_precision_moments_become_what_the_trainers_optimizer_has(tmp_path:
 
 def test_element_types_that_no_checkpoint_holds_are_named(tmp_path: Path) -> None:
     header = {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    header["q"] = {"dtype": "F4", "shape": [2], "data_offsets": [4, 5]}
+    header["q"] = {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [4, 7]}
     raw = json.dumps(header).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(5))
-    with pytest.raises(StateError, match=r"no checkpoint holds: q \(F4\)"):
+    (tmp_path / "a.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(7))
+    with pytest.raises(StateError, match=r"no checkpoint holds: q \(F6_E2M3\)"):
         take(tmp_path / "a.safetensors")
 
 
