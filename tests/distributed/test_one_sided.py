@@ -48,7 +48,7 @@ def one_sided(rank: int, world_size: int, directory: str) -> dict[str, Any]:
         all_save("all", 1)
         if rank == 0:
             found["rank 0 alone"] = save(2)
-        all_save("after rank 0 alone", 3)
+        all_save("after rank 0 alone", 2)  # the others must not take the call that is over for this one
         if rank == 1:
             found["rank 1 alone"] = save(4)
         all_save("after rank 1 alone", 5)
@@ -77,7 +77,7 @@ def test_one_sided_calls(world: World, tmp_path: Path) -> None:
         assert not late
         answers = {name: answer for name, (answer, _) in each.items()}
         assert answers["all"] == 1
-        assert answers["after rank 0 alone"] == 3
+        assert answers["after rank 0 alone"] == 2
         assert answers["after rank 1 alone"] == 5
         assert answers["after rank 1 skips"] == 7
         assert answers["after different steps"] == 20
@@ -98,3 +98,30 @@ def test_one_sided_calls(world: World, tmp_path: Path) -> None:
     assert "rank 0 did not come to the save of step 9" in one["different steps"][0]
     assert "last at the save of step 8" in two["different steps"][0]
     assert "rank 0 did not come to prepare() within 2 s" in one["prepare alone"][0]
+
+
+def first_save(rank: int, world_size: int, directory: str, steps: list[int | None]) -> Any:
+    """The first save, which has no plan yet; `steps` by rank, None for a rank that skips it."""
+
+    def save(checkpointer: Checkpointer, step: int) -> Any:
+        record = checkpointer.save(step).result()
+        return record and record.step
+
+    with Checkpointer(
+        directory, {"values": {"t": torch.ones(10)}}, timeout_secs=TIMEOUT_SECS
+    ) as checkpointer:
+        step = steps[rank]
+        first = None if step is None else timed(lambda: save(checkpointer, step))
+        second = timed(lambda: save(checkpointer, 10))
+        third = timed(lambda: save(checkpointer, 11))
+        dist.barrier()
+    return first, second, third
+
+
+def test_the_first_save_of_different_steps(world: World, tmp_path: Path) -> None:
+    for number, steps in enumerate(([1, 2, 1], [1, None, 1], [1, None, None])):
+        found = world(3).run(first_save, str(tmp_path / str(number)), steps)
+        for step, (first, second, third) in zip(steps, found, strict=True):
+            assert second == (10, True)
+            assert third == (11, True)
+            assert step is None or ("the save of step" in first[0] and first[1])
