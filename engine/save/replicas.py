@@ -6,6 +6,7 @@ gathered into one tensor a device; the background thread fetches and digests it.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,25 @@ class Comparison:
         return lines
 
 
+class _Always:
+    """What is digested whole at every save: thousands of small tensors, for which each call would show."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._positions = positions
+        self._tensors: list[torch.Tensor | None] = [None] * len(positions)
+        self._views: list[memoryview | None] = [None] * len(positions)
+
+    def digests(self, held: Sequence[Held]) -> list[bytes] | None:
+        """None when one of them is not in host memory as it reads."""
+        now = [held[position].tensor for position in self._positions]
+        if any(map(operator.is_not, now, self._tensors)):
+            for number, tensor in enumerate(now):
+                if tensor is not self._tensors[number]:
+                    self._tensors[number], self._views[number] = tensor, host_bytes(tensor)
+        views = [view for view in self._views if view is not None]
+        return list(map(_digest, views)) if len(views) == len(now) else None
+
+
 class Replicas:
     """One rank's part in comparing replicas: what it digests, save by save. Training thread only.
 
@@ -121,6 +141,7 @@ class Replicas:
         self.compared = None if check == "off" else Compared()
         self._plan = Plan([])
         self._samplers: list[Sampler] = []
+        self._always: list[_Always] = []
         self._fresh: list[frozenset[int]] = []
         self._fresh_at_0: list[frozenset[int]] = []
         self._views: dict[int, tuple[torch.Tensor, memoryview | None]] = {}
@@ -146,6 +167,10 @@ class Replicas:
             self._sampler([held[position].chunk.chunk_bytes for position in watched.positions])
             for watched in plan.watched
         ]
+        self._always = [
+            _Always([watched.positions[run.item] for run in sampler.always])
+            for watched, sampler in zip(plan.watched, self._samplers, strict=True)
+        ]
         self._fresh = [watched.fresh for watched in plan.watched]
         self._fresh_at_0 = [fresh_of(group, self.compared or Compared()) for group in plan.groups]
 
@@ -159,9 +184,10 @@ class Replicas:
         plan, fresh_at_0, self._looked = self._plan, self._fresh_at_0, True
         found: dict[int, list[bytes]] = {}
         waiting: dict[torch.device, list[tuple[tuple[int, int, int], torch.Tensor]]] = defaultdict(list)
-        for watched, sampler, fresh in zip(plan.watched, self._samplers, self._fresh, strict=True):
-            digests = found[watched.group] = []
-            for run in sampler.choose(number, fresh):
+        parts = zip(plan.watched, self._samplers, self._always, self._fresh, strict=True)
+        for watched, sampler, always, fresh in parts:
+            digests = found[watched.group] = (not fresh and always.digests(held)) or []
+            for run in sampler.choose(number, fresh)[len(digests) :]:
                 view = self._view(held, watched.positions[run.item])
                 if view is not None:
                     whole = run.end - run.begin == len(view)

@@ -53,11 +53,18 @@ class Sampler:
         self._turns = max(1, -(-small_bytes // MOST_SMALL_BYTES), -(-len(self._small) // most_runs))
         self._large_turns = max(1, -(-len(self._large) // MOST_BLOCKS))
 
+    @property
+    def always(self) -> list[Run]:
+        """The runs with which every choice begins that has no fresh items."""
+        return [] if self._full or self._turns > 1 else self._small
+
     def choose(self, number: int, fresh: Collection[int] = ()) -> list[Run]:
         """The runs of save `number`, which is the same on every rank. `fresh`: items to compare whole."""
         if self._full or len(fresh) == len(self._sizes):
             return [Run(item, 0, size) for item, size in enumerate(self._sizes)]
-        chosen = [run for run in self._small[number % self._turns :: self._turns] if run.item not in fresh]
+        chosen = self._small[number % self._turns :: self._turns]
+        if fresh:
+            chosen = [run for run in chosen if run.item not in fresh]
         turn = number // self._large_turns
         for item, size, count, stride in self._large[number % self._large_turns :: self._large_turns]:
             if item not in fresh:
