@@ -235,3 +235,31 @@ def test_fsdp1_is_refused_in_words(world: World, tmp_path: Path) -> None:
         assert "model.0 is a FullyShardedDataParallel (FSDP1)" in why
         assert "fully_shard" in why
         assert "committed" not in found
+
+
+def measuring(rank: int, world_size: int, directory: str, own: bool) -> Any:
+    import torchmetrics
+
+    def build() -> Any:
+        found = [torchmetrics.MeanMetric()] + ([torchmetrics.CatMetric()] if own else [])
+        return torchmetrics.MetricCollection(found)
+
+    metrics, fresh = build(), build()
+    per_rank = ("metrics",) if own else ()
+    with Checkpointer(directory, {"metrics": metrics}, per_rank=per_rank) as checkpointer:
+        checkpointer.save(1).result(60)
+        for _ in range(1 + rank if own else 2):
+            metrics.update(torch.tensor([1.0 + rank]))
+        checkpointer.save(2).result(60)
+    with Checkpointer(directory, {"metrics": fresh}, per_rank=per_rank, read_only=True) as checkpointer:
+        checkpointer.restore()
+    pairs = zip(metrics.values(), fresh.values(), strict=True)
+    return [repr(a.metric_state) == repr(b.metric_state) for a, b in pairs]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "per_rank"])
+def test_metrics_come_back_to_each_rank(own: bool, world: World, tmp_path: Path) -> None:
+    """Every rank has seen other batches. Lists may differ in length, which per_rank allows."""
+    pytest.importorskip("torchmetrics")
+    for found in world(2).run(measuring, str(tmp_path), own):
+        assert found == [True] * (1 + own)

@@ -6,6 +6,7 @@ Each is used for a reason given where it is used. What fails here fails there to
 from __future__ import annotations
 
 import concurrent.futures.thread as futures
+import importlib
 import inspect
 import threading
 import weakref
@@ -25,7 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from engine.snapshot import wrappers
+from engine.snapshot.state_dicts import read_state_dict
 
 
 def test_foreach_copy_copies_lists_also_without_blocking() -> None:
@@ -91,14 +94,51 @@ def test_loading_an_optimizer_replaces_its_entries() -> None:
     assert optimizer.state[network.weight] is not before
 
 
-def test_the_canonical_names_are_those_of_the_bare_module() -> None:
-    """`canonical` takes out what DCP takes out: torch.compile's and DDP's wrappers, nothing else."""
-    network = nn.Sequential(nn.Linear(2, 2))
-    names = list(network.state_dict())
-    assert list(get_model_state_dict(torch.compile(network, backend="eager"))) == names
-    network[0] = torch.compile(network[0], backend="eager")
-    assert [name for name, _ in network.named_parameters()] == ["0._orig_mod.weight", "0._orig_mod.bias"]
-    assert list(get_model_state_dict(network)) == names
+def test_wrappers_are_the_classes_with_the_attributes_that_are_looked_for() -> None:
+    """A class that is not found is taken for no wrapper, and its attribute would be part of every name."""
+    import lightning.fabric.wrappers  # noqa: F401
+    import torch._dynamo.eval_frame
+    import torch.distributed.algorithms._checkpoint.checkpoint_wrapper as activations
+
+    found = [(module, name) for module, name, _ in wrappers._WRAPPERS if "lightning_fabric" not in module]
+    found += [wrappers._FSDP1, ("accelerate.optimizer", "AcceleratedOptimizer")]
+    importlib.import_module("accelerate.optimizer")
+    for module, name in found:
+        assert wrappers.loaded_class(module, name) is not None, f"{module}.{name}"
+    network = nn.Linear(2, 2)
+    for wrapped in (
+        torch.compile(network, backend="eager"),
+        nn.DataParallel(network),
+        activations.checkpoint_wrapper(network),
+    ):
+        assert wrappers.wrapped_by(wrapped) is network
+        assert read_state_dict("it", wrapped).standing == {"weight": "weight", "bias": "bias"}
+
+
+def test_hooks_of_state_dicts_are_where_they_are_looked_for() -> None:
+    def hook(*_: Any) -> None: ...
+
+    network = nn.Linear(1, 1)
+    network.register_state_dict_post_hook(hook)
+    network.register_state_dict_pre_hook(hook)
+    network.register_load_state_dict_pre_hook(hook)
+    network.register_load_state_dict_post_hook(hook)
+    assert hook in network._state_dict_hooks.values()
+    assert hook in network._state_dict_pre_hooks.values()
+    assert [kept.hook for kept in network._load_state_dict_pre_hooks.values()] == [hook]
+    assert hook in network._load_state_dict_post_hooks.values()
+
+
+def test_an_uninitialised_parameter_becomes_another_class_and_can_go_back() -> None:
+    parameter = nn.UninitializedParameter()
+    data = parameter.data
+    parameter.materialize((2, 3))
+    assert type(parameter) is nn.Parameter
+    parameter.data = data
+    parameter.__class__ = nn.UninitializedParameter
+    assert nn.parameter.is_lazy(parameter)
+    parameter.materialize((4,))
+    assert parameter.shape == (4,)
 
 
 def test_extra_state_goes_under_a_name_of_its_own() -> None:
@@ -109,7 +149,7 @@ def test_extra_state_goes_under_a_name_of_its_own() -> None:
         def set_extra_state(self, state: Any) -> None: ...
 
     network = nn.Sequential(WithExtra(1, 1))
-    assert get_model_state_dict(network)["0._extra_state"] == {"n": 1}
+    assert network.state_dict()["0._extra_state"] == {"n": 1}
     assert nn.Module.get_extra_state is nn.Linear.get_extra_state
 
 
