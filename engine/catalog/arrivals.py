@@ -29,6 +29,8 @@ class Arrivals:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[Fingerprint, float]] = {}
+        self.removing: set[str] = set()
+        """What this holder has begun to remove: half of it is nobody's copy."""
 
     def is_over(self, storage: Storage, name: str, reference: str, uploads: Collection[str] = ()) -> bool:
         """Whether nothing in the directory `name` has changed for QUIET_SECS.
@@ -41,7 +43,8 @@ class Arrivals:
         return quiet_secs >= QUIET_SECS or _age_secs(storage, name, reference) >= QUIET_SECS
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget what is not there any more."""
+        """Forget what is not there any more. What was removed may come back, as a copy."""
+        self.removing.intersection_update(names)
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
 
     def _unchanged_secs(self, name: str, fingerprint: Fingerprint) -> float:

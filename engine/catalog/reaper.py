@@ -44,12 +44,16 @@ class Reaped:
     failed: tuple[tuple[str, str], ...] = ()
 
 
-def reap(storage: Storage, decisions: Iterable[Decision]) -> Reaped:
+def reap(storage: Storage, decisions: Iterable[Decision], *, lease: Lease | None = None) -> Reaped:
     """Remove every checkpoint that is not to be kept, unless it was put on hold since the decision.
 
-    One that fails does not stop the others: it is logged and returned, not raised.
+    One that fails does not stop the others: it is logged and returned, not raised. `lease`: remembers what is
+    removed only by halves, for `reap_abandoned` to go on with.
     """
-    return _remove_each(storage, [decision.record.id for decision in decisions if not decision.keep], _retire)
+    surplus = [decision.record.id for decision in decisions if not decision.keep]
+    if lease is not None:
+        lease.arrivals.removing.update(surplus)
+    return _remove_each(storage, surplus, _retire)
 
 
 def reap_abandoned(
@@ -69,10 +73,12 @@ def reap_abandoned(
     lease.check()
     settled = storage.is_local or lease.held_secs >= STALE_SECS
     uploads = _uploads(storage)
-    tree = storage.list_heads().tree
+    heads = storage.list_heads()
+    tree = heads.tree
     for name in uploads:
         tree.setdefault(name, {})  # nothing but an upload without an end, which no listing shows
     lease.arrivals.keep_only(tree)
+    given_up = lease.arrivals.removing.union(given_up)
     abandoned = []
     for name, files in tree.items():
         if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is None:
@@ -84,6 +90,8 @@ def reap_abandoned(
             if paths and name not in current and _is_abandoned(storage, name, lease, given_up, paths):
                 storage.abort_uploads(name)
             continue
+        if heads.whole and files and not any(map(is_checkpoint_file, files)):
+            continue  # what is left there is somebody else's
         dead = name.startswith(DEAD_PREFIX)
         if dead or (settled and name not in current and _is_abandoned(storage, name, lease, given_up, paths)):
             abandoned.append(name)

@@ -37,9 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         listed = list_checkpoints(storage)  # again: now it stays as it is
         decisions = _decide(storage, listed, arguments)
         _say(decisions, "goes")
-        reaped = reap(storage, decisions)
-        again = [id for id, _ in reaped.failed]
-        removed = [reaped, reap_abandoned(storage, lease=lease, given_up=again)]
+        removed = [reap(storage, decisions, lease=lease), reap_abandoned(storage, lease=lease)]
         for item in _partial(listed):
             _say_partial(item, "goes" if item.id in removed[-1].removed else "stays")
     _summarise(removed, listed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from engine.catalog.lease import Lease
@@ -36,16 +36,15 @@ def remove_surplus(
     *,
     disk_full: bool = False,
     memory: Memory | None = None,
-    given_up: set[str] | None = None,
+    given_up: Collection[str] = (),
 ) -> bool:
     """Remove what the policy makes surplus, and abandoned attempts; whether anything was removed.
 
     `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
-    `given_up`: ids that this run failed to commit, or to remove; these are added to it.
+    `given_up`: ids that this run failed to commit.
     `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
     Raises: LeaseLostError; StorageError when the directory cannot be listed.
     """
-    given_up = set() if given_up is None else given_up
     lease.check()
     removed: tuple[str, ...] = ()
     last_resort = None
@@ -61,9 +60,7 @@ def remove_surplus(
         decisions = spare(policy, owed)
         if any(not decision.keep for decision in decisions):
             say_unfed(storage, local, retention)
-        given_up.update(decision.record.id for decision in decisions if not decision.keep)
-        removed = reap(storage, decisions).removed
-        given_up.difference_update(removed)  # somebody may copy it back
+        removed = reap(storage, decisions, lease=lease).removed
         if disk_full and mirror is not None:
             last_resort = give_way(policy, owed, mirror.in_flight)
     # With a listing of its own: what was removed by halves just now is cleared away in the same round.
@@ -71,7 +68,7 @@ def remove_surplus(
     if not removed and last_resort is not None:
         path, why = last_resort.record.path, last_resort.why
         log.warning("%s goes although the mirror has not got it: %s", path, why)
-        removed = reap(storage, [last_resort]).removed
+        removed = reap(storage, [last_resort], lease=lease).removed
     return bool(removed)
 
 
@@ -88,7 +85,7 @@ def close_mirror(
     storage: Storage,
     lease: Lease,
     retention: Retention | None,
-    given_up: set[str] | None = None,
+    given_up: Collection[str] = (),
 ) -> None:
     """Close the mirror, then remove what the last clean-up spared because the mirror was owed it.
 

@@ -117,7 +117,7 @@ class Mirror:
         self._checked: set[str] = set()
         self._refused: set[str] = set()
         self._begun: set[str] = set()
-        """What this process has begun to send, or to remove: half of it is nobody else's."""
+        """What this process has begun to send: half of it is nobody else's."""
         self._failure: str | None = None
         self._left = 0
         self._wake, self._cancel = threading.Event(), threading.Event()
@@ -361,8 +361,7 @@ class Mirror:
         """The run's retention, on the mirror. What is half sent is left to the end of a round."""
         # A hold that is newer than the last look is seen all the same: `reap` asks before each removal.
         decisions = surplus(self._there, self._plan.retention, self._held)
-        self._begun.update(decision.record.id for decision in decisions if not decision.keep)
-        removed = set(reap(self.storage, decisions).removed)
+        removed = set(reap(self.storage, decisions, lease=self._lease).removed)
         self._begun -= removed
         with self._lock:
             self._there = tuple(record for record in self._there if record.id not in removed)

@@ -44,7 +44,7 @@ class HeldDirectory:
     lease: Lease | None = None
     mirror: Mirror | None = None
     given_up: set[str] = field(default_factory=set)
-    """Ids that this run failed to commit or to remove. A rank that was late may write into one again."""
+    """Ids that this run failed to commit. A rank that was late may write into one again."""
     _sequence: int = 0
     _seen: Memory = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ QUICK = ("ENOSPC", "EINTR", "503", "answer lost")
 
 
 def save_well(world: World, step: int) -> str:
-    (record, _) = world.save(step)
+    record = world.save(step)[0]
     assert not isinstance(record, BaseException), repr(record)
     world.settle()
     return record.id
@@ -92,3 +93,58 @@ def test_every_operation_of_a_retention_pass_fails_once(
     # A manifest, its directory's sync, four files and the directory, of each.
     assert k >= SURPLUS * (7 if level == "disk" else 3)
     covered(k)
+
+
+THEIRS = {"NOTES.txt": b"precious", "eval/scores.json": b"{}", "shard-00000.safetensors.bak": b"older"}
+
+
+@pytest.mark.parametrize(
+    ("level", "fault"),
+    [
+        ("disk", "EIO"),
+        ("asked", "answer lost"),
+        ("disk", "lost"),
+        ("asked", "reset"),
+    ],
+)
+def test_whatever_fails_in_a_clean_up_peoples_files_and_arriving_copies_stay(
+    level: str, fault: str, root: Path, covered: Callable[[int], None]
+) -> None:
+    """Each call of a pass fails once: over a checkpoint with foreign files and a link, half a copy beside."""
+    act = (DISK_FAULTS if level == "disk" else ASKED_FAULTS)[fault]
+    arriving = root / "step-00009999-abcdef01"
+    names = {*(name.split("/")[0] for name in THEIRS), "linked"}
+    outside = root.parent / "outside"
+    outside.mkdir()
+    (outside / "data").write_bytes(b"precious")
+    with job(root, 1) as world:
+        arriving.mkdir()
+        (arriving / "shard-00000.json").write_bytes(b"half")
+        target = getattr(world.ranks[0], level)
+        step = k = 0
+        fired = True
+        while fired:
+            save_well(world, step := step + 1)
+            id = save_well(world, step := step + 1)
+            hold(LocalStorage(root), id)
+            for _ in range(2):
+                save_well(world, step := step + 1)
+            for name, raw in THEIRS.items():
+                (root / id / name).parent.mkdir(exist_ok=True)
+                (root / id / name).write_bytes(raw)
+            (root / id / "linked").symlink_to(outside)
+            release(LocalStorage(root), id)
+            target.arm(k, act)
+            world.each(lambda rank: rank.ckpt._directory.remove_surplus())
+            target.disarm()
+            fired = bool(target.fired)
+            save_well(world, step := step + 1)
+            where = f"operation {k} ({target.fired[:1]})"
+            assert {path.name for path in (root / id).iterdir()} == names, where
+            assert all((root / id / name).read_bytes() == raw for name, raw in THEIRS.items()), where
+            assert (outside / "data").read_bytes() == b"precious", where
+            assert (arriving / "shard-00000.json").read_bytes() == b"half", where
+            shutil.rmtree(root / id)  # each pass looks at it
+            k += 1
+    assert k >= 6
+    covered(k - 1)
