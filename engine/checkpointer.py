@@ -67,7 +67,8 @@ class Checkpointer:
         per_rank: names whose values belong to a rank; all others must be equal on all ranks.
         rank0: names whose values rank 0 alone decides, such as its log history or best loss: they are saved
             from it, not compared, and a restore gives them to every rank.
-        retention: what clean-up keeps; None keeps everything.
+        retention: what stays; after each commit every other one is deleted. The default keeps the newest 10,
+            the one with the lowest "val_loss" in its metrics, and all that closed an epoch. None keeps all.
         config: the run's configuration, a dict, namespace or dataclass; the manifest carries it as JSON.
         seed: for the random streams of ranks after a restore at another world size.
         busy: when the save before is still being written: "wait" for it, or "skip" this one.
@@ -232,7 +233,8 @@ class Checkpointer:
         """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
 
         Args:
-            selector: "latest", "backup", "best", "epoch:3", "step:250", an id, a path or a URI.
+            selector: "latest", "backup", "best", "best:accuracy:max", "epoch:3", "step:250", an id, a
+                path or a URI.
             model_only: restore the modules, leave everything else as it is.
             include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys; what
                 is left out keeps its live value.

@@ -113,6 +113,7 @@ def points(folder: Path, kind: str, which: str, act: Callable[[], Act], *, stick
         k += 1
 
 
+@pytest.mark.usefixtures("nothing_arrives")
 @pytest.mark.parametrize(
     ("kind", "when"),
     [
