@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from engine.errors import StateError
+from engine.format.digest import bytes_digest
+from engine.format.forms import without_order
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.parallel.coordination import Channel
 from engine.snapshot.sharing import union_of_values
@@ -28,6 +30,12 @@ ASKING = b"values of "
 """Begins rank 0's word that it needs values before there can be an outcome."""
 
 _SHOWN_CHARS = 80
+
+
+def digest(value: Any) -> str:
+    """Of a value that ranks compare: not by the order of keys, which a dict made from a set has by chance."""
+    raw = canonical_bytes(value)
+    return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)
 
 
 def to_ask(shared: Sequence[Mapping[str, str]]) -> dict[int, list[str]]:

@@ -88,7 +88,7 @@ class Flight:
         return failure if newest else self.outcomes.final(failure)
 
     def never_began(self, info: SaveInfo, secs: float, error: CoordinationError) -> SaveHandle:
-        """The save that rank 0 did not come to: it has failed like any other."""
+        """A save that not all ranks came to: it has failed like any other."""
         self.outcomes.note(None)
         if not self.outcomes.endures(error):
             raise error

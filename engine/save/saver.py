@@ -21,13 +21,11 @@ from engine.errors import (
     SaveStuckError,
     StateError,
 )
-from engine.format.digest import bytes_digest
-from engine.format.forms import without_order
-from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
 from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree
 from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
+from engine.save import documents
 from engine.save.commit import SaveInfo
 from engine.save.flight import Flight
 from engine.save.handle import SaveHandle
@@ -200,6 +198,8 @@ class Saver:
                 if told is not None and self.outcomes.on_failure == "raise":
                     raise told
                 raise SaveFailedError(str(call.term("cause"))) from told
+            if call.term("together"):
+                self._meet(call)
             moment = self._look()
             moment.planning = bool(call.term("replan"))
             return call, moment
@@ -218,8 +218,9 @@ class Saver:
         if self.capture.asks_together:
             # The others look now, too, and what they find is said while planning.
             self._forget_decisions()
-            call = self._announce(request, "go", replan=True)
+            call = self._announce(request, "go", replan=True, together=True)
             self._read_by_all = self.calls.mark()
+            self._meet(call)
             moment = self._look()
             moment.planning = True
             return call, moment
@@ -232,8 +233,24 @@ class Saver:
         self._read_by_all = self.calls.mark()
         return call, moment
 
-    def _announce(self, request: Request, action: str, *, cause: str = "", replan: bool = False) -> Call:
-        terms = {"action": action, "cause": cause, "replan": replan, "attempt": ""}
+    def _meet(self, call: Call) -> None:
+        """Return when every rank has come: what follows has collectives, in which a rank alone would hang."""
+        try:
+            all_agree(self.channel, f"{call.key}/here", None, self.timeout_secs, what=str(call.request))
+        except CoordinationError:
+            end_call(self.channel, call)
+            raise
+
+    def _announce(
+        self,
+        request: Request,
+        action: str,
+        *,
+        cause: str = "",
+        replan: bool = False,
+        together: bool = False,
+    ) -> Call:
+        terms = {"action": action, "cause": cause, "replan": replan, "together": together, "attempt": ""}
         if action == "go":
             assert isinstance(request.of, int)
             # Rank 0's alone: nodes may have different ideas of how often they were restarted.
@@ -349,7 +366,7 @@ class Saver:
             objects=captured.shared,
             aliases=self._aliases,
             tensors=self._tensors,
-            shared_digests={name: _digest(value) for name, value in captured.shared.items()},
+            shared_digests={name: documents.digest(value) for name, value in captured.shared.items()},
             kinds=kinds,
             comparison=comparison,
             secs={"compare": self.clock() - begun} if comparison.found else {},
@@ -373,9 +390,3 @@ class Saver:
 def most_secs(timeout_secs: float) -> float:
     """By then every deadline of a save has passed: a disk that is full costs it its time twice."""
     return 2 * timeout_secs + STUCK_GRACE_SECS
-
-
-def _digest(value: Any) -> str:
-    """Of a value that ranks compare: not by the order of keys, which a dict made from a set has by chance."""
-    raw = canonical_bytes(value)
-    return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)

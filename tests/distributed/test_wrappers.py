@@ -200,6 +200,27 @@ def test_a_hook_may_gather_shards_which_are_stored_once(world: World, tmp_path: 
         assert names == {f"model.{name}" for name in model(1).state_dict()}
 
 
+def gathering_alone(rank: int, world_size: int, directory: str) -> Any:
+    found = fsdp2(1)
+
+    def gather(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for tensor in state.values():
+            plain(tensor)
+
+    found.register_state_dict_post_hook(gather)
+    with Checkpointer(directory, {"model": found}, timeout_secs=2) as checkpointer:
+        alone = outcome(lambda: checkpointer.save(1).result()) if rank == 0 else ""
+        dist.barrier()
+        return alone, checkpointer.save(2).result(60) is not None
+
+
+def test_a_rank_alone_is_not_left_in_the_collectives_of_a_hook(world: World, tmp_path: Path) -> None:
+    (alone, zero), (_, one) = world(2).run(gathering_alone, str(tmp_path))
+    assert "rank 1 did not report within 2 s in the save of step 1" in alone
+    assert zero
+    assert one
+
+
 def averaging(rank: int, world_size: int, directory: str) -> Any:
     wrapped = ddp(1)
     average = AveragedModel(wrapped, use_buffers=True)
