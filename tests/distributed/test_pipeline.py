@@ -61,6 +61,8 @@ def layers_of(rank: int, world_size: int, assignment: str) -> list[int]:
         return list(range(LAYERS))
     if assignment == "interleaved":
         return list(range(LAYERS))[rank::world_size]
+    if assignment == "copies":  # two copies of each stage: data parallel beside pipeline parallel
+        rank, world_size = rank // 2, world_size // 2
     each = LAYERS // world_size
     return list(range(rank * each, (rank + 1) * each))
 
@@ -127,6 +129,9 @@ def resume(rank: int, world_size: int, directory: str, assignment: str) -> dict[
         (2, "even", 4, "even"),
         (4, "even", 2, "interleaved"),
         (2, "even", 1, "even"),
+        (4, "copies", 4, "copies"),
+        (4, "copies", 2, "interleaved"),
+        (2, "even", 4, "copies"),
         (1, "even", 2, "even"),
     ],
 )

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Checkpointer
@@ -228,3 +231,50 @@ def test_a_large_buffer_that_comes_to_differ_fails_one_save(world: World, tmp_pa
         assert "model.mask differs between rank 0 and rank 1 (a buffer that was equal" in found[1]
         assert found[2] == 2
         assert own == [rank]
+
+
+class Noted(nn.Module):
+    """Extra state and buffers that are each rank's own; a buffer that is a DTensor, and one inside FSDP2."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        mesh = init_device_mesh("cpu", (world_size,))
+        self.linear = fully_shard(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), mesh=mesh)
+        self.register_buffer("spread", distribute_tensor(torch.zeros(3), mesh, [Replicate()]))
+        self.note: Any = {"n": 0, "t": torch.zeros(2), "large": torch.zeros(20_000)}
+        self.fill(0.0)
+
+    def fill(self, value: float) -> None:
+        self.linear[1].running_mean.fill_(value)
+        self.spread.to_local().fill_(value)
+        self.note = {"n": value, "t": torch.full((2,), value), "large": torch.full((20_000,), value)}
+
+    def seen(self) -> list[Any]:
+        tensors = (self.linear[1].running_mean, self.spread.to_local(), self.note["t"], self.note["large"])
+        return [self.note["n"], *(tensor.unique().tolist() for tensor in tensors)]
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+def noted(rank: int, world_size: int, directory: str, phase: str) -> Any:
+    module = Noted(rank, world_size)
+    with Checkpointer(directory, {"model": module}) as checkpointer:
+        if phase == "save":
+            checkpointer.prepare()
+            module.fill(rank + 1.0)
+            return [result(checkpointer, step) for step in (1, 2)]
+        assert checkpointer.restore() is not None
+        return module.seen()
+
+
+def test_extra_state_and_buffers_of_any_kind_are_each_ranks_own(world: World, tmp_path: Path) -> None:
+    assert world(2).run(noted, str(tmp_path), "save") == [[1, 2]] * 2
+    for rank, seen in enumerate(world(2).run(noted, str(tmp_path), "restore")):
+        assert seen == [rank + 1.0, *[[rank + 1.0]] * 4]
+    for seen in world(4).run(noted, str(tmp_path), "restore"):
+        assert seen == [1.0, *[[1.0]] * 4]
