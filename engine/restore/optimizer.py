@@ -7,6 +7,7 @@ their dtype and shape, else in new ones; what was not saved is dropped. Nothing 
 from __future__ import annotations
 
 import copy
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -24,12 +25,15 @@ from engine.restore.optimizer_names import class_difference, match_names, split_
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
+from engine.snapshot.composites import is_composite
 from engine.snapshot.layouts import made
 from engine.snapshot.modules import pointer_of
 from engine.snapshot.optimizer_document import parse
 from engine.snapshot.optimizer_kinds import state_of
 from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.own_state import first_difference, with_names, with_parameters
+
+log = logging.getLogger(__name__)
 
 
 class OptimizerRestore:
@@ -163,14 +167,14 @@ class OptimizerRestore:
 
     def _memory(self, name: str, live: str, field: str, own: Any, info: TensorInfo) -> torch.Tensor:
         """The live tensor where it can take what was saved, else a new one."""
-        if isinstance(own, torch.Tensor) and _global_shape(own, self._capture.parameters[live]) == info.shape:
-            pointer = pointer_of(own.detach())
-            if (
-                not pointer or pointer not in self._pointers
-            ):  # memory of another tensor would be read into twice
+        if isinstance(own, torch.Tensor) and not is_composite(own):
+            found = detached(own, like=self._capture.parameters[live])
+            # Memory of another tensor would be read into twice.
+            pointer = pointer_of(found) if global_shape(found) == info.shape else None
+            if pointer is not None and (not pointer or pointer not in self._pointers):
                 self._pointers.add(pointer)
                 self._live_tensors[name] = own
-                return detached(own, like=self._capture.parameters[live])
+                return found
         return self._made(live, field, info)
 
     def _made(self, live: str, field: str, info: TensorInfo, *, zeros: bool = False) -> torch.Tensor:
@@ -248,6 +252,12 @@ class OptimizerRestore:
         told = self._told(groups, states) if self._capture.loads_itself and self._takes_all else None
         if told is not None:
             self._capture.optimizer.load_state_dict(told)
+        elif self._document.own is not None:
+            log.warning(
+                "%s: what its own state_dict() tells beyond state and groups is left as it is, for a part of "
+                "the optimizer is left out",
+                self._capture.key,
+            )
         self._set_state(states)
         self._set_extra()
         for group, assigned in zip(self._capture.optimizer.param_groups, groups, strict=True):

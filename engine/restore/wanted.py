@@ -57,6 +57,8 @@ class Wanted:
 
     def takes_value(self, key: str, name: str) -> bool:
         """Whether something below a state key is wanted that has a name of its own but may be no tensor."""
+        if not self.include and not self.exclude:
+            return True
         included = not self.include or any(_covers(p, key) or fnmatchcase(name, p) for p in self.include)
         return included and not any(_covers(p, key) or fnmatchcase(name, p) for p in self.exclude)
 

@@ -676,3 +676,35 @@ def test_what_an_object_with_optimizers_inside_loads_is_not_cast() -> None:
     two = restored(saved_of(one), make())
     assert differences(photograph(two), photograph(one)) == []
     assert two["optimizers"].optimizers[1].state[two["model"][1].bias]["moment"].dtype == torch.float32
+
+
+def test_live_fields_that_share_memory_are_not_read_into_twice() -> None:
+    one, two = made(KINDS["SGD"]), made(KINDS["SGD"])
+    one["optimizer"].state[one["model"][0].bias].update(fast=torch.ones(4), slow=torch.zeros(4))
+    shared = torch.full((4,), 9.0)
+    two["optimizer"].state[two["model"][0].bias].update(fast=shared, slow=shared)
+    restored(saved_of(one), two)
+    assert differences(photograph(two), photograph(one)) == []
+
+
+def test_without_strictness_a_parameter_that_is_new_keeps_its_state() -> None:
+    one, two = made(KINDS["AdamW"], steps=1), made(KINDS["AdamW"])
+    extra = nn.Parameter(torch.zeros(2))
+    two["extra"] = extra
+    two["optimizer"].add_param_group({"params": [extra]})
+    two["optimizer"].state[extra]["mine"] = 5
+    restored(saved_of(one), two, strict=False)
+    assert two["optimizer"].state[extra] == {"mine": 5}
+    assert "exp_avg" in two["optimizer"].state[two["model"][0].weight]
+
+
+def test_a_part_of_an_optimizer_does_not_go_through_its_own_load_state_dict(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It knows no parts: what is left out would be lost."""
+    one, two = made(lambda m: Own(m.parameters()), steps=3), made(lambda m: Own(m.parameters()), steps=1)
+    moment = two["optimizer"].state[two["model"][0].weight]["exp_avg"].clone()
+    restored(saved_of(one), two, exclude=("optimizer.state.0.weight.*",))
+    assert same_bits(two["optimizer"].state[two["model"][0].weight]["exp_avg"], moment)
+    assert two["optimizer"].total == 1
+    assert "what its own state_dict() tells beyond state and groups is left as it is" in caplog.text
