@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from engine import errors
 from engine.errors import CoordinationError, HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
+from engine.parallel.calls import Call, end_call
 from engine.parallel.coordination import Channel
 
 T = TypeVar("T")
@@ -72,6 +73,18 @@ def all_agree(
         if problem is not None and (its_own or type(problem) is type(common)):
             raise problem from None
         raise common from problem
+
+
+def all_come(channel: Channel, call: Call, timeout_secs: float) -> None:
+    """Return when every rank has come to the call; what follows may have collectives, where one alone hangs.
+
+    Raises: LateRanksError, on every rank, naming those that have not; the call is over then.
+    """
+    try:
+        all_agree(channel, f"{call.key}/here", None, timeout_secs, what=str(call.request))
+    except CoordinationError:
+        end_call(channel, call)
+        raise
 
 
 def all_make(channel: Channel, key: str, work: Callable[[], T], timeout_secs: float, *, what: str) -> T:

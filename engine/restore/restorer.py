@@ -33,7 +33,7 @@ from engine.errors import (
 )
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
-from engine.parallel.agreement import all_agree, rank0_decides
+from engine.parallel.agreement import all_agree, all_come, rank0_decides
 from engine.parallel.calls import RESTORE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
@@ -93,7 +93,12 @@ class Restorer:
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
         request = Request(RESTORE, selector)
-        call = self.calls.decide(request, {}) if self.channel.rank == 0 else self.calls.join(request)
+        if self.channel.rank == 0:
+            call = self.calls.decide(request, {"together": self.capture.asks_together})
+        else:
+            call = self.calls.join(request)
+        if call.term("together"):
+            all_come(self.channel, call, self.timeout_secs)
         try:
             return self._all_restore(call, selector, wanted)
         except CoordinationError:

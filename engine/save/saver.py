@@ -22,7 +22,7 @@ from engine.errors import (
     StateError,
 )
 from engine.format.manifest import TensorInfo
-from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree
+from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree, all_come
 from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.save import documents
@@ -149,7 +149,12 @@ class Saver:
         """
         request = Request(PREPARE)
         self.settle(request)
-        call = self.calls.decide(request, {}) if self.channel.rank == 0 else self.calls.join(request)
+        if self.channel.rank == 0:
+            call = self.calls.decide(request, {"together": self.capture.asks_together})
+        else:
+            call = self.calls.join(request)
+        if call.term("together"):
+            all_come(self.channel, call, self.timeout_secs)
         moment = self._look()
         moment.planning = True
         self._plan(call, moment)
@@ -199,7 +204,7 @@ class Saver:
                     raise told
                 raise SaveFailedError(str(call.term("cause"))) from told
             if call.term("together"):
-                self._meet(call)
+                all_come(self.channel, call, self.timeout_secs)
             moment = self._look()
             moment.planning = bool(call.term("replan"))
             return call, moment
@@ -220,7 +225,7 @@ class Saver:
             self._forget_decisions()
             call = self._announce(request, "go", replan=True, together=True)
             self._read_by_all = self.calls.mark()
-            self._meet(call)
+            all_come(self.channel, call, self.timeout_secs)
             moment = self._look()
             moment.planning = True
             return call, moment
@@ -232,14 +237,6 @@ class Saver:
         call = self._announce(request, "go", replan=moment.planning)
         self._read_by_all = self.calls.mark()
         return call, moment
-
-    def _meet(self, call: Call) -> None:
-        """Return when every rank has come: what follows has collectives, in which a rank alone would hang."""
-        try:
-            all_agree(self.channel, f"{call.key}/here", None, self.timeout_secs, what=str(call.request))
-        except CoordinationError:
-            end_call(self.channel, call)
-            raise
 
     def _announce(
         self,

@@ -209,14 +209,20 @@ def gathering_alone(rank: int, world_size: int, directory: str) -> Any:
 
     found.register_state_dict_post_hook(gather)
     with Checkpointer(directory, {"model": found}, timeout_secs=2) as checkpointer:
-        alone = outcome(lambda: checkpointer.save(1).result()) if rank == 0 else ""
-        dist.barrier()
-        return alone, checkpointer.save(2).result(60) is not None
+        calls = [lambda: checkpointer.save(1).result(), checkpointer.prepare, checkpointer.restore]
+        alone = []
+        for call in calls:
+            alone.append(outcome(call) if rank == 0 else "")
+            dist.barrier()
+        done = checkpointer.save(2).result(60) is not None
+        return alone, done and checkpointer.restore() is not None
 
 
 def test_a_rank_alone_is_not_left_in_the_collectives_of_a_hook(world: World, tmp_path: Path) -> None:
     (alone, zero), (_, one) = world(2).run(gathering_alone, str(tmp_path))
-    assert "rank 1 did not report within 2 s in the save of step 1" in alone
+    calls = ("the save of step 1", "prepare()", "the restore of 'latest'")
+    for words, call in zip(alone, calls, strict=True):
+        assert f"rank 1 did not report within 2 s in {call}" in words
     assert zero
     assert one
 
