@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from engine.dcp.boxes import global_shape
 from engine.dcp.dtypes import from_torch
-from engine.dcp.savable import check_savable
 from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.restore.entries import Entries
@@ -192,8 +191,6 @@ class Destination:
             for name, tensor in tensors.items()
             if name.partition(".")[0] not in optimizers and self._takes(name) and name not in apart
         }
-        for name, tensor in kept.items():
-            check_savable(name, tensor)  # reading into one without memory would be no error
         return kept, {alias: name for alias, name in aliases.items() if name in kept}
 
     def _takes(self, name: str) -> bool:

@@ -55,6 +55,9 @@ def trained(body: str, head: str, steps: int) -> State:
         network(torch.randn(4, 3)).square().mean().backward()
         optimizer.step()
         getattr(network, body).seen += 1
+        for parameter in network.parameters():
+            state = optimizer.state[parameter]
+            state["calls"] = state.get("calls", 0) + 1
     return {"model": network, "optimizer": optimizer, "stats": {"n": steps}}
 
 
