@@ -9,6 +9,7 @@ death raises is put off until the loop stands between two steps.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 import threading
@@ -18,6 +19,9 @@ from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from engine.forks import Home, in_child
+from engine.loaders import ReshardableLoader
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -88,11 +92,7 @@ class StopSignals:
 
         Raises: what the loader raises, unless a signal explains it.
         """
-        if getattr(loader, "num_workers", 0):
-            # A DataLoader takes this attribute at any time; its next iterator uses it.
-            init = loader.worker_init_fn  # type: ignore[attr-defined]
-            if not (isinstance(init, functools.partial) and init.func is shield_worker):
-                loader.worker_init_fn = functools.partial(shield_worker, init=init)  # type: ignore[attr-defined]
+        _shield_workers(loader.loader if isinstance(loader, ReshardableLoader) else loader)
         iterator = iter(loader)
         self._put_off_worker_errors()
         while True:
@@ -104,9 +104,11 @@ class StopSignals:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError:  # a worker died. Other ranks have agreed to go on, and cannot be told now
+            except Exception as error:  # of a worker that died in mid-transfer it may be any
+                # Other ranks have agreed to go on, and cannot be told now.
                 if _world_size() > 1 or not self._arrives():
                     raise
+                log.warning("stopping on signal %s, the loader failed meanwhile: %r", self.signum, error)
                 return
             yield batch
 
@@ -155,6 +157,14 @@ def _world_size() -> int:
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _shield_workers(loader: Any) -> None:
+    """A DataLoader takes this attribute at any time; its next iterator uses it."""
+    if getattr(loader, "num_workers", 0) and hasattr(loader, "worker_init_fn"):
+        init = loader.worker_init_fn
+        if not (isinstance(init, functools.partial) and init.func is shield_worker):
+            loader.worker_init_fn = functools.partial(shield_worker, init=init)
 
 
 def shield_worker(worker_id: int, init: Callable[[int], None] | None = None) -> None:

@@ -17,8 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from engine import StopSignals
+from engine import ReshardableLoader, StopSignals
 from engine import stopping as stopping_module
 from engine.stopping import SIGNALS, shield_worker
 
@@ -96,23 +98,45 @@ def test_all_ranks_stop_when_one_was_told(stop: StopSignals, monkeypatch: pytest
 class Fails:
     """A loader that raises as a DataLoader whose worker has died."""
 
-    def __init__(self, before: Callable[[], object] = lambda: None) -> None:
-        self.before = before
+    def __init__(self, error: Exception, before: Callable[[], object] = lambda: None) -> None:
+        self.error, self.before = error, before
 
     def __iter__(self) -> Iterator[int]:
         yield 0
         self.before()
-        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+        raise self.error
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) exited unexpectedly"),
+        ConnectionResetError(104, "pid 7"),
+        EOFError("pid 7"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_dead_worker_is_an_error_unless_a_signal_explains_it(
+    stop: StopSignals, monkeypatch: pytest.MonkeyPatch, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that dies while it hands a batch over leaves half of it in the pipe."""
+    monkeypatch.setattr(stopping_module, "ARRIVAL_SECS", 0.05)
+    with pytest.raises(type(error), match="pid 7"):
+        list(stop.batches(Fails(error)))
+    told = Fails(error, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert list(stop.batches(told)) == [0]
+    assert "pid 7" in caplog.text
+
+
+def test_with_several_ranks_it_is_an_error_all_the_same(
     stop: StopSignals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stopping_module, "ARRIVAL_SECS", 0.05)
+    """The others are in their step by now, and wait for this rank there."""
+    monkeypatch.setattr(stopping_module, "_world_size", lambda: 2)
+    monkeypatch.setattr(stop, "agree", lambda: False)
+    told = Fails(RuntimeError("pid 7"), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(RuntimeError, match="pid 7"):
-        list(stop.batches(Fails()))
-    told = Fails(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert list(stop.batches(told)) == [0]
+        list(stop.batches(told))
 
 
 def test_what_the_handler_of_a_dead_worker_raises_waits_for_the_end_of_the_step(
@@ -171,11 +195,21 @@ def test_the_users_own_init_still_runs(stop: StopSignals, tmp_path: Path) -> Non
     assert loader.worker_init_fn.keywords == {"init": init}, "wrapped once"  # type: ignore[union-attr]
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_the_workers_of_a_wrapped_loader_are_shielded(stop: StopSignals) -> None:
+    sampler: Any = StatefulDistributedSampler(Numbers(), 1, 0)
+    inner = StatefulDataLoader(Numbers(), 500, sampler=sampler, num_workers=1)
+    assert len(list(stop.batches(ReshardableLoader(inner)))) == 2
+    assert inner.worker_init_fn.func is shield_worker  # type: ignore[union-attr]
+
+
 SCRIPT = """
 import os, sys
 import torch
 from torch.utils.data import DataLoader, Dataset
-from engine import Checkpointer, StopSignals
+from engine import Checkpointer, StopSignals, stopping
+
+stopping.ARRIVAL_SECS = 60.0  # however busy the machine is
 
 class Numbers(Dataset):
     def __len__(self): return 10**7
@@ -195,6 +229,17 @@ print(step, stop.signum)
 """
 
 
+def wait_until_gone(pid: int) -> None:
+    """It may stay as a zombie until its parent asks."""
+    for _ in range(6000):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("how", ["the whole group", "workers first"])
 def test_a_signal_to_the_whole_group_saves_the_step_reached(tmp_path: Path, how: str) -> None:
     process = subprocess.Popen(
@@ -212,7 +257,8 @@ def test_a_signal_to_the_whole_group_saves_the_step_reached(tmp_path: Path, how:
         if how == "workers first":
             for pid in workers:
                 os.kill(pid, signal.SIGKILL)
-            time.sleep(0.2)  # not waited for: only gives the deaths the head start that is tried here
+            for pid in workers:
+                wait_until_gone(pid)
             process.send_signal(signal.SIGTERM)
         else:
             os.killpg(process.pid, signal.SIGTERM)
