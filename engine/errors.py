@@ -158,9 +158,6 @@ class SaveFailedError(HoldfastError, RuntimeError):
 class SaveStuckError(SaveFailedError):
     """A save hangs beyond every deadline, in a call that never returns; the message says at what."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, may_pass=False)
-
 
 class ReplicaMismatchError(StateError, SaveFailedError):
     """What several ranks should hold alike differs between them; every rank gets it as the save failure."""

@@ -6,7 +6,7 @@ import logging
 import threading
 from dataclasses import dataclass
 
-from engine.errors import CoordinationError, SaveFailedError, SaveStuckError
+from engine.errors import HoldfastError, SaveFailedError, SaveStuckError
 from engine.save.commit import SaveInfo
 from engine.save.exit import leave_despite
 from engine.save.handle import SaveHandle
@@ -27,10 +27,12 @@ class Flight:
     handle: SaveHandle | None = None
     """Of the newest save."""
     _thread: threading.Thread | None = None
+    _step: int = 0
+    """What the thread saves, or has saved."""
 
     def start(self, job: Job) -> None:
         """Have the background thread write it."""
-        self.handle = job.handle
+        self.handle, self._step = job.handle, job.info.step
         # Not a daemon: a save that everyone forgot about still finishes before the interpreter exits.
         self._thread = threading.Thread(
             target=self.runner.run, args=(job,), name=f"holdfast-save-{job.info.step}", daemon=False
@@ -65,7 +67,7 @@ class Flight:
         if not thread.is_alive():
             self._thread, self.stuck = None, False
             return
-        running = f"the save of step {self.handle.step if self.handle else '?'} is still running"
+        running = f"the save of step {self._step} is still running"
         if timeout is not None:
             raise TimeoutError(running)
         if not self.stuck:
@@ -87,10 +89,13 @@ class Flight:
         self.handle.mark_told()
         return failure if newest else self.outcomes.final(failure)
 
-    def never_began(self, info: SaveInfo, secs: float, error: CoordinationError) -> SaveHandle:
-        """A save that not all ranks came to: it has failed like any other."""
+    def never_began(self, info: SaveInfo, secs: float, error: HoldfastError) -> SaveHandle:
+        """A save that not all ranks came to, or that found the one before hanging: failed like any other.
+
+        Raises: `error`, unless it is endured; that rank 0 has decided of one that hangs.
+        """
         self.outcomes.note(None)
-        if not self.outcomes.endures(error):
+        if not isinstance(error, SaveStuckError) and not self.outcomes.endures(error):
             raise error
         failure = SaveFailedError(f"the checkpoint of step {info.step} was not saved: {error}")
         failure.__cause__ = error

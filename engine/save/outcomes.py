@@ -40,9 +40,9 @@ class Outcomes:
         else:
             self.failed, self.last_committed = 0, record
 
-    def endures(self, error: BaseException) -> bool:
-        """Whether training goes on after this failure, which has been noted."""
-        return self.on_failure == "warn" and may_pass(error) and self.failed < self.max_failures
+    def endures(self, error: BaseException, *, more: int = 0) -> bool:
+        """Whether training goes on after this failure. `more`: that many are yet to be noted, with it."""
+        return self.on_failure == "warn" and may_pass(error) and self.failed + more < self.max_failures
 
     def final(self, failure: SaveFailedError) -> SaveFailedError:
         """What to raise for a failure that is not endured."""

@@ -119,6 +119,9 @@ class Saver:
             return self.flight.never_began(info, self.clock() - started, error)
         if call.term("action") == "skip":
             return SaveHandle(info.step, skipped=True)
+        if call.term("action") == "fail":
+            stuck = SaveStuckError(str(call.term("cause")))
+            return self.flight.never_began(info, self.clock() - started, stuck)
         waited = self.clock()
         self.on_event({"event": "save_started", "step": info.step, "reasons": list(info.reasons)})
         self._plan(call, moment)
@@ -194,7 +197,7 @@ class Saver:
         """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
         if self.channel.rank != 0:
             call = self.calls.join(request)
-            if call.term("action") == "skip":
+            if call.term("action") in ("skip", "fail"):
                 return call, Moment()
             self.wait()
             if call.term("action") == "raise":
@@ -214,7 +217,11 @@ class Saver:
         try:
             self.wait()
         except SaveStuckError as error:
-            self._announce(request, "raise", cause=str(error))
+            # One more failure, as `never_began` counts it: rank 0 decides for all what becomes of it.
+            endured = self.outcomes.endures(error, more=1)
+            call = self._announce(request, "fail" if endured else "raise", cause=str(error))
+            if endured:
+                return call, Moment()
             raise
         failure = self.flight.take_failure()
         if failure is not None:

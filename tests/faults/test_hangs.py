@@ -12,6 +12,7 @@ import pytest
 
 from engine.catalog.leasefile import LeaseInfo
 from engine.errors import SaveFailedError, SaveStuckError
+from engine.save.handle import SaveHandle
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps
 from tests.faults.world import PATIENCE_SECS, Rank, World, job
@@ -82,7 +83,7 @@ CALLS: dict[str, Callable[[Rank], object]] = {
 def test_who_waits_for_a_save_that_hangs_is_told_what_hangs(
     operation: str, call: str, root: Path, no_patience: Callable[[World], None]
 ) -> None:
-    with job(root, 1) as world:
+    with job(root, 1, on_failure="raise") as world:
         for step in (1, 2):
             assert not isinstance(world.save(step)[0], BaseException)
             world.settle()
@@ -120,7 +121,7 @@ def test_the_handle_of_a_save_that_hangs_does_not_hang(
 def test_the_other_ranks_hear_why_rank_0_cannot_save(
     root: Path, no_patience: Callable[[World], None]
 ) -> None:
-    with job(root, 2) as world:
+    with job(root, 2, on_failure="raise") as world:
         for step in (1, 2):
             assert not isinstance(world.save(step)[0], BaseException)
             world.settle()
@@ -134,6 +135,33 @@ def test_the_other_ranks_hear_why_rank_0_cannot_save(
             assert isinstance(outcome, SaveFailedError), repr(outcome)
             assert "rank 0: the save of step 3 is still running" in str(outcome)
         assert not isinstance(world.save(5)[0], BaseException), "I5: it has woken up"
+
+
+def test_training_goes_on_past_a_save_that_hangs(
+    root: Path, no_patience: Callable[[World], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """All ranks alike: the saves after it fail, too many of them raise, and once it wakes up all is well."""
+    with job(root, 2, max_failures=3) as world:
+        for step in (1, 2):
+            assert not isinstance(world.save(step)[0], BaseException)
+            world.settle()
+        hang = hang_in(world, "clear_dir", 3)
+        no_patience(world)
+        for step in (4, 5):
+            outcomes = world.each(lambda rank, step=step: rank.ckpt.save(step))  # type: ignore[misc]
+            assert all(isinstance(outcome, SaveHandle) for outcome in outcomes), outcomes
+            for outcome in outcomes:
+                with pytest.raises(SaveFailedError, match="the save of step 3 is still running"):
+                    outcome.result(0)
+        outcomes = world.each(lambda rank: rank.ckpt.save(6))
+        hang.wake()
+        world.settle()
+        for outcome in outcomes:
+            assert isinstance(outcome, SaveFailedError), repr(outcome)
+            assert "the save of step 3 is still running" in str(outcome)
+        assert not isinstance(world.save(7)[0], BaseException), "I5: it has woken up"
+    assert "the checkpoint of step 4 was not saved" in caplog.text
+    assert set(committed_steps(root)) >= {3, 7}
 
 
 def test_the_directory_is_not_given_away_while_a_writer_may_wake_up(

@@ -38,7 +38,7 @@ from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
         (SaveFailedError("unknown"), True),
         (PeerFailedError("disk", may_pass=True), True),
         (PeerFailedError("state"), False),
-        (SaveStuckError("hangs"), False),
+        (SaveStuckError("hangs"), True),
         (SaveFailedError("state", may_pass=False), False),
         (UnsavableValueError("state"), False),
         (ReplicaMismatchError("state"), False),
