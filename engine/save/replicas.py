@@ -20,7 +20,7 @@ from engine.errors import ConfigError
 from engine.format.digest import DIGEST_BYTES, pack, unpack
 from engine.save.plan import Compared, Plan, fresh_of
 from engine.save.samples import host_bytes, pieces, some_bytes
-from engine.save.sampling import MOST_RUNS, MOST_RUNS_ON_DEVICE, SMALL_BYTES, Sampler
+from engine.save.sampling import MOST_ON_DEVICE, SMALL_BYTES, Sampler
 from engine.snapshot.sharing import SMALL, SMALL_BUFFER_BYTES, Group
 
 Check = Literal["sampled", "full", "off"]
@@ -175,8 +175,10 @@ class Replicas:
         self._fresh_at_0 = [fresh_of(group, self.compared or Compared()) for group in plan.groups]
 
     def _sampler(self, sizes: Sequence[int]) -> Sampler:
-        most = MOST_RUNS_ON_DEVICE if self._plan.on_device else MOST_RUNS
-        return Sampler(sizes, full=self.check == "full", most_runs=most)
+        full = self.check == "full"
+        if self._plan.on_device:
+            return Sampler(sizes, full=full, most_runs=MOST_ON_DEVICE, most_blocks=MOST_ON_DEVICE)
+        return Sampler(sizes, full=full)
 
     @torch.no_grad()
     def look(self, held: Sequence[Held], number: int) -> Comparison:

@@ -37,6 +37,8 @@ def some_bytes(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     first, last = begin // tensor.element_size(), end // tensor.element_size()
     rows = tensor.detach()
+    if rows.is_contiguous():
+        rows = rows.view(-1)
     while rows.dim() > 1:
         row = math.prod(rows.shape[1:])
         top, bottom = first // row, (last - 1) // row

@@ -20,8 +20,10 @@ MOST_BLOCKS = 2048
 """Per save. 10,000 small tensors take 1.5 ms, 2,048 blocks 1 ms."""
 
 MOST_RUNS = 16384
-MOST_RUNS_ON_DEVICE = 1024
-"""Small tensors per save. On a device each costs a few microseconds, to gather them for one copy."""
+"""Small tensors per save."""
+
+MOST_ON_DEVICE = 256
+"""The same on a device, and as many blocks: to gather each for one copy takes some 10 microseconds."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -41,17 +43,24 @@ class Sampler:
     Args:
         sizes: bytes of each item.
         full: everything at every save.
-        most_runs: small items per save.
+        most_runs, most_blocks: small items and blocks of large ones per save.
     """
 
-    def __init__(self, sizes: Sequence[int], *, full: bool = False, most_runs: int = MOST_RUNS) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        full: bool = False,
+        most_runs: int = MOST_RUNS,
+        most_blocks: int = MOST_BLOCKS,
+    ) -> None:
         self._sizes = sizes
         self._full = full
         self._small = [Run(item, 0, size) for item, size in enumerate(sizes) if size <= SMALL_BYTES]
         self._large = [(item, size, *_walk(size)) for item, size in enumerate(sizes) if size > SMALL_BYTES]
         small_bytes = sum(run.end for run in self._small)
         self._turns = max(1, -(-small_bytes // MOST_SMALL_BYTES), -(-len(self._small) // most_runs))
-        self._large_turns = max(1, -(-len(self._large) // MOST_BLOCKS))
+        self._large_turns = max(1, -(-len(self._large) // most_blocks))
 
     @property
     def always(self) -> list[Run]:

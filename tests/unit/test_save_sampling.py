@@ -43,9 +43,8 @@ def test_everything(full: bool, fresh: tuple[int, ...]) -> None:
     assert Sampler([8, LARGE], full=full).choose(7, fresh) == [Run(0, 0, 8), Run(1, 0, LARGE)]
 
 
-def test_so_many_that_they_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MOST_BLOCKS", 2)
-    sampler = Sampler([8] * 10 + [LARGE] * 5, most_runs=4)
+def test_so_many_that_they_take_turns() -> None:
+    sampler = Sampler([8] * 10 + [LARGE] * 5, most_runs=4, most_blocks=2)
     seen: set[int] = set()
     blocks: set[tuple[int, int]] = set()
     for number in range(11 * 3):

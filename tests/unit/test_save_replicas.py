@@ -1,0 +1,75 @@
+"""What one rank digests of its replicas, and what rank 0 says of all ranks' digests."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.dcp.held import Held
+from engine.errors import ConfigError
+from engine.save.replicas import check_of
+from tests.support.replicas import SIZES, Rank, differences, gapped, values
+
+
+@pytest.mark.parametrize("looks", [1, 2, 3])
+@pytest.mark.parametrize("spoiled", ["", *SIZES])
+def test_values_are_compared_whatever_their_memory(spoiled: str, looks: int) -> None:
+    here, there = values(), {name: gapped(tensor) for name, tensor in values().items()}
+    if spoiled:
+        there[spoiled] += 1
+    expected = [f"{spoiled} differs between rank 0 and rank 1"] if spoiled else []
+    assert differences([here, there], 5, looks=looks) == expected
+
+
+def test_one_element_is_found_where_it_is_new_and_by_its_block_later() -> None:
+    here, there = values(), values()
+    there["large"][299, 49] += 1
+    assert differences([here, there], 0) == ["large differs between rank 0 and rank 1"]
+    later = [differences([here, there], number, looks=2) for number in range(15)]
+    assert sum(map(bool, later)) == 1, "in one of 15 blocks, whose turn comes"
+
+
+def test_tensors_that_are_replaced_are_looked_at_anew() -> None:
+    tensors = values()
+    rank = Rank(0, tensors)
+    rank.plan()
+    rank.replicas.look(rank.held, 0)
+    before = rank.replicas.look(rank.held, 1).texts()
+    rank.held = [Held(item.chunk, item.tensor.clone() + 1) for item in rank.held]
+    assert rank.replicas.look(rank.held, 1).texts() != before
+
+
+def test_what_a_committed_save_has_compared_is_not_new_until_a_restore() -> None:
+    rank = Rank(0, values())
+    groups = rank.plan()
+    compared = rank.replicas.compared
+    assert compared is not None
+    rank.replicas.confirm()
+    assert not compared.boxes, "nothing was compared yet"
+    rank.replicas.look(rank.held, 0)
+    rank.replicas.confirm()
+    assert compared.boxes == {(box.chunk, (0, 1)) for box in groups[0].boxes}
+    rank.replicas.forget()
+    rank.replicas.confirm()
+    assert not compared.boxes, "the save before the restore counts for nothing"
+
+
+def test_a_rank_that_sends_nothing_differs() -> None:
+    ranks = [Rank(number, values()) for number in range(2)]
+    for rank in ranks:
+        rank.plan()
+    found = ranks[0].replicas.look(ranks[0].held, 0)
+    assert len(found.differences([found.texts(), {}])) == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("setting", "check"),
+    [(True, "full"), (False, "off"), ("full", "full"), ("sampled", "sampled"), ("off", "off")],
+)
+def test_settings(setting: str | bool, check: str) -> None:
+    assert check_of(setting) == check
+
+
+@pytest.mark.parametrize("setting", ["some", "", None, 1])
+def test_other_settings_are_refused(setting: object) -> None:
+    with pytest.raises(ConfigError, match="check_replicas"):
+        check_of(setting)  # type: ignore[arg-type]
