@@ -15,7 +15,7 @@ from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest
 from engine.restore.optimizer_names import split_path
 from engine.snapshot.captured import PER_RANK_PREFIX
-from engine.snapshot.modules import ABSENT_BUFFERS
+from engine.snapshot.modules import NOTES
 from engine.snapshot.optimizer_document import is_optimizer, parse
 from engine.snapshot.per_rank import with_names
 from engine.snapshot.values import tensor_names
@@ -158,13 +158,18 @@ class _Names:
         return found
 
     def _add_module_value(self, found: dict[str, Json], key: str, name: str, value: Json) -> None:
-        if name != ABSENT_BUFFERS:
+        if name not in NOTES:
             new, _, rest = self.of(f"{key}.{name}").partition(".")
             found.setdefault(new, {})[rest] = value
             return
-        for buffer in value:
-            new, _, rest = self.of(f"{key}.{buffer}").partition(".")
-            found.setdefault(new, {}).setdefault(name, []).append(rest)
+        # Lists of names, and values by name.
+        for below in value:
+            new, _, rest = self.of(f"{key}.{below}").partition(".")
+            note = found.setdefault(new, {}).setdefault(name, type(value)())
+            if isinstance(value, dict):
+                note[rest] = value[below]
+            else:
+                note.append(rest)
 
 
 def _own(name: str) -> tuple[str, str]:

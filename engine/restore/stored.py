@@ -119,9 +119,9 @@ class _Contents:
         if is_optimizer(document):
             return _optimizer(self._saved, parse(key, document), fields)
         value = self._saved.decoded(document)
-        if not fields:
-            return value
-        return fields | {name: item for name, item in value.items() if name not in NOTES}
+        if isinstance(value, dict) and (fields or NOTES & value.keys()):
+            return fields | {name: item for name, item in value.items() if name not in NOTES}
+        return value
 
 
 def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[str, dict[str, str]]:

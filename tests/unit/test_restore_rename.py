@@ -35,6 +35,7 @@ class Body(nn.Linear):
         super().__init__(3, 3)
         self.calls: Any = 0
         self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("maybe", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
@@ -88,7 +89,9 @@ def test_a_part_under_another_name_brings_its_moments_and_extra_state(
     saved = trained("encoder", "head", 3)
     save(tmp_path, saved, per_rank=per_rank)
     live = trained("backbone", "head", 0)
+    live["model"].backbone.maybe = torch.ones(2)
     restore(tmp_path, live, {"model.encoder": "model.backbone"}, per_rank=per_rank)
+    assert live["model"].backbone.maybe is None
     assert live["model"].backbone.calls == 3
     assert live["stats"] == {"n": 3}
     assert_equal(live, saved)
