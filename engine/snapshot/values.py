@@ -42,6 +42,14 @@ _REMEDIES: Mapping[str, str] = {
     "numpy.random.mtrand.RandomState": "make it an entry of the state by itself, or store its get_state()",
     "random.Random": "make it an entry of the state by itself, or store its getstate()",
     "argparse.Namespace": "store vars() of it",
+    "types.SimpleNamespace": "store vars() of it",
+    "builtins.range": "store list() of it",
+    "builtins.memoryview": "store bytes() of it",
+    "array.array": "store numpy.asarray() of it",
+    **dict.fromkeys(
+        ("decimal.Decimal", "fractions.Fraction", "uuid.UUID", "torch.layout", "torch.memory_format"),
+        "store str() of it",
+    ),
     "builtins.mappingproxy": "store dict() of it",
     "builtins.function": "store its name",
 }
@@ -160,7 +168,7 @@ class _Encoder:
         if plain and (not self._keep_order or list(value) == sorted(value)):
             return {key: self.encode(item, f"{path}.{key}", depth + 1) for key, item in value.items()}
         simple = texts or all(type(key) in (str, int) and _is_short(key) for key in value)
-        if simple and kind in (dict, collections.Counter):
+        if simple and kind in (dict, collections.Counter) and not getattr(value, "__dict__", None):
             # MultiStepLR keeps its milestones in a Counter of ints; optimizers key their state by int.
             form = "$items" if kind is dict else "$counter"
             return {form: [[k, self.encode(v, f"{path}.{k}", depth + 3)] for k, v in value.items()]}
@@ -172,6 +180,9 @@ class _Encoder:
             for key, item in value.items()
         ]
         found: dict[str, Json] = {"kind": type(value).__name__, "pairs": pairs}
+        more = vars(value) if hasattr(value, "__dict__") else {}
+        if more:  # the versions of modules, in what their state_dict() returned
+            found["attributes"] = self.encode(dict(more), f"{path}.__dict__", depth + 1)
         if isinstance(value, collections.defaultdict):
             factory = value.default_factory
             name = getattr(factory, "__name__", "")
@@ -299,9 +310,14 @@ def _decode_mapping(inner: dict[str, Json], tensor: Callable[[str], torch.Tensor
     pairs = _of_hashable("$mapping", lambda: {decode(k, tensor): decode(v, tensor) for k, v in items})
     if kind == "defaultdict":
         return collections.defaultdict(_FACTORIES[factory] if factory is not None else None, pairs)
-    if kind == "OrderedDict":
-        return collections.OrderedDict(pairs)
-    return collections.Counter(pairs) if kind == "Counter" else pairs
+    if kind == "dict":
+        return pairs
+    found = collections.OrderedDict(pairs) if kind == "OrderedDict" else collections.Counter(pairs)
+    attributes = decode(inner.get("attributes", {}), tensor)
+    if not isinstance(attributes, dict):
+        raise DamagedError("a stored $mapping has attributes that are no dict")
+    vars(found).update(attributes)
+    return found
 
 
 def tensor_names(value: Json) -> list[str]:

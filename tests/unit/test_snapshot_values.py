@@ -187,6 +187,14 @@ def test_a_deque_keeps_its_bound_and_a_default_dict_its_factory() -> None:
     assert round_trip(collections.defaultdict(list)).default_factory is list
 
 
+def test_what_a_modules_state_dict_knows_besides_its_keys_survives() -> None:
+    saved = torch.nn.BatchNorm1d(2).state_dict()
+    back = round_trip({"m": saved})["m"]
+    assert type(back) is collections.OrderedDict
+    assert back._metadata == saved._metadata  # type: ignore[attr-defined]
+    assert back._metadata[""] == {"version": 2}
+
+
 def test_nested_sets_are_spelled_alike_in_every_process() -> None:
     texts = [chr(97 + number) * 3 for number in range(20)]
     spelled = [encode(set(order), "key", {}) for order in (texts, texts[::-1])]
