@@ -14,8 +14,7 @@ from engine.errors import StateError
 from engine.format.manifest import Manifest
 from engine.restore.optimizer_names import split_path
 from engine.snapshot.captured import PER_RANK_PREFIX
-from engine.snapshot.optimizer_document import is_optimizer
-from engine.snapshot.values import tensor_names
+from engine.snapshot.optimizer_document import is_optimizer, value_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def contents_of(manifest: Manifest) -> Contents:
     parameters = {key: _parameters(manifest.objects[key]) for key in optimizers}
     inside = []
     modules: dict[str, dict[str, str]] = {}
-    values = {name for value in manifest.objects.values() for name in tensor_names(value)}
+    values = {name for key, value in manifest.objects.items() for name in value_tensors(key, value)}
     for name in (*manifest.tensors, *manifest.aliases):
         key, _, rest = name.partition(".")
         if key == PER_RANK_PREFIX or not rest or name in values:

@@ -123,7 +123,7 @@ class OptimizerRestore:
             if live in self._capture.local:
                 self._plan_parameter(live, fields.get(name, {}))
         if not self._wanted.strict:
-            self._kept |= self._capture.local - self._saved_names.keys()
+            self._kept |= self._capture.local.keys() - self._saved_names.keys()
         here = set(self._saved_names.values())
         lost = [tensor for name, found in fields.items() if name not in here for tensor in found.values()]
         self.unexpected += [tensor for tensor in lost if self._takes_name(tensor)]

@@ -15,10 +15,9 @@ from engine.restore.planning import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
-from engine.snapshot import values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
 from engine.snapshot.modules import NOTES
-from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse
+from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse, value_tensors
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 
@@ -130,7 +129,7 @@ def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[
     Of what ranks have of their own (buffers, what is declared per rank), this rank's.
     """
     manifest = saved.manifest
-    inside = {name for document in documents.values() for name in values.tensor_names(document)}
+    inside = {name for key, document in documents.items() for name in value_tensors(key, document)}
     found: dict[str, dict[str, str]] = {}
     own = per_rank_name(saved.rank, "") if saved.same_world else "-"
     for stored in sorted((*manifest.tensors, *manifest.aliases), key=lambda name: name.startswith(own)):

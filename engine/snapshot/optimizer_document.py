@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import DamagedError, StateError
+from engine.snapshot.values import tensor_names
 
 Json = Any
 
@@ -95,6 +96,26 @@ def parse(key: str, document: Json) -> OptimizerDocument:
         )
     except (TypeError, ValueError, KeyError) as error:
         raise DamagedError(f"the saved values of {key} are not those of an optimizer: {error}") from None
+
+
+def value_tensors(key: str, document: Json) -> list[str]:
+    """The tensors that a state key's value has inside of it.
+
+    What an optimizer's own state_dict() tells may refer to tensors of its state, which are not among them.
+    """
+    if not is_optimizer(document):
+        return tensor_names(document)
+    parsed = parse(key, document)
+    parts = (
+        *parsed.groups,
+        *parsed.counters.values(),
+        *parsed.entries.values(),
+        *(v for _, v in parsed.extra),
+    )
+    names = [name for part in parts for name in tensor_names(part)]
+    names += [name for name in tensor_names(parsed.own) if f"{key}.own" in name]
+    inner = (value_tensors(f"{key}.inner.{name}", inner) for name, inner in parsed.inner.items())
+    return [*names, *(name for found in inner for name in found)]
 
 
 def merge_documents(key: str, documents: Sequence[Json]) -> Json:

@@ -39,7 +39,7 @@ class OptimizerCapture:
     Attributes:
         owner: the state key of the module that has all of the parameters, or "".
         parameters: name -> parameter, in group order.
-        local: the names of those whose state this rank holds: all, but for a sharded optimizer.
+        local: those whose state this rank holds: all, but for a sharded optimizer.
         inner: optimizers in its attributes, which have state of their own.
         saves_itself, loads_itself: whether it has a state_dict, a load_state_dict of its own.
     """
@@ -81,11 +81,12 @@ class OptimizerCapture:
             self.full_names[found[parameter]] = full
         return found
 
-    def _local(self) -> set[str]:
+    def _local(self) -> dict[str, torch.Tensor]:
         part = local_part(self.optimizer)
         if part is None:
-            return set(self.parameters)
-        return {self._names[parameter] for group in part.param_groups for parameter in group["params"]}
+            return self.parameters
+        mine = (parameter for group in part.param_groups for parameter in group["params"])
+        return {self._names[parameter]: parameter for parameter in mine}
 
     def _walk(self) -> None:
         groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -179,7 +180,7 @@ class OptimizerCapture:
             class_name=class_name(self.optimizer),
             sharded=local_part(self.optimizer) is not None,
             counters={
-                path: self._encoded(entry.get(field), f"counters.{path}", tensors)
+                path: self._encoded(entry.get(field), f"state.{path}", tensors)
                 for path, entry, field in self._counters
             },
             layouts=self._layouts,

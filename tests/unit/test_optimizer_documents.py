@@ -13,7 +13,7 @@ from engine.errors import DamagedError, StateError
 from engine.restore.hyperparameters import Group, assign
 from engine.restore.optimizer_names import class_difference, match_names, split_path
 from engine.snapshot import layouts
-from engine.snapshot.optimizer_document import OptimizerDocument, merge_documents, parse
+from engine.snapshot.optimizer_document import OptimizerDocument, merge_documents, parse, value_tensors
 
 Json = Any
 
@@ -62,6 +62,22 @@ def test_a_document_comes_back() -> None:
 def test_what_no_save_wrote_is_damage(value: Json) -> None:
     with pytest.raises(DamagedError, match="not those of an optimizer"):
         parse("optimizer", value)
+
+
+def test_state_that_its_own_state_dict_refers_to_is_no_part_of_a_value() -> None:
+    def tensor(name: str) -> Json:
+        return {"$tensor": name}
+
+    inner = document(group("a"), own={"x": tensor("o.inner.base.own.x"), "y": tensor("o.state.a.m")})
+    told = document(
+        group("a", lr=tensor("o.param_groups.0.lr")),
+        counters={"a.h": [tensor("o.state.a.h.0")]},
+        own={"slow": tensor("o.state.a.slow"), "copy": tensor("o.own.copy")},
+        inner={"base": inner},
+    )
+    expected = ["o.param_groups.0.lr", "o.state.a.h.0", "o.own.copy", "o.inner.base.own.x"]
+    assert value_tensors("o", told) == expected
+    assert value_tensors("v", {"a": tensor("v.a")}) == ["v.a"]
 
 
 def test_documents_of_stages_are_put_together() -> None:

@@ -708,3 +708,9 @@ def test_a_part_of_an_optimizer_does_not_go_through_its_own_load_state_dict(
     assert same_bits(two["optimizer"].state[two["model"][0].weight]["exp_avg"], moment)
     assert two["optimizer"].total == 1
     assert "what its own state_dict() tells beyond state and groups is left as it is" in caplog.text
+
+
+def test_state_comes_in_the_order_of_the_parameters() -> None:
+    """Not in that of a set of names, which differs from process to process: some sum over all state."""
+    two = restored(saved_of(made(KINDS["AdamW"], steps=1)), made(KINDS["AdamW"]))
+    assert list(map(id, two["optimizer"].state)) == list(map(id, two["model"].parameters()))
