@@ -8,6 +8,7 @@ import errno
 import io
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,12 +112,17 @@ def _load_safely(path: Path) -> Any:
         raise _readable(path, error) from error
     except pickle.UnpicklingError as error:
         pickled = _pickled(path)
-        # Opcodes that torch's own unpickler does not know are those of a newer pickle protocol.
-        if all(map(_harmless, _globals(pickled))) and "Unsupported operand" not in str(error):
+        if all(map(_harmless, _globals(pickled))) and not _is_newer_protocol(error):
             raise DamagedError(f"{path} is damaged: its pickle cannot be read to its end") from error
         raise refused(path, "a file that torch.save wrote", pickled) from error
     except Exception as error:
         raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
+
+
+def _is_newer_protocol(error: Exception) -> bool:
+    """Whether torch's unpickler met an opcode that it does not know and pickle does."""
+    operand = re.search(r"Unsupported operand (\d+)", str(error))
+    return operand is not None and chr(int(operand[1])) in pickletools.code2op
 
 
 def _readable(path: Path, error: OSError) -> Exception:

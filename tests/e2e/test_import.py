@@ -53,12 +53,12 @@ def test_a_folder_with_its_own_data_and_model(tmp_path: Path) -> None:
 COMMANDS = """
 import os, runpy, sys
 
-def run(*argv):
-    sys.argv = ["engine.checkpoints", *argv]
+def run(*argv, program="engine.checkpoints"):
+    sys.argv = [program, *argv]
     for name in [name for name in sys.modules if name.partition(".")[0] in ("model", "data")]:
         del sys.modules[name]  # each command as in a process of its own
     try:
-        runpy.run_module("engine.checkpoints", run_name="__main__", alter_sys=True)
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         assert end.code in (0, None) or (argv[0], end.code) == ("diff", 1), (argv, end.code)
 
@@ -73,6 +73,7 @@ for argv in (("list",), ("show",), ("verify",), ("prune", "--dry_run"), ("selfte
 run("hold", again)
 run("release", again)
 run("copy", again, "copied")
+run("--from", again, "--max_new_tokens", "2", "--device", "cpu", program="engine.generate")
 print("fine")
 """
 

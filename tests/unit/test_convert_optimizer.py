@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from engine.convert.flattened import nested_optimizer
 from engine.convert.names import Names, shared_names
 from engine.convert.numbering import Parameter, Parameters
 from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
@@ -189,3 +190,19 @@ def test_names_without_wrappers(given: tuple[str, ...], wanted: tuple[str, ...],
     assert tuple(map(names.of, given)) == wanted
     assert names.prefix == prefix
     assert bool(names.notes) == (given != wanted)
+
+
+def test_a_flattened_optimizers_nested_state_stays_with_its_parameter() -> None:
+    """Shampoo's state is a dict in a dict: where the parameter's name ends, only the model tells."""
+    flat = {
+        "state.module.a.weight.blocks.0": 1.0,
+        "state.module.a.step": 2,
+        "param_groups.module.a.weight.lr": 0.5,
+        "param_groups.module.a.lr": ref(),
+    }
+    found = nested_optimizer(flat, Names(prefix="module."), {"a.weight", "a"}, lambda ref: 0.5)
+    assert found == {
+        "state": {"module.a.weight": {"blocks.0": 1.0}, "module.a": {"step": 2}},
+        "param_groups": [{"lr": 0.5, "params": ["module.a.weight", "module.a"]}],
+    }
+    assert nested_optimizer({"state.a.step": 1}, Names(), {"a"}, lambda ref: 0.5) is None

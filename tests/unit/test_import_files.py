@@ -131,6 +131,19 @@ def test_a_truncated_file_is_damaged_and_no_question_of_trust(tmp_path: Path) ->
             assert "trust_pickle" not in str(caught.value), (name, kept)
 
 
+def test_a_pickle_that_cannot_be_read_to_its_end_is_damaged(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as whole,
+        zipfile.ZipFile(tmp_path / "a.pt", "w") as cut,
+    ):
+        for item in whole.infolist():
+            raw = whole.read(item)
+            cut.writestr(item, raw[:-1] + b"\xee" if item.filename.endswith("data.pkl") else raw)
+    with pytest.raises(DamagedError, match="its pickle cannot be read to its end"):
+        import_checkpoint(str(tmp_path / "a.pt"), str(tmp_path / "new"))
+
+
 @pytest.fixture
 def their_module() -> Iterator[types.ModuleType]:
     """A project's module that is there when its checkpoint is written and away when it is imported."""

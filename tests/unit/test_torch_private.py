@@ -239,3 +239,14 @@ def test_python_calls_hooks_before_it_takes_thread_pools_away() -> None:
     assert isinstance(threading._threading_atexits, list)  # type: ignore[attr-defined]
     names = [str(call.func) for call in threading._threading_atexits]  # type: ignore[attr-defined]
     assert str(futures._python_exit) in names
+
+
+def test_pickled_tensors_of_subclasses_name_the_function_that_import_replaces() -> None:
+    """`engine.convert.unpickling` takes its place, for classes that do not exist where a file is read."""
+
+    class Sub(torch.Tensor):
+        pass
+
+    function, arguments = torch.ones(2).as_subclass(Sub).__reduce_ex__(2)
+    assert f"{function.__module__}.{function.__qualname__}" == "torch._tensor._rebuild_from_type_v2"
+    assert (len(arguments), arguments[1]) == (4, Sub)
