@@ -122,7 +122,7 @@ def _load_safely(path: Path) -> Any:
 def _is_newer_protocol(error: Exception) -> bool:
     """Whether torch's unpickler met an opcode that it does not know and pickle does."""
     operand = re.search(r"Unsupported operand (\d+)", str(error))
-    return operand is not None and chr(int(operand[1])) in pickletools.code2op
+    return operand is not None and chr(int(operand[1])) in {opcode.code for opcode in pickletools.opcodes}
 
 
 def _readable(path: Path, error: OSError) -> Exception:
