@@ -87,7 +87,6 @@ class StateCapture:
         self._optimizers: dict[str, OptimizerCapture] = {}
         self._fixed = Captured()
         self._walked_since = True
-        self._together: bool | None = None
 
     def capture(self) -> Captured:
         """The state as it is now. Tensors are live: copy them before training goes on.
@@ -157,11 +156,11 @@ class StateCapture:
     @property
     def asks_together(self) -> bool:
         """Whether all ranks have to ask for a state_dict() at one moment: its hooks may gather shards."""
-        if self._together is None:
-            modules = [entry for entry in self.state.values() if isinstance(entry, nn.Module)]
-            sharded = [m for m in modules if any(isinstance(p, DTensor) for p in m.parameters())]
-            self._together = any(has_own_state_dict(module) for module in sharded)
-        return self._together
+        if self._modules:
+            return any(module.may_gather for module in self._modules.values())
+        modules = [entry for entry in self.state.values() if isinstance(entry, nn.Module)]
+        own = [module for module in modules if has_own_state_dict(module)]
+        return any(isinstance(parameter, DTensor) for module in own for parameter in module.parameters())
 
     def make_ready(self) -> None:
         """See that modules and optimizers are as last walked, and can be written into."""
@@ -178,7 +177,6 @@ class StateCapture:
         """Walk every module and optimizer anew."""
         # What was kept for `capture` may be of another walk: a restore gives optimizers their state.
         self._walked_since = True
-        self._together = None
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
                 self._modules[key] = captured_module(key, entry, self._first_buffers[key])

@@ -66,6 +66,7 @@ class ModuleCapture:
             part for name, tensor in self._composites.items() for part in leaves_of(named.pop(name), name)
         ]
         named |= {name: tensor for name, _, _, tensor in parts}
+        self.may_gather = self._asks_each_time and any(isinstance(t, DTensor) for t in named.values())
         self.tensors = {name: t if is_lazy(t) else detached(t) for name, t in named.items()}
         self.identities = {name: id(tensor) for name, tensor in named.items()}
         buffers = {id(buffer) for buffer in module.buffers()}

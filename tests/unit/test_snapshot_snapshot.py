@@ -159,7 +159,7 @@ def test_a_dtype_that_safetensors_lacks_is_refused_by_name(dtype: torch.dtype) -
     if dtype == torch.quint8:
         tensor = torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, dtype)
     snapshot, capture = fresh({"values": {"t": tensor}})
-    with pytest.raises(UnsavableValueError, match=r"values\.t: tensors of torch\."):
+    with pytest.raises(UnsavableValueError, match=r"values\.t: .*(complex128|quint8)"):
         snapshot.prepare(capture.capture())
 
 
