@@ -16,7 +16,7 @@ from engine.errors import (
     NotOursError,
     StorageDeniedError,
 )
-from engine.format.names import DEAD_PREFIX, parse_attempt_name, safe_relative
+from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name, safe_relative
 from engine.storage import direct, durable, own
 from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
 from engine.storage.failures import mapped
@@ -217,17 +217,22 @@ class LocalStorage(Storage):
         if not path:
             return self._root
         absolute = os.path.join(self._root, safe_relative(path))
-        real, real_root = os.path.realpath(absolute), os.path.realpath(self._root)
-        if not real.startswith(real_root.rstrip("/") + "/") and not self._in_linked_checkpoint(path, real):
+        real = os.path.realpath(absolute)
+        if not self._is_inside(real) and not self._in_linked_checkpoint(path, real):
             raise HostilePathError(
                 f"{self.describe(path)} leads out of the directory through a symbolic link: use its real path"
             )
         return absolute
 
+    def _is_inside(self, real: str) -> bool:
+        return real.startswith(os.path.realpath(self._root).rstrip("/") + "/")
+
     def _in_linked_checkpoint(self, path: str, real: str) -> bool:
         first = path.partition("/")[0]
         linked = os.path.join(self._root, first)
-        if parse_attempt_name(first) is None or not os.path.islink(linked):
+        if not os.path.islink(linked):
+            return False
+        if parse_attempt_name(first) is None and not os.path.isfile(os.path.join(linked, MANIFEST)):
             return False
         home = os.path.realpath(linked)
         return real == home or real.startswith(home.rstrip("/") + "/")
@@ -236,7 +241,10 @@ class LocalStorage(Storage):
         """The absolute path of what is to be written. NotOursError below a checkpoint that is a link."""
         absolute = self._path(path)
         first = path.partition("/")[0]
-        if parse_attempt_name(first) is not None and os.path.islink(os.path.join(self._root, first)):
+        linked = os.path.join(self._root, first)
+        if not path or not os.path.islink(linked):
+            return absolute
+        if parse_attempt_name(first) is not None or not self._is_inside(os.path.realpath(linked)):
             raise NotOursError(f"{self.describe(first)} {own.A_LINK}")
         return absolute
 

@@ -18,6 +18,7 @@ from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.retention import Decision, Retention, surplus
 from engine.catalog.verify import verify_checkpoint
 from engine.errors import NotOursError
+from engine.restore.choose import choose_checkpoint
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
@@ -145,6 +146,20 @@ def test_a_link_in_a_checkpoints_place_is_read_and_never_removed(tmp_path: Path)
             change()
     assert (root / linked).is_symlink()
     assert files_below(tmp_path / "archive") == before
+
+
+def test_a_link_of_any_name_to_one_checkpoint_is_read_and_not_marked(tmp_path: Path) -> None:
+    id = write_checkpoint(tmp_path / "archive", sequence=1, rows=2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "the-good-one").symlink_to(tmp_path / "archive" / id)
+    choice = choose_checkpoint(LocalStorage(tmp_path / "other"), str(tmp_path / "run" / "the-good-one"))
+    assert choice is not None
+    assert choice.record.id == id
+    storage = LocalStorage(tmp_path / "run")
+    assert verify_checkpoint(storage, "the-good-one").ok
+    assert list_checkpoints(storage) == [], "but it is none of that directory's"
+    with pytest.raises(NotOursError):
+        marks.mark_damaged(storage, "the-good-one", "bad")
 
 
 def test_what_a_link_beside_it_leads_to_is_not_removed_either(tmp_path: Path) -> None:
