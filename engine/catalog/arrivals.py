@@ -31,6 +31,7 @@ class Arrivals:
         self._seen: dict[str, tuple[Fingerprint, float]] = {}
         self.removing: set[str] = set()
         """What this holder has begun to remove: half of it is nobody's copy."""
+        self._settled: set[str] | None = None
 
     def is_over(self, storage: Storage, name: str, reference: str, uploads: Collection[str] = ()) -> bool:
         """Whether nothing in the directory `name` has changed for QUIET_SECS.
@@ -41,6 +42,25 @@ class Arrivals:
         """
         quiet_secs = self._unchanged_secs(name, (*_fingerprint(storage, name), *((u, "") for u in uploads)))
         return quiet_secs >= QUIET_SECS or _age_secs(storage, name, reference) >= QUIET_SECS
+
+    def settle(self, id: str) -> None:
+        """This holder has committed it itself."""
+        if self._settled is not None:
+            self._settled.add(id)
+
+    def arriving(self, storage: Storage, ids: Collection[str], reference: str) -> set[str]:
+        """Of the committed checkpoints `ids`, those that somebody else has brought since the first such call.
+
+        Their sizes are right, but the bytes may still be on their way; and who copies an old checkpoint into
+        a directory wants it for something. Until they have not changed for QUIET_SECS, retention neither
+        removes them nor anything in their favour.
+        """
+        if self._settled is None:
+            self._settled = set(ids)
+        new = set(ids) - self._settled
+        arriving = {id for id in new if not self.is_over(storage, id, reference)}
+        self._settled |= new - arriving
+        return arriving
 
     def keep_only(self, names: Collection[str]) -> None:
         """Forget what is not there any more. What was removed may come back, as a copy."""

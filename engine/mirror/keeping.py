@@ -13,6 +13,7 @@ from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention, surplus, unfed
 from engine.catalog.said import first_time
 from engine.errors import HoldfastError, NotFoundError
+from engine.format.names import lease_name
 from engine.mirror.owed import give_way, spare
 from engine.mirror.uploader import Mirror, Patience
 from engine.storage.base import Storage
@@ -55,7 +56,9 @@ def remove_surplus(
             listed = []
         local = committed(listed)
         # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
-        policy = surplus(local, retention, held=exempt(listed))
+        brought = {record.id for record in local} - set(given_up)
+        arriving = lease.arrivals.arriving(storage, brought, lease_name(lease.epoch))
+        policy = surplus([r for r in local if r.id not in arriving], retention, held=exempt(listed))
         owed = mirror.owed_of(local) if mirror is not None else frozenset()
         decisions = spare(policy, owed)
         if any(not decision.keep for decision in decisions):

@@ -32,7 +32,7 @@ from engine.errors import (
     StorageUnavailableError,
 )
 from engine.forks import Home
-from engine.format.names import MANIFEST
+from engine.format.names import MANIFEST, lease_name
 from engine.mirror.copy import Cancelled, Copied, copy_checkpoint
 from engine.mirror.owed import owed
 from engine.storage.base import Storage
@@ -360,8 +360,12 @@ class Mirror:
     def _retire(self) -> None:
         """The run's retention, on the mirror. What is half sent is left to the end of a round."""
         # A hold that is newer than the last look is seen all the same: `reap` asks before each removal.
-        decisions = surplus(self._there, self._plan.retention, self._held)
-        removed = set(reap(self.storage, decisions, lease=self._lease).removed)
+        lease = self._require_lease()
+        brought = {record.id for record in self._there} - self._begun
+        arriving = lease.arrivals.arriving(self.storage, brought, lease_name(lease.epoch))
+        there = [record for record in self._there if record.id not in arriving]
+        decisions = surplus(there, self._plan.retention, self._held)
+        removed = set(reap(self.storage, decisions, lease=lease).removed)
         self._begun -= removed
         with self._lock:
             self._there = tuple(record for record in self._there if record.id not in removed)

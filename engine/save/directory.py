@@ -13,6 +13,7 @@ from engine.catalog.retention import Retention
 from engine.errors import DirectoryHeldError, HoldfastError
 from engine.format.best import DEFAULT
 from engine.format.manifest import ShardReceipt
+from engine.format.names import lease_name
 from engine.mirror.keeping import close_mirror, remove_surplus, say_unfed
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience
 from engine.parallel.agreement import all_agree, rank0_decides
@@ -83,7 +84,10 @@ class HeldDirectory:
         self.storage.make_dir()
         self.lease = Lease.acquire(self.storage, run_id=self.run_id)
         self.lease.start_heartbeat()
-        self._sequence = highest_sequence(list_checkpoints(self.storage, self._seen))
+        listed = list_checkpoints(self.storage, self._seen)
+        self._sequence = highest_sequence(listed)
+        here = [record.id for record in committed(listed)]
+        self.lease.arrivals.arriving(self.storage, here, lease_name(self.lease.epoch))
         reap_abandoned(self.storage, lease=self.lease)
         if self.second is not None:
             plan = MirrorPlan(mirror_freq, self.retention, self.run_id)
@@ -115,6 +119,8 @@ class HeldDirectory:
             best=DEFAULT if self.retention is None else self.retention.rule,
         )
         self.parent = record.id
+        if self.lease is not None:
+            self.lease.arrivals.settle(record.id)
         return record
 
     def clean_up(self, record: CheckpointRecord) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine import Checkpointer
 from engine.catalog import marks
 from engine.catalog.arrivals import QUIET_SECS
 from engine.catalog.attempts import is_attempt_of, new_attempt
@@ -18,6 +21,7 @@ from engine.catalog.reaper import reap, reap_abandoned
 from engine.catalog.retention import Decision, Retention, surplus
 from engine.catalog.verify import verify_checkpoint
 from engine.errors import NotOursError
+from engine.mirror.keeping import remove_surplus
 from engine.restore.choose import choose_checkpoint
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
@@ -276,6 +280,49 @@ def test_a_copy_that_is_still_arriving_is_not_removed(
     lease.release()
     assert id in [record.id for record in committed(list_checkpoints(storage))]
     assert verify_checkpoint(storage, id).ok
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_copy_that_has_just_arrived_is_not_surplus_yet(rounds: int, tmp_path: Path) -> None:
+    """Its manifest came first and its sizes are right: whether all bytes are there, nobody can tell."""
+    storage, now = LocalStorage(tmp_path / "run"), [0.0]
+    for n in (7, 8, 9):
+        write_checkpoint(storage, sequence=n, rows=2)
+    copy = write_checkpoint(tmp_path / "origin", sequence=1, rows=2)
+    keep = Retention(rolling=0, best=0, epochs=False)
+    with Lease.acquire(storage, run_id="run", clock=lambda: now[0], sleep=lambda _: None) as lease:
+        assert remove_surplus(storage, lease, keep), "what was here before goes as the policy says"
+        shutil.copytree(tmp_path / "origin" / copy, tmp_path / "run" / copy)
+        for _ in range(rounds):
+            assert not remove_surplus(storage, lease, keep)
+            now[0] += QUIET_SECS / 2
+            (tmp_path / "run" / copy / "manifest.json").touch()
+        assert not remove_surplus(storage, lease, keep)
+        now[0] += QUIET_SECS
+        assert remove_surplus(storage, lease, keep)
+    assert [record.sequence for record in committed(list_checkpoints(storage))] == [8, 9]
+
+
+def test_nothing_goes_in_favour_of_copies_that_are_arriving(tmp_path: Path) -> None:
+    """They were committed later, and have the better metric: still, their bytes may not be there yet."""
+    storage = LocalStorage(tmp_path / "run")
+    for n in (7, 8, 9):
+        write_checkpoint(storage, sequence=n, rows=2, metrics={"val_loss": float(n)})
+    with Lease.acquire(storage, run_id="run") as lease:
+        assert not remove_surplus(storage, lease, Retention(rolling=3))
+        for n in (21, 22, 23):
+            write_checkpoint(storage, sequence=n, rows=2, metrics={"val_loss": 1.0})
+        assert not remove_surplus(storage, lease, Retention(rolling=0))
+    assert [r.sequence for r in committed(list_checkpoints(storage))] == [7, 8, 9, 21, 22, 23]
+
+
+def test_a_run_does_not_take_its_own_checkpoints_for_copies(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"t": torch.zeros(8)}, retention=Retention(rolling=2)) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step).result(60.0)
+    with Checkpointer(tmp_path, {"t": torch.zeros(8)}, retention=Retention(rolling=2)) as ckpt:
+        ckpt.save(4).result(60.0)
+    assert [r.step for r in committed(list_checkpoints(LocalStorage(tmp_path)))] == [3, 4]
 
 
 def test_what_nobody_goes_on_with_is_removed_after_an_hour(storage: Storage) -> None:
