@@ -111,6 +111,8 @@ class OptimizerRestore:
         mine += [*document.entries.values(), *document.groups, *(value for _, value in document.extra)]
         for value in mine:
             self._saved.will_read(value, memory)
+        for key, _ in document.extra:
+            self._takes_name(f"{self._capture.key}.state.{key}")
 
     def _plan_tensors(self, stored: Iterable[str]) -> None:
         prefix = f"{self._capture.key}.state."
@@ -342,12 +344,15 @@ class OptimizerRestore:
                 )
 
     def _set_extra(self) -> None:
-        if not self._takes_name(f"{self._capture.key}.state"):
-            return
         state, extra = state_of(self._capture.optimizer), self._extra()
-        for key in [key for key in state if not isinstance(key, torch.Tensor) and key not in extra]:
-            del state[key]
-        state.update(extra)
+        prefix = f"{self._capture.key}.state."
+        for key in [key for key in (*state, *extra) if not isinstance(key, torch.Tensor)]:
+            if not self._takes_name(f"{prefix}{key}"):
+                continue
+            if key in extra:
+                state[key] = extra[key]
+            else:
+                state.pop(key, None)
 
     def _extra(self) -> dict[Any, Any]:
         found = {self._saved.decoded(key): self._decoded(value) for key, value in self._document.extra}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -11,6 +11,7 @@ from engine.restore.optimizer import OptimizerRestore
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
+from engine.snapshot.optimizer_document import is_optimizer, parse
 
 
 class Optimizers:
@@ -30,7 +31,7 @@ class Optimizers:
         unexpected: list[str] = []
         for key, one in capture.optimizers.items():
             document = saved.manifest.objects.get(key)
-            if wanted.model_only or key not in saved.keys or not _takes_some(wanted, key, saved):
+            if wanted.model_only or key not in saved.keys or not _takes_some(wanted, key, document, saved):
                 continue
             if not isinstance(document, dict) or "param_groups" not in document:
                 lines.append(f"{key}: an optimizer here, saved as something else")
@@ -51,6 +52,13 @@ class Optimizers:
             part.finish()
 
 
-def _takes_some(wanted: Wanted, key: str, saved: Saved) -> bool:
-    names: Iterable[str] = (name for name in saved.manifest.tensors if name.startswith(f"{key}."))
-    return wanted.takes_key(key) or any(wanted.takes(name) for name in names)
+def _takes_some(wanted: Wanted, key: str, document: Any, saved: Saved) -> bool:
+    if wanted.takes_key(key):
+        return True
+    names = [name for name in saved.manifest.tensors if name.startswith(f"{key}.")]
+    if is_optimizer(document):
+        told = parse(key, document)
+        names += [f"{key}.param_groups.{name}" for group in told.groups for name in group]
+        names += [f"{key}.state.{path}" for path in told.counters]
+        names += [f"{key}.state.{name}" for name, _ in told.extra]
+    return any(wanted.takes_value(key, name) for name in names)

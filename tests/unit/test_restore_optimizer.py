@@ -714,3 +714,35 @@ def test_state_comes_in_the_order_of_the_parameters() -> None:
     """Not in that of a set of names, which differs from process to process: some sum over all state."""
     two = restored(saved_of(made(KINDS["AdamW"], steps=1)), made(KINDS["AdamW"]))
     assert list(map(id, two["optimizer"].state)) == list(map(id, two["model"].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("include", "rate", "extra", "count", "moments"),
+    [
+        (("optimizer",), 0.5, "saved", 5, True),
+        (("optimizer.*",), 0.5, "saved", 5, True),
+        (("optimizer.param_groups.*",), 0.5, "live", None, False),
+        (("optimizer.param_groups.lr",), 0.5, "live", None, False),
+        (("optimizer.state.*",), 0.1, "saved", 5, True),
+        (("optimizer.state.extra",), 0.1, "saved", None, False),
+        (("optimizer.state.0.bias.count",), 0.1, "live", 5, False),
+        (("model",), 0.1, "live", None, False),
+    ],
+)
+def test_what_is_included_of_an_optimizer(
+    include: tuple[str, ...], rate: float, extra: str, count: int | None, moments: bool
+) -> None:
+    def make() -> State:
+        return made(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9))
+
+    one, two = make(), make()
+    step(one["model"], one["optimizer"])
+    one["optimizer"].param_groups[0]["lr"] = 0.5
+    one["optimizer"].state[one["model"][0].bias]["count"] = 5
+    one["optimizer"].state["extra"], two["optimizer"].state["extra"] = "saved", "live"
+    restored(saved_of(one), two, include=include)
+    state = two["optimizer"].state
+    assert two["optimizer"].param_groups[0]["lr"] == rate
+    assert state["extra"] == extra
+    assert state.get(two["model"][0].bias, {}).get("count") == count
+    assert ("momentum_buffer" in state.get(two["model"][1].weight, {})) == moments
