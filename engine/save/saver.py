@@ -203,7 +203,7 @@ class Saver:
             if call.term("action") == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
                 told = self.flight.handle.take_failure() if self.flight.handle else None
-                if told is not None and self.outcomes.on_failure == "raise":
+                if told is not None and (self.outcomes.on_failure == "raise" or not told.may_pass):
                     raise told
                 raise SaveFailedError(str(call.term("cause"))) from told
             if call.term("together"):

@@ -65,6 +65,6 @@ def different_json(rank: int, world_size: int, directory: str) -> list[Any]:
 def test_a_state_that_differs_is_raised_on_all_ranks(world: World, tmp_path: Path) -> None:
     for first, second, third in world(2).run(different_json, str(tmp_path)):
         assert first == 1, "the background finds it out"
-        assert second.startswith("SaveFailedError")
+        assert second.startswith("ReplicaMismatchError")
         assert "values.n differs on rank 1: 1 there, 0 on rank 0" in second
         assert third is True
