@@ -200,6 +200,8 @@ def kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> 
         was = f"{info.dtype} {list(info.shape)}" if info else "another kind of value"
         return f"{key}: saved as {was}, here {here.dtype} {list(here.shape)}"
     if isinstance(entry, np.ndarray):
+        if not entry.flags.writeable:
+            return f"{key}: a read-only array here, which cannot be filled in place"
         array = f"{entry.dtype.str} {list(entry.shape)}"
         was = f"{inner['dtype']} {inner['shape']}" if form == "$array" else "another kind of value"
         return "" if was == array else f"{key}: saved as {was}, here {array}"

@@ -158,6 +158,7 @@ def test_a_container_keeps_its_own_tensors(tmp_path: Path) -> None:
     [
         (np.zeros(2), np.zeros(3), r"e: saved as <f8 \[2\], here <f8 \[3\]"),
         (np.zeros(2, np.float32), np.zeros(2), r"e: saved as <f4 \[2\], here <f8 \[2\]"),
+        (np.zeros(2), np.broadcast_to(np.zeros(1), 2), "e: a read-only array here"),
         ([1], {"a": 1}, "e: a dict here, saved as another kind of value"),
         ({1}, [1], "e: a list here, saved as another kind of value"),
         ({"a": 1}, bytearray(), "e: a bytearray here, saved as another kind"),
