@@ -30,6 +30,7 @@ _STEPS = ("step", "iter_num", "global_step", "global_steps", "iteration", "iter"
 _EPOCHS = ("epoch", "current_epoch")
 _TOKENS = ("tokens", "ntokens_seen")
 _LOSSES = (VAL_LOSS, "best_val_loss")
+_PLAIN_LOSSES = (*_LOSSES, "loss", "train_loss", "best_loss")
 _CONFIGS = ("config", "model_args", "hparams", "args", "hyper_parameters", "cfg", "opt_args")
 _METRIC = re.compile(r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)(?:_.*|$)", re.I)
 _HOLDERS = ("train_state",)
@@ -170,7 +171,10 @@ class _Sorting:
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for key in (*_LOSSES, *(key for key in list(self._left) if _METRIC.fullmatch(str(key)))):
+        # Among the tensors of a bare state dict, what is called a loss may be a parameter.
+        bare = not any(_has_tensors(self._left.get(key)) for key in _MODELS)
+        scores = [key for key in self._left if _METRIC.fullmatch(key) and (not bare or key in _PLAIN_LOSSES)]
+        for key in (*_LOSSES, *scores):
             value = self._number(key)
             name = VAL_LOSS if key in _LOSSES else key
             if value is not None and name not in metrics and len(name) <= MAX_NAME_BYTES:

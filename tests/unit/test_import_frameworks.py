@@ -18,6 +18,8 @@ from engine.convert.importing import import_checkpoint
 from engine.convert.tensors import whole
 from engine.errors import ConfigError
 from engine.storage.local import LocalStorage
+from model.config import GPT2Config
+from tests.support.tiny_gpt2 import new_model, new_optimizer
 
 GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 33, "n_positions": 8}
 LLAMA = {
@@ -108,6 +110,17 @@ def test_trainer_gpt2(gpt2_run: tuple[Path, Any]) -> None:
             name,
             key,
         )
+    shape = {name: GPT2[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    ours = new_model(GPT2Config(**shape, block_size=GPT2["n_positions"]), seed=9)
+    state = {"model": ours, "optimizer": new_optimizer(ours)}
+    with Checkpointer(
+        folder / "new", state
+    ) as checkpointer:  # as the trainer does, which has the others, too
+        assert checkpointer.restore(record.id, exclude=["loader", "schedule"]) is not None
+    tokens = torch.randint(0, 33, (2, 8))
+    with torch.no_grad():
+        wanted = made.model.eval()(tokens).logits
+        torch.testing.assert_close(ours.eval()(tokens)[0], wanted, rtol=1e-4, atol=1e-5)
     groups = read_manifest(LocalStorage(folder / "new"), record.id).objects["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(named[name].ndim == 2 for name in groups[0]["params"])

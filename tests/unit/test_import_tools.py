@@ -581,3 +581,13 @@ def test_only_what_belongs_to_a_checkpoint_is_fetched(tmp_path: Path) -> None:
         assert sum(fetched) == 0
     finally:
         memory.rm("/fetching", recursive=True)
+
+
+def test_a_models_own_numbers_stay_with_the_model(tmp_path: Path) -> None:
+    numbers = {name: torch.tensor(0.5) for name in ("loss_weight", "head.aux_loss", "logit_scale")}
+    for name, document in (("bare", numbers), ("nested", {"model": {**numbers, "step": torch.tensor(3)}})):
+        torch.save(document, tmp_path / f"{name}.pt")
+        record, manifest, notes = take(tmp_path / f"{name}.pt")
+        assert {f"model.{key}" for key in numbers} <= manifest.tensors.keys()
+        assert (record.step, record.metrics) == (0, {})
+        assert "left out" not in notes
