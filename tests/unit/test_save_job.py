@@ -25,11 +25,12 @@ from engine.save import job as job_module
 from engine.save.commit import SaveInfo, commit, confirm_files
 from engine.save.handle import SaveHandle
 from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
+from engine.save.receipt import Receipt
 from engine.snapshot.arena import Arena
 from engine.snapshot.filling import Filling
 from engine.storage.local import LocalStorage
 from tests.support.boxes import shards
-from tests.support.channels import DEADLINE_SECS, BrokenStore, MemoryStore, on_ranks
+from tests.support.channels import DEADLINE_SECS, BrokenStore, ImpatientStore, MemoryStore, on_ranks
 from tests.support.controlled import ControlledStorage
 
 ROWS = 20
@@ -291,6 +292,19 @@ def test_a_rank_that_never_reports_is_named_to_all(rig: Rig, monkeypatch: pytest
     rig.runner(Channel(2, 3, rig.store)).run(absent)
     with pytest.raises(SaveFailedError, match="rank 2 did not report"):
         absent.handle.result(0)
+
+
+def test_a_rank_that_never_reports_is_not_waited_for_once_more(rig: Rig) -> None:
+    store = ImpatientStore()
+    rig.timeout_secs, rig.clock = 7.0, store.clock
+    Channel(1, 3, store).gather("save/1/receipt", Receipt(1, rig.info.attempt, error="Odd: x").to_bytes(), 0)
+    Channel(1, 3, store).gather("save/1/ack", b"1", 0)
+    job = rig.job(0)
+    rig.runner(Channel(0, 3, store, store.clock)).run(job)
+    with pytest.raises(SaveFailedError, match="rank 2 did not report within 7 s in the save of step 7"):
+        job.handle.result(0)
+    assert store.now == 7
+    assert b'"over":true' in store.values["call/1"], "it need not come any more"
 
 
 def test_a_lost_connection_ends_every_wait(rig: Rig) -> None:
