@@ -164,7 +164,7 @@ def _put_in_order(adopted: Adopted, parts: Recognised) -> bool:
     """Put the parameters in the module's order, if an optimizer needs it and the module's class is known."""
     if parts.optimizer is None or not numbers_parameters(parts.optimizer):
         return False
-    order = parameter_order(parts.config, parts.names)
+    order = parameter_order(parts.config, parts.names, len(parts.model))
     if order is None or not adopted.parameters.keys() >= set(order):
         return False
     rest = {name: replace(known, is_buffer=True) for name, known in adopted.parameters.items()}

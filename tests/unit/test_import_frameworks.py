@@ -15,6 +15,8 @@ from engine import Checkpointer, CheckpointRecord
 from engine.catalog.listing import read_manifest
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.importing import import_checkpoint
+from engine.convert.module_order import parameter_order
+from engine.convert.names import Names
 from engine.convert.tensors import whole
 from engine.errors import ConfigError
 from engine.storage.local import LocalStorage
@@ -242,3 +244,10 @@ def test_lightning(tmp_path: Path) -> None:
     ):
         assert torch.equal(value, into.state[names[name]][key]), (name, key)
     assert into.param_groups[0]["lr"] == module.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]
+
+
+def test_a_configuration_of_a_billion_layers_is_not_built() -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 10**9}
+    assert parameter_order(config, Names(), 21) is None
+    assert parameter_order({"architectures": ["os"]}, Names(), 21) is None
+    assert parameter_order({}, Names(), 21) is None
