@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.job import Event, Job, committed_steps, read_metrics, steps_of, torchrun
+from tests.support.forked_train import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECS = 120.0
@@ -119,23 +120,29 @@ class Run:
 
     def start(self, nproc: int | None, **given: Any) -> Job:
         """Start `engine.train` on `nproc` ranks under torchrun; None means without torchrun."""
-        values = {
-            **TINY,
-            "data": self.data,
-            "checkpoint_dir": self.checkpoints,
-            "log_dir": self.logs,
-            **given,
-        }
-        args = ["-m", "engine.train", *flags(values)]
+        args = ["-m", "engine.train", *self._flags(given)]
         return self.launch([sys.executable, *args] if nproc is None else torchrun(nproc, *args))
 
     def launch(self, command: list[str]) -> Job:
         return Job(command, log=self.folder / "output.log", cwd=ROOT, env=environment(self.env))
 
     def train(self, nproc: int | None, **given: Any) -> Run:
-        """Start, wait for the end, insist on exit status 0."""
-        self.start(nproc, **given).finish(PATIENCE_SECS)
+        """Run the trainer to its end, forked and without torchrun, and insist on exit status 0."""
+        log = self.folder / "output.log"
+        status = run_ranks(
+            nproc,
+            self._flags(given),
+            log=log,
+            cwd=ROOT,
+            env=environment(self.env),
+            timeout_secs=PATIENCE_SECS,
+        )
+        assert status == 0, f"ended with {status}\n{log.read_text(errors='replace')[-8000:]}"
         return self
+
+    def _flags(self, given: Mapping[str, Any]) -> list[str]:
+        mine = {"data": self.data, "checkpoint_dir": self.checkpoints, "log_dir": self.logs}
+        return flags({**TINY, **mine, **given})
 
     def resume(self, *args: str, **given: Any) -> Run:
         """`python -m engine.resume` on this run's directory."""

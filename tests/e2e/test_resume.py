@@ -13,6 +13,7 @@ import pytest
 
 from data.loader import TokenLoader
 from demo.job import torchrun
+from engine.format.forms import without_order
 from engine.resume import FORWARDED
 from tests.e2e.conftest import REFERENCE_STEPS
 from tests.e2e.harness import TINY, Run, flags
@@ -172,6 +173,6 @@ def test_every_world_size_reads_the_same_tokens_after_a_checkpoint(undisturbed_2
         for world_size in (1, 2, 3, 4):
             ranks = loaders(world_size)
             for rank in ranks:
-                rank.load_state_dict(manifest["objects"]["loader"])
+                rank.load_state_dict(without_order(manifest["objects"]["loader"]))
             step = manifest["step"]
             assert [next_global_batch(ranks) for _ in range(2)] == batches[step : step + 2]

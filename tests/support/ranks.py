@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +40,15 @@ _PRELOAD = [
     "safetensors.torch",
     "engine.checkpointer",
     "engine.parallel.parallelize",
+    "engine.train.program",
+    "engine.run.trainer",
 ]
+
+
+def use_fork_server() -> ForkServerContext:
+    """Processes of one server: a bare fork beside torch's threads hangs, a spawn imports torch in each."""
+    multiprocessing.set_forkserver_preload(_PRELOAD)
+    return multiprocessing.get_context("forkserver")
 
 
 class RanksFailed(AssertionError):
@@ -53,9 +62,7 @@ class Ranks:
         self.world_size = world_size
         self.closed = False
         self._scratch = tempfile.TemporaryDirectory(prefix="ranks-")
-        # A fork server: a bare fork beside torch's threads hangs, a spawn imports torch in each rank.
-        multiprocessing.set_forkserver_preload(_PRELOAD)
-        context = multiprocessing.get_context("forkserver")
+        context = use_fork_server()
         pipes = [context.Pipe() for _ in range(world_size)]
         self._pipes: list[Connection] = [ours for ours, _ in pipes]
         self._processes = [
