@@ -83,10 +83,10 @@ class Checkpointer:
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
         mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
         read_only: restore and list only; takes no lease.
-        on_failure: what a save does that the storage or the ranks' agreement failed. "warn": it is logged and
-            told to `on_event`, its handle raises, and the next save tries again. "raise": the next call
-            raises it. A state that cannot be saved is always raised.
-        max_failures: with "warn", so many failures in a row are raised, on all ranks alike.
+        on_failure: what happens after a save that storage or coordination failed. "warn": the failure is
+            logged and told to `on_event`, the handle raises it, and the next save tries again. "raise": the
+            next call raises it. A state that cannot be saved always raises.
+        max_failures: with "warn", this many failures in a row raise, on all ranks alike.
         process_group: the ranks that save and restore together, when these are not all: a
             torch.distributed.ProcessGroup. Ranks are numbered as in the group. Two groups of one job have a
             directory each.
@@ -190,7 +190,7 @@ class Checkpointer:
         CUDA the copy itself overlaps with what follows. Every rank calls it at the same step.
         Raises: StateError for state that cannot be saved; MemoryBudgetError; RestoreFailedError while the
             state is undefined; SaveFailedError when the save before failed, nobody was told, and
-            `on_failure` is "raise", it was not the first of `max_failures` in a row, or it will not pass.
+            `on_failure` and `max_failures` do not let it pass: nothing is saved then.
         """
         saver = self._require_saver()
         if self._restorer.undefined:
