@@ -16,7 +16,7 @@ TRAIN = """
     --lr --min_lr --warmup_steps --lr_decay_steps --weight_decay --betas --grad_clip
     --max_steps --num_epochs --steps_per_epoch --eval_freq --eval_batches
     --checkpoint_freq --keep_checkpoints --checkpoint_dir --mirror --mirror_freq --storage_options
-    --save_policy --max_save_failures
+    --save_policy --max_save_failures --best_metric --best_mode
     --check_replicas --no_check_replicas --check_snapshots --no_check_snapshots
     --resume --new_run --no_new_run --init_from --list_checkpoints --no_list_checkpoints
     --allow_data_change --no_allow_data_change
@@ -26,7 +26,7 @@ TRAIN = """
 RESUME = """
     --reshard --from --dry_run
     --nnodes --node_rank --rdzv_backend --rdzv_endpoint --rdzv_id --rdzv_conf
-    --master_addr --master_port --local_addr --max_restarts --monitor_interval
+    --master_addr --master_port --local_addr --max_restarts --monitor_interval --signals_to_handle
 """
 PREPARE = "--source --out --tokenizer --val_fraction --shard_tokens --workers --force --no_force"
 GENERATE = """
@@ -43,7 +43,7 @@ FLAGS = {
     "engine.checkpoints verify": "--json --storage_options --quick",
     "engine.checkpoints hold": "--storage_options",
     "engine.checkpoints release": "--storage_options",
-    "engine.checkpoints prune": "--storage_options --rolling --best --no_epochs --dry_run",
+    "engine.checkpoints prune": "--storage_options --rolling --best --best_metric --best_mode --no_epochs --dry_run",
     "engine.checkpoints export": "--storage_options --to --format --dtype --model_only --select",
     "engine.checkpoints import": "--storage_options --to --trust_pickle",
     "engine.checkpoints merge": "--storage_options --to --weights",
