@@ -33,6 +33,8 @@ GENERATE = """
     --from --checkpoint_dir --prompt --max_new_tokens --temperature --top_k --seed --device --storage_options
 """
 
+PRUNE = "--storage_options --rolling --best --best_metric --best_mode --no_epochs --dry_run"
+
 FLAGS = {
     "engine.train": TRAIN,
     "engine.resume": RESUME,
@@ -43,7 +45,7 @@ FLAGS = {
     "engine.checkpoints verify": "--json --storage_options --quick",
     "engine.checkpoints hold": "--storage_options",
     "engine.checkpoints release": "--storage_options",
-    "engine.checkpoints prune": "--storage_options --rolling --best --best_metric --best_mode --no_epochs --dry_run",
+    "engine.checkpoints prune": PRUNE,
     "engine.checkpoints export": "--storage_options --to --format --dtype --model_only --select",
     "engine.checkpoints import": "--storage_options --to --trust_pickle",
     "engine.checkpoints merge": "--storage_options --to --weights",
