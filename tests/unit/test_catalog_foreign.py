@@ -135,6 +135,7 @@ def test_a_link_in_a_checkpoints_place_is_read_and_never_removed(tmp_path: Path)
     (item,) = [item for item in list_checkpoints(storage) if item.id == linked]
     assert (item.status, item.link) == ("committed", str(tmp_path / "archive" / linked))
     assert verify_checkpoint(storage, linked).ok
+    assert exempt(list_checkpoints(storage)) == {linked, item.link}
     assert expire_all_but_two(storage) == ()
     assert item.record is not None
     assert reap(storage, [Decision(item.record, False, "a decision from before it was a link")]).removed == ()

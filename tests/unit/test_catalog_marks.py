@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from engine.checkpoints.program import main
 from engine.errors import DamagedError
 from engine.format.names import DAMAGED, MANIFEST
 from engine.restore.choose import choose_checkpoint
+from engine.restore.restorer import Restorer
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
@@ -164,13 +166,13 @@ def test_what_changed_while_it_was_read_is_not_marked_for_ever(
     shard = tmp_path / record.id / SHARD
     raw = shard.read_bytes()
     shard.write_bytes(raw[:-1000] + bytes(1000))
-    real = marks.mark_damaged
+    real = Restorer._mark
 
-    def arrives(storage: Storage, id: str, reason: str, *, seen: str | None = None) -> None:
+    def arrives(self: Restorer, *about: Any) -> None:
         shard.write_bytes(raw)
-        real(storage, id, reason, seen=seen)
+        real(self, *about)
 
-    monkeypatch.setattr(marks, "mark_damaged", arrives)
+    monkeypatch.setattr(Restorer, "_mark", arrives)
     with Checkpointer(tmp_path, state()) as ckpt:
         with pytest.raises(DamagedError):
             ckpt.restore(record.id)
