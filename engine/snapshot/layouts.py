@@ -8,6 +8,7 @@ document, so that a fresh optimizer gets the same without taking a step:
     {"device": "parameter"}                 a step count that lies on its parameter's device
     {"placements": ["shard:0", "replicate"]}    a DTensor on the parameter's mesh
     {"placements": None}                    a plain tensor beside a DTensor
+    {"strides": [1, 3]}                     of a plain tensor; matrix products round by them
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch.distributed import tensor as dtensors
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from engine.dcp.boxes import detached, global_shape
+from engine.dcp.boxes import carries_boxes, detached, global_shape
 from engine.snapshot.composites import is_composite
 
 Layout = Mapping[str, Any]
@@ -46,7 +47,24 @@ def describe(
     placements = value.placements if isinstance(value, DTensor) else None
     if placements != _derived(global_shape(value), parameter):
         found["placements"] = None if placements is None else [_text(p) for p in placements]
+    plain = placements is None and not carries_boxes(value) and not isinstance(parameter, DTensor)
+    if plain and not (value.is_contiguous() and parameter.is_contiguous()):
+        strides = value.stride()
+        if strides != _strides(global_shape(value), parameter) and strides == _dense(value):
+            found["strides"] = list(strides)
     return found
+
+
+def _strides(shape: Sequence[int], parameter: torch.Tensor) -> tuple[int, ...]:
+    """Those that memory for a plain state tensor has by itself."""
+    if parameter.is_contiguous() or tuple(shape) != tuple(parameter.shape):
+        return torch.empty(tuple(shape), device="meta").stride()
+    return _dense(parameter)
+
+
+def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A tensor's strides, or those of a copy where it has holes or overlaps."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 def made(
@@ -70,6 +88,8 @@ def made(
     derived = _derived(shape, parameter)
     if "placements" in layout and isinstance(parameter, DTensor):
         derived = _placements(layout["placements"], parameter)
+    if "strides" in layout and not isinstance(parameter, DTensor) and not carries_boxes(parameter):
+        return torch.empty_strided(shape, tuple(layout["strides"]), dtype=dtype, device=device)
     alike = shape == global_shape(parameter) and derived == _of(parameter) and device == parameter.device
     if alike and not is_composite(parameter):
         like = torch.zeros_like if zeros else torch.empty_like

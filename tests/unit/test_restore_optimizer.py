@@ -746,3 +746,30 @@ def test_what_is_included_of_an_optimizer(
     assert state["extra"] == extra
     assert state.get(two["model"][0].bias, {}).get("count") == count
     assert ("momentum_buffer" in state.get(two["model"][1].weight, {})) == moments
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).view(2, 3).t(),
+        torch.arange(12.0).view(3, 4).t(),
+        torch.arange(24.0).view(2, 3, 4).mT,
+    ],
+    ids=["other shape", "shape of the parameter", "three dimensions"],
+)
+def test_strides_of_state_come_back(value: torch.Tensor) -> None:
+    """Products of matrices round by them, and what follows has to be equal to the bit."""
+    one, two = made(KINDS["SGD"]), made(KINDS["SGD"])
+    one["optimizer"].state[one["model"][0].weight]["factor"] = value
+    restored(saved_of(one), two)
+    found = two["optimizer"].state[two["model"][0].weight]["factor"]
+    assert found.stride() == value.stride()
+    assert same_bits(found, value)
+
+
+def test_strides_of_a_tensor_with_holes_are_not_kept() -> None:
+    one, two = made(KINDS["SGD"]), made(KINDS["SGD"])
+    one["optimizer"].state[one["model"][0].weight]["row"] = torch.arange(8.0)[::2]
+    restored(saved_of(one), two)
+    found = two["optimizer"].state[two["model"][0].weight]["row"]
+    assert (found.tolist(), found.stride()) == ([0, 2, 4, 6], (1,))
