@@ -37,7 +37,6 @@ from engine.parallel.agreement import all_agree, all_come, rank0_decides
 from engine.parallel.calls import RESTORE, Call, Calls, Request, end_call
 from engine.parallel.coordination import Channel
 from engine.restore.choose import choose_checkpoint, in_mirror
-from engine.restore.collector import collector_paused
 from engine.restore.destination import Destination
 from engine.restore.others import unexpected_on_all
 from engine.restore.places import (
@@ -53,6 +52,7 @@ from engine.restore.read import LOCAL_PACE, STORE_PACE, Located, ReadStats, read
 from engine.restore.stored import read_stored
 from engine.restore.wanted import Wanted
 from engine.snapshot.capture import StateCapture
+from engine.snapshot.collector import collector_paused
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 

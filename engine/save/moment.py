@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from engine.snapshot.capture import StateCapture
 from engine.snapshot.captured import Captured
+from engine.snapshot.snapshot import Snapshot
 
 
 @dataclass(slots=True)
@@ -22,6 +24,17 @@ class Moment:
     problem: Exception | None = None
     changed: bool = False
     planning: bool = False
+
+
+def look(capture: StateCapture, snapshot: Snapshot) -> Moment:
+    """Capture the state; a failure is kept, for every rank has to hear of it."""
+    moment = Moment()
+    try:
+        moment.captured = capture.capture()
+        moment.changed = snapshot.prepare(moment.captured)
+    except Exception as error:
+        moment.problem = error
+    return moment
 
 
 def mesh_description(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -31,12 +31,13 @@ from engine.save.flight import Flight
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.missed import tell_rank_0
-from engine.save.moment import Moment, mesh_description
+from engine.save.moment import Moment, look, mesh_description
 from engine.save.outcomes import Outcomes, may_pass
 from engine.save.plan import agree_on_plan
 from engine.save.proof import live_digests
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
 from engine.snapshot.capture import StateCapture
+from engine.snapshot.collector import CollectorPause
 from engine.snapshot.copy import Copier
 from engine.snapshot.filling import Filling
 from engine.snapshot.sharing import Offer
@@ -87,6 +88,7 @@ class Saver:
     clock: Callable[[], float] = time.monotonic
     flight: Flight = field(init=False)
     replicas: Replicas = field(init=False)
+    _pause: CollectorPause = field(default_factory=CollectorPause)
     _replaced: bool = False
     """Whether a restore has put other values into the state since the last plan."""
     _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
@@ -112,6 +114,10 @@ class Saver:
             of it as the failure of this save. SaveFailedError when a save before has failed, nobody has been
             told, and it is not endured: nothing is saved then.
         """
+        with self._pause:
+            return self._save(info)
+
+    def _save(self, info: SaveInfo) -> SaveHandle:
         started = self.clock()
         try:
             call, moment = self._decide(Request(SAVE, info.step))
@@ -150,7 +156,10 @@ class Saver:
 
         Raises: what `save` would raise for this state; every rank then raises.
         """
-        request = Request(PREPARE)
+        with self._pause:
+            self._prepare(Request(PREPARE))
+
+    def _prepare(self, request: Request) -> None:
         self.settle(request)
         if self.channel.rank == 0:
             call = self.calls.decide(request, {"together": self.capture.asks_together})
@@ -272,14 +281,8 @@ class Saver:
             self._read_by_all = 0
 
     def _look(self) -> Moment:
-        """Capture the state; a failure is kept, for every rank has to hear of it."""
-        moment = Moment()
-        try:
-            moment.captured = self.capture.capture()
-            moment.changed = self.snapshot.prepare(moment.captured)
-        except Exception as error:
-            moment.problem = error
-        return moment
+        self._pause.begin()
+        return look(self.capture, self.snapshot)
 
     def _plan(self, call: Call, moment: Moment) -> None:
         """Take part in planning when rank 0 says so."""
