@@ -316,7 +316,7 @@ class Checkpointer:
         yield
 
     def close(self, mirror_patience: Patience = no_limit) -> None:
-        """Finish the save in flight, let go of the directory, and raise if the newest save has failed.
+        """Finish the save in flight, release the directory, and raise if the newest save has failed.
 
         `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
         In a forked child it does nothing: save, mirror and directory are the parent's.

@@ -36,12 +36,12 @@ class ReshardableLoader:
             )
         if not (hasattr(sampler, "num_replicas") and hasattr(sampler, "load_state_dict")):
             raise ConfigError(
-                f"the loader's sampler is a {type(sampler).__name__}, which cannot start at the place of "
+                f"the loader's sampler is a {type(sampler).__name__}, which cannot resume at "
                 "another world size: give it torchdata's StatefulDistributedSampler. A loader that always "
                 "resumes at the same world size needs no wrapper"
             )
         if loader.batch_size is None:
-            raise ConfigError("the loader has no batch_size, so that its place cannot be counted")
+            raise ConfigError("the loader has no batch_size, so its position cannot be counted")
         self.loader = loader
         self._taken = 0
         """Samples of this epoch that this rank has handed out."""

@@ -108,7 +108,7 @@ class StopSignals:
                 # Other ranks have agreed to go on, and cannot be told now.
                 if _world_size() > 1 or not self._arrives():
                     raise
-                log.warning("stopping on signal %s, the loader failed meanwhile: %r", self.signum, error)
+                log.warning("stopping on signal %s; the loader failed meanwhile: %r", self.signum, error)
                 return
             yield batch
 

@@ -36,7 +36,7 @@ def fence(storage: Storage, epoch: int) -> frozenset[str]:
     """Rename the attempts of earlier holders to dead-*, and remove old leases and probe files.
 
     Attempts of nobody who held this directory stay: somebody may be copying a checkpoint into it.
-    Returns the ids of the runs that ended without letting go.
+    Returns the ids of the runs that ended without releasing the directory.
     """
     tree = storage.list_heads().tree
     holders = _earlier_holders(storage, tree.get("", {}), epoch)

@@ -80,7 +80,7 @@ class Lease:
         self.arrivals = Arrivals(clock)
         """What is known of attempts in the directory that no run is known to have begun."""
         self.predecessors: frozenset[str] = frozenset()
-        """Ids of runs that held the directory before and ended without letting go."""
+        """Ids of runs that held the directory before and ended without releasing it."""
 
     @classmethod
     def acquire(
@@ -194,8 +194,8 @@ class Lease:
         thread.join(RELEASE_SECS)
         if thread.is_alive():
             raise StorageUnavailableError(
-                f"{self._storage.uri} does not answer: the lease could not be let go of within "
-                f"{RELEASE_SECS:g} s. The next run has to wait until it is stale, for {STALE_SECS:g} s"
+                f"{self._storage.uri} does not answer: the lease was not released within "
+                f"{RELEASE_SECS:g} s. The next run must wait {STALE_SECS:g} s, until the lease is stale"
             )
         if self._problem is not None:
             raise self._problem
@@ -209,7 +209,7 @@ class Lease:
         try:
             self.release()
         except HoldfastError as error:
-            log.warning("the lease on %s could not be let go of: %s", self._storage.uri, error)
+            log.warning("could not release the lease on %s: %s", self._storage.uri, error)
 
     def __enter__(self) -> Lease:
         return self
@@ -366,7 +366,8 @@ def _held_message(storage: Storage, top: LeaseInfo, me: ProcessIdentity, watch: 
         made = f", in a Checkpointer made at {ours._made_at}" if ours is not None and ours._made_at else ""
         return (
             f"{storage.uri} is held by this very process (pid {me.pid} on {me.host}, run {top.run_id})"
-            f"{made}: close that Checkpointer first (`del` of its last name does), or use another directory"
+            f"{made}: close that Checkpointer first (deleting the last reference to it does so), or use "
+            "another directory"
         )
     age_secs = wall - top.heartbeat_at if me.shares_pids_with(top.process) else watch.unchanged_secs
     return (

@@ -104,7 +104,7 @@ def _is_as_seen(storage: Storage, id: str, digest: object) -> bool:
     try:
         return seen(storage, id) == digest
     except HoldfastError as error:
-        log.info("%s counts as damaged, it cannot be told whether it has changed: %s", id, error)
+        log.info("%s still counts as damaged: its files could not be checked for changes: %s", id, error)
         return True
 
 

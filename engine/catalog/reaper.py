@@ -126,8 +126,8 @@ def _is_abandoned(
         return True
     if first_time("arriving", storage.uri, name):
         log.info(
-            "%s has no manifest, and no run of this directory began it: it may be a copy that is still "
-            "arriving, and stays until nothing in it has changed for an hour",
+            "%s has no manifest, and no run of this directory began it. It may be a copy that is still "
+            "arriving: it stays until nothing in it has changed for an hour",
             storage.describe(name),
         )
     return False
@@ -155,7 +155,7 @@ def _clear_files(storage: Storage, name: str) -> bool:
     if cleared.left:
         shown = ", ".join(cleared.left[:_SHOWN]) + ", ..." * (len(cleared.left) > _SHOWN)
         where = storage.describe(name)
-        _say_once(storage, name, f"{where} stays, with what Holdfast did not write there: {shown}")
+        _say_once(storage, name, f"{where} stays: it holds files that Holdfast did not write: {shown}")
     return cleared.removed > 0 or not cleared.left
 
 

@@ -117,12 +117,12 @@ def unfed(records: Sequence[CheckpointRecord], retention: Retention) -> str:
     asked = retention.rule != DEFAULT or retention.best > 1
     if not asked and not others:
         return ""
-    there = f"the metrics that there are: {', '.join(others)}" if others else "there are no metrics at all"
+    there = f"available metrics: {', '.join(others)}" if others else "no metrics are stored"
     extreme = "lowest" if retention.mode == "min" else "highest"
     return (
-        f"no checkpoint is kept as best: retention goes by the {extreme} {retention.metric!r}, and none "
-        f"carries a finite value of it ({there}). Give it to save(metrics={{...}}), or choose another with "
-        "Retention(metric=..., mode=...)"
+        f"no checkpoint is kept as best: retention looks for the {extreme} {retention.metric!r}, and no "
+        f"checkpoint has a finite value of it ({there}). Pass it to save(metrics={{...}}), or choose another "
+        "with Retention(metric=..., mode=...)"
     )
 
 

@@ -88,9 +88,9 @@ def _one(record: CheckpointRecord, serving: tuple[str, ...]) -> str:
 
 def _no_best(records: Sequence[CheckpointRecord], selector: Selector) -> str:
     metric, others = (selector.rule or rule_of(records)).metric, metrics_of(records)
-    there = f"the metrics that there are: {', '.join(others)}" if others else "there are no metrics at all"
+    there = f"available metrics: {', '.join(others)}" if others else "no metrics are stored"
     more = f"; ask for best:{others[0]}:min or best:{others[0]}:max" if others else ""
-    return f"none carries a finite {metric}" + (f" ({there}{more})" if records else "")
+    return f"none has a finite {metric}" + (f" ({there}{more})" if records else "")
 
 
 def _missing(selector: Selector, records: Sequence[CheckpointRecord]) -> str:

@@ -141,7 +141,7 @@ def as_text(
 
 def _owed_line(mirrored: Mirrored) -> str:
     if not mirrored.owed_bytes:
-        return f"{mirrored.uri} has everything that it is to have"
+        return f"{mirrored.uri} is up to date"
     count, size = len(mirrored.owed_bytes), text.size(sum(mirrored.owed_bytes.values()))
     return f"{mirrored.uri} is still owed {count} checkpoint{'s' * (count != 1)}, {size}"
 

@@ -21,7 +21,7 @@ _RUN_ID = "prune"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Decide, say so, and remove what is surplus. DirectoryHeldError while a live run writes there."""
+    """Decide, say so, and delete the rest. DirectoryHeldError while a live run writes there."""
     storage = open_directory(arguments)
     listed = list_checkpoints(storage)
     if not listed:  # and no lease is left in a place where nothing was
@@ -72,7 +72,7 @@ def _looks_abandoned(storage: Storage, name: str) -> bool:
 
 
 def _say_partial(item: Listed, word: str) -> None:
-    why = item.reason if word != "stays" else f"{item.reason}, or it is a copy that is still arriving"
+    why = item.reason if word != "stays" else f"{item.reason}, or a copy that is still arriving"
     print(f"{word.ljust(8)}  {item.id}  {text.size(item.bytes)}  {why}")
 
 

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
                 results.append(_verify(storage, item, arguments.quick, bar.progress))
             except NotFoundError as error:
                 if target.name is None and not storage.exists(f"{item.id}/{MANIFEST}"):
-                    log.info("%s was retired meanwhile", item.id)
+                    log.info("%s was deleted meanwhile", item.id)
                 else:
                     errors.append(error)
             except NewerFormatError as error:
@@ -82,7 +82,7 @@ def report(result: VerifyResult, item: Listed, *, cleared: bool = False) -> Iter
     if result.ok and item.status == "damaged":
         yield f"  nothing is wrong with it, but it is listed as damaged: {text.printable(item.reason)}"
     if cleared:
-        yield "  its mark as damaged was removed"
+        yield "  its damage mark was removed"
 
 
 def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _lost_its_mark(storage: Storage, id: str) -> bool:
     try:
         return marks.take_away(storage, id)
     except StorageError as error:
-        log.warning("%s keeps its mark as damaged: %s", id, error)
+        log.warning("could not remove the damage mark of %s: %s", id, error)
         return False
 
 

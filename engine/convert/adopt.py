@@ -182,13 +182,13 @@ def _step(adopted: Adopted, found: Incoming, parts: Recognised) -> int:
         return parts.step
     counted = parts.optimizer and steps_of(parts.optimizer, lambda ref: _scalar(found, ref))
     if counted:
-        adopted.notes.append(f"it does not say its step: {counted} is what its optimizer counts")
+        adopted.notes.append(f"it does not record its step: its optimizer has counted {counted}")
     return counted or 0
 
 
 def _add_model(adopted: Adopted, found: Incoming, parts: Recognised) -> None:
     """Add a model that is no GPT-2 as it is; a tensor that has several names is stored under the first."""
-    adopted.notes.append("its model is no GPT-2: the tensors keep their names, dtypes and layout")
+    adopted.notes.append("its model is not a GPT-2: the tensors keep their names, dtypes and layout")
     first: dict[int, str] = {}
     for name, ref in parts.model.items():
         held = first.setdefault(id(ref), name)
@@ -222,7 +222,7 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
     if narrow:
         kinds = " and ".join(narrow)
         moments = "" if parts.optimizer is None else "; so did its optimizer's moments"
-        adopted.notes.append(f"its {kinds} weights became F32, which is what the trainer keeps{moments}")
+        adopted.notes.append(f"its {kinds} weights became F32, which the trainer uses{moments}")
     if gpt2.zeros:
         adopted.notes.append(
             f"{len(gpt2.zeros)} biases that it does not have were added as zeros, which computes the same"
@@ -230,11 +230,11 @@ def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str,
     adopted.notes += said_of(parts.config)
     config, others = run_config(gpt2.config, parts.config)
     if others:
-        adopted.notes.append(f"settings that are no flags of the trainer were left out: {', '.join(others)}")
+        adopted.notes.append(f"left out settings that the trainer has no flags for: {', '.join(others)}")
     masks = {ref.name for ref in parts.model.values()} - {place.name for place in gpt2.places.values()}
     masks -= {gpt2.head}
     if masks:
-        adopted.notes.append(f"attention masks are computed here: left out: {', '.join(sorted(masks))}")
+        adopted.notes.append(f"left out attention masks, which are computed here: {', '.join(sorted(masks))}")
     return config
 
 

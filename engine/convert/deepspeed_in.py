@@ -51,7 +51,7 @@ def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:
         return Opened("pt", tree, tensors, notes)
     said = (
         f"DeepSpeed ZeRO keeps the optimizer and the float32 weights in {len(partitions)} partitions, which "
-        f"were not read: the weights are those that the model computes with. {ZERO_TO_FP32} for float32"
+        f"were not read: the weights are in the type the model computes in. For float32: {ZERO_TO_FP32}"
     )
     kept = {key: value for key, value in tree.items() if value is not None}
     return Opened("pt", kept, tensors, (*notes, said), tuple(partitions))
@@ -64,22 +64,22 @@ def _is_one(path: Path) -> bool:
 def _refuse_parts(folder: Path, files: list[str]) -> None:
     if any(name.startswith("zero_pp_rank_") for name in files):
         raise StateError(
-            f"{folder} is a DeepSpeed ZeRO-3 checkpoint: its weights are cut over the ranks' files. "
+            f"{folder} is a DeepSpeed ZeRO-3 checkpoint: its weights are split over the ranks' files. "
             f"{ZERO_TO_FP32}"
         )
     if any("_expert_" in name for name in files):
         raise StateError(
-            f"{folder} is a DeepSpeed checkpoint of a mixture of experts, which lie in files of their own. "
-            "Gather the state_dict in the job and torch.save it: import that"
+            f"{folder} is a DeepSpeed mixture-of-experts checkpoint, whose experts are in separate files. "
+            "Gather the state_dict in the job, torch.save it, and import that"
         )
     if any(name.startswith("layer_") for name in files):
         raise StateError(
-            f"{folder} is a checkpoint of DeepSpeed's pipeline, whose layers lie in files of their own. "
+            f"{folder} is a DeepSpeed pipeline checkpoint, whose layers are in separate files. "
             f"{TO_TRANSFORMERS}"
         )
     if files != [MODEL]:
         raise StateError(
-            f"{folder} is a DeepSpeed checkpoint of {len(files)} tensor-parallel parts "
+            f"{folder} is a DeepSpeed checkpoint in {len(files)} tensor-parallel parts "
             f"({', '.join(files[:4])}). "
             f"{TO_TRANSFORMERS}"
         )

@@ -142,9 +142,9 @@ def _not_understood(path: Path, files: list[Path]) -> str:
         names = ", ".join(file.name for file in files[:20])
         return f"{path} holds several files that may be checkpoints ({names}): give one of them"
     if inner:
-        return f"{path} is no checkpoint, but these in it may be: {', '.join(inner[:20])}. Give one of them"
+        return f"{path} is not a checkpoint; these in it may be: {', '.join(inner[:20])}. Give one of them"
     return (
-        f"{path} is no checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, "
+        f"{path} is not a checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, "
         "nor one .pt file. Give such a directory, a .safetensors file or a .pt file"
     )
 

@@ -20,31 +20,31 @@ class _Tool:
 
 
 _MEGATRON = (
-    "make Hugging Face weights of it: `python tools/checkpoint/convert.py --model-type GPT --loader mcore "
-    "--saver SAVER --load-dir IN --save-dir OUT`; import OUT"
+    "convert it to Hugging Face weights: `python tools/checkpoint/convert.py --model-type GPT --loader mcore "
+    "--saver SAVER --load-dir IN --save-dir OUT`; then import OUT"
 )
 _MEGATRON_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 TO_TRANSFORMERS = (
     "Megatron-DeepSpeed's `python tools/convert_checkpoint/deepspeed_to_transformers.py --input_folder IN "
-    "--output_folder OUT` puts it together: import OUT"
+    "--output_folder OUT` merges the parts; then import OUT"
 )
 
 _TOOLS = (
     _Tool(
         "a DeepSpeed universal checkpoint",
         ("zero/*/fp32.pt", "latest_universal"),
-        "import the checkpoint that ds_to_universal made it from, or what zero_to_fp32.py makes of that",
+        "import the checkpoint that ds_to_universal was given, or what zero_to_fp32.py makes of that one",
     ),
     _Tool(
         "a Megatron-Core distributed checkpoint",
         ("common.pt", "iter_*/common.pt"),
-        "load it in Megatron-LM with `--ckpt-convert-format torch --ckpt-convert-save DIR`, and make Hugging "
-        "Face weights of that: `python tools/checkpoint/convert.py --model-type GPT --loader mcore --saver "
-        "SAVER --load-dir DIR --save-dir OUT`; import OUT",
+        "load it in Megatron-LM with `--ckpt-convert-format torch --ckpt-convert-save DIR`, and convert that "
+        "to Hugging Face weights: `python tools/checkpoint/convert.py --model-type GPT --loader mcore "
+        "--saver SAVER --load-dir DIR --save-dir OUT`; then import OUT",
     ),
     _Tool(
-        "a Megatron-LM checkpoint, cut over tensor- and pipeline-parallel ranks",
+        "a Megatron-LM checkpoint, split over tensor- and pipeline-parallel ranks",
         ("latest_checkpointed_iteration.txt", "mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt"),
         _MEGATRON,
     ),
@@ -62,18 +62,18 @@ _TOOLS = (
         "a Flax checkpoint (JAX)",
         ("flax_model.msgpack",),
         "`AutoModel.from_pretrained(DIR, from_flax=True).save_pretrained(OUT)` of transformers below 5 "
-        "converts it: import OUT",
+        "converts it; then import OUT",
     ),
     _Tool(
         "a TensorFlow checkpoint",
         ("tf_model.h5", "saved_model.pb", "*.ckpt.index", "*.data-00000-of-*"),
         "`AutoModel.from_pretrained(DIR, from_tf=True).save_pretrained(OUT)` of transformers below 5 "
-        "converts it: import OUT",
+        "converts it; then import OUT",
     ),
     _Tool(
         "a NeMo checkpoint",
         ("model_config.yaml",),
-        "`nemo llm export -y path=IN output_path=OUT target=hf` makes Hugging Face weights of it: import OUT",
+        "`nemo llm export -y path=IN output_path=OUT target=hf` converts it; then import OUT",
     ),
 )
 
@@ -95,7 +95,7 @@ def refuse_part(tree: Mapping[str, Any], what: str) -> None:
     if cut:
         said = " and ".join(f"{key} {sizes[key]}" for key in cut)
         raise StateError(
-            f"{what} is one part of a model that Megatron-LM cut ({said}). {_sentence(_MEGATRON)}"
+            f"{what} is one part of a model that Megatron-LM split ({said}). {_sentence(_MEGATRON)}"
         )
     parts = tree.get("mp_world_size")
     if "ds_version" in tree and isinstance(parts, int) and parts > 1:
@@ -105,7 +105,7 @@ def refuse_part(tree: Mapping[str, Any], what: str) -> None:
     inner = tree.get("optimizer_state_dict")
     if isinstance(inner, Mapping) and "zero_stage" in inner:
         raise StateError(
-            f"{what} is a rank's partition of a DeepSpeed ZeRO optimizer, with no model in it: give the "
+            f"{what} is one rank's partition of a DeepSpeed ZeRO optimizer and holds no model: give the "
             "directory"
         )
 

@@ -17,7 +17,7 @@ _MAX_JSON_BYTES = 64 << 20
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """How torch.save began a file before torch 1.6, after the pickle's protocol: a magic number."""
 
-_AGAIN = "it is not what was meant to be downloaded: look into it, and download the checkpoint again"
+_AGAIN = "the download went wrong: look into the file, then download the checkpoint again"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -74,7 +74,7 @@ def file_kind(path: Path) -> FileKind:
         return FileKind("other", "a tar archive", "unpack it first (tar -xf)")
     return _text_kind(path, head, size) or FileKind(
         "other",
-        f"of no format that is known here (it begins with {head[:8].hex(' ')})",
+        f"a file of unknown format (it begins with {head[:8].hex(' ')})",
         "give a safetensors file, or one that torch.save wrote",
     )
 
@@ -101,7 +101,7 @@ def _zip_kind(path: Path, head: bytes) -> FileKind:
         return FileKind(
             "other",
             "a TorchScript program (torch.jit.save)",
-            "torch.save the state_dict() of what torch.jit.load gives, and import that",
+            "load it with torch.jit.load, torch.save its state_dict(), and import that",
         )
     if "data.pkl" in inner:
         return FileKind("torch", "a file that torch.save wrote")

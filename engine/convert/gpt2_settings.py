@@ -99,7 +99,7 @@ def refuse_settings(config: Mapping[str, Any], what: str) -> None:
         problems.append(f"model_type is {config['model_type']!r} (here it is 'gpt2')")
     if problems:
         raise StateError(
-            f"{what} is a GPT-2 that this model cannot compute, by its configuration: {'; '.join(problems)}"
+            f"the configuration of {what} asks for what our GPT-2 does not compute: {'; '.join(problems)}"
         )
 
 
@@ -123,7 +123,7 @@ def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> Non
         problems.append(f"n_inner is {config['n_inner']!r} (here it is always 4 n_embd, {4 * shape.n_embd})")
     if problems:
         raise StateError(
-            f"{what} is a GPT-2 that this model cannot hold, by its config.json: {'; '.join(problems)}"
+            f"the config.json of {what} does not fit its tensors or our GPT-2: {'; '.join(problems)}"
         )
 
 
@@ -141,7 +141,7 @@ def dropout(config: Mapping[str, Any]) -> tuple[float, str | None]:
     said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     return (
         highest,
-        f"its dropout rates differ ({said}): {highest:g} was taken for all, which --dropout changes",
+        f"its dropout rates differ ({said}): {highest:g} is used for all; --dropout changes it",
     )
 
 
@@ -150,12 +150,12 @@ def said_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     notes = [said] if (said := dropout(config)[1]) is not None else []
     if config.get("reorder_and_upcast_attn"):
         notes.append(
-            "reorder_and_upcast_attn computes attention in float32: here that is done in the weights' type, "
-            "which import makes float32"
+            "reorder_and_upcast_attn computes attention in float32: here attention uses the weights' dtype, "
+            "which the import makes float32"
         )
     if {"bias", "block_size", "n_head"} <= config.keys():  # nanoGPT's model_args
         notes.append(
-            "nanoGPT of 2023 and later computes GELU exactly, this model by its tanh form as GPT-2 does: "
+            "nanoGPT since 2023 computes the exact GELU; this model uses the tanh form, as GPT-2 does: "
             "outputs differ by about a thousandth"
         )
     return tuple(notes)

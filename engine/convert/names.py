@@ -36,9 +36,9 @@ class Names:
         said = []
         if self.dropped:
             parts = ", ".join(f'"{part}."' for part in self.dropped)
-            said.append(f"{parts} was taken out of its names: a wrapper put it there")
+            said.append(f"removed {parts} from its names: a wrapper had added it")
         if self.prefix:
-            said.append(f'the prefix "{self.prefix}", which all of its names share, was taken off')
+            said.append(f'removed the prefix "{self.prefix}", which all of its names share')
         return tuple(said)
 
 

@@ -212,7 +212,7 @@ class _Sorting:
         others = [k for k, v in self._left.items() if _has_tensors(v) and _optimizer_in(v) is None]
         others = [key for key in others if "optim" not in key and "sched" not in key]
         if len(others) == 1:
-            self._notes.append(f"what it holds as {others[0]!r} is taken to be the model")
+            self._notes.append(f"{others[0]!r} is taken to be the model")
             return self._take_model(others[0], self._left.pop(others[0]))
         entries = list(self._left.items())[:20]
         there = (
@@ -247,15 +247,15 @@ def refuse_shards(model: Mapping[str, TensorRef], others: Sequence[str], what: s
     shard = next((other for other in others if other.endswith(_SHARDS)), None)
     if shard is not None:
         raise StateError(
-            f"{what} holds one rank's shards, not a model: {shard[:120]}. Save it with DCP, or with what "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict gives under full_state_dict=True"
+            f"{what} holds one rank's shards, not a model: {shard[:120]}. Save it with DCP, or save what "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with full_state_dict=True"
         )
     flat = next((name for name in model if name.rpartition(".")[2].startswith("_flat_param")), None)
     if flat is not None:
         raise StateError(
             f"{what} holds FSDP's flattened shards ({flat[:80]}), not the model's own tensors: save it with "
-            "StateDictType.FULL_STATE_DICT or with DCP; `accelerate merge-weights` puts a sharded directory "
-            "of Accelerate together"
+            "StateDictType.FULL_STATE_DICT or with DCP; `accelerate merge-weights` merges a sharded "
+            "directory of Accelerate"
         )
     empty = [n for n, ref in model.items() if ref.info.shape == (0,) and n.endswith(("weight", "bias"))]
     if empty:
@@ -266,8 +266,8 @@ def refuse_shards(model: Mapping[str, TensorRef], others: Sequence[str], what: s
 
 
 ZERO_TO_FP32 = (
-    "`python zero_to_fp32.py . consolidated --safe_serialization`, run where DeepSpeed put that script, puts "
-    "the weights together: import `consolidated`"
+    "`python zero_to_fp32.py . consolidated --safe_serialization`, run where DeepSpeed put that script, "
+    "merges the weights; then import `consolidated`"
 )
 
 

@@ -44,7 +44,7 @@ def _odd(tensor: torch.Tensor) -> tuple[str, str]:
         inside = type(tensor.to_local()).__qualname__
         return f"a distributed {inside}", "shards of tensors made of tensors have no place in the whole"
     if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
-        return "a partial", "redistribute() it to Replicate or Shard placements: its sum is yet to be made"
+        return "a partial", "redistribute() it to Replicate or Shard placements, which adds up its parts"
     if tensor.device.type == "meta":
         return "a meta", "give the module memory with to_empty() and initialise it first"
     return "", ""

@@ -20,9 +20,9 @@ class BestRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.metric, str) or not self.metric or not self.metric.isprintable():
-            raise ValueError(f"the metric {str(self.metric)[:80]!r} that decides which is best is no name")
+            raise ValueError(f"metric {str(self.metric)[:80]!r}: it must be the name of a metric")
         if self.mode not in MODES:
-            raise ValueError(f"mode {str(self.mode)[:80]!r}: it is min or max")
+            raise ValueError(f"mode {str(self.mode)[:80]!r}: it must be min or max")
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """What decides; None where there is none, or it is not finite: such a checkpoint is never best."""

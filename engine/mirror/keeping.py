@@ -70,7 +70,7 @@ def remove_surplus(
     removed += reap_abandoned(storage, lease=lease, given_up=given_up).removed
     if not removed and last_resort is not None:
         path, why = last_resort.record.path, last_resort.why
-        log.warning("%s goes although the mirror has not got it: %s", path, why)
+        log.warning("deleting %s before the mirror has a copy of it: %s", path, why)
         removed = reap(storage, [last_resort], lease=lease).removed
     return bool(removed)
 

@@ -177,7 +177,7 @@ class Calls:
         raw = self.channel.broadcast(_terms_key(call.number), None, self.patience_secs + self.timeout_secs)
         terms = parse_canonical(raw, what="rank 0's word")
         if _CANCELLED in terms:
-            raise CoordinationError(f"rank 0 gave {call.request} up: {terms[_CANCELLED]}")
+            raise CoordinationError(f"rank 0 gave up {call.request}: {terms[_CANCELLED]}")
         return Call(call.number, call.request, terms)
 
     def _alone(self, request: Request, missed: Call | None) -> LateRanksError:

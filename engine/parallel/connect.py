@@ -50,7 +50,7 @@ def connect_ranks(timeout_secs: float, group: object = None) -> Coordinator:
     if not isinstance(members, dist.ProcessGroup):
         raise ConfigError(
             f"process_group is {group!r} on global rank {dist.get_rank()}: it must be a ProcessGroup that "
-            "this rank is in, as dist.new_group or mesh.get_group() returns it; others make no Checkpointer"
+            "this rank is in, as dist.new_group or mesh.get_group() returns it. Other ranks make none"
         )
     if members.size() == 1:
         return _alone()

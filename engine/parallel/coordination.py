@@ -186,8 +186,8 @@ def _late_message(ranks: Sequence[int], timeout_secs: float, key: str, what: str
     if not what:
         return f"{_ranks(ranks)} did not report {within} ({key}); {look}"
     return (
-        f"{_ranks(ranks)} did not report {within} in {what}: it did not come, or is not done. "
-        f"Every rank has to make the same calls; if they do, {look}"
+        f"{_ranks(ranks)} did not report {within} in {what}: the call was not made there, or is not done. "
+        f"All ranks must make the same calls; if they do, {look}"
     )
 
 

@@ -153,12 +153,12 @@ class Destination:
         keys = {*fixed, *self._capture.state, *self._saved.keys, RNG_KEY}
         stray = self._wanted.unknown(names, keys, excluded=True)
         if stray and self._rank == 0:  # one list may be for many checkpoints, so no error
-            log.warning("exclude names %s, and neither %s nor the state has that", ", ".join(stray), what)
+            log.warning("exclude names %s, which neither %s nor the state has", ", ".join(stray), what)
         unknown = self._wanted.unknown(names, keys)
         if unknown and self._wanted.strict:
             raise StateMismatchError(
-                f"include names {', '.join(map(repr, unknown))}, and neither {what} nor the state has "
-                "anything of that name; nothing was changed"
+                f"include names {', '.join(map(repr, unknown))}, which neither {what} nor the state has; "
+                "nothing was changed"
             )
 
     def _missing_classes(self) -> list[str]:

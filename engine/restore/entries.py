@@ -183,7 +183,7 @@ def entry_difference(key: str, entry: Any, document: Any, saved: Saved) -> str:
     if not values.tensor_names(document):
         words = trial.refusal(entry, saved.decoded(document))
         if words:
-            return f"{key}: its load_state_dict does not take what was saved ({words})"
+            return f"{key}: its load_state_dict does not accept what was saved ({words})"
     return ""
 
 
@@ -242,7 +242,7 @@ def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Excepti
     restored = ", ".join(["all tensors of modules and optimizers", *done])
     lost = ", ".join([failed, *rest, "the random number generators"])
     return (
-        f"restoring {id} broke off, the state is undefined now: {failed} did not take what was saved "
+        f"the restore of {id} broke off, the state is now undefined: {failed} did not accept what was saved "
         f"({type(error).__name__}: {error}). Restored: {restored}. Not restored: {lost}. Leave {failed} out "
         f"with exclude=({failed!r},), or build it as it was when it was saved"
     )

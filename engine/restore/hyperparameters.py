@@ -62,8 +62,8 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
             elif _split_differs(name, number, live, homes) and _differ(group.values.get(name), value):
                 conflicts.append(
                     f"{key}: {name} of group {number} ({_some(group.names)}) is "
-                    f"{_show(group.values.get(name))} here and was {_show(value)} when saved, where it was "
-                    f"in one group with others that differ here{_way_out(key, name)}"
+                    f"{_show(group.values.get(name))} here and was {_show(value)} when saved, in one group "
+                    f"with parameters whose values differ here{_way_out(key, name)}"
                 )
             mine[name] = value
         found.append(mine)

@@ -55,8 +55,8 @@ def hand_back(
             set_update_counts(tree, counts)
     except Exception as error:
         raise RestoreFailedError(
-            f"{key}: load_state_dict() of {type(module).__qualname__} did not take what was saved, the state "
-            f"is undefined now: {type(error).__name__}: {error}"
+            f"{key}: load_state_dict() of {type(module).__qualname__} did not accept what was saved, and the "
+            f"state is now undefined: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -105,7 +105,7 @@ def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> None:
     # Missing keys are no harm: the live tensors have been filled.
     unused = module.load_state_dict(whole, strict=False).unexpected_keys
     if strict and unused:
-        raise ValueError(f"it has no use for {', '.join(sorted(unused)[:5])}")
+        raise ValueError(f"unexpected keys: {', '.join(sorted(unused)[:5])}")
 
 
 def _copies(tree: Sequence[Place]) -> dict[str, torch.Tensor]:

@@ -216,17 +216,17 @@ class OptimizerRestore:
             return []
         kind = type(self._capture.optimizer).__name__
         return [
-            f"{self._capture.key}: a {kind} saves itself by the position of its parameters, which are others "
-            "than when saved, or in another order; build it as the saved run did"
+            f"{self._capture.key}: a {kind} saves its state by the position of its parameters, and these or "
+            "their order differ from the saved run's; build it as the saved run did"
         ]
 
     def _plan_inner(self, stored: Iterable[str]) -> None:
         key, saved, live = self._capture.key, self._document.inner, self._capture.inner
         for name in sorted({*saved, *live}):
             if name not in live:
-                self.lines.append(f"{key}: its {name} was an optimizer when saved, and is none here")
+                self.lines.append(f"{key}: its {name} was an optimizer when saved, and is not one here")
             elif name not in saved:
-                self.lines.append(f"{key}: its {name} is an optimizer here, and was none when saved")
+                self.lines.append(f"{key}: its {name} is an optimizer here, and was not one when saved")
             else:
                 one = OptimizerRestore(live[name], saved[name], stored, self._saved, self._wanted)
                 self._inner.append(one)
@@ -256,8 +256,8 @@ class OptimizerRestore:
             self._capture.optimizer.load_state_dict(told)
         elif self._document.own is not None:
             log.warning(
-                "%s: what its own state_dict() tells beyond state and groups is left as it is, for a part of "
-                "the optimizer is left out",
+                "%s: part of the optimizer is left out, so what its own state_dict() holds beside state and "
+                "groups was not restored",
                 self._capture.key,
             )
         self._set_state(states)
@@ -340,7 +340,7 @@ class OptimizerRestore:
             elif state.get(parameter) is None:
                 raise RestoreFailedError(
                     f"{self._capture.key}: {type(self._capture.optimizer).__name__} does not keep the state "
-                    f"that it is given for {live}; the state is undefined now"
+                    f"that it is given for {live}; the state is now undefined"
                 )
 
     def _set_extra(self) -> None:
@@ -375,7 +375,7 @@ class OptimizerRestore:
         difference = first_difference(self._capture.key, with_names(told, names), live)
         if difference:
             raise RestoreFailedError(
-                f"after its own load_state_dict, {difference}; the state is undefined now"
+                f"after its own load_state_dict, {difference}; the state is now undefined"
             )
 
 

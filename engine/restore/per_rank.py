@@ -29,9 +29,9 @@ def own_view(
         return manifest
     if manifest.world_size != world_size:
         raise StateError(
-            f"{', '.join(sorted(keys))}: saved per rank by {manifest.world_size} ranks, and modules and "
-            f"optimizers that are cannot be restored on {world_size}: resume with the saved world size, or "
-            f"leave them out with exclude={tuple(f'{key}.*' for key in sorted(keys))}"
+            f"{', '.join(sorted(keys))}: saved per rank by {manifest.world_size} ranks. Modules and "
+            f"optimizers in per_rank cannot be restored on {world_size}: resume with the saved world size, "
+            f"or leave them out with exclude={tuple(f'{key}.*' for key in sorted(keys))}"
         )
     names = OwnNames(rank, keys)
     prefixes = tuple(f"{PER_RANK_PREFIX}.{other:05d}.{key}." for other in range(world_size) for key in keys)

@@ -82,7 +82,7 @@ class _Names:
             if not any(name == saved or name.startswith(f"{saved}.") for name in known):
                 there = ", ".join(sorted({name.partition(".")[0] for name in known}))
                 raise StateMismatchError(
-                    f"rename has {saved!r}, and {manifest.id} holds nothing of that name (it holds {there}); "
+                    f"rename names {saved!r}, which {manifest.id} does not hold (it holds {there}); "
                     "nothing was changed"
                 )
 
@@ -131,7 +131,7 @@ class _Names:
         for name, live in found.items():
             if live != name and taken.setdefault(live, name) != name:
                 raise StateMismatchError(
-                    f"rename makes {taken[live]} and {name} both {live}; nothing was changed"
+                    f"rename maps both {taken[live]} and {name} to {live}; nothing was changed"
                 )
         return {name: live for name, live in found.items() if live != name or name not in taken}
 
@@ -144,7 +144,7 @@ class _Names:
             if live == key and key in self._rename.values() and key not in self._rename:
                 continue  # its place was given to another
             if live in moved:
-                raise StateMismatchError(f"rename makes two state keys {live}; nothing was changed")
+                raise StateMismatchError(f"rename maps two state keys to {live}; nothing was changed")
             if live != key:
                 moved.add(live)
             renamed = with_names(document, self.tensor)

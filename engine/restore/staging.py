@@ -64,7 +64,7 @@ class Staging:
                 which = f"{name} and {other} share" if name != other else f"elements of {name} share"
                 raise RestoreFailedError(
                     f"{which} memory here, and the checkpoint holds different values for it: the state is "
-                    "undefined now; give the tensor memory of its own with clone() and restore again"
+                    "now undefined; give the tensor memory of its own with clone() and restore again"
                 )
 
 

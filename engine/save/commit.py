@@ -75,11 +75,11 @@ def check_receipts(
         lines += comparison.differences([receipt.replicas for receipt in receipts])
     if lines:
         raise ReplicaMismatchError(
-            "what should be the same on all ranks that hold it is not: "
+            "the ranks have diverged: "
             + "; ".join(lines)
-            + ". Find out why the ranks went apart; for what belongs to one rank, give it a name of its own, "
-            "make it part of a DTensor, or declare its state key in per_rank; for what rank 0 alone decides, "
-            "declare it in rank0"
+            + ". Find out why. If a value is meant to differ, give it another name on each rank, make it "
+            "part of a DTensor, or name its state key in per_rank; if rank 0 alone decides it, name its "
+            "state key in rank0"
         )
     return tuple(receipt.shard for receipt in receipts if receipt.shard is not None)
 

@@ -75,7 +75,7 @@ class Flight:
             leave_despite(thread)
         raise SaveStuckError(
             f"rank {self.runner.channel.rank}: {running} after {most_secs:g} s more, {self.runner.doing}: "
-            "the storage does not answer. Look into the kernel log and at the mount"
+            "the storage does not answer. Look at the kernel log and the mount"
         )
 
     def take_failure(self, *, newest: bool = False) -> SaveFailedError | None:

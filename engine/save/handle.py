@@ -43,8 +43,8 @@ class SaveHandle:
         """
         if self._home.left and not self._future.done():
             raise SaveFailedError(
-                f"the save of step {self.step} is that of process {self._home.pid}: its outcome does not "
-                "reach a forked child; ask for it in the parent"
+                f"the save of step {self.step} belongs to process {self._home.pid}, and its outcome does "
+                "not reach a forked child: ask for it in the parent"
             )
         try:
             record = self._future.result(self.most_secs if timeout is None else timeout)

@@ -124,7 +124,7 @@ class JobRunner:
         self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
         job.handle.set_record(record)
         if self.channel.rank == 0:
-            self.doing = "removing what is surplus"
+            self.doing = "deleting expired checkpoints"
             try:
                 self.after_commit(record)
             except Exception as error:

@@ -49,7 +49,7 @@ class Outcomes:
         if self.on_failure == "raise" or not may_pass(failure):
             return failure
         count = f"{self.failed} save{'s' * (self.failed != 1)} in a row failed"
-        last = SaveFailedError(f"{count} (max_failures={self.max_failures}), the newest so: {failure}")
+        last = SaveFailedError(f"{count} (max_failures={self.max_failures}), the last one: {failure}")
         last.__cause__ = failure
         return last
 

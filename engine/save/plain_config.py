@@ -101,8 +101,8 @@ def _plain_container(value: Any, path: str, depth: int) -> Any:
         return [_plain(item, f"{path}[{number}]", depth + 1) for number, item in enumerate(value)]
     kind = type(value)
     raise ConfigError(
-        f"{path} is a {kind.__module__}.{kind.__qualname__}, which has no form in JSON: give text, a "
-        "number, a list or a dict in its place"
+        f"{path} is a {kind.__module__}.{kind.__qualname__}, which JSON cannot hold: give text, a number, "
+        "a list or a dict instead"
     )
 
 
@@ -111,7 +111,7 @@ def _plain_mapping(value: Mapping[Any, Any], path: str, depth: int) -> dict[str,
     for key, item in value.items():
         name = _plain(key, f"the key {key!r} of {path}", depth + 1)
         if isinstance(name, list | dict):
-            raise ConfigError(f"{path} has the key {key!r}, which has no form in JSON: give text")
+            raise ConfigError(f"{path} has the key {key!r}, which JSON cannot hold: give text")
         text = name if isinstance(name, str) else str(name)
         if text in found:
             raise ConfigError(f"{path} has two keys that are both written {text!r} in JSON: rename one")

@@ -70,7 +70,7 @@ def decode_array(inner: Json, tensor: Callable[[str], torch.Tensor]) -> np.ndarr
             array = flat.view(dtype).reshape(shape) if flat.size else np.empty(shape, dtype)
         return np.asfortranarray(array) if inner["order"] == "F" else array
     except (ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"a stored $array is not one: {error}") from None
+        raise DamagedError(f"a stored $array is malformed: {error}") from None
 
 
 def _kind(dtype: np.dtype[Any]) -> str:
@@ -80,7 +80,7 @@ def _kind(dtype: np.dtype[Any]) -> str:
 def _check(dtype: np.dtype[Any], path: str) -> None:
     if not _DTYPE.fullmatch(dtype.str) or (dtype.kind in "fc" and _kind(dtype) not in _FLOATS):
         raise UnsavableValueError(
-            f"{path}: NumPy's {dtype} is no plain data of a fixed size; turn it into a list, or into "
+            f"{path}: NumPy's {dtype} is not plain data of a fixed size; turn it into a list, or into "
             "an array of numbers, text or times, in state_dict()"
         )
 

@@ -68,7 +68,7 @@ def describe(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]
         text = repr(context)
         if " at 0x" in text:
             raise UnsavableValueError(
-                f"{path}: what a {kind.__qualname__} is besides its parts cannot be stored ({error})"
+                f"{path}: a {kind.__qualname__} holds more than its parts, which cannot be stored ({error})"
             ) from error
         context = text
     parts = {
@@ -141,7 +141,7 @@ def _class_of(inner: Json) -> Any:
         and len(inner["parts"]) > 0
     )
     if not fits:
-        raise DamagedError(f"a stored $composite is not one: {str(inner)[:40]!a}")
+        raise DamagedError(f"a stored $composite is malformed: {str(inner)[:40]!a}")
     name = inner["type"]
     kind = find_class(name)
     module, _, qualname = name.partition(":")
@@ -152,8 +152,8 @@ def _class_of(inner: Json) -> Any:
         )
     if not issubclass(kind, torch.Tensor) or not hasattr(kind, "__tensor_unflatten__"):
         raise StateMismatchError(
-            f"a tensor of the class {module[:80]}.{qualname[:80]} was saved, and the class here is no tensor "
-            "that can be put together"
+            f"a tensor of the class {module[:80]}.{qualname[:80]} was saved, and the class here is not a "
+            "tensor that can be rebuilt from its parts"
         )
     return kind
 

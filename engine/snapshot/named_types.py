@@ -28,7 +28,7 @@ def type_name(value: object, path: str, instead: str) -> str:
     if find_class(name) is not kind:
         raise UnsavableValueError(
             f"{path}: the class {kind.__qualname__} is not found under its name in {kind.__module__}, so no "
-            f"other process could make the value again; define it at the top of a module, or store {instead}"
+            f"other process could rebuild the value; define it in a module's top level, or store {instead}"
         )
     return name
 
@@ -62,7 +62,7 @@ def missing_class(form: str, inner: Json) -> str:
 
 def _named_class(form: str, inner: Json) -> Any:
     if not isinstance(inner, dict) or inner.keys() != _FIELDS[form] or not isinstance(inner["type"], str):
-        raise DamagedError(f"a stored {form} is not one: {str(inner)[:40]!a}")
+        raise DamagedError(f"a stored {form} is malformed: {str(inner)[:40]!a}")
     kind: Any = find_class(inner["type"])
     module, _, name = inner["type"].partition(":")
     if kind is None:
@@ -77,8 +77,8 @@ def _named_class(form: str, inner: Json) -> Any:
     if not fits:
         what = inner["name"] if form == "$enum" else ", ".join(map(str, inner["fields"]))
         raise StateMismatchError(
-            f"a value of {module[:80]}.{name[:80]} was saved with {what[:80]}, and the class here has "
-            "nothing of the kind"
+            f"a value of {module[:80]}.{name[:80]} was saved with {what[:80]}, which the class here "
+            "does not have"
         )
     return kind
 

@@ -91,7 +91,7 @@ def inner_optimizers(key: str, optimizer: Optimizer) -> dict[str, Optimizer]:
         elif not saves_itself(optimizer):
             raise UnsavableValueError(
                 f"{key}: its attribute {name} is a {type(inner).__name__} over tensors that are not its own "
-                f"parameters, and {type(optimizer).__name__} has no state_dict that tells of it; put both "
+                f"parameters, and {type(optimizer).__name__} has no state_dict that saves it; put both "
                 "optimizers, and what they step, into the state"
             )
     return found

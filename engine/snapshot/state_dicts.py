@@ -82,7 +82,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
         if not isinstance(handed_out, Mapping):
             raise UnsavableValueError(
                 f"{key}: state_dict() of {type(root).__qualname__} returns a {type(handed_out).__name__}, "
-                "no dict"
+                "not a dict"
             )
         tree = places(root)
         if metrics := metric_values(tree):
@@ -219,8 +219,8 @@ def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) 
     """A rebuilt module needs it: state_dict() does not hand it out, or a copy of it."""
     if name in found.tensors:
         raise UnsavableValueError(
-            f"{key}.{name}: state_dict() hands out another tensor of the module under this name, and this "
-            "one under none; give each a name of its own"
+            f"{key}.{name}: state_dict() returns another tensor of the module under this name, and leaves "
+            "this one out; give each a name of its own"
         )
     found.tensors[name] = tensor
 

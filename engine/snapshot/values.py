@@ -288,7 +288,7 @@ def _of_hashable(form: str, make: Callable[[], Any]) -> Any:
     try:
         return make()
     except TypeError as error:
-        raise DamagedError(f"a stored {form} is not one: {error}") from None
+        raise DamagedError(f"a stored {form} is malformed: {error}") from None
 
 
 def _decode_items(kind: str, items: list[Json], tensor: Callable[[str], torch.Tensor]) -> Any:
@@ -304,7 +304,7 @@ def _decode_mapping(inner: dict[str, Json], tensor: Callable[[str], torch.Tensor
     kind, items, factory = inner.get("kind"), inner.get("pairs"), inner.get("factory")
     known = kind in ("dict", "OrderedDict", "Counter", "defaultdict")
     if not known or not isinstance(items, list) or not (factory is None or factory in _FACTORIES):
-        raise DamagedError(f"a stored $mapping is not one: {str(inner)[:40]!a}")
+        raise DamagedError(f"a stored $mapping is malformed: {str(inner)[:40]!a}")
     if not all(isinstance(item, list) and len(item) == 2 for item in items):
         raise DamagedError("a stored $mapping is not a list of pairs")
     pairs = _of_hashable("$mapping", lambda: {decode(k, tensor): decode(v, tensor) for k, v in items})
@@ -315,7 +315,7 @@ def _decode_mapping(inner: dict[str, Json], tensor: Callable[[str], torch.Tensor
     found = collections.OrderedDict(pairs) if kind == "OrderedDict" else collections.Counter(pairs)
     attributes = decode(inner.get("attributes", {}), tensor)
     if not isinstance(attributes, dict):
-        raise DamagedError("a stored $mapping has attributes that are no dict")
+        raise DamagedError("the attributes of a stored $mapping are not a dict")
     vars(found).update(attributes)
     return found
 

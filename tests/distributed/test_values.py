@@ -159,7 +159,7 @@ def test_renamed_shards_are_restored_at_another_world_size(world: World, tmp_pat
     for name, tensor in saved.items():
         assert torch.equal(alone["model"][name], tensor), name
     for network, moments, refused in world(4).run(resume_renamed, str(tmp_path)):
-        assert "rename has 'model.coder'" in refused
+        assert "rename names 'model.coder'" in refused
         for name, tensor in saved.items():
             assert torch.equal(network[name.replace("encoder", "backbone")], tensor), name
         for moment in moments.values():

@@ -47,7 +47,7 @@ def test_a_lost_node_resumes_from_the_mirror_alone_bit_for_bit(
     assert whole_steps(mirror, run.env) == [10, 12]
     args = ("--list_checkpoints", f"--checkpoint_dir={run.checkpoints}", f"--mirror={mirror}")
     shown = program("engine.train", *args, env=run.env)
-    assert "has everything that it is to have" in shown.ok().stdout
+    assert "is up to date" in shown.ok().stdout
 
 
 def test_killed_in_the_middle_of_a_copy_the_next_start_completes_it(

@@ -67,7 +67,7 @@ def hang_in(world: World, operation: str, step: int, rank: int = 0) -> Hang:
 OPERATIONS = {
     "write_shard": "writing this rank's shards",
     "publish": "committing",
-    "clear_dir": "removing what is surplus",
+    "clear_dir": "deleting expired checkpoints",
 }
 CALLS: dict[str, Callable[[Rank], object]] = {
     "close": lambda rank: rank.ckpt.close(),
@@ -196,7 +196,7 @@ def test_a_storage_that_does_not_take_the_release_holds_nobody_up(
         (outcome,) = world.each(lambda rank: rank.ckpt.close())
         hang.wake()
         assert isinstance(outcome, TimeoutError | OSError), repr(outcome)
-        assert "the lease could not be let go of" in str(outcome)
+        assert "the lease was not released" in str(outcome)
         lease = world.ranks[0].ckpt._directory.lease
         assert lease is not None
         assert lease._thread is not None

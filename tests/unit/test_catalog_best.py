@@ -116,9 +116,9 @@ def test_a_rule_that_is_none_is_refused(wrong: dict[str, object]) -> None:
         ([], Policy(best=3), None),
         ([record(1)], Policy(), None),
         ([record(1, loss=2.0)], Policy(best=3), None),
-        ([with_metrics(1, loss=2.0)], Policy(), "lowest 'val_loss'.*there are: loss"),
-        ([record(1)], Policy(best=3), "lowest 'val_loss'.*no metrics at all"),
-        ([record(1, loss=2.0)], Policy(metric="accuracy", mode="max"), "highest 'accuracy'.*are: val_loss"),
+        ([with_metrics(1, loss=2.0)], Policy(), "lowest 'val_loss'.*available metrics: loss"),
+        ([record(1)], Policy(best=3), "lowest 'val_loss'.*no metrics are stored"),
+        ([record(1, loss=2.0)], Policy(metric="accuracy", mode="max"), "highest 'accuracy'.*s: val_loss"),
         ([with_metrics(1, accuracy=math.nan)], Policy(metric="accuracy"), "finite value"),
     ],
 )

@@ -96,7 +96,7 @@ def test_what_is_mounted_below_an_expired_checkpoint_stays(tmp_path: Path) -> No
     )
     assert f"removed ('{one}',)" in said
     assert "['papers/thesis', 'scratch/results', 'shard-00009.json']" in said
-    assert said.count("stays, with what Holdfast did not write there: papers, scratch, shard-00009.json") == 1
+    assert said.count("it holds files that Holdfast did not write: papers, scratch, shard-00009.json") == 1
     assert files_below(home) == {"papers/thesis": b"precious", "index": b"precious"}
 
 
@@ -211,7 +211,7 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     entries = [entry.name for entry in storage.list_dir(one)]
     assert sorted(entries) == [".manifest.json.Xa1", "NOTES.txt", "eval", "shard-00000.safetensors.bak"]
     assert [item.id for item in list_checkpoints(storage) if item.status == "committed"] == [two, three]
-    assert caplog.text.count("stays, with what Holdfast did not write") == 1
+    assert caplog.text.count("it holds files that Holdfast did not write") == 1
 
 
 def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(tmp_path: Path) -> None:

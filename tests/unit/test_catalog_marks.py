@@ -189,7 +189,7 @@ def test_verify_takes_the_mark_from_what_is_whole(tmp_path: Path, capsys: pytest
     assert statuses(storage) == {good: "damaged", bad: "damaged"}, "a quick look proves nothing"
     capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 1
-    assert capsys.readouterr().out.count("its mark as damaged was removed") == 1
+    assert capsys.readouterr().out.count("its damage mark was removed") == 1
     assert statuses(storage) == {good: "committed", bad: "damaged"}
 
 

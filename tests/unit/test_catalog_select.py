@@ -82,7 +82,7 @@ def test_of_equal_losses_the_older_is_best() -> None:
     [
         ([], "latest", "nothing was committed"),
         ([record(1)], "backup", "there are not two"),
-        ([record(1, loss=math.inf), record(2)], "best", "none carries a finite val_loss"),
+        ([record(1, loss=math.inf), record(2)], "best", "none has a finite val_loss"),
         ([record(1, epoch=4)], "epoch:4", "none closed epoch 4"),
         ([record(1)], "step:7", "none is of step 7"),
         ([record(1)], "step-00000001-ffffffff", "none has this id"),

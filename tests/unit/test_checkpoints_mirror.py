@@ -165,7 +165,7 @@ def test_list_of_a_lost_node(run: Program, source: Path, tmp_path: Path) -> None
     ran = run("list", tmp_path / "lost", "--mirror", source)
     assert ran.code == 0
     assert id_of(3) in ran.out
-    assert ran.out.splitlines()[-1] == f"{source} has everything that it is to have"
+    assert ran.out.splitlines()[-1] == f"{source} is up to date"
     assert run("list", tmp_path / "lost", "--mirror", tmp_path / "none").out == (
         f"no checkpoints in {tmp_path / 'lost'} and {tmp_path / 'none'}\n"
     )

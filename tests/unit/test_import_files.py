@@ -73,7 +73,7 @@ OTHERS: dict[str, tuple[bytes, str]] = {
     "hdf5": (b"\x89HDF\r\n\x1a\n" + WEIGHTS, "an HDF5 file"),
     "gguf": (b"GGUF" + WEIGHTS, "a GGUF file"),
     "empty": (b"", "an empty file"),
-    "bytes": (b"\xff\x00\xfe\x01" * 20, "of no format that is known here .it begins with ff 00 fe 01"),
+    "bytes": (b"\xff\x00\xfe\x01" * 20, "a file of unknown format .it begins with ff 00 fe 01"),
 }
 
 
@@ -196,7 +196,7 @@ def test_objects_of_classes_that_exist_are_data_as_well(tmp_path: Path) -> None:
     manifest, tensors, notes = imported(tmp_path / "a.pt", trust_pickle=True)
     assert manifest.config == {"lr": 0.5, "out": "x", "dtype": "torch.float16", "size": 3}
     assert tensors.keys() == {"model.weight", "model.bias"}
-    assert "what it holds as 'net' is taken to be the model" in notes
+    assert "'net' is taken to be the model" in notes
 
 
 def test_a_refused_pickle_names_what_it_wants(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_settings_that_are_not_known_are_named(tmp_path: Path) -> None:
     theirs(tmp_path / "hf", embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
     edit(tmp_path / "hf", rotary_dim=4)
     record, notes = import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "new"))
-    assert "settings that are no flags of the trainer were left out: rotary_dim" in notes
+    assert "left out settings that the trainer has no flags for: rotary_dim" in notes
     assert read_manifest(LocalStorage(tmp_path / "new"), record.id).config["dropout"] == 0.2
 
 
@@ -127,6 +127,6 @@ def test_another_model_of_the_same_names_keeps_them(tmp_path: Path) -> None:
     theirs(tmp_path / "hf")
     edit(tmp_path / "hf", model_type="gpt_bigcode")
     _, notes = import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "new"))
-    assert any("no GPT-2" in note for note in notes)
+    assert any("not a GPT-2" in note for note in notes)
     with pytest.raises(StateError, match="model_type is 'gpt_bigcode'"):
         load_model(str(tmp_path / "hf"), str(tmp_path), "cpu")

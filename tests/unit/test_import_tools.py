@@ -210,13 +210,13 @@ def test_deepspeed_without_zero_has_its_optimizer(tmp_path: Path) -> None:
         (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "DeepSpeed ZeRO-3.*python zero_to_fp32.py"),
         (
             ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"],
-            "DeepSpeed checkpoint of 2 tensor-parallel.*deepspeed_to_transformers.py",
+            "DeepSpeed checkpoint in 2 tensor-parallel.*deepspeed_to_transformers.py",
         ),
         (
             ["layer_00-model_00-model_states.pt", "mp_rank_00_model_states.pt"],
-            "DeepSpeed's pipeline.*deepspeed_to_transformers.py",
+            "DeepSpeed pipeline checkpoint.*deepspeed_to_transformers.py",
         ),
-        (["layer_0_expert_0_mp_rank_00_model_states.pt"], "DeepSpeed checkpoint of a mixture of experts"),
+        (["layer_0_expert_0_mp_rank_00_model_states.pt"], "DeepSpeed mixture-of-experts checkpoint"),
         (["zero/w/fp32.pt"], "DeepSpeed universal"),
         (["latest_checkpointed_iteration.txt"], "Megatron-LM.*tools/checkpoint/convert.py"),
         (["mp_rank_00/model_optim_rng.pt"], "Megatron-LM.*tools/checkpoint/convert.py"),
@@ -274,7 +274,7 @@ def test_every_key_is_taken_or_named(tmp_path: Path) -> None:
     torch.save(document, tmp_path / "a.pt")
     record, manifest, notes = take(tmp_path / "a.pt", trust_pickle=True)
     assert (record.step, record.epoch) == (2, 3)
-    assert "2 is what its optimizer counts" in notes
+    assert "its optimizer has counted 2" in notes
     assert record.metrics == {"loss": 0.5, "best_accuracy": 0.75}
     assert manifest.config == {"lr": 0.1}
     left = notes.partition("left out: ")[2].split(", ")
@@ -461,7 +461,7 @@ def test_a_model_in_several_files(tmp_path: Path, suffix: str) -> None:
     [
         (
             {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(tensor_model_parallel_size=2)},
-            r"Megatron-LM cut \(tensor_model_parallel_size 2\).*tools/checkpoint/convert.py",
+            r"Megatron-LM split \(tensor_model_parallel_size 2\).*tools/checkpoint/convert.py",
         ),
         (
             {"module": {"w": torch.ones(1)}, "mp_world_size": 2, "ds_version": "0.17.0"},

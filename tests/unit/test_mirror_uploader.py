@@ -333,7 +333,7 @@ def test_the_thread_follows_every_commit_and_the_end_waits_for_it(
     assert running.mirror.close()
     assert steps_in(second) == [10, 20, 30]
     Lease.acquire(
-        second, run_id="next", sleep=lambda secs: pytest.fail("the lease was not let go of")
+        second, run_id="next", sleep=lambda secs: pytest.fail("the lease was not released")
     ).release()
 
 
@@ -501,7 +501,7 @@ def test_a_full_disk_takes_owed_ones_one_at_a_time_and_says_so(
     lease = lease_of(local)
     assert remove_surplus(local, lease, KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [10, 30, 40, 50]
-    assert "step-00000020-00000002 goes although the mirror has not got it: the disk is full" in caplog.text
+    assert "step-00000020-00000002 before the mirror has a copy of it: the disk is full" in caplog.text
     assert remove_surplus(local, lease, KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [10, 40, 50]
     assert not remove_surplus(local, lease, KEEP_2, mirror, disk_full=True), "the oldest one stays"

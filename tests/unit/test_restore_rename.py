@@ -146,11 +146,11 @@ def test_a_whole_submodule_becomes_an_entry_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rename", "words"),
     [
-        ({"model.encodr": "model.backbone"}, r"rename has 'model\.encodr', and step-.* holds nothing"),
-        ({"model.enc": "model.backbone"}, r"rename has 'model\.enc', and"),
+        ({"model.encodr": "model.backbone"}, r"rename names 'model\.encodr', which step-.* does not hold"),
+        ({"model.enc": "model.backbone"}, r"rename names 'model\.enc', which"),
         (
             {"model.encoder": "model.x", "model.head": "model.x"},
-            r"rename makes model\.\w+\.\w+ and model\.\w+\.\w+ both model\.x\.\w+",
+            r"rename maps both model\.\w+\.\w+ and model\.\w+\.\w+ to model\.x\.\w+",
         ),
         ({"model.head": "model.encoder"}, r"does not fit the state"),
     ],

@@ -70,7 +70,7 @@ class Settings:
         ({"storage_options": "x"}, r"storage_options is 'x': it must be a dict, or None"),
         ({"on_event": 5}, r"on_event is 5: it must be a function of one dict"),
         ({"config": 5}, r"config is a int: it must be a dict, a namespace or a dataclass"),
-        ({"config": {"a": [object()]}}, r"config\.a\[0\] is a builtins\.object, which has no form"),
+        ({"config": {"a": [object()]}}, r"config\.a\[0\] is a builtins\.object, which JSON cannot hold"),
         ({"config": {"a": torch.ones(2)}}, r"config\.a is a tensor of shape \[2\]: give a number"),
         ({"config": {1: 0, "1": 0}}, r"config has two keys that are both written '1' in JSON"),
         ({"config": {"a": 2**70}}, r"config cannot be written as JSON: a is an integer beyond 64 bits"),

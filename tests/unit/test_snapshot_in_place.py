@@ -258,7 +258,7 @@ def test_what_breaks_off_says_what_was_restored(tmp_path: Path) -> None:
     ):
         checkpointer.restore()
     text = str(caught.value)
-    assert "late did not take what was saved (ValueError: not 2)" in text
+    assert "late did not accept what was saved (ValueError: not 2)" in text
     assert "Restored: all tensors of modules and optimizers, first. " in text
     assert "Not restored: late, z, the random number generators" in text
     assert (state["first"], state["z"]) == ({"n": 1}, {"n": 0})

@@ -193,7 +193,7 @@ def test_names_that_two_tensors_claim_are_refused() -> None:
         state[prefix + "weight"] = state.pop(prefix + "bias")
 
     with pytest.raises(
-        UnsavableValueError, match=r"model\.1\.weight: state_dict\(\) hands out another tensor"
+        UnsavableValueError, match=r"model\.1\.weight: state_dict\(\) returns another tensor"
     ):
         found(hooked(take))
 

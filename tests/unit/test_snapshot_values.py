@@ -300,9 +300,9 @@ def test_what_has_no_form_is_refused_by_path(value: Any, path: str, kind: str) -
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (np.array([object()]), r"key: NumPy's object is no plain data .* into a list"),
-        (np.longdouble(1), r"key: NumPy's (float128|longdouble) is no plain data"),
-        (np.zeros(2, dtype="i4,f4"), r"key: NumPy's \[.* is no plain data"),
+        (np.array([object()]), r"key: NumPy's object is not plain data .* into a list"),
+        (np.longdouble(1), r"key: NumPy's (float128|longdouble) is not plain data"),
+        (np.zeros(2, dtype="i4,f4"), r"key: NumPy's \[.* is not plain data"),
         (collections.defaultdict(lambda: 0), r"key: a defaultdict's factory .* store dict\(\) of it"),
         (Level.LOW | Level.HIGH, r"key: .* combines members of an enum; store its \.value"),
         ({torch.ones(1): 1}, r"a tensor in a key or a set; use a list or a dict"),
