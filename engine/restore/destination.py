@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -151,10 +152,25 @@ class Destination:
         others = {key for key in {*documents, *self._capture.state} if key not in self._capture.modules}
         names = [n for n in (*live, *aliases, *stored, *values) if n.partition(".")[0] not in others]
         keys = {*fixed, *self._capture.state, *self._saved.keys, RNG_KEY}
-        stray = self._wanted.unknown(names, keys, excluded=True)
+        entries = [key for key, kind in self._capture.kinds(self._capture.state).items() if kind == "value"]
+        parts = self._wanted.inside([RNG_KEY, *entries])
+        if parts:
+            raise StateMismatchError(
+                f"include or exclude names {', '.join(map(repr, parts))}, but the value of a state key "
+                f"comes back as a whole: name {parts[0].partition('.')[0]!r}, or keep the part and put it "
+                "back afterwards; nothing was changed"
+            )
+        # Patterns that name no key of their own ("*.exp_avg") may mean state of optimizers.
+        moments = [name for name in (*live, *stored) if name.partition(".")[0] in self._capture.optimizers]
+
+        def nowhere(*, excluded: bool) -> list[str]:
+            found = self._wanted.unknown(names, keys, excluded=excluded)
+            return [pattern for pattern in found if not any(fnmatchcase(name, pattern) for name in moments)]
+
+        stray = nowhere(excluded=True)
         if stray and self._rank == 0:  # one list may be for many checkpoints, so no error
             log.warning("exclude names %s, which neither %s nor the state has", ", ".join(stray), what)
-        unknown = self._wanted.unknown(names, keys)
+        unknown = nowhere(excluded=False)
         if unknown and self._wanted.strict:
             raise StateMismatchError(
                 f"include names {', '.join(map(repr, unknown))}, which neither {what} nor the state has; "

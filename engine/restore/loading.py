@@ -43,10 +43,10 @@ def hand_back(
     document = dict(document)
     counts = document.pop(UPDATE_COUNTS, {})
     only_extra = all(is_extra_state(name) for name in document) and not loose
-    if only_extra and not any(loads_by_itself(place.module) for place in tree):
-        _set_extra_state(tree, document)
-        return
     try:
+        if only_extra and not any(loads_by_itself(place.module) for place in tree):
+            _set_extra_state(tree, document)
+            return
         with torch.no_grad():
             # What state_dict() hands out may be rounded, and loading it round the live tensors.
             exact = _copies(tree) if tree_any(_is_tensor, document) else {}

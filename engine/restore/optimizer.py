@@ -253,7 +253,7 @@ class OptimizerRestore:
         states = {live: self._state(live) for live in self._capture.local}
         told = self._told(groups, states) if self._capture.loads_itself and self._takes_all else None
         if told is not None:
-            self._capture.optimizer.load_state_dict(told)
+            self._load(told)
         elif self._document.own is not None:
             log.warning(
                 "%s: part of the optimizer is left out, so what its own state_dict() holds beside state and "
@@ -268,6 +268,16 @@ class OptimizerRestore:
             inner.finish()
         if told is not None and self._capture.saves_itself:
             self._check(told)
+
+    def _load(self, told: dict[Any, Any]) -> None:
+        optimizer = self._capture.optimizer
+        try:
+            optimizer.load_state_dict(told)
+        except Exception as error:
+            raise RestoreFailedError(
+                f"{self._capture.key}: load_state_dict() of {type(optimizer).__qualname__} did not accept "
+                f"what was saved, and the state is now undefined: {type(error).__name__}: {error}"
+            ) from error
 
     def _state(self, live: str) -> Any:
         """What a parameter's state has to be."""

@@ -37,9 +37,7 @@ class Wanted:
         """Whether the tensor of that name is wanted: by its own name, or by that of its state key."""
         return self.takes_value(name.partition(".")[0], name)
 
-    def unknown(
-        self, names: Collection[str], keys: Collection[str], *, excluded: bool = False
-    ) -> list[str]:
+    def unknown(self, names: Collection[str], keys: Collection[str], *, excluded: bool = False) -> list[str]:
         """The patterns to include, or to exclude, that mean nothing here: spelled wrong, it seems.
 
         Args:
@@ -54,6 +52,11 @@ class Wanted:
             and not any(_covers(pattern, key) for key in keys)
             and not any(fnmatchcase(name, pattern) for name in names)
         ]
+
+    def inside(self, keys: Collection[str]) -> list[str]:
+        """The patterns for a part of one of these state keys, whose values come whole."""
+        found = [(pattern, pattern.partition(".")[0]) for pattern in (*self.include, *self.exclude)]
+        return [pattern for pattern, key in found if key in keys and not _covers(pattern, key)]
 
     def takes_value(self, key: str, name: str) -> bool:
         """Whether something below a state key is wanted that has a name of its own but may be no tensor."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from engine.dcp.savable import check_savable
-from engine.errors import UnsavableValueError
+from engine.errors import HoldfastError, UnsavableValueError
 from engine.loaders import make_iterator
 from engine.snapshot import rng, values
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
@@ -67,6 +67,7 @@ class StateCapture:
         for name in per_rank:
             if name not in state:
                 raise UnsavableValueError(f"per_rank names {name!r}, which is not in the state")
+        self._given, self._entries = state, dict(state)
         self.state = {key: unwrapped(unwrapped_optimizer(entry)) for key, entry in state.items()}
         for name in rank0:
             if name not in state or isinstance(state[name], nn.Module | Optimizer) or name in per_rank:
@@ -93,6 +94,7 @@ class StateCapture:
 
         Raises: UnsavableValueError naming the key path of a value that is neither tensor nor JSON.
         """
+        self._check_given()
         for entry in self.state.values():
             make_iterator(entry)
         # First out, last in: state_dict() of other objects may draw random numbers.
@@ -121,6 +123,21 @@ class StateCapture:
         name = per_rank_name(self._rank, RNG_KEY)
         captured.local[RNG_KEY] = values.encode(rng_state, name, captured.tensors)
         return captured
+
+    def _check_given(self) -> None:
+        """See that the mapping that was handed over still has the objects that are saved and restored."""
+        for key, entry in self._given.items():
+            if key not in self._entries:
+                raise UnsavableValueError(
+                    f"the state has got {key!r} since this Checkpointer was made, which would not be saved "
+                    "or restored; put everything into the state first, or make a new Checkpointer"
+                )
+            if entry is not self._entries[key]:
+                raise UnsavableValueError(
+                    f"the state entry {key!r} is another object now than when this Checkpointer was made, "
+                    "and the old one would be saved or restored; change it in place (a value inside of a "
+                    "dict that is an entry may be replaced), or make a new Checkpointer"
+                )
 
     def _collect(self, entry: ModuleCapture | OptimizerCapture, captured: Captured) -> None:
         if entry.key not in self.per_rank:
@@ -163,7 +180,11 @@ class StateCapture:
         return any(isinstance(parameter, DTensor) for module in own for parameter in module.parameters())
 
     def make_ready(self) -> None:
-        """See that modules and optimizers are as last walked, and can be written into."""
+        """See that modules and optimizers are as last walked, and can be written into.
+
+        Raises: UnsavableValueError when the state holds other objects than were handed over.
+        """
+        self._check_given()
         walked = len(self._modules) + len(self._optimizers) > 0
         if walked and self._unchanged() and all(module.sharded_now for module in self._modules.values()):
             return
@@ -215,7 +236,15 @@ class StateCapture:
 
 def encoded_entry(entry: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     """JSON of an entry that is neither module nor optimizer; its tensors go into `tensors`."""
-    return values.encode(saved_value(entry), path, tensors, keep_order=True)
+    try:
+        value = saved_value(entry)
+    except HoldfastError:
+        raise
+    except Exception as error:
+        raise UnsavableValueError(
+            f"{path}: state_dict() of {type(entry).__qualname__} failed: {type(error).__name__}: {error}"
+        ) from error
+    return values.encode(value, path, tensors, keep_order=True)
 
 
 def captured_module(key: str, module: nn.Module, first_buffers: Mapping[str, bool]) -> ModuleCapture:

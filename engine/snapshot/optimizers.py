@@ -164,7 +164,7 @@ class OptimizerCapture:
 
     def _document(self, tensors: dict[str, torch.Tensor]) -> OptimizerDocument:
         inner = {name: one._document(tensors).to_json() for name, one in self.inner.items()}
-        told = self.optimizer.state_dict() if self.saves_itself else None
+        told = self._told() if self.saves_itself else None
         state = state_of(self.optimizer)
         own, whole = None, False
         if told is not None:
@@ -200,10 +200,19 @@ class OptimizerCapture:
             own_whole=whole,
         )
 
+    def _told(self) -> dict[str, Any]:
+        try:
+            return self.optimizer.state_dict()
+        except Exception as error:
+            raise UnsavableValueError(
+                f"{self.key}: state_dict() of {type(self.optimizer).__qualname__} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
     def hyperparameters(self, told: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """The groups without parameters, and without what a state_dict of its own (`told`) leaves out."""
         if told is None and self.saves_itself:
-            told = self.optimizer.state_dict()
+            told = self._told()
         groups = self.optimizer.param_groups
         found = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         saved = told.get("param_groups") if told is not None else None
