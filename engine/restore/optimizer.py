@@ -21,12 +21,13 @@ from engine.errors import RestoreFailedError
 from engine.format.manifest import TensorInfo
 from engine.restore.fit import describe, has_grown
 from engine.restore.hyperparameters import Assigned, Group, Unread, assign, known, set_values
+from engine.restore.loading import load_optimizer
 from engine.restore.optimizer_names import class_difference, match_names, split_path
 from engine.restore.saved import Saved
 from engine.restore.wanted import Wanted
 from engine.snapshot import values
 from engine.snapshot.composites import is_composite
-from engine.snapshot.layouts import made
+from engine.snapshot.layouts import made, one_of_several
 from engine.snapshot.modules import pointer_of
 from engine.snapshot.optimizer_document import parse
 from engine.snapshot.optimizer_kinds import state_of
@@ -65,6 +66,8 @@ class OptimizerRestore:
         self._live_tensors: dict[str, torch.Tensor] = {}
         self._fields: dict[str, dict[str, str]] = {}
         self._kept: set[str] = set()
+        self._ones = one_of_several(self._document.layouts)
+        self._shared: dict[str, str] = {}  # the first path of such a one -> the name it is read under
         self._takes_all = True  # until something is left out: its own load_state_dict knows no parts
         self._values: dict[str, dict[str, Any]] = defaultdict(dict)
         self._inner: list[OptimizerRestore] = []
@@ -138,6 +141,8 @@ class OptimizerRestore:
         planned: dict[str, torch.Tensor] = {}
         sources: dict[str, str] = {}
         grown: dict[str, str] = {}
+        same: dict[str, str] = {}
+        firsts: dict[str, str] = {}
         lines: list[str] = []
         for field, tensor in fields.items():
             name, info = f"{key}.state.{live}.{field}", self._saved.info(tensor)
@@ -151,6 +156,12 @@ class OptimizerRestore:
             elif isinstance(own, torch.Tensor) and from_torch(own.dtype, name) != info.dtype:
                 here = TensorInfo(from_torch(own.dtype, name), _global_shape(own, parameter))
             if here is None:
+                one = self._ones.get(f"{self._saved_names[live]}.{field}", "")
+                same[field] = self._shared.get(one, firsts.get(one, name))
+                if same[field] != name:
+                    continue
+                if one:
+                    firsts[one] = name
                 sources[name] = tensor
                 planned[name] = self._memory(name, live, field, own, info)
                 continue
@@ -165,7 +176,8 @@ class OptimizerRestore:
             self.sources |= sources
             self.grown |= grown
             self.tensors |= planned
-            self._fields[live] = {name.removeprefix(f"{key}.state.{live}."): name for name in planned}
+            self._shared |= firsts
+            self._fields[live] = {name.removeprefix(f"{key}.state.{live}."): name for name in planned} | same
 
     def _memory(self, name: str, live: str, field: str, own: Any, info: TensorInfo) -> torch.Tensor:
         """The live tensor where it can take what was saved, else a new one."""
@@ -181,9 +193,11 @@ class OptimizerRestore:
 
     def _made(self, live: str, field: str, info: TensorInfo, *, zeros: bool = False) -> torch.Tensor:
         parameter = self._capture.parameters[live]
-        layout = self._document.layouts.get(f"{self._saved_names[live]}.{field}", {})
-        group = self._groups[parameter]
+        group, layout = self._groups[parameter], self._layout(live, field)
         return made(to_torch(info.dtype), info.shape, field, parameter, group, layout, zeros=zeros)
+
+    def _layout(self, live: str, field: str) -> Mapping[str, Any]:
+        return self._document.layouts.get(f"{self._saved_names[live]}.{field}", {})
 
     def _saved_parameter(self, live: str) -> TensorInfo | None:
         manifest = self._saved.manifest
@@ -253,7 +267,7 @@ class OptimizerRestore:
         states = {live: self._state(live) for live in self._capture.local}
         told = self._told(groups, states) if self._capture.loads_itself and self._takes_all else None
         if told is not None:
-            self._load(told)
+            load_optimizer(self._capture.key, self._capture.optimizer, told)
         elif self._document.own is not None:
             log.warning(
                 "%s: part of the optimizer is left out, so what its own state_dict() holds beside state and "
@@ -268,16 +282,6 @@ class OptimizerRestore:
             inner.finish()
         if told is not None and self._capture.saves_itself:
             self._check(told)
-
-    def _load(self, told: dict[Any, Any]) -> None:
-        optimizer = self._capture.optimizer
-        try:
-            optimizer.load_state_dict(told)
-        except Exception as error:
-            raise RestoreFailedError(
-                f"{self._capture.key}: load_state_dict() of {type(optimizer).__qualname__} did not accept "
-                f"what was saved, and the state is now undefined: {type(error).__name__}: {error}"
-            ) from error
 
     def _state(self, live: str) -> Any:
         """What a parameter's state has to be."""

@@ -9,6 +9,7 @@ document, so that a fresh optimizer gets the same without taking a step:
     {"placements": ["shard:0", "replicate"]}    a DTensor on the parameter's mesh
     {"placements": None}                    a plain tensor beside a DTensor
     {"strides": [1, 3]}                     of a plain tensor; matrix products round by them
+    {"same": "0.weight.step"}               one object with the state tensor of that path, and changed with it
 """
 
 from __future__ import annotations
@@ -29,9 +30,18 @@ STEP = "step"
 """The one field that torch leaves on the CPU: `Optimizer._process_value_according_to_param_policy`."""
 
 
+SAME = "same"
+
+
 def on_device(group: Mapping[str, Any]) -> bool:
     """Whether a group's step counts lie where its parameters do."""
     return bool(group.get("capturable") or group.get("fused"))
+
+
+def one_of_several(described: Mapping[str, Layout]) -> dict[str, str]:
+    """Path -> the first path, for the state tensors that are one object under several paths."""
+    found = {path: str(layout[SAME]) for path, layout in described.items() if SAME in layout}
+    return found | {first: first for first in found.values()}
 
 
 def describe(

@@ -90,6 +90,7 @@ class OptimizerCapture:
 
     def _walk(self) -> None:
         groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
+        paths: dict[int, list[str]] = {}
         for parameter, entry in state_of(self.optimizer).items():
             if not isinstance(parameter, torch.Tensor):
                 self._extra.append(parameter)
@@ -105,9 +106,13 @@ class OptimizerCapture:
                 path = f"{name}.{field}"
                 if _is_one_tensor(value):
                     self._add_tensor(path, field, value, parameter, groups[parameter])
+                    paths.setdefault(id(value), []).append(path)
                     self._entries.append((entry, field, value, pointer_of(value)))
                 else:
                     self._counters.append((path, entry, field))
+        for same in paths.values():
+            for path in sorted(same)[1:]:
+                self._layouts[path] = {**self._layouts.get(path, {}), layouts.SAME: min(same)}
 
     def _add_tensor(
         self, path: str, field: str, value: torch.Tensor, parameter: torch.Tensor, group: Mapping[str, Any]

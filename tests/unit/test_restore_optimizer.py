@@ -773,3 +773,49 @@ def test_strides_of_a_tensor_with_holes_are_not_kept() -> None:
     restored(saved_of(one), two)
     found = two["optimizer"].state[two["model"][0].weight]["row"]
     assert (found.tolist(), found.stride()) == ([0, 2, 4, 6], (1,))
+
+
+class Counting(torch.optim.SGD):
+    """One count for all parameters, in the state of each; the first one's step changes it."""
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        first = self.state[group["params"][0]]
+        first.setdefault("count", torch.zeros(()))
+        first["again"] = first["count"].add_(1)
+        for parameter in group["params"]:
+            self.state[parameter].setdefault("count", first["count"])
+            parameter.data.mul_(1 - 0.1 / self.state[parameter]["count"])
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("live", ["fresh", "stepped", "reversed"])
+def test_a_state_tensor_of_several_parameters_stays_one(live: str) -> None:
+    """Apart, only one of them would go on counting."""
+    one = made(lambda m: Counting(m.parameters(), lr=0.1), steps=3)
+    module = network(seed=9)
+    parameters = list(module.parameters())
+    other = Counting(parameters[::-1] if live == "reversed" else parameters, lr=0.1)
+    if live == "stepped":
+        step(module, other)
+    two = restored(saved_of(one), {"model": module, "optimizer": other})
+    counts = [state["count"] for state in other.state.values()]
+    assert all(count is counts[0] for count in counts)
+    assert counts[0].item() == 3
+    if live != "reversed":
+        assert other.state[parameters[0]]["again"] is counts[0]
+        for state in (one, two):
+            step(state["model"], state["optimizer"], 2)
+        assert differences(photograph(two), photograph(one)) == []
+
+
+def test_state_tensors_that_were_apart_are_apart_again() -> None:
+    module = network()
+    optimizer = Counting(module.parameters(), lr=0.1)
+    step(module, optimizer)
+    for state in optimizer.state.values():
+        state["count"] = state["count"].clone()
+    other = made(lambda m: Counting(m.parameters(), lr=0.1), steps=1)
+    restored(saved_of({"model": module, "optimizer": optimizer}), other)
+    counts = {id(state["count"]) for state in other["optimizer"].state.values()}
+    assert len(counts) == 4
