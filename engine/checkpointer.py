@@ -14,6 +14,7 @@ import torch
 from engine.catalog.listing import Listed, list_checkpoints
 from engine.catalog.record import CheckpointRecord
 from engine.catalog.retention import Retention
+from engine.catalog.select import by_policy
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
@@ -160,6 +161,7 @@ class Checkpointer:
             self._storage, capture, calls, seed, timeout_secs, storage_options, listener, read_only, second
         )
         self._saver: Saver | None = None
+        self._retention = retention
         self._directory = HeldDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
             checks = Checks(check_of(check_replicas), check_snapshots)
@@ -247,7 +249,7 @@ class Checkpointer:
             RestoreFailedError.
         """
         self._require_home()
-        selector = check_selector(selector)
+        selector = by_policy(check_selector(selector), self._retention)
         check_names(include=include, exclude=exclude)
         check_switches(model_only=model_only, strict=strict)
         if self._saver is not None:
@@ -274,7 +276,7 @@ class Checkpointer:
         Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
         """
         check_names(include=include)
-        return self._restorer.read(check_selector(selector), include)
+        return self._restorer.read(by_policy(check_selector(selector), self._retention), include)
 
     def poll(self) -> None:
         """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.

@@ -12,7 +12,7 @@ nothing else (`Directory`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -177,15 +177,13 @@ def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
     return [item.record for item in listed if item.status == "committed" and item.record is not None]
 
 
-def exempt(listed: Iterable[Listed]) -> set[str]:
-    """Ids that retention leaves alone: what is held, and of links neither the link nor what it leads to."""
-    found = set()
+def exempt(listed: Sequence[Listed]) -> dict[str, str]:
+    """Ids that retention leaves alone, and why: what is held, and of links the link and what it leads to."""
+    found: dict[str, str] = {}
     for item in listed:
-        if item.held or item.link:
-            found.add(item.id)
         if item.link:
-            found.add(item.link)
-    return found
+            found |= {item.link: f"{item.id} links to it", item.id: "a symbolic link"}
+    return found | {item.id: "held" for item in listed if item.held}
 
 
 def highest_sequence(listed: Iterable[Listed]) -> int:

@@ -153,7 +153,8 @@ def _clear_files(storage: Storage, name: str) -> bool:
     """Whether there was anything of ours to remove."""
     cleared = storage.clear_dir(name, is_checkpoint_file)
     if cleared.left:
-        shown = ", ".join(cleared.left[:_SHOWN]) + ", ..." * (len(cleared.left) > _SHOWN)
+        names = [name if name.isprintable() else repr(name) for name in cleared.left[:_SHOWN]]
+        shown = ", ".join(names) + ", ..." * (len(cleared.left) > _SHOWN)
         where = storage.describe(name)
         _say_once(storage, name, f"{where} stays: it holds files that Holdfast did not write: {shown}")
     return cleared.removed > 0 or not cleared.left

@@ -7,7 +7,7 @@ good one in its favour. Latest, backup and best stay under every policy.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.catalog.record import CheckpointRecord
@@ -80,6 +80,15 @@ def metrics_of(records: Iterable[CheckpointRecord]) -> list[str]:
     return sorted({name for r in records for name, value in r.metrics.items() if math.isfinite(value)})
 
 
+def metrics_in_words(records: Iterable[CheckpointRecord]) -> str:
+    """What metrics there are, for a message that none of them is the wanted one."""
+    records = list(records)
+    if finite := metrics_of(records):
+        return f"available metrics: {', '.join(finite)}"
+    never = sorted({name for record in records for name in record.metrics})
+    return f"never finite: {', '.join(never)}" if never else "no metrics are stored"
+
+
 def closes_epoch(record: CheckpointRecord) -> bool:
     """Whether it was saved because its epoch ended."""
     return EPOCH_REASON in record.reasons
@@ -113,11 +122,10 @@ def unfed(records: Sequence[CheckpointRecord], retention: Retention) -> str:
     """
     if not records or best_first(records, retention.rule):
         return ""
-    others = metrics_of(records)
     asked = retention.rule != DEFAULT or retention.best > 1
-    if not asked and not others:
+    if not asked and not any(record.metrics for record in records):
         return ""
-    there = f"available metrics: {', '.join(others)}" if others else "no metrics are stored"
+    there = metrics_in_words(records)
     extreme = "lowest" if retention.mode == "min" else "highest"
     return (
         f"no checkpoint is kept as best: retention looks for the {extreme} {retention.metric!r}, and no "
@@ -131,15 +139,16 @@ def surplus(
     retention: Retention | None,
     held: Collection[str] = frozenset(),
 ) -> list[Decision]:
-    """Decide on every record, oldest first. `held`: ids that someone has exempted by hand."""
+    """Decide on every record, oldest first. `held`: ids that stay in any case; as a mapping, why."""
     ordered = by_sequence(records)
     if retention is None:
         return [Decision(record, True, "everything is kept") for record in ordered]
     serving = roles(records, retention)
-    return [_decide(record, serving[record.id], retention, record.id in held) for record in ordered]
+    stays = held if isinstance(held, Mapping) else dict.fromkeys(held, "held")
+    return [_decide(record, serving[record.id], retention, stays.get(record.id, "")) for record in ordered]
 
 
-def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Retention, held: bool) -> Decision:
+def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Retention, held: str) -> Decision:
     value, label = retention.rule.value(record.metrics), retention.rule.label
     wording = {
         "latest": "latest",
@@ -150,7 +159,7 @@ def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Reten
     }
     why = [wording[name] for name in serving]
     if held:
-        why.append("held")
+        why.append(held)
     if why:
         return Decision(record, True, ", ".join(why))
     older = f"older than the newest {max(2, retention.rolling)}"

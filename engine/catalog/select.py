@@ -11,14 +11,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import best_first, by_sequence, closes_epoch, metrics_of, roles, rule_of
+from engine.catalog.retention import (
+    Retention,
+    best_first,
+    by_sequence,
+    closes_epoch,
+    metrics_in_words,
+    metrics_of,
+    roles,
+    rule_of,
+)
 from engine.errors import SelectorError
-from engine.format.best import BestRule
+from engine.format.best import DEFAULT, BestRule
 from engine.format.names import parse_attempt_name
 
 Kind = Literal["latest", "backup", "best", "epoch", "step", "id", "path"]
 
-__all__ = ["FORMS", "Selector", "choose", "describe", "parse_selector", "roles"]
+__all__ = ["FORMS", "Selector", "by_policy", "choose", "describe", "parse_selector", "roles"]
 
 FORMS = (
     "latest, backup, best, epoch:N, step:N, best:METRIC:min, best:METRIC:max, a checkpoint's id, or a path "
@@ -60,6 +69,12 @@ def parse_selector(text: str) -> Selector:
     raise SelectorError(f"{text!r} selects no checkpoint: use {FORMS}")
 
 
+def by_policy(text: str, retention: Retention | None) -> str:
+    """`best` by a run's own policy, where that says how; every other selector as it is."""
+    own = retention is not None and retention.rule != DEFAULT and text.strip() == "best"
+    return retention.rule.selector if own and retention is not None else text
+
+
 def choose(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord:
     """The committed record that the selector means. SelectorError, listing what there is, if none is."""
     ordered = by_sequence(records)
@@ -88,7 +103,7 @@ def _one(record: CheckpointRecord, serving: tuple[str, ...]) -> str:
 
 def _no_best(records: Sequence[CheckpointRecord], selector: Selector) -> str:
     metric, others = (selector.rule or rule_of(records)).metric, metrics_of(records)
-    there = f"available metrics: {', '.join(others)}" if others else "no metrics are stored"
+    there = metrics_in_words(records)
     more = f"; ask for best:{others[0]}:min or best:{others[0]}:max" if others else ""
     return f"none has a finite {metric}" + (f" ({there}{more})" if records else "")
 

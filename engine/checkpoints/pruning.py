@@ -10,7 +10,7 @@ from engine.catalog import arrivals
 from engine.catalog.lease import Lease
 from engine.catalog.listing import Listed, committed, exempt, list_checkpoints
 from engine.catalog.reaper import Reaped, reap, reap_abandoned
-from engine.catalog.retention import Decision, surplus
+from engine.catalog.retention import Decision, metrics_in_words, surplus, unfed
 from engine.checkpoints import text
 from engine.checkpoints.target import open_directory, run_policy
 from engine.errors import NotFoundError, StorageError
@@ -53,6 +53,9 @@ def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespac
     policy = replace(
         policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs, metric=metric, mode=mode
     )
+    if unfed(records, policy):
+        there = metrics_in_words(records)
+        print(f"note: no checkpoint has a finite {policy.metric!r} ({there}): none stays as the best")
     return surplus(records, policy, held=exempt(listed))
 
 

@@ -25,7 +25,7 @@ from engine.dcp.stock_read import METADATA
 from engine.errors import ConfigError
 from engine.format.names import MANIFEST
 
-_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _ACCELERATE_DCP = "pytorch_model_fsdp_0"
 _ACCELERATE_OPTIMIZER = "optimizer_0"
 _LIGHTNING_META = "meta.pt"
@@ -150,4 +150,4 @@ def _not_understood(path: Path, files: list[Path]) -> str:
 
 
 def _has_weights(path: Path) -> bool:
-    return any((path / name).exists() for name in (SINGLE, INDEX, BIN_INDEX, *BIN_FILES))
+    return any((path / name).exists() for name in (SINGLE, INDEX, BIN_INDEX, DEEPSPEED_MODEL, *BIN_FILES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ class FileKind:
 
 def file_kind(path: Path) -> FileKind:
     """Look at a file's first bytes, and at the names in a zip file. OSError when it cannot be read."""
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        is_folder = stat.S_ISDIR(status.st_mode)
+        words = "a directory, not a file" if is_folder else "a pipe, a socket or a device, not a file"
+        raise ConfigError(f"{path} is {words}: give a safetensors file, or one that torch.save wrote")
+    size = status.st_size
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
     if not head:

@@ -47,6 +47,8 @@ class PtTensors:
             return Unheld(f"a tensor of the class {type(tensor).__name__}")
         if tensor.is_meta:
             return Unheld("a tensor without values (meta device)")
+        if tensor.is_nested:  # it has no one shape
+            return Unheld("a nested tensor")
         if tensor.layout != torch.strided:
             return Unheld(f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})")
         try:

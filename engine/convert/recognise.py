@@ -34,7 +34,7 @@ _PLAIN_LOSSES = (*_LOSSES, "loss", "train_loss", "best_loss")
 _CONFIGS = ("config", "model_args", "hparams", "args", "hyper_parameters", "cfg", "opt_args")
 _METRIC = re.compile(r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)(?:_.*|$)", re.I)
 _HOLDERS = ("train_state",)
-"""Dicts whose entries count as the checkpoint's own: torchtitan's."""
+"""Dicts whose entries count as the checkpoint's own: torchtitan's. See `_checkpoints_in` for others."""
 
 _MAX_COUNT = 10**18
 
@@ -114,7 +114,7 @@ class _Sorting:
         self._scalar = scalar
         self._left = dict(tree)
         self._paths: dict[str, str] = {}
-        for holder in _HOLDERS:
+        for holder in (*_HOLDERS, *_checkpoints_in(tree)):
             inner = tree.get(holder)
             if isinstance(inner, Mapping) and not any(isinstance(key, int) for key in inner):
                 del self._left[holder]
@@ -128,6 +128,11 @@ class _Sorting:
 
     def result(self) -> Recognised:
         refuse_part(self._left, self._what)
+        if _optimizer_in(self._left) is not None:
+            raise StateError(
+                f"{self._what} holds an optimizer's state and no model: give the model's file, or the "
+                "directory that holds both"
+            )
         config = self._settings = self._config()
         step = self._count(_STEPS)
         epoch, tokens = self._count(_EPOCHS), self._count(_TOKENS)
@@ -300,6 +305,21 @@ def _flat(value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], list[str]]:
         else:
             others.append(f"{key}{_described(item)}")
     return tensors, others
+
+
+def _checkpoints_in(tree: Mapping[str, Any]) -> list[str]:
+    """The one entry that is the whole checkpoint, as in `{"app": AppState(...)}` in DCP's tutorial."""
+    if any(isinstance(value, TensorRef) or key in _MODELS for key, value in tree.items()):
+        return []
+    found = [key for key, value in tree.items() if isinstance(value, Mapping) and _is_checkpoint(value)]
+    return found if len(found) == 1 else []
+
+
+def _is_checkpoint(value: Mapping[Any, Any]) -> bool:
+    models = (value.get(key) for key in _MODELS)
+    if not any(isinstance(model, Mapping) and _has_tensors(model) for model in models):
+        return False
+    return any(key in value for key in (*_OPTIMIZERS, *_STEPS, *_EPOCHS))
 
 
 def _has_tensors(value: Any) -> bool:

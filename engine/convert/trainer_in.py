@@ -65,7 +65,9 @@ def add_companions(path: Path, weights: Opened, trust_pickle: bool) -> Opened:
         tree |= progress
         notes.append(taken)
     if (path / _ADAPTER).exists():
-        base = read_json(path / _ADAPTER).get("base_model_name_or_path")
+        settings = read_json(path / _ADAPTER)
+        base = settings.get("base_model_name_or_path")
+        tree["config"] = settings | tree.get("config", {})
         notes.append(f"it is a PEFT adapter: the weights of its base model ({base}) are not in it")
     left += [entry.name for entry in sorted(path.iterdir()) if _is_state(entry) and entry.name not in read]
     return dataclasses.replace(

@@ -94,6 +94,11 @@ def refused(path: Path, words: str, pickled: bytes) -> StateError:
     names = list(dict.fromkeys(name for name in _globals(pickled) if not _harmless(name)))
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     detail = f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
+    if not names and next(_globals(pickled), None) is None:
+        return StateError(
+            f"{path} is {words}: refused, for reading a pickle can run code of its author's choice. If you "
+            "trust whoever made it, give --trust_pickle"
+        )
     return StateError(
         f"{path} is {words} with objects whose loading runs code of its author's choice{detail}: refused. If "
         "you trust whoever made it, give --trust_pickle"
@@ -116,7 +121,11 @@ def _load_safely(path: Path) -> Any:
             raise DamagedError(f"{path} is damaged: its pickle cannot be read to its end") from error
         raise refused(path, "a file that torch.save wrote", pickled) from error
     except Exception as error:
-        raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
+        if zipfile.is_zipfile(path):
+            raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
+        raise DamagedError(
+            f"{path} is cut off or damaged: write or download it again (torch.load says: {first_line(error)})"
+        ) from error
 
 
 def _is_newer_protocol(error: Exception) -> bool:

@@ -111,7 +111,10 @@ def _parse(
     structure = _outside_strings(raw)
     if structure.count(b",") + structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
         raise DamagedError(f"{what} holds more than the {MAX_VALUES} values that are ever written")
-    if _deeper_than(structure.translate(_ONE_BRACKET, _NOT_BRACKETS), max_depth):
+    brackets = structure.translate(_ONE_BRACKET, _NOT_BRACKETS)
+    if _deeper_than(brackets, max_depth):
+        if brackets.count(b"[") != brackets.count(b"]"):
+            raise DamagedError(f"{what} is not valid JSON: its brackets do not match, it may be cut off")
         raise DamagedError(f"{what} is nested more than {max_depth} levels deep")
     # Most documents have no long run of digits, which is found much faster than where one begins.
     has_long_numbers = _LONG_RUN in structure.translate(_ONE_DIGIT) and bool(_LONG_NUMBER.search(structure))

@@ -113,7 +113,7 @@ class Mirror:
         self._lock = threading.Lock()
         self._there: tuple[CheckpointRecord, ...] = ()
         self._seen_here: Memory = {}
-        self._held: frozenset[str] = frozenset()
+        self._held: Mapping[str, str] = {}
         self._checked: set[str] = set()
         self._refused: set[str] = set()
         self._begun: set[str] = set()
@@ -270,7 +270,7 @@ class Mirror:
         listed = list_checkpoints(self.storage)
         with self._lock:
             self._there = tuple(committed(listed))
-            self._held = frozenset(exempt(listed))
+            self._held = exempt(listed)
             self.highest_sequence = max(self.highest_sequence, highest_sequence(listed))
         self._checked &= {record.id for record in self._there}
 

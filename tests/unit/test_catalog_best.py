@@ -119,7 +119,8 @@ def test_a_rule_that_is_none_is_refused(wrong: dict[str, object]) -> None:
         ([with_metrics(1, loss=2.0)], Policy(), "lowest 'val_loss'.*available metrics: loss"),
         ([record(1)], Policy(best=3), "lowest 'val_loss'.*no metrics are stored"),
         ([record(1, loss=2.0)], Policy(metric="accuracy", mode="max"), "highest 'accuracy'.*s: val_loss"),
-        ([with_metrics(1, accuracy=math.nan)], Policy(metric="accuracy"), "finite value"),
+        ([with_metrics(1, accuracy=math.nan)], Policy(metric="accuracy"), "never finite: accuracy"),
+        ([with_metrics(1, val_loss=math.nan)], Policy(), "never finite: val_loss"),
     ],
 )
 def test_what_was_asked_for_and_never_fed(
@@ -166,9 +167,7 @@ def accuracies(directory: Path, retention: Retention | None, *values: float) -> 
     return ids
 
 
-def test_the_run_and_everything_outside_it_agree(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_run_and_everything_outside_it_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     retention = Retention(rolling=2, best=2, metric="accuracy", mode="max")
     ids = accuracies(tmp_path, retention, 0.5, 0.9, 0.7, 0.1, 0.2, 0.3)
     there = [ids[n] for n in (1, 2, 4, 5)]
@@ -194,9 +193,30 @@ def test_the_run_and_everything_outside_it_agree(
     assert [item.id for item in list_checkpoints(LocalStorage(tmp_path))] == there[2:]
 
 
-def test_a_metric_that_is_never_fed_is_said_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_run_that_says_how_means_its_own_best(tmp_path: Path) -> None:
+    """As `--best_metric` does for `--resume best`: what its retention would keep is what it restores."""
+    ids = accuracies(tmp_path, Retention(), 0.5, 0.9, 0.7)
+    own = Retention(metric="accuracy", mode="max")
+    for retention, best in ((own, ids[1]), (Retention(), ids[0]), (None, ids[0])):
+        state = {"values": {"t": torch.zeros(8)}}
+        with Checkpointer(tmp_path, state, retention=retention) as ckpt:
+            assert ckpt.restore("best").id == best  # type: ignore[union-attr]
+            assert ckpt.restore("best:val_loss:min").id == ids[0]  # type: ignore[union-attr]
+
+
+def test_pruning_by_a_metric_that_nothing_has_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    accuracies(tmp_path, None, 0.5)
+    assert main(["prune", str(tmp_path), "--best_metric", "f1", "--dry_run"]) == 0
+    assert (
+        "no checkpoint has a finite 'f1' (available metrics: accuracy, val_loss)" in capsys.readouterr().out
+    )
+    assert main(["prune", str(tmp_path), "--dry_run"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_metric_that_is_never_fed_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "engine")
     accuracies(tmp_path, Retention(rolling=2, best=3, metric="f1", mode="max"), 0.1, 0.2, 0.3, 0.4)
     (said,) = [message for message in caplog.messages if "kept as best" in message]
@@ -204,9 +224,7 @@ def test_a_metric_that_is_never_fed_is_said_once(
     assert "accuracy, val_loss" in said
 
 
-def test_and_at_the_end_where_nothing_was_deleted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_and_at_the_end_where_nothing_was_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "engine")
     accuracies(tmp_path, Retention(best=3, metric="f1", mode="max"), 0.1)
     assert caplog.text.count("kept as best") == 1
@@ -215,9 +233,7 @@ def test_and_at_the_end_where_nothing_was_deleted(
     assert "kept as best" not in caplog.text
 
 
-def test_a_damaged_best_that_is_passed_over_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_best_that_is_passed_over_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "engine")
     good, best, worse = (
         write_checkpoint(tmp_path, sequence=n, rows=2, metrics={"accuracy": value}, best=ACCURACY)

@@ -135,7 +135,10 @@ def test_a_link_in_a_checkpoints_place_is_read_and_never_removed(tmp_path: Path)
     (item,) = [item for item in list_checkpoints(storage) if item.id == linked]
     assert (item.status, item.link) == ("committed", str(tmp_path / "archive" / linked))
     assert verify_checkpoint(storage, linked).ok
-    assert exempt(list_checkpoints(storage)) == {linked, item.link}
+    assert exempt(list_checkpoints(storage)) == {
+        linked: "a symbolic link",
+        item.link: f"{linked} links to it",
+    }
     assert expire_all_but_two(storage) == ()
     assert item.record is not None
     assert reap(storage, [Decision(item.record, False, "a decision from before it was a link")]).removed == ()
@@ -175,9 +178,7 @@ def test_what_a_link_beside_it_leads_to_is_not_removed_either(tmp_path: Path) ->
     assert expire_all_but_two(LocalStorage(tmp_path)) == (one,)
 
 
-def test_an_unfinished_attempt_that_is_a_link_is_left_alone(
-    tmp_path: Path, nothing_arrives: None
-) -> None:
+def test_an_unfinished_attempt_that_is_a_link_is_left_alone(tmp_path: Path, nothing_arrives: None) -> None:
     theirs = write_checkpoint(tmp_path / "theirs", sequence=1, rows=2, commit=False)
     before = files_below(tmp_path / "theirs")
     root = tmp_path / "run"
@@ -214,7 +215,9 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     assert caplog.text.count("it holds files that Holdfast did not write") == 1
 
 
-def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(tmp_path: Path) -> None:
+def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Under names of the format: only what is a plain file is Holdfast's."""
     one, *_ = (write_checkpoint(tmp_path / "run", sequence=n, rows=2) for n in (1, 2, 3))
     inside, outside = tmp_path / "run" / one, tmp_path / "outside"
@@ -223,6 +226,7 @@ def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(tmp_path
     (inside / "empty").mkdir()
     (inside / "held.0123abcd.tmp").symlink_to(outside / "data")
     (inside / "linked").symlink_to(outside)
+    (inside / "red\x1b[31m\n").touch()
     (inside / "damaged.json.0123abcd.tmp").mkdir()
     (inside / "damaged.json.0123abcd.tmp" / "mine").write_text("precious")
     assert expire_all_but_two(LocalStorage(tmp_path / "run")) == (one,)
@@ -230,7 +234,9 @@ def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(tmp_path
         "damaged.json.0123abcd.tmp",
         "held.0123abcd.tmp",
         "linked",
+        "red\x1b[31m\n",
     ]
+    assert "'red\\x1b[31m\\n'" in caplog.text, "a name cannot paint the terminal or begin a line"
     assert (inside / "damaged.json.0123abcd.tmp" / "mine").exists()
     assert files_below(outside) == {"data": b"precious"}
 
@@ -386,5 +392,3 @@ def test_an_attempt_tells_its_run() -> None:
     assert not is_attempt_of(name, ["another"])
     assert len({new_attempt(250, "one", f"one/0/{n}") for n in range(200)}) > 190
     assert not is_attempt_of("dead-" + name, ["one"])
-
-

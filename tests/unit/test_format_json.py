@@ -82,6 +82,17 @@ def test_refused_with_key_path(value: object, words: str) -> None:
         canonical_bytes(value)
 
 
+@pytest.mark.parametrize("raw", [b'{"a":[1', b"[", b'{"a":1}}', b"[" * (MAX_DEPTH + 1)])
+def test_a_document_that_was_cut_off_is_not_called_deep(raw: bytes) -> None:
+    with pytest.raises(DamagedError, match="its brackets do not match"):
+        parse_canonical(raw, what="x")
+
+
+def test_a_document_that_is_too_deep_is_called_deep() -> None:
+    with pytest.raises(DamagedError, match="nested more than 64"):
+        parse_canonical(b"[" * 65 + b"]" * 65, what="x")
+
+
 def test_deepest_allowed() -> None:
     assert parse_canonical(canonical_bytes(nested(MAX_DEPTH)), what="x") == nested(MAX_DEPTH)
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import sys
 import tarfile
@@ -90,6 +91,31 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path: Path, kind: str, n
     assert "trust_pickle" not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
+    """Opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="a pipe, a socket or a device, not a file"):
+        import_checkpoint(str(tmp_path / name), str(tmp_path / "new"))
+    (tmp_path / "x" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"model.safetensors is a directory, not a file"):
+        import_checkpoint(str(tmp_path / "x"), str(tmp_path / "new"))
+
+
+def test_safetensors_files_without_an_index_are_listed(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"w": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(ConfigError, match=r"several files .*a.safetensors, b.safetensors"):
+        import_checkpoint(str(tmp_path), str(tmp_path / "new"))
+
+
+def test_a_pickle_without_objects_is_not_said_to_have_any(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"w": 1}}))
+    with pytest.raises(StateError, match=r"torch\.save did not write: refused") as caught:
+        import_checkpoint(str(tmp_path / "a.pkl"), str(tmp_path / "new"))
+    assert "with objects" not in str(caught.value)
 
 
 def test_a_torchscript_program_is_called_one(tmp_path: Path) -> None:

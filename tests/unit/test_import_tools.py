@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    get_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -309,6 +310,7 @@ def test_tensors_that_cannot_be_held_are_named(tmp_path: Path) -> None:
         "sparse": torch.eye(2).to_sparse(),
         "wide": torch.ones(2, dtype=torch.complex128),
         "quantised": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
         "_extra_state": {"a": 1},
         "kind": "x",
     }
@@ -319,6 +321,7 @@ def test_tensors_that_cannot_be_held_are_named(tmp_path: Path) -> None:
         "model.sparse (a sparse tensor (sparse_coo))",
         "model.wide (a tensor of torch.complex128)",
         "model.quantised (a tensor of torch.qint8)",
+        "model.nested (a nested tensor)",
         "model._extra_state.a",
         "model.kind",
     ):
@@ -499,10 +502,36 @@ def test_a_peft_adapter_says_that_it_is_one(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     name = "base_model.model.layer.lora_A.weight"
     save_file({name: torch.ones(2)}, tmp_path / "a" / "adapter_model.safetensors")
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "x/y"}))
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "x/y", "lora_alpha": 8})
+    )
     _, manifest, notes = take(tmp_path / "a")
     assert manifest.tensors.keys() == {f"model.{name}"}
+    assert manifest.config["lora_alpha"] == 8
     assert "PEFT adapter: the weights of its base model (x/y) are not in it" in notes
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp"])
+def test_a_checkpoint_in_one_entry_is_the_checkpoint(tmp_path: Path, form: str) -> None:
+    """`{"app": AppState(model, optimizer)}` is what DCP's own tutorial saves."""
+    module = net()
+    optimizer = trained(module)
+    model, state = get_state_dict(module, optimizer)
+    app = {"model": model, "optim": state}
+    if form == "dcp":
+        dcp.save({"app": app}, checkpoint_id=tmp_path / "a.pt")
+    else:
+        torch.save({"app": {**app, "model": module.state_dict()}, "note": "x"}, tmp_path / "a.pt")
+    record, _, notes = take(tmp_path / "a.pt")
+    assert record.step == 2
+    assert ("left out: note" in notes) is (form == "pt")
+    assert_restores(tmp_path / "new", module, optimizer, fresh())
+
+
+def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
+    torch.save(trained(net()).state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(StateError, match="an optimizer's state and no model"):
+        import_checkpoint(str(tmp_path / "optimizer.pt"), str(tmp_path / "new"))
 
 
 def test_tensors_in_a_configuration_are_numbers_or_named(tmp_path: Path) -> None:
