@@ -256,7 +256,8 @@ class Checkpointer:
             self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
-        record = self._restorer.restore(selector, wanted)
+        with torch.inference_mode(False):  # no optimizer could change what was made in it
+            record = self._restorer.restore(selector, wanted)
         if record is not None and wanted.everything:
             self._directory.parent = record.id
         return record

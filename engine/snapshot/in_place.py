@@ -121,7 +121,8 @@ def _put_python(entry: random.Random, value: Any) -> None:
 
 def _put_tensor(entry: torch.Tensor, value: torch.Tensor) -> None:
     if entry is not value:
-        with torch.no_grad():
+        # A tensor that was made in inference mode can be changed in it only.
+        with torch.inference_mode() if entry.is_inference() else torch.no_grad():
             entry.copy_(value)
 
 

@@ -584,3 +584,38 @@ def test_the_collector_is_off_while_a_restore_is_planned_and_no_longer(
             assert gc.isenabled() is enabled
         finally:
             gc.enable() if was_enabled else gc.disable()
+
+
+def test_a_restore_in_inference_mode_makes_tensors_that_can_be_trained_on(tmp_path: Path) -> None:
+    """Evaluation code often runs in it, and the optimizer's step would raise later."""
+
+    def made() -> dict[str, Any]:
+        module = nn.Linear(3, 2)
+        return {"model": module, "optimizer": torch.optim.AdamW(module.parameters()), "notes": {}}
+
+    def step(state: dict[str, Any]) -> None:
+        state["model"](torch.ones(3)).sum().backward()
+        state["optimizer"].step()
+
+    first, second = made(), made()
+    step(first)
+    first["notes"]["seen"] = torch.ones(2)
+    with Checkpointer(tmp_path, first) as checkpointer:
+        checkpointer.save(1).result()
+    with Checkpointer(tmp_path, second) as checkpointer, torch.inference_mode():
+        checkpointer.restore()
+    step(second)
+    second["notes"]["seen"].add_(1)
+
+
+def test_a_tensor_that_was_made_in_inference_mode_is_restored(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        average, notes = torch.ones(3), {"x": torch.ones(2)}
+    with Checkpointer(tmp_path, {"average": average, "notes": notes}) as checkpointer:
+        checkpointer.save(1).result()
+        with torch.inference_mode():
+            average.zero_()
+            notes["x"].zero_()
+        checkpointer.restore()
+    assert average.tolist() == [1, 1, 1]
+    assert notes["x"].tolist() == [1, 1]
