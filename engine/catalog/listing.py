@@ -24,7 +24,7 @@ from engine.format.digest import bytes_digest
 from engine.format.index import ShardIndex
 from engine.format.json import MAX_BYTES
 from engine.format.manifest import Manifest
-from engine.format.names import DAMAGED, DEAD_PREFIX, HELD, MANIFEST, parse_attempt_name
+from engine.format.names import DAMAGED, DEAD_PREFIX, HELD, MANIFEST, is_checkpoint_file, parse_attempt_name
 from engine.storage.base import Storage
 
 Status = Literal["committed", "partial", "damaged"]
@@ -271,6 +271,8 @@ def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole:
             files = {entry.name: entry.bytes or 0 for entry in storage.list_dir(name)}
         except NotFoundError:
             return None  # removed since the listing
+    if files and not any(map(is_checkpoint_file, files)):
+        reason = "only files that Holdfast did not write: clean-up leaves them alone"
     return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
 
 

@@ -32,7 +32,9 @@ _TOKENS = ("tokens", "ntokens_seen")
 _LOSSES = (VAL_LOSS, "best_val_loss")
 _PLAIN_LOSSES = (*_LOSSES, "loss", "train_loss", "best_loss")
 _CONFIGS = ("config", "model_args", "hparams", "args", "hyper_parameters", "cfg", "opt_args")
-_METRIC = re.compile(r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)(?:_.*|$)", re.I)
+_METRIC = re.compile(
+    r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)\d*(?:_.*|$)", re.IGNORECASE
+)
 _HOLDERS = ("train_state",)
 """Dicts whose entries count as the checkpoint's own: torchtitan's. See `_checkpoints_in` for others."""
 

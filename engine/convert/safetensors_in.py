@@ -80,7 +80,14 @@ def files_of_index(index: Path) -> tuple[list[Path], set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DamagedError(f"{index} does not say which tensor lies in which file")
-    return [index.parent / safe_name(file) for file in sorted(set(weight_map.values()))], set(weight_map)
+    files = [index.parent / safe_name(file) for file in sorted(set(weight_map.values()))]
+    lacking = [file.name for file in files if not file.exists()]
+    if lacking:
+        raise DamagedError(
+            f"{index.parent} lacks {len(lacking)} of the {len(files)} files that {index.name} names, "
+            f"{lacking[0]} first: copy or download them, too"
+        )
+    return files, set(weight_map)
 
 
 def refuse_lacking(names: set[str], folder: Path) -> None:
@@ -149,7 +156,7 @@ def _refuse_unheld(header: dict[str, Any], file: Path) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A file that holds a JSON object. DamagedError when it does not; OSError."""
     try:
-        found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES)
+        found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES, constants=True)
     except json.JSONDecodeError as error:
         raise DamagedError(f"{file} is not JSON: {error}") from error
     if not isinstance(found, dict):

@@ -116,5 +116,8 @@ def _progress(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
         if isinstance(entry, dict) and entry.get("step") == step and "eval_loss" in entry:
             found[VAL_LOSS] = entry["eval_loss"]
             break
-    kept = "step, epoch and eval_loss" if VAL_LOSS in found else "step and epoch"
-    return found, f"of {_TRAINER_STATE}, {kept} were taken; its log and its settings were left out"
+    names = {"global_step": "step", "epoch": "epoch", VAL_LOSS: "eval_loss"}
+    kept = [word for key, word in names.items() if key in found]
+    *some, last = kept or ["nothing"]
+    taken = f"{', '.join(some)} and {last} were" if some else f"{last} was"
+    return found, f"of {_TRAINER_STATE}, {taken} taken; its log and its settings were left out"

@@ -68,9 +68,13 @@ def parse_bounded(
     max_bytes: int = MAX_BYTES,
     max_depth: int = MAX_DEPTH,
     pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    constants: bool = False,
 ) -> Any:
-    """Parse any JSON of bounded size and depth; DamagedError otherwise. It need not be canonical."""
-    return _parse(raw, what, max_bytes, max_depth, pairs_hook)[0]
+    """Parse any JSON of bounded size and depth; DamagedError otherwise. It need not be canonical.
+
+    constants: take NaN and Infinity, which Python's own json writes and JSON does not know.
+    """
+    return _parse(raw, what, max_bytes, max_depth, pairs_hook, constants=constants)[0]
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,6 +108,8 @@ def _parse(
     max_bytes: int,
     max_depth: int,
     pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None,
+    *,
+    constants: bool = False,
 ) -> tuple[Any, bool]:
     """The value, and whether the document has numbers of so many digits that they may be beyond 64 bits."""
     if len(raw) > max_bytes:
@@ -121,7 +127,7 @@ def _parse(
     try:
         value = json.loads(
             raw.decode("utf-8"),
-            parse_constant=_refuse_constant,
+            parse_constant=None if constants else _refuse_constant,
             parse_int=_int if has_long_numbers else None,  # a call of Python for each integer
             object_pairs_hook=pairs_hook,
         )

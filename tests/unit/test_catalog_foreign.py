@@ -212,6 +212,8 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     entries = [entry.name for entry in storage.list_dir(one)]
     assert sorted(entries) == [".manifest.json.Xa1", "NOTES.txt", "eval", "shard-00000.safetensors.bak"]
     assert [item.id for item in list_checkpoints(storage) if item.status == "committed"] == [two, three]
+    (left,) = [item for item in list_checkpoints(storage) if item.id == one]
+    assert left.reason == "only files that Holdfast did not write: clean-up leaves them alone"
     assert caplog.text.count("it holds files that Holdfast did not write") == 1
 
 

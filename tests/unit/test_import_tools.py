@@ -265,6 +265,7 @@ def test_every_key_is_taken_or_named(tmp_path: Path) -> None:
         "epoch": 3,
         "loss": torch.tensor(0.5),
         "best_accuracy": 0.75,
+        "best_acc1": torch.tensor(0.25),
         "ema": {"w": torch.ones(2)},
         "scheduler": {"last_epoch": 1},
         "amp": None,
@@ -276,7 +277,7 @@ def test_every_key_is_taken_or_named(tmp_path: Path) -> None:
     record, manifest, notes = take(tmp_path / "a.pt", trust_pickle=True)
     assert (record.step, record.epoch) == (2, 3)
     assert "its optimizer has counted 2" in notes
-    assert record.metrics == {"loss": 0.5, "best_accuracy": 0.75}
+    assert record.metrics == {"loss": 0.5, "best_accuracy": 0.75, "best_acc1": 0.25}
     assert manifest.config == {"lr": 0.1}
     left = notes.partition("left out: ")[2].split(", ")
     assert left == ["ema", "scheduler", "amp", "note", "rng", "args.odd"]
@@ -526,6 +527,33 @@ def test_a_checkpoint_in_one_entry_is_the_checkpoint(tmp_path: Path, form: str) 
     assert record.step == 2
     assert ("left out: note" in notes) is (form == "pt")
     assert_restores(tmp_path / "new", module, optimizer, fresh())
+
+
+def test_a_trainers_account_may_have_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    """Python writes NaN, and mixed precision begins with such gradients."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    state = tmp_path / "trainer_state.json"
+    log = [{"step": 7, "grad_norm": float("nan")}, {"step": 7, "eval_loss": float("inf")}]
+    state.write_text(json.dumps({"global_step": 7, "epoch": 1.0, "log_history": log}))
+    (tmp_path / "config.json").write_text(json.dumps({"time_step_limit": [0.0, float("inf")], "a": 1}))
+    record, manifest, notes = take(tmp_path)
+    assert (record.step, record.metrics) == (7, {"val_loss": float("inf")})
+    assert "of trainer_state.json, step, epoch and eval_loss were taken" in notes
+    assert manifest.config == {"a": 1}
+    assert "config.time_step_limit" in notes
+    state.write_text(json.dumps({"global_step": "7", "epoch": None}))
+    assert "of trainer_state.json, nothing was taken" in take(tmp_path)[2]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_file_that_an_index_names_and_nobody_has_is_named(tmp_path: Path, suffix: str) -> None:
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{n}-of-00002.{suffix}" for n in (1, 2)]
+    index = {"weight_map": {"a": files[0], "b": files[1]}}
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (save_file if suffix == "safetensors" else torch.save)({"a": torch.ones(2)}, tmp_path / files[0])
+    with pytest.raises(DamagedError, match=f"lacks 1 of the 2 files .*{files[1]} first"):
+        import_checkpoint(str(tmp_path), str(tmp_path / "new"))
 
 
 def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
