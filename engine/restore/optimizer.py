@@ -343,8 +343,9 @@ class OptimizerRestore:
             if not isinstance(new, dict):
                 state[parameter] = new
             elif isinstance(now, dict) and now is not new:
+                in_order = {field: new[field] for field in now if field in new} | new
                 now.clear()
-                now.update(new)
+                now.update(in_order)
             elif new:
                 state[parameter] = new
         for live, new in states.items():

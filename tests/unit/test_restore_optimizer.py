@@ -94,6 +94,14 @@ def test_restoring_never_steps() -> None:
     assert bool((two["model"][0].weight.grad == 2).all())
 
 
+def test_the_fields_of_a_live_parameter_keep_their_order() -> None:
+    one = made(lambda m: torch.optim.AdamW(m.parameters()), steps=2)
+    before = [list(entry) for entry in one["optimizer"].state.values()]
+    assert before[0] != sorted(before[0])
+    restored(saved_of(made(lambda m: torch.optim.AdamW(m.parameters()), steps=3)), one)
+    assert [list(entry) for entry in one["optimizer"].state.values()] == before
+
+
 def test_closures_are_not_called() -> None:
     one = made(lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2))
 
