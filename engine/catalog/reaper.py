@@ -2,11 +2,13 @@
 
 The manifest goes first and durably, then the files whose names the format gives, then the directory if it is
 empty: whenever that is interrupted, what is left is an attempt without a manifest, never a listed checkpoint
-without its data. The names tell what is Holdfast's: once the manifest is gone, nothing else could.
+without its data. The names tell what is Holdfast's: once the manifest is gone, nothing else could. A
+tombstone, written before and deleted last, tells such a remainder from a copy that is still arriving.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from engine.catalog.attempts import is_attempt_of
 from engine.catalog.lease import STALE_SECS, Lease
 from engine.catalog.retention import Decision
 from engine.catalog.said import first_time
-from engine.errors import NotOursError, StorageError
+from engine.errors import NotOursError, StorageError, StorageFullError
 from engine.format.names import (
     DEAD_PREFIX,
     HELD,
     MANIFEST,
     TMP_SUFFIX,
+    TOMBSTONE,
     is_checkpoint_file,
     lease_name,
     parse_attempt_name,
@@ -61,9 +64,10 @@ def reap_abandoned(
 ) -> Reaped:
     """Remove attempts that nobody will ever commit. Only the lease's holder may; LeaseLostError otherwise.
 
-    They are: what a new holder has put aside (dead-*); attempts that this run has `given_up`, because they
-    failed or were about to be removed; on a storage that cannot rename, those of runs that held the directory
-    before and died; and whatever else has no manifest and has not changed for an hour (see `arrivals`).
+    They are: what a new holder has put aside (dead-*); what somebody had begun to delete; attempts that this
+    run has `given_up`, because they failed or were about to be removed; on a storage that cannot rename,
+    those of runs that held the directory before and died; and whatever else has no manifest and has not
+    changed for an hour (see `arrivals`).
     Where the storage cannot rename, an earlier holder that only slept could still be between its last look at
     the lease and its commit: nothing goes there until this lease has stood for as long as it takes to call a
     holder dead. Uploads that have no end go with their attempts.
@@ -92,7 +96,7 @@ def reap_abandoned(
             continue
         if heads.whole and files and not any(map(is_checkpoint_file, files)):
             continue  # what is left there is somebody else's
-        dead = name.startswith(DEAD_PREFIX)
+        dead = name.startswith(DEAD_PREFIX) or (TOMBSTONE in files and name not in current)
         if dead or (settled and name not in current and _is_abandoned(storage, name, lease, given_up, paths)):
             abandoned.append(name)
     return _remove_each(storage, abandoned, _clear)
@@ -137,6 +141,12 @@ def _retire(storage: Storage, name: str) -> bool:
     if storage.exists(f"{name}/{HELD}"):
         log.info("%s/%s was put on hold: it stays", storage.uri, name)
         return False
+    reason = storage.why_not_ours(name)
+    if reason:
+        raise NotOursError(f"{storage.describe(name)} {reason}")
+    # On a full disk deleting is what helps. Interrupted without a tombstone, the rest stays for an hour.
+    with contextlib.suppress(StorageFullError):
+        storage.publish(f"{name}/{TOMBSTONE}", b"", exclusive=False)
     storage.delete_file(f"{name}/{MANIFEST}")
     storage.sync_dir(name)
     _clear_files(storage, name)

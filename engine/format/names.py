@@ -15,6 +15,9 @@ HELD = "held"
 DAMAGED = "damaged.json"
 """Marker in a checkpoint that failed verification."""
 
+TOMBSTONE = "tombstone"
+"""Marker in a checkpoint that is being deleted. It sorts last, so that it is deleted last."""
+
 DEAD_PREFIX = "dead-"
 """Put before an attempt's name when a later run has taken the directory over."""
 
@@ -78,7 +81,7 @@ def is_checkpoint_file(name: str) -> bool:
         stem, _, random_hex = name.removesuffix(TMP_SUFFIX).rpartition(".")
         if not _HEX.fullmatch(random_hex):
             return False
-    if stem in (MANIFEST, HELD, DAMAGED) or parse_shard_file(stem) is not None:
+    if stem in (MANIFEST, HELD, DAMAGED, TOMBSTONE) or parse_shard_file(stem) is not None:
         return True
     match = _INDEX.fullmatch(stem)
     return match is not None and index_file(int(match[1])) == stem

@@ -44,7 +44,8 @@ def calls(trace: str, root: Path) -> list[str]:
             continue
         if re.search(r"save/1/receipt/1.*attempt", matched[2]):
             found.append(RECEIPT)
-        paths = re.findall(r'[<"](' + re.escape(str(root)) + r'[^>"]*)[>"]', matched[2])
+        # Not `\"`: ranks also tell each other the directory, in JSON.
+        paths = re.findall(r'(?<!\\)[<"](' + re.escape(str(root)) + r'[^>"]*)[>"]', matched[2])
         if not paths:
             continue
         names = [re.sub(r"\.[0-9a-f]{8}\.tmp$", ".tmp", str(Path(path).relative_to(root))) for path in paths]

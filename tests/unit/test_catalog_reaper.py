@@ -16,7 +16,7 @@ from engine.catalog.listing import committed, list_checkpoints
 from engine.catalog.process import ProcessIdentity
 from engine.catalog.reaper import delete_attempt, reap, reap_abandoned
 from engine.catalog.retention import Decision, Retention, surplus
-from engine.errors import LeaseLostError, StorageUnavailableError
+from engine.errors import LeaseLostError, StorageFullError, StorageUnavailableError
 from engine.storage.base import Cleared, Storage
 from engine.storage.local import LocalStorage
 from tests.support.storages import RecordingStorage, StoreLike
@@ -56,11 +56,45 @@ def test_the_manifest_goes_first_and_durably(tmp_path: Path) -> None:
     one, two, three = write_many(tmp_path, 3)
     assert reap(storage, decide(storage, 2)).removed == (one,)
     assert storage.calls == [
+        f"publish {one}/tombstone",
         f"delete_file {one}/manifest.json",
         f"sync_dir {one}",
         f"clear_dir {one}",
         "sync_dir ",
     ]
+    assert names(tmp_path) == {two, three}
+
+
+def test_what_an_older_run_had_begun_to_delete_goes_at_once(tmp_path: Path) -> None:
+    """Killed half-way, over a run's checkpoint that nobody remembers; an arriving copy has no tombstone."""
+    one, two, three = write_many(tmp_path, 3)
+
+    class Crash(BaseException):
+        pass
+
+    class Crashing(LocalStorage):
+        def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+            raise Crash
+
+    with pytest.raises(Crash):
+        reap(Crashing(tmp_path), decide(LocalStorage(tmp_path), 2))
+    arriving = tmp_path / "step-00000099-99999999"
+    arriving.mkdir()
+    (arriving / "shard-00000.safetensors").write_bytes(b"half of it")
+    storage = LocalStorage(tmp_path)
+    lease = take_lease(storage)
+    assert reap_abandoned(storage, lease=lease).removed == (one,)
+    assert names(tmp_path) == {two, three, arriving.name}
+    lease.release()
+
+
+def test_a_full_disk_does_not_keep_a_checkpoint_from_being_deleted(tmp_path: Path) -> None:
+    class Full(LocalStorage):
+        def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+            raise StorageFullError("no space left")
+
+    one, two, three = write_many(tmp_path, 3)
+    assert reap(Full(tmp_path), decide(LocalStorage(tmp_path), 2)).removed == (one,)
     assert names(tmp_path) == {two, three}
 
 
