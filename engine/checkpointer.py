@@ -64,12 +64,12 @@ class Checkpointer:
     Args:
         directory: a path, or an fsspec URI such as "s3://bucket/run".
         state: name -> module, optimizer, object with `state_dict` and `load_state_dict`, tensor, dict or
-            list. Optimizers need their module beside them. Random number generators are added by itself.
+            list. Optimizers need their module beside them. Random number generators are added automatically.
         per_rank: names whose values belong to a rank; all others must be equal on all ranks.
         rank0: names whose values rank 0 alone decides, such as its log history or best loss: they are saved
             from it, not compared, and a restore gives them to every rank.
-        retention: what stays; after each commit every other one is deleted. The default keeps the newest 10,
-            the one with the lowest "val_loss" in its metrics, and all that closed an epoch. None keeps all.
+        retention: which checkpoints to keep; the others are deleted after each commit. The default keeps the
+            newest 10, the one with the lowest "val_loss", and all that closed an epoch. None keeps all.
         config: the run's configuration, a dict, namespace or dataclass; the manifest carries it as JSON.
         seed: for the random streams of ranks after a restore at another world size.
         busy: when the save before is still being written: "wait" for it, or "skip" this one.
@@ -77,15 +77,15 @@ class Checkpointer:
         check_replicas: "sampled" compares what several ranks hold at every save: all of it at the first save
             and the first after a restore, then small tensors and samples of large ones. "full": all of it
             at every save. "off": nothing but JSON values.
-        check_snapshots: read every save back and fail it unless it holds, to the bit, what the state held
-            when `save` was called. Slow, for finding what changes weights behind the snapshot's back.
+        check_snapshots: read every save back and fail it unless it equals, to the bit, the state at the call
+            of `save`. Slow; meant for finding code that changes weights while they are copied.
         memory_budget_bytes: most host memory that this rank's snapshot may take.
-        overlap: "auto", or False to have the snapshot copied before `save` returns on CUDA, too.
+        overlap: "auto", or False to finish the snapshot's copy before `save` returns, on CUDA as well.
         mirror: a second directory or URI for copies, in the background; restores take the newest of both.
-        mirror_freq: mirror interval and manual checkpoints of every so many steps, others always.
+        mirror_freq: mirror interval and manual checkpoints at multiples of this step only, others always.
         read_only: restore and list only; takes no lease.
         on_failure: what happens after a save that storage or coordination failed. "warn": the failure is
-            logged and told to `on_event`, the handle raises it, and the next save tries again. "raise": the
+            logged and passed to `on_event`, the handle raises it, and the next save tries again. "raise": the
             next call raises it. A state that cannot be saved always raises.
         max_failures: with "warn", this many failures in a row raise, on all ranks alike.
         process_group: the ranks that save and restore together, when these are not all: a
@@ -348,7 +348,7 @@ class Checkpointer:
         self.close() if error is None else self._close_quietly(0.0)
 
     def __del__(self) -> None:
-        """Nobody holds it any more: it gives the directory back. `close` also raises what went wrong."""
+        """The last reference is gone: release the directory. Unlike `close`, this raises nothing."""
         if not self._closed and not self._home.left:
             close_behind(self._at_exit)
 

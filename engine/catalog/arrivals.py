@@ -1,9 +1,9 @@
-"""Tells attempts that nobody goes on with from checkpoints that are still arriving.
+"""Tells abandoned attempts from checkpoints that are still being copied in.
 
 Somebody may copy a checkpoint into the directory while a run writes there: with `cp`, `rsync` or `aws s3
 sync`, for as long as that takes, in any order of files. Until its manifest is there it looks like an attempt
-that was left behind. What nobody knows is therefore left alone until nothing in it has changed for a while,
-by this process's clock or by the storage's own.
+that was left behind. An attempt that no known run began is therefore left alone until nothing in
+it has changed for a while, by this process's clock or by the storage's own.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from engine.errors import NotFoundError
 from engine.storage.base import Storage
 
 QUIET_SECS = 3600.0
-"""An attempt that no run is known to have begun counts as left behind when it has not changed for so long.
+"""An attempt that no known run began counts as abandoned after this long without a change.
 
-Long, because nothing presses: what runs leave behind is known by other means, and goes at once. A copy that
-waits for a slow network is worth more than the space.
+Long, because nothing is urgent: attempts that runs leave behind are known by other means and deleted at
+once. A copy that waits for a slow network is worth more than the space.
 """
 
 Fingerprint = tuple[tuple[str, str], ...]
 
 
 class Arrivals:
-    """What was seen of attempts that nobody knows, and since when it is so. Belongs to one lease."""
+    """What was seen of attempts that no known run began, and since when. Belongs to one lease."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[Fingerprint, float]] = {}
         self.removing: set[str] = set()
-        """What this holder has begun to remove: half of it is nobody's copy."""
+        """What this holder has begun to delete: a half-deleted checkpoint is not somebody's copy."""
         self._settled: set[str] | None = None
 
     def is_over(self, storage: Storage, name: str, reference: str, uploads: Collection[str] = ()) -> bool:
@@ -51,9 +51,9 @@ class Arrivals:
     def arriving(self, storage: Storage, ids: Collection[str], reference: str) -> set[str]:
         """Of the committed checkpoints `ids`, those that somebody else has brought since the first such call.
 
-        Their sizes are right, but the bytes may still be on their way; and who copies an old checkpoint into
-        a directory wants it for something. Until they have not changed for QUIET_SECS, retention neither
-        removes them nor anything in their favour.
+        Their sizes are right, but the bytes may still be on their way; and somebody who copies an old
+        checkpoint in wants it for something. Until they have been unchanged for QUIET_SECS, retention neither
+        deletes them nor deletes others because of them.
         """
         if self._settled is None:
             self._settled = set(ids)
@@ -63,7 +63,7 @@ class Arrivals:
         return arriving
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget what is not there any more. What was removed may come back, as a copy."""
+        """Forget what is gone. A deleted checkpoint may come back as a copy."""
         self.removing.intersection_update(names)
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
 

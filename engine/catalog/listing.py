@@ -110,7 +110,7 @@ class Directory:
         return sorted((item for name in names if (item := self._read[name]) is not None), key=_order)
 
     def explained(self, item: Listed) -> Listed:
-        """The same, with the reason of its mark; or as it is without, where that does not hold any more."""
+        """The same, with the reason of its mark; without the mark, if that no longer holds."""
         unmarked, known = self._unmarked.get(item.id), self._explained.get(item.id)
         if known is not None:
             return known

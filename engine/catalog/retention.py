@@ -1,4 +1,4 @@
-"""Which checkpoints a newer commit has made surplus: a pure decision over committed records.
+"""Which checkpoints a newer commit has made dispensable: a pure decision over committed records.
 
 Only committed checkpoints are ever handed in: counting an attempt that may yet fail would delete the last
 good one in its favour. Latest, backup and best stay under every policy.
@@ -23,13 +23,13 @@ class Retention:
     """How many checkpoints to keep: after each commit the others are deleted. None in its place keeps all."""
 
     rolling: int = 10
-    """The newest so many. Latest and backup stay even at 0."""
+    """How many of the newest. Latest and backup stay even at 0."""
     best: int = 1
-    """The so many best ones by `metric`. The best one stays even at 0."""
+    """How many of the best by `metric`. The best one stays even at 0."""
     epochs: bool = True
     """Keep every checkpoint that closed an epoch, for ever."""
     metric: str = "val_loss"
-    """Which of the metrics that `save` is given decides what is best."""
+    """Which of the metrics given to `save` decides what is best."""
     mode: Mode = "min"
     """Whether its lowest ("min") or its highest ("max") value is best."""
 

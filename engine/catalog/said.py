@@ -1,4 +1,4 @@
-"""What was said already: clean-up comes round after every save, and says the same thing once."""
+"""What has been logged: clean-up runs after every save, and logs the same thing once."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class _Verification:
         if not self._storage.exists(f"{self._id}/{MANIFEST}"):
             raise NotFoundError(
                 f"{self._storage.describe(self._id)} is no committed checkpoint: it has no manifest, or was "
-                "retired while it was verified"
+                "deleted during the verification"
             )
 
     def _shard(

@@ -140,7 +140,7 @@ def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str
         local[RNG_KEY] = fresh_generators(adopted.add)
         adopted.notes.append(
             "it says nothing about the data: a resumed run starts at the beginning of its own, with fresh "
-            "random streams, and has to be told so with --allow_data_change"
+            "random streams, and needs --allow_data_change"
         )
     elif not objects:
         adopted.notes.append(_MODEL_ONLY)

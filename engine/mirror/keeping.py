@@ -39,7 +39,7 @@ def remove_surplus(
     memory: Memory | None = None,
     given_up: Collection[str] = (),
 ) -> bool:
-    """Remove what the policy makes surplus, and abandoned attempts; whether anything was removed.
+    """Delete what the policy does not keep, and abandoned attempts; whether anything was deleted.
 
     `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
     `given_up`: ids that this run failed to commit.

@@ -58,7 +58,7 @@ def spare(decisions: Sequence[Decision], owed_ids: Collection[str]) -> list[Deci
 def give_way(
     decisions: Sequence[Decision], owed_ids: Collection[str], in_flight: str | None = None
 ) -> Decision | None:
-    """The owed checkpoint that goes when the disk is full: surplus by the policy, with an older owed one.
+    """The owed checkpoint to delete when the disk is full: not kept by the policy, with an older owed one.
 
     `decisions` are the policy's own, oldest first. The oldest owed one stays, so that the mirror's history
     gets gaps before it gets shorter; so does the one being sent, and everything that the policy keeps.

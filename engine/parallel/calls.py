@@ -189,7 +189,7 @@ class Calls:
 
 
 def end_call(channel: Channel, call: Call) -> None:
-    """Rank 0's call failed: whoever has not come to it need not any more. From whichever thread finds out."""
+    """Rank 0's call failed: ranks that have not reached it no longer need to. Called from any thread."""
     if channel.rank == 0:
         over = Call(call.number, call.request, call.terms, over=True)
         channel.broadcast(_key(call.number), over.to_bytes(), 0)

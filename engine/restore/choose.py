@@ -186,7 +186,7 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
 
 
 def _without_void_marks(view: _View, tiers: Tiers, selector: Selector) -> Tiers:
-    """The same, but for marks of damage that do not hold any more. Asked of those that make a difference."""
+    """The same without damage marks that no longer hold. Asks only about those that make a difference."""
     for marked in [item for item in tiers.listed if item.status == "damaged" and not item.reason]:
         if marked.record is None:
             continue

@@ -157,7 +157,7 @@ class Destination:
         if parts:
             raise StateMismatchError(
                 f"include or exclude names {', '.join(map(repr, parts))}, but the value of a state key "
-                f"comes back as a whole: name {parts[0].partition('.')[0]!r}, or keep the part and put it "
+                f"is restored as a whole: name {parts[0].partition('.')[0]!r}, or keep the part and put it "
                 "back afterwards; nothing was changed"
             )
         # Patterns that name no key of their own ("*.exp_avg") may mean state of optimizers.

@@ -147,7 +147,7 @@ class Restorer:
                         raise
                     selector, first = id, error  # the mirror's copy of it, or none
                 if self.channel.rank == 0:
-                    what = "was retired meanwhile" if gone else "is damaged"
+                    what = "was deleted meanwhile" if gone else "is damaged"
                     instead = "going back to the one before" if self.mirror is None else "trying another"
                     log.warning("%s %s, %s: %s", id, what, instead, error)
                 self._passed_over.add(place_of(chosen))
@@ -345,7 +345,7 @@ class Restorer:
 
 
 def place_of(chosen: Mapping[str, Any]) -> str:
-    """How a copy is remembered that was tried in vain: the other tier may have a whole one."""
+    """How a copy that failed is remembered: the other tier may have a whole one."""
     return in_mirror(str(chosen["id"])) if chosen["mirror"] else str(chosen["id"])
 
 
@@ -370,5 +370,5 @@ def _as_restore_failure(error: Exception, id: str) -> Exception:
     if isinstance(error, HoldfastError):
         return error
     return RestoreFailedError(
-        f"restoring {id} broke off, the state is undefined now: {type(error).__name__}: {error}"
+        f"the restore of {id} broke off, the state is now undefined: {type(error).__name__}: {error}"
     )

@@ -114,7 +114,7 @@ class Saves:
         cause = f": {self._last_failure}" if self._last_failure is not None else ""
         return SaveFailedError(
             f"{count} save{'s' * (count != 1)} in a row failed{cause}. Checkpoints committed before are "
-            "untouched: mend the cause and carry on with --resume latest"
+            "untouched: fix the cause and carry on with --resume latest"
         )
 
     def _note(self, action: Callable[[], object]) -> bool:

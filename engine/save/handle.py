@@ -56,7 +56,7 @@ class SaveHandle:
             if timeout is None:
                 raise SaveStuckError(
                     f"the save of step {self.step} has no outcome after {self.most_secs:g} s of waiting: its "
-                    "storage does not answer. Look into the kernel log and at the mount"
+                    "storage does not answer. Look at the kernel log and the mount"
                 ) from None
             raise TimeoutError(f"the save of step {self.step} is not done after {timeout:g} s") from None
         return record

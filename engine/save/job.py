@@ -91,7 +91,7 @@ class JobRunner:
     Args:
         commit_attempt: rank 0's commit: publishes the manifest and returns the record.
         after_commit: rank 0's retention; its failure is logged and fails no save.
-        make_room: rank 0's answer to a full disk: deletes what is surplus; whether there was anything.
+        make_room: rank 0's answer to a full disk: deletes expired checkpoints; whether there were any.
         on_outcome: told every save's record, or None when it failed, before anybody who waits for it.
     """
 
@@ -107,7 +107,7 @@ class JobRunner:
     given_up: set[str] = field(default_factory=set)
     """Ids of the attempts that were not committed: clean-up may remove what is left of them."""
     doing: str = ""
-    """What the background thread is at, in words, for whoever waits for it in vain."""
+    """What the background thread is at, in words, for the message of whoever waits too long."""
 
     def run(self, job: Job) -> None:
         """Carry one save through. Never raises: the outcome is in the handle."""
@@ -207,7 +207,7 @@ class JobRunner:
         return record
 
     def _make_room(self, job: Job) -> bool:
-        """The disk is full, and every rank has stopped writing: clear the attempt, then what is surplus."""
+        """The disk is full, and every rank has stopped writing: clear the attempt, then old checkpoints."""
         self.doing = "making room on a full disk"
         try:
             delete_attempt(self.storage, job.info.attempt)

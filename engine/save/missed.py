@@ -1,4 +1,4 @@
-"""A rank that has missed a save says so where rank 0 waits for its part: nobody waits for the deadline."""
+"""A rank that has missed a save answers in its place, so that rank 0 need not wait for the deadline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.save.receipt import Receipt
 
 
 def tell_rank_0(channel: Channel, call: Call, words: str) -> None:
-    """Answer a call of rank 0's that this rank did not come to, with `words` as the reason."""
+    """Answer a call of rank 0's that this rank did not make, with `words` as the reason."""
     if call.request.kind != SAVE or call.term("action") in ("skip", "raise"):
         return
     if call.term("replan"):

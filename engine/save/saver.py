@@ -289,8 +289,8 @@ class Saver:
         if not moment.planning:
             if moment.changed and moment.problem is None:
                 moment.problem = StateError(
-                    f"the state of rank {self.channel.rank} has other tensors than at the last save, that of "
-                    "rank 0 has not; change the state on all ranks before the same save"
+                    f"the tensors of rank {self.channel.rank}'s state have changed since the last save, "
+                    "those of rank 0 have not; change the state on all ranks before the same save"
                 )
             return
         self._replaced = False

@@ -1,7 +1,7 @@
-"""Checkpointers that nobody holds any more: a notebook's cell was run again, a function returned.
+"""Checkpointers without any reference left: a notebook's cell was run again, a function returned.
 
-They are closed on a thread of their own: the garbage collector may run anywhere, also on the very thread that
-closing has to wait for.
+They are closed on a thread of their own: the garbage collector may run anywhere, even on the thread that
+closing waits for.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def close_behind(close: Callable[[], None]) -> None:
 
 
 def settle(timeout_secs: float) -> bool:
-    """Collect what nobody holds, and wait until it is closed; whether there was anything to wait for."""
+    """Collect what has no reference left, and wait until it is closed; whether there was anything."""
     gc.collect()
     end = time.monotonic() + timeout_secs
     threads = list(_closing)

@@ -129,14 +129,14 @@ class StateCapture:
         for key, entry in self._given.items():
             if key not in self._entries:
                 raise UnsavableValueError(
-                    f"the state has got {key!r} since this Checkpointer was made, which would not be saved "
-                    "or restored; put everything into the state first, or make a new Checkpointer"
+                    f"{key!r} was added to the state after this Checkpointer was made, and would not be "
+                    "saved or restored; put everything into the state first, or make a new Checkpointer"
                 )
             if entry is not self._entries[key]:
                 raise UnsavableValueError(
-                    f"the state entry {key!r} is another object now than when this Checkpointer was made, "
-                    "and the old one would be saved or restored; change it in place (a value inside of a "
-                    "dict that is an entry may be replaced), or make a new Checkpointer"
+                    f"the state entry {key!r} was replaced after this Checkpointer was made, and the old "
+                    "object would be saved or restored; change it in place (values inside a dict that is "
+                    "an entry may be replaced), or make a new Checkpointer"
                 )
 
     def _collect(self, entry: ModuleCapture | OptimizerCapture, captured: Captured) -> None:

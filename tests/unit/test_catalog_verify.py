@@ -117,7 +117,7 @@ def test_one_retired_meanwhile_is_not_called_damaged(tmp_path: Path, when: str) 
             retire()
             return found
 
-    with pytest.raises(NotFoundError, match="retired while it was verified"):
+    with pytest.raises(NotFoundError, match="deleted during the verification"):
         verify_checkpoint(Retiring(tmp_path), id)
 
 
