@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 import engine
 from engine import Checkpointer
 from engine.save.handle import SaveHandle
-from tests.documents import GUIDE, README, blocks
+from tests.documents import GUIDE, README, blocks, spans
 
 Names = dict[str, Any]
 
@@ -130,3 +132,35 @@ def test_a_batch_ahead_that_is_in_no_state_is_lost(runner: Callable[[str, str], 
     careless = of_the_guide("ahead").replace(', "ahead": ahead', "")
     with pytest.raises(AssertionError):
         ends_alike(runner, careless, 10)
+
+
+CALL = re.compile(r"^(?:ckpt\.)?(\w+)\((.*)\)$")
+
+
+def unknown_keywords(document: Path) -> tuple[list[str], int]:
+    """(keywords that no such parameter has, how many were looked at) in the prose's calls."""
+    known: dict[str, Callable[..., Any]] = {name: getattr(engine, name) for name in engine.__all__}
+    known |= {name: method for name, method in vars(Checkpointer).items() if inspect.isfunction(method)}
+    unknown, looked_at = [], 0
+    for span in spans(document):
+        call = CALL.match(span)
+        if call is None or call[1] not in known:
+            continue
+        given = re.findall(r"(?:^|, )(\w+)=", call[2])
+        parameters = inspect.signature(known[call[1]]).parameters
+        unknown += [f"{span}: {name}" for name in given if name not in parameters]
+        looked_at += len(given)
+    return unknown, looked_at
+
+
+@pytest.mark.parametrize("document", [README, GUIDE], ids=lambda path: path.name)
+def test_every_keyword_that_the_prose_gives_exists(document: Path) -> None:
+    unknown, looked_at = unknown_keywords(document)
+    assert unknown == []
+    assert looked_at >= 3
+
+
+def test_a_keyword_that_does_not_exist_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Call `ckpt.restore(selector, renamed={a: b}, strict=)` or `other(x=1)`.")
+    assert unknown_keywords(page) == (["ckpt.restore(selector, renamed={a: b}, strict=): renamed"], 2)
