@@ -16,10 +16,11 @@ _NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A parameter group: the names of its parameters and its other values."""
+    """A parameter group: the names of its parameters, its other values, and whether it has no parameters."""
 
     names: Sequence[str]
     values: Mapping[str, Any]
+    is_empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,12 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
     """
     home = {name: number for number, group in enumerate(saved) for name in group.names}
     homes = [list(dict.fromkeys(home[name] for name in group.names if name in home)) for group in live]
+    # Nothing tells which one an empty group was but the order of the empty ones.
+    empty = [number for number, group in enumerate(saved) if group.is_empty]
+    here = [number for number, group in enumerate(live) if group.is_empty]
+    if len(empty) == len(here):
+        for at, number in zip(empty, here, strict=True):
+            homes[number] = [at]
     found: list[dict[str, Any]] = []
     conflicts: list[str] = []
     for number, group in enumerate(live):

@@ -209,14 +209,15 @@ class OptimizerRestore:
         groups = zip(self._capture.optimizer.param_groups, self._capture.group_names(), strict=True)
         live = [
             Group(
-                [self._saved_names[name] for name in names if name in self._saved_names],
-                {name: value for name, value in group.items() if name != "params"},
+                [self._saved_names[n] for n in names if n in self._saved_names],
+                group,
+                not names,
             )
             for group, names in groups
         ]
         saved = [
-            Group(group["params"], {name: known(value) for name, value in group.items() if name != "params"})
-            for group in self._document.groups
+            Group(names, {name: known(value) for name, value in group.items()}, not names)
+            for group, names in zip(self._document.groups, self._document.names, strict=True)
         ]
         prefix = f"{self._capture.key}.param_groups."
         return assign(self._capture.key, live, saved, lambda name: self._takes_name(f"{prefix}{name}"))

@@ -33,6 +33,7 @@ from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.per_rank import OwnNames, with_names
 from engine.snapshot.state_dicts import buffer_names, has_own_state_dict
+from engine.snapshot.unsaved_tensors import check_attributes
 from engine.snapshot.wrappers import unwrapped_optimizer
 
 
@@ -153,7 +154,9 @@ class StateCapture:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""
         if not self._walked_since and self._unchanged():
             return self._fixed
-        self.refresh()
+        names = self.refresh()
+        for key, one in self._optimizers.items():
+            check_attributes(key, one.optimizer, names)
         tensors, aliases = self.fixed_tensors()
         guarded = [name for entry in self._optimizers.values() for name in entry.guarded(self._modules)]
         buffers = [name for module in self._modules.values() for name in module.buffers & tensors.keys()]
@@ -194,8 +197,8 @@ class StateCapture:
         modules = all(module.unchanged() for module in self._modules.values())
         return modules and all(optimizer.unchanged() for optimizer in self._optimizers.values())
 
-    def refresh(self) -> None:
-        """Walk every module and optimizer anew."""
+    def refresh(self) -> ParameterNames:
+        """Walk every module and optimizer anew; the names of all parameters."""
         # What was kept for `capture` may be of another walk: a restore gives optimizers their state.
         self._walked_since = True
         for key, entry in self.state.items():
@@ -205,6 +208,7 @@ class StateCapture:
         for key, entry in self.state.items():
             if isinstance(entry, Optimizer):
                 self._optimizers[key] = OptimizerCapture(key, entry, names)
+        return names
 
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """(tensors, aliases) of modules and optimizers as last walked, by live names, tied ones once."""

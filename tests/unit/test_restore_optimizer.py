@@ -827,3 +827,50 @@ def test_state_tensors_that_were_apart_are_apart_again() -> None:
     restored(saved_of({"model": module, "optimizer": optimizer}), other)
     counts = {id(state["count"]) for state in other["optimizer"].state.values()}
     assert len(counts) == 4
+
+
+class SlowWeights(torch.optim.SGD):
+    """Lookahead as it is often written: the slow weights are in an attribute, where nothing saves them."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self.slow_weights = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+        self.scratch = torch.zeros(1, dtype=torch.int32)  # a flag for a kernel
+        self.views = [p.detach().view(-1) for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group, slow in zip(self.param_groups, self.slow_weights, strict=True):
+            for parameter, weight in zip(group["params"], slow, strict=True):
+                weight.lerp_(parameter.detach(), 0.5)
+                parameter.data.copy_(weight)
+        return loss
+
+
+def test_tensors_in_an_optimizers_attributes_are_refused_or_entries_of_the_state() -> None:
+    one = made(lambda m: SlowWeights(m.parameters(), lr=0.1), steps=2)
+    with pytest.raises(
+        UnsavableValueError, match=r"its attribute slow_weights\.0\.0, which .* would be lost"
+    ):
+        saved_of(one)
+    two = made(lambda m: SlowWeights(m.parameters(), lr=0.1), seed=9)
+    for state in (one, two):
+        state["slow"] = state["optimizer"].slow_weights
+    restored(saved_of(one), two)
+    for state in (one, two):
+        step(state["model"], state["optimizer"], 2)
+    assert differences(photograph(two), photograph(one)) == []
+
+
+@pytest.mark.parametrize("empty", [1, 2])
+def test_a_group_without_parameters_keeps_its_values(empty: int) -> None:
+    """Those that share out parameters by a rule have one now and then, and schedulers go on from its lr."""
+
+    def groups(module: nn.Module, lr: float) -> list[dict[str, Any]]:
+        few = [{"params": [], "lr": lr * (number + 2)} for number in range(empty)]
+        return [few[0], {"params": module.parameters(), "lr": lr}, *few[1:]]
+
+    one = made(lambda m: torch.optim.SGD(groups(m, 0.1)))
+    two = restored(saved_of(one), made(lambda m: torch.optim.SGD(groups(m, 5.0))))
+    rates = [[group["lr"] for group in state["optimizer"].param_groups] for state in (one, two)]
+    assert rates[0] == rates[1]
