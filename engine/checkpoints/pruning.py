@@ -55,7 +55,7 @@ def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespac
     )
     if unfed(records, policy):
         there = metrics_in_words(records)
-        print(f"note: no checkpoint has a finite {policy.metric!r} ({there}): none stays as the best")
+        print(f"note: no checkpoint has a finite {policy.metric!r} ({there}): none is kept as best")
     return surplus(records, policy, held=exempt(listed))
 
 

@@ -85,7 +85,7 @@ def files_of_index(index: Path) -> tuple[list[Path], set[str]]:
     if lacking:
         raise DamagedError(
             f"{index.parent} lacks {len(lacking)} of the {len(files)} files that {index.name} names, "
-            f"{lacking[0]} first: copy or download them, too"
+            f"{lacking[0]} first: copy or download them as well"
         )
     return files, set(weight_map)
 

@@ -96,7 +96,7 @@ def refused(path: Path, words: str, pickled: bytes) -> StateError:
     detail = f" ({', '.join(names[:_SHOWN])}{more})" if names else ""
     if not names and next(_globals(pickled), None) is None:
         return StateError(
-            f"{path} is {words}: refused, for reading a pickle can run code of its author's choice. If you "
+            f"{path} is {words}: refused, because a pickle can run its author's code. If you "
             "trust whoever made it, give --trust_pickle"
         )
     return StateError(

@@ -28,7 +28,7 @@ def type_name(value: object, path: str, instead: str) -> str:
     if find_class(name) is not kind:
         raise UnsavableValueError(
             f"{path}: the class {kind.__qualname__} is not found under its name in {kind.__module__}, so no "
-            f"other process could rebuild the value; define it in a module's top level, or store {instead}"
+            f"other process could rebuild the value; define it at a module's top level, or store {instead}"
         )
     return name
 
