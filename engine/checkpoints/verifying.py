@@ -62,7 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             else:
                 cleared = results[-1].ok and not arguments.quick and _lost_its_mark(storage, item.id)
                 if not arguments.json:
-                    print("\n".join(report(results[-1], item, cleared=cleared)), flush=True)
+                    lines = report(results[-1], item, cleared=cleared, quick=arguments.quick)
+                    print("\n".join(lines), flush=True)
     if arguments.json:
         print(json.dumps(as_json(results, storage), indent=2))
     if any(not result.ok for result in results):
@@ -74,13 +75,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def report(result: VerifyResult, item: Listed, *, cleared: bool = False) -> Iterator[str]:
-    """The lines about one checkpoint. `cleared`: it was marked as damaged, and is no longer."""
+def report(
+    result: VerifyResult, item: Listed, *, cleared: bool = False, quick: bool = False
+) -> Iterator[str]:
+    """The lines about one checkpoint.
+
+    cleared: it was marked as damaged, and is no longer. quick: its data was not read.
+    """
     speed = f"{text.size(result.bytes)} in {result.secs:.2f} s, {text.rate(result.bytes, result.secs)}"
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
     yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":
-        yield f"  nothing is wrong with it, but it is listed as damaged: {text.printable(item.reason)}"
+        found = "its sizes and indexes are right (--quick reads no data)" if quick else "nothing is wrong with it"
+        yield f"  {found}, but it is listed as damaged: {text.printable(item.reason)}"
     if cleared:
         yield "  its damage mark was removed"
 

@@ -130,7 +130,7 @@ class _Sorting:
 
     def result(self) -> Recognised:
         refuse_part(self._left, self._what)
-        if _optimizer_in(self._left) is not None:
+        if _optimizer_in(self._left) is not None and self._is_bare():
             raise StateError(
                 f"{self._what} holds an optimizer's state and no model: give the model's file, or the "
                 "directory that holds both"
@@ -172,22 +172,31 @@ class _Sorting:
             if value is not None and value == value and 0 <= value < _MAX_COUNT:
                 if value != int(value):
                     self._notes.append(f"its {key} {value:g} became {int(value)}")
-                del self._left[key]
+                self._take_number(key)
                 return int(value)
         return None
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
         # Among the tensors of a bare state dict, what is called a loss may be a parameter.
-        bare = not any(_has_tensors(self._left.get(key)) for key in _MODELS)
+        bare = self._is_bare()
         scores = [key for key in self._left if _METRIC.fullmatch(key) and (not bare or key in _PLAIN_LOSSES)]
         for key in (*_LOSSES, *scores):
             value = self._number(key)
             name = VAL_LOSS if key in _LOSSES else key
             if value is not None and name not in metrics and len(name) <= MAX_NAME_BYTES:
                 metrics[name] = float(value)
-                del self._left[key]
+                self._take_number(key)
         return metrics
+
+    def _take_number(self, key: str) -> None:
+        """Among the tensors of a bare state dict it could be a buffer all the same, so it is said."""
+        if isinstance(self._left.pop(key), TensorRef) and self._is_bare():
+            self._notes.append(f"its tensor {key!r} is taken for the training's {key}, not for the model's")
+
+    def _is_bare(self) -> bool:
+        """Whether the model's tensors lie beside everything else."""
+        return not any(_has_tensors(self._left.get(key)) for key in _MODELS)
 
     def _config(self) -> dict[str, Any]:
         """Every configuration that is there, flat, as far as it is JSON; the model's own arguments win."""
@@ -213,7 +222,8 @@ class _Sorting:
         roots = [key for key, value in self._left.items() if isinstance(value, TensorRef)]
         if candidates:
             return self._take_model(candidates[0], self._left.pop(candidates[0]))
-        if roots:
+        # Random states, for instance, are whole numbers and no model.
+        if any(self._left[key].info.dtype.startswith(("F", "BF", "C")) for key in roots):
             values = {key: self._left.pop(key) for key in roots}
             return self._take_model("", values)
         others = [k for k, v in self._left.items() if _has_tensors(v) and _optimizer_in(v) is None]
@@ -225,6 +235,8 @@ class _Sorting:
         there = (
             ", ".join(str(key)[:MAX_NAME_BYTES] + _described(value) for key, value in entries) or "nothing"
         )
+        if not any(_has_tensors(value) for value in self._left.values()):
+            raise StateError(f"{self._what} holds no tensors: it has {there}")
         raise StateError(
             f"{self._what} holds no model that can be recognised: it has {there}, and no 'model'"
         )

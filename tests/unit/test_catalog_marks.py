@@ -186,6 +186,7 @@ def test_verify_takes_the_mark_from_what_is_whole(tmp_path: Path, capsys: pytest
     for id in (good, bad):
         marks.mark_damaged(storage, id, "block 3")
     assert main(["verify", str(tmp_path), "--quick"]) == 0
+    assert "nothing is wrong" not in capsys.readouterr().out
     assert statuses(storage) == {good: "damaged", bad: "damaged"}, "a quick look proves nothing"
     capsys.readouterr()
     assert main(["verify", str(tmp_path)]) == 1

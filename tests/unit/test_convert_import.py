@@ -261,7 +261,7 @@ def test_half_a_gpt2_is_refused_with_every_difference(tmp_path: Path, change: An
     ("document", "words"),
     [
         ([1, 2], "holds a list"),
-        ({"weights": {"w": 3}}, "holds no model that can be recognised: it has weights"),
+        ({"weights": {"w": 3}}, "holds no tensors: it has weights"),
         ({}, "it has nothing"),
     ],
 )

@@ -303,6 +303,9 @@ def test_tensors_of_one_element_are_numbers(
     assert (record.step, record.val_loss) == (step, loss)
     assert manifest.tensors.keys() == {"model.w"}
     assert "left out" not in notes
+    tensors = [key for key, value in document.items() if isinstance(value, torch.Tensor)]
+    for key in tensors:
+        assert (f"its tensor '{key}' is taken for the training's {key}" in notes) is bare
 
 
 def test_tensors_that_cannot_be_held_are_named(tmp_path: Path) -> None:
@@ -527,6 +530,15 @@ def test_a_checkpoint_in_one_entry_is_the_checkpoint(tmp_path: Path, form: str) 
     assert record.step == 2
     assert ("left out: note" in notes) is (form == "pt")
     assert_restores(tmp_path / "new", module, optimizer, fresh())
+
+
+def test_random_states_are_no_model(tmp_path: Path) -> None:
+    torch.save({"rng": torch.get_rng_state(), "more": {"cuda": [torch.get_rng_state()]}}, tmp_path / "a.pt")
+    save_file({}, tmp_path / "b.safetensors")
+    with pytest.raises(StateError, match="no model that can be recognised: it has rng, more"):
+        import_checkpoint(str(tmp_path / "a.pt"), str(tmp_path / "new"))
+    with pytest.raises(StateError, match="holds no tensors"):
+        import_checkpoint(str(tmp_path / "b.safetensors"), str(tmp_path / "new"))
 
 
 def test_a_trainers_account_may_have_numbers_that_json_does_not_know(tmp_path: Path) -> None:
