@@ -86,7 +86,7 @@ def report(
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
     yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":
-        found = "its sizes and indexes are right (--quick reads no data)" if quick else "nothing is wrong with it"
+        found = "its sizes and indexes are right" if quick else "nothing is wrong with it"
         yield f"  {found}, but it is listed as damaged: {text.printable(item.reason)}"
     if cleared:
         yield "  its damage mark was removed"

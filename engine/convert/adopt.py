@@ -12,7 +12,7 @@ from engine.convert.gpt2 import Gpt2Tensors, find_gpt2, looks_like_gpt2, transpo
 from engine.convert.gpt2_settings import of_another_model, said_of
 from engine.convert.incoming import Incoming
 from engine.convert.module_order import parameter_order
-from engine.convert.numbering import Parameter, is_buffer, numbers_parameters
+from engine.convert.numbering import Parameter, is_buffer, numbers_parameters, order_decides
 from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.publish import Draft
 from engine.convert.recognise import Recognised, recognise
@@ -259,6 +259,11 @@ def _add_optimizer(
     except StateError as error:
         adopted.notes.append(f"its optimizer was left out: {error}")
         return {}
+    if numbers_parameters(parts.optimizer) and order_decides(parts.optimizer, adopted.parameters):
+        adopted.notes.append(
+            "its optimizer only numbers its parameters, and several have the same shape: they were taken "
+            "to be in the model's order, as in an optimizer made from model.parameters()"
+        )
     adopted.left_out += [f"optimizer.{path}" for path in result.left_out]
     for name, tensor in result.tensors.items():
         info = TensorInfo("F32", tensor.info.shape) if wide and is_float(tensor.info.dtype) else tensor.info

@@ -52,6 +52,13 @@ def numbers_parameters(optimizer: Mapping[str, Any]) -> bool:
     return not any("param_names" in g or isinstance(key, str) for g in groups for key in g["params"])
 
 
+def order_decides(optimizer: Mapping[str, Any], parameters: Parameters) -> bool:
+    """Whether only the order in which the parameters were numbered says whose moments are whose."""
+    keys = [key for group in optimizer["param_groups"] for key in group["params"]]
+    shapes = {key: _moments(optimizer["state"].get(key)) for key in keys}
+    return any(shapes.values()) and _by_shape(shapes, parameters) is None
+
+
 def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: bool) -> dict[Any, str]:
     """The parameter's name for each number. StateError when that cannot be told.
 

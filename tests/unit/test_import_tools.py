@@ -532,6 +532,20 @@ def test_a_checkpoint_in_one_entry_is_the_checkpoint(tmp_path: Path, form: str) 
     assert_restores(tmp_path / "new", module, optimizer, fresh())
 
 
+def test_what_only_an_order_decides_is_said(tmp_path: Path) -> None:
+    """Whether the optimizer was made from model.parameters(), its state does not tell."""
+    for name, widths in (("same", (3, 3)), ("different", (3, 5))):
+        first = nn.Linear(3 if name == "same" else 4, widths[0], bias=False)
+        module = nn.Sequential(first, nn.Linear(*widths, bias=False))
+        optimizer = torch.optim.AdamW(module.parameters())
+        module(torch.ones(1, first.in_features)).sum().backward()
+        optimizer.step()
+        document = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(document, tmp_path / f"{name}.pt")
+        notes = take(tmp_path / f"{name}.pt")[2]
+        assert ("taken to be in the model's order" in notes) is (name == "same")
+
+
 def test_random_states_are_no_model(tmp_path: Path) -> None:
     torch.save({"rng": torch.get_rng_state(), "more": {"cuda": [torch.get_rng_state()]}}, tmp_path / "a.pt")
     save_file({}, tmp_path / "b.safetensors")
