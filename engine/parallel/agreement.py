@@ -37,7 +37,9 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
         document = {"value": work(), "error": None}
     except Exception as error:
         channel.broadcast(key, canonical_bytes({"value": None, "error": _describe(error)}), timeout_secs)
-        _acknowledge(channel, key, VERDICT_GRACE_SECS, without=getattr(error, "ranks", ()))
+        # Not longer than for the call itself: rank 0 may be alone in it.
+        patience = min(VERDICT_GRACE_SECS, timeout_secs)
+        _acknowledge(channel, key, patience, without=getattr(error, "ranks", ()))
         raise
     channel.broadcast(key, canonical_bytes(document), timeout_secs)
     return document["value"]

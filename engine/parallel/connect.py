@@ -28,6 +28,8 @@ from engine.parallel.coordination import Channel, Coordinator
 
 ADDRESS = "holdfast/address"
 RUN = "run"
+CHANNELS = 2
+"""How many a Checkpointer opens: the training thread's and the background thread's."""
 
 _ALL_MAKE_ONE = (
     "every rank of the process group makes its Checkpointer at the same point. If only some ranks are to "
@@ -57,7 +59,10 @@ def connect_ranks(timeout_secs: float, group: object = None) -> Coordinator:
     store: Any = members.get_group_store()
     board = AnsweringStore(store)
     coordinator = _join(members.rank(), members.size(), board, timeout_secs)
-    _all_come(coordinator.channel(), board, timeout_secs)
+    # Before the rank counts as there: opening one may take longer than ranks wait for each other.
+    channels = [coordinator.channel() for _ in range(CHANNELS)]
+    _all_come(channels[0], board, timeout_secs, coordinator.run_id)
+    coordinator.opened.extend(channels)
     return coordinator
 
 
@@ -103,7 +108,8 @@ def _join(rank: int, world_size: int, board: Store, timeout_secs: float) -> Coor
 
     def connect() -> Store:
         try:
-            return address.connect(timeout_secs)
+            # torch asks the resolver for the peer's name, which takes 5 s where one answer is lost.
+            return address.connect(max(timeout_secs, ANSWER_SECS))
         except (dist.DistError, RuntimeError) as error:
             raise CoordinationError(
                 f"rank {rank} cannot reach rank 0 at {address.host}:{address.port}: {error}"
@@ -131,6 +137,7 @@ def _find_rank_0(
             if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
                 raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
             raise _rank_0_stays_away(rank, timeout_secs) from error
+        board.set(_coming(address.run_id, rank), b"1")
         if answers(address):
             return address
         # Torchrun may keep one store through restarts: this is the address of rank 0's dead predecessor.
@@ -147,24 +154,36 @@ def _rank_0_stays_away(rank: int, timeout_secs: float) -> LateRanksError:
     )
 
 
-def _all_come(channel: Channel, board: Store, timeout_secs: float) -> None:
+def _coming(run_id: str, rank: int) -> str:
+    """Key on the board of a rank that has read the address, and is connecting."""
+    return f"holdfast/coming/{run_id}/{rank}"
+
+
+def _all_come(channel: Channel, board: Store, timeout_secs: float, run_id: str) -> None:
     """Return when every rank has come, and the address is off the board."""
     if channel.rank != 0:
         channel.gather("start/came", b"1", 0)
 
     def meet() -> bool:
         try:
-            channel.gather("start/came", b"1", timeout_secs)
+            try:
+                channel.gather("start/came", b"1", timeout_secs)
+            except LateRanksError as late:
+                away = tuple(rank for rank in late.ranks if not board.check([_coming(run_id, rank)]))
+                if away:
+                    raise LateRanksError(str(late), away) from None
+                channel.gather("start/came", b"1", ANSWER_SECS)  # all of them are connecting
         except LateRanksError as late:
             names = " and ".join(f"rank {rank}" for rank in late.ranks)
             raise LateRanksError(
                 f"{names} did not make a Checkpointer within {timeout_secs:g} s: {_ALL_MAKE_ONE}", late.ranks
             ) from None
         finally:
-            board.delete_key(ADDRESS)
+            for key in (ADDRESS, *(_coming(run_id, rank) for rank in range(1, channel.world_size))):
+                board.delete_key(key)
         return True
 
-    rank0_decides(channel, "start/all", meet, timeout_secs + VERDICT_GRACE_SECS)
+    rank0_decides(channel, "start/all", meet, timeout_secs + ANSWER_SECS + VERDICT_GRACE_SECS)
 
 
 def reachable_host(global_rank: int, environment: Mapping[str, str]) -> str:

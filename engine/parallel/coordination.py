@@ -168,9 +168,13 @@ class Coordinator:
     connect: Callable[[], Store | None] = field(default=lambda: None)
     # Rank 0 hosts the store in this object: it must live as long as the coordinator.
     server: object | None = None
+    opened: list[Channel] = field(default_factory=list)
+    """Channels that nobody has asked for yet."""
 
     def channel(self) -> Channel:
         """A connection for one thread."""
+        if self.opened:
+            return self.opened.pop()
         return Channel(self.rank, self.world_size, self.connect())
 
 

@@ -73,7 +73,8 @@ class HeldDirectory:
                 probe_shared(self.storage, channel, self.run_id, timeout_secs)
             except HoldfastError as error:
                 problem = error
-            all_agree(channel, "start/probe", problem, timeout_secs)
+            what = "the making of a Checkpointer that saves (read_only=False)"
+            all_agree(channel, "start/probe", problem, timeout_secs, what=what)
         except BaseException:  # an interrupt in a notebook must not leave the directory held
             self._give_back()
             raise

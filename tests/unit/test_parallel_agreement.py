@@ -231,3 +231,14 @@ def test_those_that_came_hold_rank_0_only_a_little_longer() -> None:
     with pytest.raises(LateRanksError):
         all_agree(Channel(0, 3, store, store.clock), "k", None, 7)
     assert store.now == 7 + LATE_VERDICT_SECS
+
+
+def test_an_error_of_rank_0_alone_is_raised_within_the_calls_own_time() -> None:
+    store = ImpatientStore()
+
+    def refuse() -> None:
+        raise SelectorError("there is none")
+
+    with pytest.raises(SelectorError):
+        rank0_decides(Channel(0, 2, store, store.clock), "k", refuse, 3)
+    assert store.now == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -91,11 +92,31 @@ def test_ranks_that_make_none_are_named_to_those_that_do() -> None:
     Channel(2, 4, store).gather("start/came", b"1", 0)
     Channel(2, 4, store).gather("start/all/seen", b"1", 0)
     with pytest.raises(LateRanksError, match="rank 1 and rank 3 did not make a Checkpointer within 5 s"):
-        connect._all_come(Channel(0, 4, store, store.clock), board, 5)
+        connect._all_come(Channel(0, 4, store, store.clock), board, 5, "run")
     assert board.values == {}, "whoever comes now must not find the address"
     assert store.now == 5, "nobody waits for them once more"
     with pytest.raises(LateRanksError, match="rank 1 and rank 3"):
-        connect._all_come(Channel(2, 4, store, store.clock), board, 5)
+        connect._all_come(Channel(2, 4, store, store.clock), board, 5, "run")
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_rank_that_is_slow_to_connect_is_waited_for_unless_another_stays_away(away: bool) -> None:
+    class Slow(ImpatientStore):
+        def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+            if self.now >= 2:  # the resolver has answered by then
+                self.set("start/came/1", b"1")
+            super().wait(keys, timeout)
+
+    store, board = Slow(), MemoryStore()
+    board.set(connect._coming("run", 1), b"1")
+    if not away:
+        board.set(connect._coming("run", 2), b"1")
+        store.set("start/came/2", b"1")
+        connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")
+    else:
+        with pytest.raises(LateRanksError, match=r"^rank 2 did not make a Checkpointer within 2 s"):
+            connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")
+    assert board.values == {}
 
 
 def test_the_address_is_gone_before_anybody_goes_on() -> None:
@@ -103,7 +124,7 @@ def test_the_address_is_gone_before_anybody_goes_on() -> None:
     board.set(ADDRESS, b"here")
 
     def work(channel: Channel) -> bool:
-        connect._all_come(channel, board, 30)
+        connect._all_come(channel, board, 30, "run")
         return board.check([ADDRESS])
 
     assert on_ranks(3, work) == [False] * 3
