@@ -27,6 +27,8 @@ from engine.parallel.answering import ANSWER_SECS, AnsweringStore, Store
 from engine.parallel.coordination import Channel, Coordinator
 
 ADDRESS = "holdfast/address"
+OPENING = "holdfast/opening"
+"""On the board while rank 0 opens its store: it has come, and its address follows."""
 RUN = "run"
 CHANNELS = 2
 """How many a Checkpointer opens: the training thread's and the background thread's."""
@@ -97,7 +99,8 @@ class Address:
 def _join(rank: int, world_size: int, board: Store, timeout_secs: float) -> Coordinator:
     server: Any = None
     if rank == 0:
-        run_id, timeout = uuid.uuid4().hex[:12], timedelta(seconds=timeout_secs)
+        board.set(OPENING, b"1")
+        run_id, timeout = uuid.uuid4().hex[:12], timedelta(seconds=max(timeout_secs, ANSWER_SECS))
         server = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=timeout)
         server.set(RUN, run_id)
         host = reachable_host(dist.get_rank(), os.environ)
@@ -128,6 +131,7 @@ def _find_rank_0(
     sleep: Callable[[float], None] = time.sleep,
 ) -> Address:
     deadline = clock() + timeout_secs
+    patient = False
     while True:
         try:
             board.wait([ADDRESS], timedelta(seconds=max(0.001, deadline - clock())))
@@ -136,6 +140,9 @@ def _find_rank_0(
             # A FileStore says that it has given up with a plain RuntimeError.
             if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
                 raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
+            if not patient and board.check([OPENING]):
+                deadline, patient = deadline + ANSWER_SECS, True
+                continue
             raise _rank_0_stays_away(rank, timeout_secs) from error
         board.set(_coming(address.run_id, rank), b"1")
         if answers(address):
@@ -179,7 +186,7 @@ def _all_come(channel: Channel, board: Store, timeout_secs: float, run_id: str) 
                 f"{names} did not make a Checkpointer within {timeout_secs:g} s: {_ALL_MAKE_ONE}", late.ranks
             ) from None
         finally:
-            for key in (ADDRESS, *(_coming(run_id, rank) for rank in range(1, channel.world_size))):
+            for key in (ADDRESS, OPENING, *(_coming(run_id, rank) for rank in range(1, channel.world_size))):
                 board.delete_key(key)
         return True
 

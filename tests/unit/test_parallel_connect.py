@@ -45,6 +45,23 @@ def test_rank_0_that_makes_none_is_named() -> None:
         connect._find_rank_0(2, ImpatientStore(), 5)
 
 
+def test_a_rank_0_that_is_slow_to_open_its_store_is_waited_for() -> None:
+    class Slow(ImpatientStore):
+        def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+            if self.now >= 5:  # the resolver has answered by then
+                self.set(ADDRESS, b'["host",1,"run"]')
+            super().wait(keys, timeout)
+
+    board = Slow()
+    board.set(connect.OPENING, b"1")
+    assert connect._find_rank_0(1, board, 5, answers=lambda address: True, clock=board.clock).run_id == "run"
+    board = ImpatientStore()
+    board.set(connect.OPENING, b"1")
+    with pytest.raises(LateRanksError, match="rank 0 did not make its Checkpointer"):
+        connect._find_rank_0(1, board, 5, clock=board.clock)
+    assert board.now == 5 + connect.ANSWER_SECS
+
+
 def test_a_lost_store_of_the_group_is_not_a_rank_that_stays_away() -> None:
     with pytest.raises(CoordinationError, match="lost the process group's store") as caught:
         connect._find_rank_0(2, BrokenStore(), 5)
