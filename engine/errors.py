@@ -8,7 +8,7 @@ catches it as it would expect:
     │   └── UnsupportedPlatformError             not Linux
     ├── StateError (ValueError)                  the training state cannot be saved or restored as it is
     │   ├── UnsavableValueError (TypeError)      neither a tensor nor JSON, named by its key path
-    │   ├── ReplicaMismatchError (SaveFailedError)  what ranks should hold alike differs between them
+    │   ├── ReplicaMismatchError (SaveFailedError)  a value that must be equal on all ranks differs
     │   ├── TornSnapshotError                    the state changed while its snapshot was taken
     │   └── StateMismatchError                   checkpoint and destination do not fit; lists every tensor
     ├── SelectorError (LookupError)              no checkpoint answers to this name; lists what there is
@@ -110,7 +110,7 @@ class StorageDeniedError(StorageError, PermissionError):
 
 
 class NotOursError(StorageError):
-    """A symbolic link or a mount stands where Holdfast was about to write or delete: it is left alone."""
+    """Holdfast was about to write or delete at a symbolic link or a mount, and left it alone."""
 
 
 class StorageUnavailableError(StorageError):
@@ -160,7 +160,7 @@ class SaveStuckError(SaveFailedError):
 
 
 class ReplicaMismatchError(StateError, SaveFailedError):
-    """What several ranks should hold alike differs between them; every rank gets it as the save failure."""
+    """A value that must be equal on several ranks differs. Every rank gets it as its save failure."""
 
     def __init__(self, message: str) -> None:
         SaveFailedError.__init__(self, message, may_pass=False)

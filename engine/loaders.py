@@ -1,8 +1,8 @@
-"""A torchdata `StatefulDataLoader` that also goes on at another world size.
+"""A torchdata `StatefulDataLoader` that can also resume at another world size.
 
-The loader's own state is that of one rank: its workers, its buffers, its place. What all ranks have taken
-together is one number, as long as a sampler deals the dataset out to them in turns. From that number a rank
-of another world size finds its place.
+The loader's own state belongs to one rank: its workers, its buffers, its position. How much all ranks have
+taken together is one number, as long as a sampler deals the dataset out to them in turns. From that number a
+rank of another world size finds its position.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class ReshardableLoader:
         loader = ReshardableLoader(StatefulDataLoader(data, batch_size=8, sampler=sampler, num_workers=2))
         ckpt = Checkpointer(directory, {"model": model, "loader": loader}, per_rank=("loader",))
 
-    At the same world size the loader's own state comes back. At another one every rank begins where all ranks
-    together had stopped, workers and datasets anew.
+    At the same world size the loader's own state is restored. At another one every rank begins where all
+    ranks together had stopped, with fresh workers and datasets.
 
     Args:
         loader: with `batch_size`, and a sampler that deals samples out in turns and can start anywhere:
-            torchdata's StatefulDistributedSampler. Call its `set_epoch` before each epoch, as ever.
+            torchdata's StatefulDistributedSampler. Call its `set_epoch` before each epoch, as usual.
     Raises: ConfigError for a loader that cannot work.
     """
 

@@ -1,9 +1,9 @@
-"""Signals as a request to stop, for training loops of one's own.
+"""Signals as a request to stop, for your own training loop.
 
 A signal to the whole process group (Slurm, a terminal, a container's stop) also reaches the workers of a
 DataLoader. They die of it, often first, and torch then raises in the training process, in the middle of a
-step: the checkpoint that the signal was meant for is never taken. So the workers are shielded, and what their
-death raises is put off until the loop stands between two steps.
+step: the checkpoint that the signal was meant for is never taken. So the workers are shielded, and the error
+that their death raises is delayed until the loop is between two steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARRIVAL_SECS = 2.0
 
 
 class StopSignals:
-    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end the loop between two steps. From the main thread.
+    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end the loop between two steps. Use it in the main thread.
 
         with StopSignals() as stop, Checkpointer(directory, state) as ckpt:
             for batch in stop.batches(loader):
@@ -88,7 +88,7 @@ class StopSignals:
         return self._agreed
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """The loader's batches, until it ends or the loop is to stop; none is taken that is not handed out.
+        """The loader's batches, until it ends or the loop should stop. Every batch taken is handed out.
 
         Raises: what the loader raises, unless a signal explains it.
         """

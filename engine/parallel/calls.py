@@ -1,11 +1,11 @@
 """Which call all ranks are in: rank 0 numbers its calls, every other rank finds the one that it is making.
 
-Nothing is counted per rank. A rank that missed a call, or made one that rank 0 did not make, is told so
+Nothing is counted per rank. A rank that missed a call, or made one that rank 0 did not make, learns of it
 within the deadline, and finds the next call that all ranks make.
 
-    rank 0       `begin`: it has come, but has to wait for something first; `decide`: its word on the call;
-                 `end_call`: a call that failed is over, whoever comes late goes on to the next one
-    other ranks  `join`: wait for rank 0's word on the call that they are making
+    rank 0       `begin`: it has reached the call, but must wait for something first; `decide`: its decision;
+                 `end_call`: a call that failed is over, late ranks go on to the next one
+    other ranks  `join`: wait for rank 0's decision on the call that they are making
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Calls:
     def join(self, request: Request) -> Call:
         """Wait for rank 0's word on the call that this rank is making.
 
-        Raises: LateRanksError when rank 0 does not come to it in time; CoordinationError at once when rank 0
+        Raises: LateRanksError when rank 0 does not reach it in time; CoordinationError at once when rank 0
             is past it, or has given it up.
         """
         deadline = self.clock() + self.timeout_secs
@@ -146,7 +146,7 @@ class Calls:
             if call.request == request and not call.over:
                 return self._with_terms(call)
             if not call.over:
-                self.on_missed(call, f"it did not come to {call.request}: it is at {request}; {ALL_RANKS}")
+                self.on_missed(call, f"it did not reach {call.request}: it is at {request}; {ALL_RANKS}")
             missed = call
 
     @property
@@ -183,7 +183,7 @@ class Calls:
     def _alone(self, request: Request, missed: Call | None) -> LateRanksError:
         last = "" if missed is None else f" (it was last at {missed.request})"
         return LateRanksError(
-            f"rank 0 did not come to {request} within {round(self.timeout_secs, 1):g} s{last}, but rank "
+            f"rank 0 did not reach {request} within {round(self.timeout_secs, 1):g} s{last}, but rank "
             f"{self.channel.rank} did: {ALL_RANKS}. If they do, look at rank 0's log for a hang or a crash"
         )
 

@@ -1,7 +1,7 @@
 """What became of the saves so far, and whether training goes on after one that failed.
 
-A failure of the storage or between the ranks may be gone at the next save: by default it is logged, and the
-next save tries again. A state that cannot be saved stays so: that is always raised.
+A failure of storage or coordination may have passed by the next save: by default it is logged, and the next
+save tries again. A state that cannot be saved stays so: that is always raised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Outcomes:
 
     Args:
         on_failure: "warn" to go on after a failure that may pass, "raise" to raise every one.
-        max_failures: so many failures in a row are raised all the same.
+        max_failures: this many failures in a row are raised even so.
     """
 
     on_failure: OnFailure = "raise"

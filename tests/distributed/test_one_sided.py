@@ -86,18 +86,18 @@ def test_one_sided_calls(world: World, tmp_path: Path) -> None:
         assert answers["restore"] == 22
         assert answers["the same step again"] == 22
     assert "ranks 1, 2 did not report within 2 s in the save of step 2" in zero["rank 0 alone"][0]
-    assert "rank 0 did not come to the save of step 4 within 2 s" in one["rank 1 alone"][0]
+    assert "rank 0 did not reach the save of step 4 within 2 s" in one["rank 1 alone"][0]
     for rank in (0, 2):
         assert "rank 1: " in found[rank]["rank 1 skips"][0]
         assert (
-            "did not come to the save of step 6: it is at the save of step 7"
+            "did not reach the save of step 6: it is at the save of step 7"
             in found[rank]["rank 1 skips"][0]
         )
         assert "rank 1 did not report within 2 s in the restore" in found[rank]["restore without rank 1"][0]
-    assert "did not come to the save of step 8: it is at the save of step 9" in zero["different steps"][0]
-    assert "rank 0 did not come to the save of step 9" in one["different steps"][0]
+    assert "did not reach the save of step 8: it is at the save of step 9" in zero["different steps"][0]
+    assert "rank 0 did not reach the save of step 9" in one["different steps"][0]
     assert "last at the save of step 8" in two["different steps"][0]
-    assert "rank 0 did not come to prepare() within 2 s" in one["prepare alone"][0]
+    assert "rank 0 did not reach prepare() within 2 s" in one["prepare alone"][0]
 
 
 def first_save(rank: int, world_size: int, directory: str, steps: list[int | None]) -> Any:

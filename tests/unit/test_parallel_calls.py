@@ -57,7 +57,7 @@ def test_a_call_that_rank_0_does_not_make_fails_after_the_timeout_alone() -> Non
     with pytest.raises(LateRanksError) as caught:
         ranks.one.join(save(7))
     assert ranks.store.now == 5
-    assert "rank 0 did not come to the save of step 7 within 5 s, but rank 1 did" in str(caught.value)
+    assert "rank 0 did not reach the save of step 7 within 5 s, but rank 1 did" in str(caught.value)
     decided = ranks.zero.decide(save(8), {"a": 1})
     assert ranks.one.join(save(8)) == decided, "and the next one that all make is found"
 
@@ -69,7 +69,7 @@ def test_a_rank_that_skipped_a_save_tells_rank_0_and_finds_the_next() -> None:
     assert ranks.one.join(save(3)) == decided
     ((key, words),) = ranks.missed
     assert key == "save/1"
-    assert "did not come to the save of step 2: it is at the save of step 3" in words
+    assert "did not reach the save of step 2: it is at the save of step 3" in words
 
 
 def test_a_rank_that_is_behind_is_told_at_once_and_may_still_come() -> None:
