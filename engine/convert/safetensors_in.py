@@ -154,11 +154,16 @@ def _refuse_unheld(header: dict[str, Any], file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. DamagedError when it does not; OSError."""
+    """A file that holds a JSON object. DamagedError when it does not; ConfigError when it is something else
+    altogether; OSError.
+    """
     try:
         found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES, constants=True)
-    except json.JSONDecodeError as error:
-        raise DamagedError(f"{file} is not JSON: {error}") from error
+    except DamagedError:
+        kind = file_kind(file)
+        if kind.format != "other" or kind.words in ("text", "JSON text"):
+            raise
+        raise ConfigError(f"{file} is {kind.words}, not JSON: {kind.advice}") from None
     if not isinstance(found, dict):
         raise DamagedError(f"{file} is not a JSON object")
     return found

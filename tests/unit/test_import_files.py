@@ -104,6 +104,17 @@ def test_what_is_no_file_is_not_read(tmp_path: Path, name: str) -> None:
         import_checkpoint(str(tmp_path / "x"), str(tmp_path / "new"))
 
 
+@pytest.mark.parametrize(("kind", "words"), [("html", "a web page"), ("lfs", "a Git LFS pointer")])
+def test_a_description_that_is_none_is_called_what_it_is(tmp_path: Path, kind: str, words: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(OTHERS[kind][0])
+    with pytest.raises(ConfigError, match=f"config.json is {words}.*, not JSON"):
+        import_checkpoint(str(tmp_path), str(tmp_path / "new"))
+    (tmp_path / "config.json").write_text("{'a': 1}")
+    with pytest.raises(DamagedError, match=r"config.json is not valid JSON"):
+        import_checkpoint(str(tmp_path), str(tmp_path / "new"))
+
+
 def test_safetensors_files_without_an_index_are_listed(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"w": torch.ones(2)}, tmp_path / name)
