@@ -15,6 +15,7 @@ from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest
 from engine.restore.optimizer_names import split_path
 from engine.snapshot.captured import PER_RANK_PREFIX
+from engine.snapshot.layouts import SAME
 from engine.snapshot.modules import NOTES
 from engine.snapshot.optimizer_document import is_optimizer, parse
 from engine.snapshot.per_rank import with_names
@@ -53,7 +54,7 @@ def rename_checkpoint(
         manifest,
         tensors={live: manifest.tensors[name] for live, name in stored.items()},
         aliases=aliases,
-        objects=names.documents(manifest.objects),
+        objects={**names.loose(stored), **names.documents(manifest.objects)},
     )
     return Renamed(changed, [names.documents(local) for local in locals_], stored)
 
@@ -71,7 +72,7 @@ class _Names:
         outside = (_own(name)[1].partition(".") for name in stored - inside)
         self._modules = {key for key, dot, _ in outside if dot and key not in optimizers}
         self._parameters = {
-            key: {name: self._parameter(name) for names in parse(key, document).names for name in names}
+            key: self._parameters_of([name for names in parse(key, document).names for name in names])
             for key, document in optimizers.items()
         }
         self._check_known(manifest, {key for key, _ in documents})
@@ -114,15 +115,21 @@ class _Names:
         new = parameters.get(parameter, parameter)
         return f"{self.of(before)}.state.{new}.{field}"
 
-    def _parameter(self, name: str) -> str:
-        """The live name of an optimizer's parameter: a full one, or one within a module."""
-        if name in self._everything and self.of(name) != name:
+    def _parameters_of(self, names: Sequence[str]) -> dict[str, str]:
+        """Saved name -> live name of an optimizer's parameters: full ones, or those within one module."""
+        full = {name: self._full_parameter(name) for name in names}
+        apart = len({live.partition(".")[0] for live in full.values() if live}) > 1
+        return {
+            name: live if live and (apart or name in self._everything) else live.partition(".")[2] or name
+            for name, live in full.items()
+        }
+
+    def _full_parameter(self, name: str) -> str:
+        """The full live name of an optimizer's parameter; "" where no tensor tells of it."""
+        if name in self._everything:
             return self.of(name)
-        for key in sorted(self._modules):
-            full = f"{key}.{name}"
-            if full in self._everything and self.of(full) != full:
-                return self.of(full).partition(".")[2]
-        return name
+        found = [full for key in sorted(self._modules) if (full := f"{key}.{name}") in self._everything]
+        return next((self.of(full) for full in found if self.of(full) != full), found[0] if found else "")
 
     def live_names(self, names: Mapping[str, Any]) -> dict[str, str]:
         """Stored name -> live name, without those whose place was given to another."""
@@ -134,6 +141,10 @@ class _Names:
                     f"rename maps both {taken[live]} and {name} to {live}; nothing was changed"
                 )
         return {name: live for name, live in found.items() if live != name or name not in taken}
+
+    def loose(self, stored: Mapping[str, str]) -> dict[str, Json]:
+        """Documents for tensors of modules that are entries by themselves here."""
+        return {live: {"$tensor": live} for live, name in stored.items() if "." not in live and "." in name}
 
     def documents(self, documents: Mapping[str, Json]) -> dict[str, Json]:
         """JSON by state key, under live names."""
@@ -148,6 +159,8 @@ class _Names:
             if live != key:
                 moved.add(live)
             renamed = with_names(document, self.tensor)
+            if "." in live and isinstance(renamed, dict) and renamed.keys() == {"$tensor"}:
+                continue  # an entry by itself when saved, and a module's tensor here
             if key in self._parameters:
                 found[live] = _with_parameters(renamed, self._parameters[key])
             elif key in self._modules and isinstance(renamed, dict) and not _is_form(renamed):
@@ -203,7 +216,10 @@ def _with_parameters(document: Json, names: Mapping[str, str]) -> Json:
         parsed,
         groups=[_with_names_of_group(group, names) for group in parsed.groups],
         counters=_renamed(parsed.counters, path),
-        layouts=_renamed(parsed.layouts, path),
+        layouts={
+            path(at): {**layout, SAME: path(layout[SAME])} if SAME in layout else layout
+            for at, layout in parsed.layouts.items()
+        },
         entries=_renamed(parsed.entries, lambda name: names.get(name, name)),
         inner={name: _with_parameters(inner, names) for name, inner in parsed.inner.items()},
     ).to_json()

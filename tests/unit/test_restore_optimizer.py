@@ -874,3 +874,13 @@ def test_a_group_without_parameters_keeps_its_values(empty: int) -> None:
     two = restored(saved_of(one), made(lambda m: torch.optim.SGD(groups(m, 5.0))))
     rates = [[group["lr"] for group in state["optimizer"].param_groups] for state in (one, two)]
     assert rates[0] == rates[1]
+
+
+def test_a_state_tensor_of_several_parameters_stays_one_under_other_names() -> None:
+    one = made(lambda m: Counting(m.parameters(), lr=0.1), steps=3)
+    module = nn.ModuleDict({"inner": network(seed=9)})
+    other = Counting(module.parameters(), lr=0.1)
+    restored(saved_of(one), {"model": module, "optimizer": other}, rename={"model": "model.inner"})
+    counts = [state["count"] for state in other.state.values()]
+    assert len(counts) == 4
+    assert all(count is counts[0] for count in counts)

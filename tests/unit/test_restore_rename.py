@@ -168,3 +168,44 @@ def test_what_cannot_be_renamed_changes_nothing(rename: dict[str, str], words: s
 def test_a_rename_maps_text_to_text(rename: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="it must be a dict of live names by saved name"):
         restore(tmp_path, {"a": {}}, rename)
+
+
+class Scaled(nn.Module):
+    """CLIP's: a temperature that is a parameter of the model, and elsewhere a loose one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 2)
+        self.head = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.rand(()))
+
+
+def with_loose_scale() -> State:
+    body, head, scale = nn.Linear(3, 2), nn.Linear(2, 2), nn.Parameter(torch.rand(()))
+    optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters(), scale])
+    return {"body": body, "head": head, "scale": scale, "optimizer": optimizer}
+
+
+def with_own_scale() -> State:
+    module = Scaled()
+    return {"model": module, "optimizer": torch.optim.AdamW(module.parameters())}
+
+
+def test_a_loose_parameter_moves_into_a_module_and_out_of_it(tmp_path: Path) -> None:
+    loose, own, again = with_loose_scale(), with_own_scale(), with_loose_scale()
+    for _ in range(2):
+        (loose["head"](loose["body"](torch.randn(4, 3))).square().mean() * loose["scale"].exp()).backward()
+        loose["optimizer"].step()
+    with Checkpointer(tmp_path, loose) as checkpointer:
+        checkpointer.save(1).result()
+    with Checkpointer(tmp_path, own) as checkpointer:
+        checkpointer.restore(rename={name: f"model.{name}" for name in ("body", "head", "scale")})
+        checkpointer.save(2).result()
+    model = own["model"]
+    assert torch.equal(model.scale, loose["scale"])
+    assert torch.equal(model.body.weight, loose["body"].weight)
+    ours, theirs = (one["optimizer"].state for one in (own, loose))
+    assert torch.equal(ours[model.scale]["exp_avg"], theirs[loose["scale"]]["exp_avg"])
+    with Checkpointer(tmp_path, again, read_only=True) as checkpointer:
+        checkpointer.restore(rename={f"model.{name}": name for name in ("body", "head", "scale")})
+    assert differences(photograph(again), photograph(loose)) == []
