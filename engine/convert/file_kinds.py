@@ -65,14 +65,15 @@ def file_kind(path: Path) -> FileKind:
         return FileKind(
             "other", "an empty file", "whatever wrote it did not finish: write or download it again"
         )
+    # First: the length that it begins with may look like any magic number, and no other format looks like it.
+    if _is_safetensors(head, size):
+        return FileKind("safetensors", "a safetensors file")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         return _zip_kind(path, head)
     if head[:1] == b"\x80" and _LEGACY_TORCH in head[:32]:
         return FileKind("torch", "a file that torch.save wrote")
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return FileKind("pickle", "a pickle that torch.save did not write")
-    if _is_safetensors(head, size):
-        return FileKind("safetensors", "a safetensors file")
     for magic, words, advice in _MAGIC:
         if head.startswith(magic):
             return FileKind("other", words, advice)

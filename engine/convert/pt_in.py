@@ -60,7 +60,10 @@ class PtTensors:
             return self._shared[place]
         self.tensors[name] = tensor
         self._infos[name] = info
-        return self._shared.setdefault(place, TensorRef(name, info))
+        ref = TensorRef(name, info)
+        if tensor.numel():  # empty ones all lie at address 0
+            self._shared[place] = ref
+        return ref
 
 
 def open_pt(

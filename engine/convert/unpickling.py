@@ -121,11 +121,18 @@ def _load_safely(path: Path) -> Any:
             raise DamagedError(f"{path} is damaged: its pickle cannot be read to its end") from error
         raise refused(path, "a file that torch.save wrote", pickled) from error
     except Exception as error:
-        if zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path) or not _ends_early(error):
             raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
         raise DamagedError(
             f"{path} is cut off or damaged: write or download it again (torch.load says: {first_line(error)})"
         ) from error
+
+
+def _ends_early(error: Exception) -> bool:
+    """Whether torch's readers missed the end of the file."""
+    return isinstance(error, EOFError) or any(
+        words in str(error) for words in ("EOF", "central directory", "invalid header")
+    )
 
 
 def _is_newer_protocol(error: Exception) -> bool:

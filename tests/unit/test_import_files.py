@@ -154,6 +154,22 @@ def test_formats_under_other_names_are_read_as_what_they_are(tmp_path: Path) -> 
         import_checkpoint(str(tmp_path / "weights.safetensors"), str(tmp_path / "new"))
 
 
+def test_a_header_of_any_length_is_safetensors(tmp_path: Path) -> None:
+    """Its first bytes are the header's length: they may read like the beginning of a pickle."""
+    entry = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    for length in (0x280, 0x480, 0x8B1F & ~7, 0x28B0):
+        raw = length.to_bytes(8, "little") + entry.ljust(length) + bytes(8)
+        (tmp_path / "a.safetensors").write_bytes(raw)
+        assert imported(tmp_path / "a.safetensors")[1]["model.w"].tolist() == [0.0, 0.0]
+
+
+def test_empty_tensors_are_not_one_tensor(tmp_path: Path) -> None:
+    torch.save({"a": torch.empty(0), "b": torch.empty(0), "w": torch.ones(2)}, tmp_path / "a.pt")
+    manifest, tensors, _ = imported(tmp_path / "a.pt")
+    assert tensors.keys() == {"model.a", "model.b", "model.w"}
+    assert not manifest.aliases
+
+
 def test_a_truncated_file_is_damaged_and_no_question_of_trust(tmp_path: Path) -> None:
     document = {"model": {"w": torch.ones(1000)}}
     torch.save(document, tmp_path / "zip")
