@@ -12,6 +12,7 @@ a save only checks that the objects behind it are still the same ones (`unchange
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from engine.dcp.savable import check_savable
 from engine.errors import HoldfastError, UnsavableValueError
 from engine.loaders import make_iterator
 from engine.snapshot import rng, values
+from engine.snapshot.attributes import changed_numbers, check_attributes, numbers_of
 from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.snapshot.in_place import generator_kind, kind_of, saved_value
 from engine.snapshot.modules import ModuleCapture, take_ties_out
@@ -33,8 +35,9 @@ from engine.snapshot.optimizers import OptimizerCapture
 from engine.snapshot.parameters import ParameterNames
 from engine.snapshot.per_rank import OwnNames, with_names
 from engine.snapshot.state_dicts import buffer_names, has_own_state_dict
-from engine.snapshot.unsaved_tensors import check_attributes
 from engine.snapshot.wrappers import unwrapped_optimizer
+
+log = logging.getLogger(__name__)
 
 
 class StateCapture:
@@ -78,6 +81,8 @@ class StateCapture:
                 )
         modules = {key: entry for key, entry in self.state.items() if isinstance(entry, nn.Module)}
         self._first_buffers = {key: buffer_names(module) for key, module in modules.items()}
+        optimizers = {key: entry for key, entry in self.state.items() if isinstance(entry, Optimizer)}
+        self._numbers = {key: numbers_of(optimizer) for key, optimizer in optimizers.items()}
         self.per_rank = frozenset(per_rank)
         self._others: frozenset[str] = frozenset() if rank == 0 else frozenset(rank0)
         """What is rank 0's to save."""
@@ -157,6 +162,7 @@ class StateCapture:
         names = self.refresh()
         for key, one in self._optimizers.items():
             check_attributes(key, one.optimizer, names)
+            self._tell_changed_numbers(key, one.optimizer)
         tensors, aliases = self.fixed_tensors()
         guarded = [name for entry in self._optimizers.values() for name in entry.guarded(self._modules)]
         buffers = [name for module in self._modules.values() for name in module.buffers & tensors.keys()]
@@ -172,6 +178,13 @@ class StateCapture:
         )
         self._walked_since = False
         return self._fixed
+
+    def _tell_changed_numbers(self, key: str, optimizer: Optimizer) -> None:
+        changed = changed_numbers(key, optimizer, self._numbers[key])
+        if changed:
+            self._numbers[key] = {}  # said once
+        for sentence in changed if self._rank == 0 else ():
+            log.warning("%s", sentence)
 
     @property
     def asks_together(self) -> bool:

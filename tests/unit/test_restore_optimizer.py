@@ -884,3 +884,28 @@ def test_a_state_tensor_of_several_parameters_stays_one_under_other_names() -> N
     counts = [state["count"] for state in other.state.values()]
     assert len(counts) == 4
     assert all(count is counts[0] for count in counts)
+
+
+class Counted(torch.optim.SGD):
+    """Keeps a count where nothing saves it."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, lr=0.1, momentum=0.9)
+        self.every, self.count = 5, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        return super().step(closure)
+
+
+def test_a_number_that_is_lost_in_an_attribute_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    one = made(lambda m: Counted(m.parameters()))
+    capture = StateCapture(one, (), 0)
+    capture.capture()
+    assert not caplog.messages
+    for _ in range(2):
+        step(one["model"], one["optimizer"])
+        one["optimizer"].load_state_dict(one["optimizer"].state_dict())  # walked anew
+        capture.capture()
+    (told,) = caplog.messages
+    assert "optimizer: the attribute count of the Counted has changed from 0 to 1" in told

@@ -1,8 +1,8 @@
-"""Tensors that an optimizer keeps in attributes, where neither torch nor Holdfast saves them."""
+"""What an optimizer keeps in attributes, where neither torch nor Holdfast saves it: tensors and counts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.optim import Optimizer
@@ -36,6 +36,25 @@ def check_attributes(key: str, optimizer: Optimizer, names: ParameterNames) -> N
             f"{{'{key}_{top.strip('_')}': optimizer.{top}}}, or give the optimizer a state_dict() and a "
             "load_state_dict()"
         )
+
+
+def numbers_of(optimizer: Optimizer) -> dict[str, float]:
+    """The numbers in an optimizer's public attributes; none of one that answers for them by itself."""
+    if saves_itself(optimizer) or local_part(optimizer) is not None:
+        return {}
+    found = ((name, value) for name, value in vars(optimizer).items() if not name.startswith("_"))
+    return {name: value for name, value in found if type(value) in (int, float)}
+
+
+def changed_numbers(key: str, optimizer: Optimizer, before: Mapping[str, float]) -> list[str]:
+    """One sentence for each number that training has changed: a count of steps, it may be."""
+    return [
+        f"{key}: the attribute {name} of the {type(optimizer).__name__} has changed from {before[name]} to "
+        f"{value}, and attributes are not saved; if it matters, keep it in the optimizer's state or groups, "
+        "or give the optimizer a state_dict() and a load_state_dict()"
+        for name, value in numbers_of(optimizer).items()
+        if name in before and before[name] != value
+    ]
 
 
 def _in_attributes(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
