@@ -55,6 +55,8 @@ class PtTensors:
             info = TensorInfo(from_torch(tensor.dtype, name), tuple(tensor.shape))
         except UnsavableValueError:
             return Unheld(f"a tensor of {tensor.dtype}")
+        # A conjugate shares the memory of its tensor, and only a bit of it tells them apart.
+        tensor = tensor.resolve_conj().resolve_neg()
         place = (tensor.data_ptr(), info.shape, tuple(tensor.stride()), tensor.dtype)
         if tensor.numel() and place in self._shared:  # tied weights
             return self._shared[place]

@@ -170,6 +170,14 @@ def test_empty_tensors_are_not_one_tensor(tmp_path: Path) -> None:
     assert not manifest.aliases
 
 
+def test_a_conjugate_is_not_the_tensor_whose_memory_it_shares(tmp_path: Path) -> None:
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    torch.save({"z": z, "conjugate": z.conj(), "tied": z}, tmp_path / "a.pt")
+    manifest, tensors, _ = imported(tmp_path / "a.pt")
+    assert manifest.aliases == {"model.tied": "model.z"}
+    assert tensors["model.conjugate"].tolist() == [1 - 2j, 3 + 1j]
+
+
 def test_a_truncated_file_is_damaged_and_no_question_of_trust(tmp_path: Path) -> None:
     document = {"model": {"w": torch.ones(1000)}}
     torch.save(document, tmp_path / "zip")
