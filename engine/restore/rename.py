@@ -140,7 +140,14 @@ class _Names:
                 raise StateMismatchError(
                     f"rename maps both {taken[live]} and {name} to {live}; nothing was changed"
                 )
-        return {name: live for name, live in found.items() if live != name or name not in taken}
+        return {name: live for name, live in found.items() if live != name or not self._is_given_away(name)}
+
+    def _is_given_away(self, name: str) -> bool:
+        """Whether another name was given this name's place, or that of all below a part of it."""
+        start = _own(name)[1]
+        while start and not any(live == start != saved for saved, live in self._rename.items()):
+            start = start.rpartition(".")[0]
+        return bool(start)
 
     def loose(self, stored: Mapping[str, str]) -> dict[str, Json]:
         """Documents for tensors of modules that are entries by themselves here."""

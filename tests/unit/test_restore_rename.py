@@ -209,3 +209,23 @@ def test_a_loose_parameter_moves_into_a_module_and_out_of_it(tmp_path: Path) -> 
     with Checkpointer(tmp_path, again, read_only=True) as checkpointer:
         checkpointer.restore(rename={f"model.{name}": name for name in ("body", "head", "scale")})
     assert differences(photograph(again), photograph(loose)) == []
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_key_that_was_given_away_brings_nothing_of_its_own(strict: bool, tmp_path: Path) -> None:
+    """An average without the buffers must not get those of the model that it takes the place of."""
+    model, average = nn.BatchNorm1d(2), nn.LayerNorm(2)
+    nn.init.constant_(average.weight, 3.0)
+    nn.init.constant_(model.running_mean, 7.0)  # type: ignore[arg-type]
+    with Checkpointer(tmp_path, {"model": model, "ema": average}) as checkpointer:
+        checkpointer.save(1).result()
+    live = nn.BatchNorm1d(2)
+    with Checkpointer(tmp_path, {"model": live}, read_only=True) as checkpointer:
+        if strict:
+            with pytest.raises(StateMismatchError, match=r"missing in the checkpoint \(3\)"):
+                checkpointer.restore(rename={"ema": "model"})
+            return
+        checkpointer.restore(rename={"ema": "model"}, strict=False)
+    assert live.weight.tolist() == [3, 3]
+    assert live.running_mean is not None
+    assert live.running_mean.tolist() == [0, 0]
