@@ -32,7 +32,7 @@ def assert_waits_for_the_save_in_flight_alone(run: StoreRun) -> list[tuple[str, 
     steps = [step for kind, step in saves if kind == "save_started"]
     assert saves == [(kind, step) for step in steps for kind in ("save_started", "save_committed")]
     for event in run.events("save_snapshotted"):
-        assert set(event["secs_by_cause"]) == {"wait", "capture", "copy"}
+        assert set(event["secs_by_cause"]) - {"compare"} == {"wait", "capture", "copy"}
     return order
 
 
