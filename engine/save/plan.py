@@ -14,8 +14,17 @@ from engine.parallel.agreement import VERDICT_GRACE_SECS
 from engine.parallel.coordination import Channel
 from engine.save.outcomes import may_pass
 from engine.snapshot.divide import Part, divide
-from engine.snapshot.sharing import Group, Offer, all_aliases, groups_to_compare, shared_boxes
+from engine.snapshot.sharing import (
+    Group,
+    Offer,
+    all_aliases,
+    groups_to_compare,
+    one_sided_state,
+    shared_boxes,
+)
 from engine.snapshot.snapshot import chunk_to_json
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,7 @@ def agree_on_plan(
         "buffers": [[position, digest] for position, digest in offer.buffers.items()],
         "aliases": dict(offer.aliases),
         "on_device": offer.on_device,
+        "stateless": sorted(offer.stateless),
     }
     answers = None
     whole = Plan([])
@@ -121,6 +131,7 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
         offers = [_offer(document) for document in documents]
         shared = shared_boxes(offers, compared.differing if compared else ())
         try:
+            _check_state(offers)
             plans = divide([offer.held for offer in offers], shared)
         except StateError as error:
             errors, kind = [str(error)], "state"
@@ -144,6 +155,17 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
     tensors = {chunk.name: TensorInfo(chunk.dtype, chunk.shape) for chunk in chunks}
     whole = Plan([], tensors=tensors, aliases=all_aliases(offers), groups=groups)
     return [canonical_bytes(answer) for answer in answers], whole
+
+
+def _check_state(offers: Sequence[Offer]) -> None:
+    lines = one_sided_state(offers)
+    if lines:
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise StateError(
+            f"optimizer state differs between ranks: {'; '.join(lines[:_SHOWN])}{more}. Step the optimizer "
+            "alike on all ranks: it makes no state for a parameter that has no gradient there. Declare the "
+            "state key of an optimizer that belongs to one rank in per_rank"
+        )
 
 
 def fresh_of(group: Group, compared: Compared) -> frozenset[int]:
@@ -176,6 +198,7 @@ def _offer(document: Mapping[str, Any]) -> Offer:
         dict(document["buffers"]),
         document["aliases"],
         document["on_device"],
+        document["stateless"],
     )
 
 

@@ -323,6 +323,7 @@ class Saver:
                     buffer_digests(held, moment.captured.buffers),
                     moment.captured.aliases,
                     any(item.tensor.device.type != "cpu" for item in held),
+                    moment.captured.stateless,
                 )
             except Exception as error:
                 moment.problem = error

@@ -175,6 +175,7 @@ class StateCapture:
             frozenset(map(own, buffers)),
             self._fixed.generation + 1,
             {own(alias): own(name) for alias, name in aliases.items()},
+            stateless=frozenset(own(name) for one in self._optimizers.values() for name in one.stateless()),
         )
         self._walked_since = False
         return self._fixed

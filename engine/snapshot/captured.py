@@ -20,6 +20,7 @@ class Captured:
         same `generation`. The others may be new objects each time.
     buffers: the names that belong to modules and are no parameters: they may differ between ranks.
     guarded: the names that only an optimizer's step changes: its parameters and its state.
+    stateless: of each parameter without optimizer state, the name that its state's tensors would begin with.
     aliases: further names of tensors in `tensors` (tied weights), alias -> name.
     shared: JSON of the values that are the same on all ranks, by state key.
     local: JSON of this rank's own values, by state key.
@@ -33,6 +34,7 @@ class Captured:
     aliases: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     local: dict[str, Any] = field(default_factory=dict)
+    stateless: frozenset[str] = frozenset()
 
 
 def per_rank_name(rank: int, key: str) -> str:

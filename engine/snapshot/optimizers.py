@@ -155,6 +155,11 @@ class OptimizerCapture:
         parameters = (full[0] for full in self.full_names.values())
         return [*self.tensors, *(name for name in parameters if name in fixed)]
 
+    def stateless(self) -> list[str]:
+        """For each parameter without state that this rank would hold: how the names of its state begin."""
+        has = {*self._whole, *(self._names[parameter] for parameter, entry, _ in self._states if entry)}
+        return [f"{self.key}.state.{name}" for name in self.local if name not in has]
+
     def group_names(self) -> list[list[str]]:
         """The canonical parameter names of each group, in order."""
         return [[self._names[parameter] for parameter in group] for group in self._groups]

@@ -31,12 +31,14 @@ class Offer:
     buffers: those among them that are whole buffers of modules, by position, with their digest or `SMALL`.
     aliases: further names of tensors (tied weights), alias -> name.
     on_device: whether some of them lie in the memory of a device.
+    stateless: of its parameters without optimizer state, how the names of such state would begin.
     """
 
     held: Sequence[Chunk]
     buffers: Mapping[int, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     on_device: bool = False
+    stateless: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,23 @@ def groups_to_compare(shared: Mapping[Chunk, SharedBox]) -> list[Group]:
         Group(ranks, tuple(sorted(by_ranks[ranks], key=lambda box: (box.chunk.name, box.chunk.offsets))))
         for ranks in sorted(by_ranks)
     ]
+
+
+def one_sided_state(offers: Sequence[Offer]) -> list[str]:
+    """One sentence for each parameter that has optimizer state on one rank and none on another that has it.
+
+    The state of the one would come back to the other, which has made no step with it.
+    """
+    without = {name: rank for rank, offer in reversed([*enumerate(offers)]) for name in offer.stateless}
+    found: dict[str, str] = {}
+    for rank, offer in enumerate(offers if without else ()):
+        for chunk in offer.held:
+            begins = chunk.name
+            while begins and begins not in without:
+                begins = begins.rpartition(".")[0]
+            if begins and begins not in found:
+                found[begins] = f"{begins} is there on rank {rank} and not on rank {without[begins]}"
+    return list(found.values())
 
 
 def union_of_values(documents: Sequence[Any]) -> Any:

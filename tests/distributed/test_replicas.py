@@ -278,3 +278,23 @@ def test_extra_state_and_buffers_of_any_kind_are_each_ranks_own(world: World, tm
         assert seen == [rank + 1.0, *[[rank + 1.0]] * 4]
     for seen in world(4).run(noted, str(tmp_path), "restore"):
         assert seen == [1.0, *[[1.0]] * 4]
+
+
+def stepped_on_rank_0(rank: int, world_size: int, directory: str) -> Any:
+    """Weights are equal on all ranks; only rank 0 has made optimizer state for one of them."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.0)
+    for parameter in module.parameters() if rank == 0 else [module[1].weight, module[1].bias]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with Checkpointer(directory, {"model": module, "optimizer": optimizer}) as checkpointer:
+        first = result(checkpointer, 1)
+        return first, committed(checkpointer)
+
+
+def test_optimizer_state_that_only_one_rank_has_is_refused(world: World, tmp_path: Path) -> None:
+    for first, steps in world(2).run(stepped_on_rank_0, str(tmp_path)):
+        assert first.startswith("StateError: "), first
+        assert "optimizer.state.0.weight is there on rank 0 and not on rank 1" in first
+        assert steps == []

@@ -8,7 +8,14 @@ import pytest
 
 from engine.format.layout import Chunk
 from engine.snapshot.divide import divide
-from engine.snapshot.sharing import SMALL, Offer, groups_to_compare, shared_boxes, union_of_values
+from engine.snapshot.sharing import (
+    SMALL,
+    Offer,
+    groups_to_compare,
+    one_sided_state,
+    shared_boxes,
+    union_of_values,
+)
 from tests.support.boxes import shards, whole
 
 
@@ -70,3 +77,13 @@ def test_groups_are_the_same_whatever_the_order_of_the_offers() -> None:
 )
 def test_values_of_modules(documents: list[Any], union: Any) -> None:
     assert union_of_values(documents) == union
+
+
+def test_state_that_a_holder_of_the_parameter_lacks_is_named() -> None:
+    with_state = Offer([whole("o.state.a.exp_avg", 2), whole("o.state.a.step", 1), whole("m.a", 2)])
+    without = Offer([whole("m.a", 2)], stateless=["o.state.a", "o.state.b"])
+    (line,) = one_sided_state([with_state, without, without])
+    assert line == "o.state.a is there on rank 0 and not on rank 1"
+    assert one_sided_state([without, without]) == []
+    elsewhere = Offer([whole("m.b", 2)])  # a pipeline stage that has other parameters
+    assert one_sided_state([with_state, elsewhere]) == []
