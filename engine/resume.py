@@ -23,10 +23,10 @@ from engine.errors import ConfigError, HoldfastError, SelectorError
 from engine.parallel.mesh import MeshShape
 from engine.run.cli import gives, parse, resolve
 from engine.run.config import TrainConfig, complete
-from engine.run.console import readable_bytes
 from engine.run.reads import plan_reads
 from engine.run.start import Restart, Start, find_start
 from engine.storage.open import open_storage
+from engine.text import readable_bytes
 
 USER_ERROR = 2
 PROGRAM = "python -m engine.resume"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from engine.catalog.lease import Lease
 from engine.catalog.listing import committed, list_checkpoints, read_manifest
 from engine.catalog.retention import by_sequence
-from engine.checkpoints import text
 from engine.checkpoints.progress import Meter, cleaning_up_on_sigterm, meter
 from engine.checkpoints.target import open_target, select
 from engine.errors import (
@@ -24,6 +23,7 @@ from engine.mirror.copy import Copied, copy_checkpoint
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from engine.storage.split import split_uri
+from engine.text import readable_bytes, readable_rate
 
 _RUN_ID = "copy"
 
@@ -88,11 +88,11 @@ def _copy(source: Storage, item: _Wanted, destination: Storage, lease: Lease, ba
 
 
 def _said(copied: Copied) -> str:
-    speed = f"in {copied.secs:.2f} s, {text.rate(copied.sent_bytes, copied.secs)}"
+    speed = f"in {copied.secs:.2f} s, {readable_rate(copied.sent_bytes, copied.secs)}"
     if not copied.sent_bytes:
-        return f"there    {copied.id}  {text.size(copied.bytes)}, whole: nothing was sent"
-    sent = "" if copied.sent_bytes == copied.bytes else f"{text.size(copied.sent_bytes)} of "
-    return f"copied   {copied.id}  {sent}{text.size(copied.bytes)} {speed}"
+        return f"there    {copied.id}  {readable_bytes(copied.bytes)}, whole: nothing was sent"
+    sent = "" if copied.sent_bytes == copied.bytes else f"{readable_bytes(copied.sent_bytes)} of "
+    return f"copied   {copied.id}  {sent}{readable_bytes(copied.bytes)} {speed}"
 
 
 def _wanted(

@@ -21,6 +21,7 @@ from engine.mirror.owed import owed
 from engine.mirror.tiers import both_tiers
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
+from engine.text import readable_bytes
 
 _HEADER = ("STEP", "EPOCH", "VAL LOSS", "SIZE", "RANKS", "AGE", "ROLES", "STATUS", "CHECKPOINT")
 _TIERS_HEADER = (*_HEADER[:-1], "LOCAL", "MIRROR", _HEADER[-1])
@@ -142,7 +143,7 @@ def as_text(
 def _owed_line(mirrored: Mirrored) -> str:
     if not mirrored.owed_bytes:
         return f"{mirrored.uri} is up to date"
-    count, size = len(mirrored.owed_bytes), text.size(sum(mirrored.owed_bytes.values()))
+    count, size = len(mirrored.owed_bytes), readable_bytes(sum(mirrored.owed_bytes.values()))
     return f"{mirrored.uri} is still owed {count} checkpoint{'s' * (count != 1)}, {size}"
 
 
@@ -156,7 +157,7 @@ def _row(
         "-" if item.step is None else str(item.step),
         str(record.epoch) if record else "-",
         "-" if value is None else f"{value:.4f}",
-        text.size(item.bytes),
+        readable_bytes(item.bytes),
         str(record.world_size) if record else "-",
         text.age(now - record.created) if record else "-",
         ", ".join(serving.get(item.id, ())) or "-",

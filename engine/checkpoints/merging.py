@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from engine.checkpoints import text
 from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
 from engine.checkpoints.target import open_checkpoint
 from engine.storage.open import open_storage
+from engine.text import readable_bytes
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,5 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
         record = merge_checkpoints(
             sources, directory, weights=arguments.weights, on_total=bar.on_total, progress=bar.progress
         )
-    print(f"{len(sources)} checkpoints are merged into {record.path} ({text.size(record.bytes)}, model only)")
+    size = readable_bytes(record.bytes)
+    print(f"{len(sources)} checkpoints are merged into {record.path} ({size}, model only)")
     return 0

@@ -11,11 +11,11 @@ from engine.catalog.lease import Lease
 from engine.catalog.listing import Listed, committed, exempt, list_checkpoints
 from engine.catalog.reaper import Reaped, reap, reap_abandoned
 from engine.catalog.retention import Decision, metrics_in_words, surplus, unfed
-from engine.checkpoints import text
 from engine.checkpoints.target import open_directory, run_policy
 from engine.errors import NotFoundError, StorageError
 from engine.format.names import DEAD_PREFIX
 from engine.storage.base import Storage
+from engine.text import readable_bytes
 
 _RUN_ID = "prune"
 
@@ -76,20 +76,20 @@ def _looks_abandoned(storage: Storage, name: str) -> bool:
 
 def _say_partial(item: Listed, word: str) -> None:
     why = item.reason if word != "stays" else f"{item.reason}, or a copy that is still arriving"
-    print(f"{word.ljust(8)}  {item.id}  {text.size(item.bytes)}  {why}")
+    print(f"{word.ljust(8)}  {item.id}  {readable_bytes(item.bytes)}  {why}")
 
 
 def _say(decisions: list[Decision], goes: str) -> None:
     for decision in decisions:
         record = decision.record
         word = "stays" if decision.keep else goes
-        print(f"{word.ljust(8)}  {record.id}  {text.size(record.bytes)}  {decision.why}")
+        print(f"{word.ljust(8)}  {record.id}  {readable_bytes(record.bytes)}  {decision.why}")
 
 
 def _summarise(removed: list[Reaped], listed: list[Listed]) -> None:
     sizes = {item.id: item.bytes for item in listed}
     gone = [id for reaped in removed for id in reaped.removed]
-    print(f"removed {len(gone)}, {text.size(sum(sizes.get(id, 0) for id in gone))}")
+    print(f"removed {len(gone)}, {readable_bytes(sum(sizes.get(id, 0) for id in gone))}")
     failed = [cause for reaped in removed for _, cause in reaped.failed]
     if failed:
         raise StorageError(f"{len(failed)} could not be removed; the first: {failed[0]}")

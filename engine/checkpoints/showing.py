@@ -16,6 +16,7 @@ from engine.checkpoints import text
 from engine.checkpoints.target import find, open_target, run_policy, select
 from engine.format.manifest import Manifest, TensorInfo
 from engine.storage.base import Storage
+from engine.text import readable_bytes
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +65,7 @@ def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
         "parent": manifest.parent or ", ".join(manifest.parents) or "-",
         "ranks": str(manifest.world_size),
         "mesh": _pairs(manifest.mesh) or "-",
-        "size": text.size(manifest.total_bytes),
+        "size": readable_bytes(manifest.total_bytes),
         "software": _pairs(manifest.software) or "-",
     }
     width = max(map(len, facts))
@@ -94,7 +95,9 @@ def _tensor_table(tensors: Mapping[str, TensorInfo]) -> str:
         counts[group] += 1
         elements[group] += math.prod(info.shape)
         sizes[group] += info.tensor_bytes
-    rows = [(*key, str(counts[key]), str(elements[key]), text.size(sizes[key])) for key in sorted(counts)]
+    rows = [
+        (*key, str(counts[key]), str(elements[key]), readable_bytes(sizes[key])) for key in sorted(counts)
+    ]
     header = ("STATE", "TYPE", "TENSORS", "ELEMENTS", "SIZE")
     return text.table(header, rows, frozenset({2, 3, 4})) if rows else ""
 

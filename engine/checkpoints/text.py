@@ -1,20 +1,10 @@
-"""Values as a person reads them: sizes, ages, rates, tables."""
+"""Ages, untrusted text and tables, as a terminal shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"))
-
-
-def size(count: int) -> str:
-    """A number of bytes in decimal units: 1.49 GB."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if value < 999.5 or unit == "PB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    raise AssertionError("unreachable")
 
 
 def age(secs: float) -> str:
@@ -25,11 +15,6 @@ def age(secs: float) -> str:
         if secs >= unit_secs:
             return f"{secs / unit_secs:.0f} {unit}"
     return f"{secs:.0f} s"
-
-
-def rate(count: int, secs: float) -> str:
-    """Bytes per second: 812 MB/s."""
-    return f"{size(round(count / secs))}/s" if secs > 0 else "-"
 
 
 def printable(text: str) -> str:

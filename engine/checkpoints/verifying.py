@@ -19,6 +19,7 @@ from engine.checkpoints.target import find, open_target
 from engine.errors import HoldfastError, NewerFormatError, NotFoundError, SelectorError, StorageError
 from engine.format.names import MANIFEST
 from engine.storage.base import Storage
+from engine.text import readable_bytes, readable_rate
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def report(
 
     cleared: it was marked as damaged, and is no longer. quick: its data was not read.
     """
-    speed = f"{text.size(result.bytes)} in {result.secs:.2f} s, {text.rate(result.bytes, result.secs)}"
+    size, rate = readable_bytes(result.bytes), readable_rate(result.bytes, result.secs)
+    speed = f"{size} in {result.secs:.2f} s, {rate}"
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
     yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":

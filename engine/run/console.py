@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from engine.run.events import Event
+from engine.text import readable_bytes
 
 PROGRESS_SECS = 1.0
 
@@ -52,7 +53,7 @@ def checkpoint_line(event: Event) -> str | None:
     why = f" ({reasons})" if reasons else ""
     match event.get("event"):
         case "save_committed":
-            size, secs = readable_bytes(event.get("bytes")), event.get("secs")
+            size, secs = _size(event.get("bytes")), event.get("secs")
             took = f" in {secs:.2f} s" if secs is not None else ""
             blocked = event.get("blocked_secs")
             waited = f", training waited {blocked:.2f} s" if blocked is not None else ""
@@ -61,7 +62,7 @@ def checkpoint_line(event: Event) -> str | None:
         case "save_failed":
             return f"checkpoint: step {step}{why} FAILED: {event.get('cause')}"
         case "mirror_copied":
-            size, sent = readable_bytes(event.get("bytes")), event.get("sent_bytes")
+            size, sent = _size(event.get("bytes")), event.get("sent_bytes")
             part = f"{readable_bytes(sent)} of " if sent not in (None, event.get("bytes")) else ""
             owed = f", {event['owed']} still owed" if event.get("owed") else ""
             took = f"{event['secs']:.2f} s"
@@ -73,12 +74,5 @@ def checkpoint_line(event: Event) -> str | None:
     return None
 
 
-def readable_bytes(count: float | None) -> str:
-    """1,490,000,000 -> '1.49 GB'; decimal units, as disks are sold."""
-    if count is None:
-        return "unknown size"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
+def _size(count: int | None) -> str:
+    return "unknown size" if count is None else readable_bytes(count)

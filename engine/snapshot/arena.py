@@ -24,6 +24,7 @@ from engine.errors import MemoryBudgetError
 from engine.format.layout import PlacedChunk, ShardLayout
 from engine.snapshot.host_memory import available_bytes
 from engine.storage.pages import PAGE_BYTES, map_pages
+from engine.text import readable_bytes
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Arena:
         self.file_bytes = sum(slot.layout.file_bytes for slot in self.slots)
         self.size_bytes = sum(slot.padded_bytes for slot in self.slots)
         check_budget(self.size_bytes, budget_bytes, available_bytes())
-        log.info("taking %.1f MB of host memory for snapshots", self.size_bytes / 1e6)
+        log.info("taking %s of host memory for snapshots", readable_bytes(self.size_bytes))
         self._map, self._skip = map_pages(self.size_bytes)
         self._stop = False
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes, offset=self._skip)

@@ -16,6 +16,8 @@ import ctypes
 import logging
 import mmap
 
+from engine.text import readable_bytes
+
 log = logging.getLogger(__name__)
 
 PAGE_BYTES = 4096
@@ -40,5 +42,7 @@ def map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
         try:
             pages.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
-            log.info("no huge pages (%s): reading and writing %d MB takes longer", error, length >> 20)
+            log.info(
+                "no huge pages (%s): reading and writing %s takes longer", error, readable_bytes(length)
+            )
     return pages, skip

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from engine.errors import AlreadyExistsError, HoldfastError, NotFoundError, StorageError
 from engine.format.digest import bytes_digest
 from engine.storage.base import Storage
+from engine.text import readable_rate
 
 RACERS = 8
 SPEED_BYTES = 64 << 20
@@ -127,8 +128,8 @@ class _Bench:
         self.storage.read_into(self.at("large"), 0, memoryview(back))
         read = time.monotonic()
         _expect(bytes_digest(back) == bytes_digest(buffer[:size]), "a large file reads back changed")
-        rates = [size / 1e6 / max(1e-6, secs) for secs in (written - begun, read - reading)]
-        return f"{rates[0]:,.0f} MB/s written ({stats.method}, until durable), {rates[1]:,.0f} MB/s read"
+        rates = [readable_rate(size, secs) for secs in (written - begun, read - reading)]
+        return f"{rates[0]} written ({stats.method}, until durable), {rates[1]} read"
 
     def delete(self) -> str:
         self.storage.delete_file(self.at("one"))

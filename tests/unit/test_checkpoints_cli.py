@@ -458,22 +458,6 @@ def test_on_a_store(run: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (86048, "86 kB"),
-        (999_600, "1 MB"),
-        (1_493_000_000, "1.49 GB"),
-        (5 * 10**15, "5 PB"),
-    ],
-)
-def test_sizes(count: int, shown: str) -> None:
-    assert text.size(count) == shown
-
-
-@pytest.mark.parametrize(
     ("secs", "shown"), [(-5, "now"), (0.4, "now"), (59, "59 s"), (61, "1 min"), (7200, "2 h"), (3e5, "3 d")]
 )
 def test_ages(secs: float, shown: str) -> None:

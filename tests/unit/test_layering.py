@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
     "errors",
+    "text",
     "forks",
     "loaders",
     "stopping",
@@ -36,7 +37,18 @@ FLOORS = (
     "run",
 )
 PROGRAMS = ("train", "resume", "checkpoints", "generate")
-TORCHLESS = ("errors", "forks", "loaders", "native", "format", "storage", "catalog", "mirror", "checkpoints")
+TORCHLESS = (
+    "errors",
+    "text",
+    "forks",
+    "loaders",
+    "native",
+    "format",
+    "storage",
+    "catalog",
+    "mirror",
+    "checkpoints",
+)
 MAX_LINES = 400
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.run.config import TrainConfig
-from engine.run.console import Console, checkpoint_line, readable_bytes
+from engine.run.console import Console, checkpoint_line
 from engine.run.events import MetricsLog
 from engine.run.hook import EventHook
 from engine.run.recorder import HOOK_CLOSE_SECS, Recorder, log_directory
@@ -155,21 +155,6 @@ def test_a_terminal_that_is_gone_stops_nothing() -> None:
 )
 def test_the_line_for_a_checkpoint(event: dict[str, Any], said: str | None) -> None:
     assert checkpoint_line(event) == said
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (10_400_000, "10.4 MB"),
-        (1.49e9, "1.49 GB"),
-        (2e12, "2 TB"),
-    ],
-)
-def test_readable_bytes(count: float, text: str) -> None:
-    assert readable_bytes(count) == text
 
 
 @pytest.mark.parametrize(
