@@ -160,7 +160,7 @@ def _storage(uri: str, options: dict[str, str], direct: bool) -> Any:
     storage = FsspecStorage(uri, options)
     if not direct:
         # What remains of the S3 route where a store refuses signed addresses.
-        storage._client.bulk._direct = False  # type: ignore[union-attr]
+        storage._client.multipart._direct = False  # type: ignore[union-attr]
     return storage
 
 

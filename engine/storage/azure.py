@@ -8,13 +8,13 @@ from typing import Any
 
 from fsspec.asyn import sync
 
-from engine.storage.bulk import Bulk
 from engine.storage.calls import CALL_SECS
+from engine.storage.multipart import Multipart
 
 _SLOWEST_BYTES_PER_SEC = 16 << 10
 
 
-class AzureBulk(Bulk):
+class AzureMultipart(Multipart):
     """Blocks that are not committed show nowhere, and Azure removes them after a week: nothing to abort."""
 
     def __init__(self, fs: Any) -> None:

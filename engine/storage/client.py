@@ -15,12 +15,13 @@ from fsspec.utils import get_protocol
 from engine.errors import ConfigError, HoldfastError, NotFoundError
 from engine.forks import in_child
 from engine.format.names import safe_relative
-from engine.storage.bulk import Bulk, bulk_for
 from engine.storage.calls import call
+from engine.storage.multipart import Multipart
 from engine.storage.options import client_options
 from engine.storage.redact import Redactor, redact_uri
 from engine.storage.remote_failures import remote_error
 from engine.storage.retry import Retry
+from engine.storage.stores import multipart_for
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class StoreClient:
             fs.retries = 1  # s3fs loops around its client's tries: three nested loops outlast any deadline
         self.fs: fsspec.AbstractFileSystem = fs
         self._root = str(root).rstrip("/")
-        self.bulk: Bulk | None = bulk_for(self.scheme, fs)
+        self.multipart: Multipart | None = multipart_for(self.scheme, fs)
         in_child(self._leave_to_parent)
 
     def _leave_to_parent(self) -> None:
@@ -90,8 +91,8 @@ class StoreClient:
     @property
     def reads_at_once(self) -> int:
         """How many reads may be in flight for one caller: of a client without a loop of its own, one."""
-        if self.bulk is not None:
-            return self.bulk.reads_at_once
+        if self.multipart is not None:
+            return self.multipart.reads_at_once
         return 4 if self.fs.async_impl or self.scheme == "memory" else 1
 
     def listing(self, name: str, full: str) -> Any:

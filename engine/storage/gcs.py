@@ -7,14 +7,14 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 from urllib.parse import quote
 
-from engine.storage.bulk import SHARD, Bulk, Names
 from engine.storage.calls import call
+from engine.storage.multipart import SHARD, Multipart, Names
 
 _JSON_BASE = "/storage/v1/"
 """What gcsfs puts behind the server's address; the XML interface has nothing there."""
 
 
-class GcsBulk(Bulk):
+class GcsMultipart(Multipart):
     """gcsfs sends part after part in a resumable upload; the XML interface takes them side by side."""
 
     def __init__(self, fs: Any) -> None:

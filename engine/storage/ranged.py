@@ -54,8 +54,8 @@ class RangedReader(Reader):
         self._client.do("read", self._path, lambda: self._fill(offset, part), stop=stop)
 
     def _fill(self, offset: int, part: memoryview) -> None:
-        bulk = self._client.bulk
-        if bulk is not None and bulk.fetch(self._full, offset, part):
+        multipart = self._client.multipart
+        if multipart is not None and multipart.fetch(self._full, offset, part):
             return
         end = offset + len(part)
         data = self._client.call("cat_file", self._full, start=offset, end=end, moving_bytes=len(part))

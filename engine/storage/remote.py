@@ -71,8 +71,8 @@ class FsspecStorage(Storage):
         return tree
 
     def list_heads(self) -> Heads:
-        bulk, root = self._client.bulk, self._client.full("")
-        names = self._client.do("list", "", lambda: bulk.names(root)) if bulk is not None else None
+        multipart, root = self._client.multipart, self._client.full("")
+        names = self._client.do("list", "", lambda: multipart.names(root)) if multipart is not None else None
         if names is None:
             return Heads(self.list_tree(), whole=True)
         tree: dict[str, dict[str, int]] = {"": {}}
@@ -87,12 +87,12 @@ class FsspecStorage(Storage):
         return [path for path, _ in self._unfinished("")]
 
     def abort_uploads(self, path: str) -> None:
-        bulk = self._client.bulk
+        multipart = self._client.multipart
         for name, id in self._unfinished(safe_relative(path)):
-            assert bulk is not None
+            assert multipart is not None
             full = self._client.full(name)
             with contextlib.suppress(NotFoundError):  # completed or aborted meanwhile
-                self._client.do("abort", name, functools.partial(bulk.abort, full, id))
+                self._client.do("abort", name, functools.partial(multipart.abort, full, id))
 
     def size(self, path: str) -> int:
         return self._client.size(safe_relative(path))
@@ -216,12 +216,12 @@ class FsspecStorage(Storage):
 
     def _unfinished(self, path: str) -> list[tuple[str, str]]:
         """(path, id) of the uploads below a directory that somebody began and never ended."""
-        bulk, root = self._client.bulk, self._client.full("")
-        if bulk is None:
+        multipart, root = self._client.multipart, self._client.full("")
+        if multipart is None:
             return []
         below = self._client.full(path)
         try:
-            found = self._client.do("list uploads below", path, lambda: bulk.unfinished(below))
+            found = self._client.do("list uploads below", path, lambda: multipart.unfinished(below))
         except StorageUnavailableError:
             raise
         except StorageError as error:

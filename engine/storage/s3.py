@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from engine.storage.bulk import DIRECT_AT_ONCE, SHARD, Bulk, Names
 from engine.storage.calls import call
+from engine.storage.multipart import DIRECT_AT_ONCE, SHARD, Multipart, Names
 from engine.storage.wire import CONNECT_SECS, STALL_SECS, RefusedError, Wire
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _ADDRESS_SECS = 60.0
 _MOST_ADDRESSES = 256
 
 
-class S3Bulk(Bulk):
+class S3Multipart(Multipart):
     """S3 through s3fs, its bulk data past it.
 
     s3fs and botocore do all that needs an account: they find credentials and regions, and sign. Bytes of

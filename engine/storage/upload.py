@@ -16,9 +16,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from engine.errors import NotFoundError
 from engine.format.names import TMP_SUFFIX
 from engine.storage.base import WINDOW_BYTES
-from engine.storage.bulk import Bulk, part_bytes
 from engine.storage.client import StoreClient
 from engine.storage.direct import windows
+from engine.storage.multipart import Multipart, part_bytes
 
 MAX_PUT_BYTES = 64 << 20
 """Largest object that is put in one request. Only such a request can carry a precondition: Ceph's gateway
@@ -35,8 +35,8 @@ def upload(client: StoreClient, path: str, view: memoryview, prepare: Prepare) -
     """
     if not client.is_object_store:
         _through_file(client, path, view, prepare)
-    elif client.bulk is not None and len(view) > WINDOW_BYTES:
-        _Upload(client, client.bulk, path, view).run(prepare)
+    elif client.multipart is not None and len(view) > WINDOW_BYTES:
+        _Upload(client, client.multipart, path, view).run(prepare)
     else:
         _prepare(prepare, 0, len(view))
         full, data = client.full(path), bytes(view)
@@ -46,9 +46,9 @@ def upload(client: StoreClient, path: str, view: memoryview, prepare: Prepare) -
 class _Upload:
     """One upload in parts, several of them at a time."""
 
-    def __init__(self, client: StoreClient, bulk: Bulk, path: str, view: memoryview) -> None:
+    def __init__(self, client: StoreClient, multipart: Multipart, path: str, view: memoryview) -> None:
         self._client = client
-        self._bulk = bulk
+        self._multipart = multipart
         self._path = path
         self._full = client.full(path)
         self._view = view
@@ -59,17 +59,17 @@ class _Upload:
         size = part_bytes(len(self._view))
         ranges = windows(len(self._view), size)
         self._id = self._client.do(
-            "write", self._path, lambda: self._bulk.begin(self._full, len(self._view))
+            "write", self._path, lambda: self._multipart.begin(self._full, len(self._view))
         )
         try:
-            at_once = min(self._bulk.at_once(size), len(ranges))
+            at_once = min(self._multipart.at_once(size), len(ranges))
             with ThreadPoolExecutor(at_once, thread_name_prefix="holdfast-upload") as pool:
                 tokens = self._send(pool, ranges, at_once, prepare)
             self._complete(tokens)
         except BaseException:
             # What this leaves behind in an outage, the next run's retention finds.
             with contextlib.suppress(Exception):
-                self._client.briefly("abort", self._path, lambda: self._bulk.abort(self._full, self._id))
+                self._client.briefly("abort", self._path, lambda: self._multipart.abort(self._full, self._id))
             raise
 
     def _send(
@@ -97,7 +97,7 @@ class _Upload:
         return self._client.do(
             "write",
             self._path,
-            lambda: self._bulk.put_part(self._full, self._id, number, part, self._stop),
+            lambda: self._multipart.put_part(self._full, self._id, number, part, self._stop),
             stop=self._stop,
         )
 
@@ -107,7 +107,7 @@ class _Upload:
         def complete() -> None:
             nonlocal tries
             tries += 1
-            self._bulk.complete(self._full, self._id, tokens)
+            self._multipart.complete(self._full, self._id, tokens)
 
         try:
             self._client.do("write", self._path, complete)

@@ -20,7 +20,7 @@ from engine.storage.base import WINDOW_BYTES, Heads, Storage
 from engine.storage.open import open_storage
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
-from engine.storage.s3 import S3Bulk
+from engine.storage.s3 import S3Multipart
 from engine.storage.wire import RefusedError, Wire
 from tests.services.moto import BUCKET, S3Server, moto_server
 from tests.storage.buffers import padded, pattern
@@ -60,7 +60,7 @@ def test_failed_upload_leaves_no_parts(
         raise ValueError("mine")
 
     if moment != "window":
-        monkeypatch.setattr(S3Bulk, moment, fail)
+        monkeypatch.setattr(S3Multipart, moment, fail)
     expected = ValueError if moment == "window" else Exception
     with pytest.raises(expected, match="mine"):
         storage.write_shard(
@@ -278,6 +278,6 @@ def test_a_store_that_groups_by_slashes_only_is_listed_in_full(
     storage.write_file("step-1/manifest.json", b"{}")
     storage.write_file("step-1/shard-00000.json", b"1")
     assert storage.list_heads() == Heads({"": {}, "step-1": {"manifest.json": 2}}, whole=False)
-    monkeypatch.setattr(S3Bulk, "names", lambda self, root: None)
+    monkeypatch.setattr(S3Multipart, "names", lambda self, root: None)
     whole = {"": {}, "step-1": {"manifest.json": 2, "shard-00000.json": 1}}
     assert storage.list_heads() == Heads(whole, whole=True)

@@ -14,7 +14,7 @@ from engine.catalog.listing import list_checkpoints
 from engine.format.manifest import Manifest
 from engine.restore.choose import choose_checkpoint
 from engine.storage.remote import FsspecStorage
-from engine.storage.s3 import S3Bulk
+from engine.storage.s3 import S3Multipart
 from tests.support.tiny_checkpoint import write_checkpoint
 
 PAGE = 1000
@@ -67,7 +67,7 @@ def requests() -> Counter[str]:
 @pytest.fixture
 def storage(requests: Counter[str], monkeypatch: pytest.MonkeyPatch) -> FsspecStorage:
     storage = FsspecStorage(f"memory://{uuid.uuid4()}/run", {"skip_instance_cache": True})
-    storage._client.bulk = S3Bulk(PagedStore(storage._fs, requests))
+    storage._client.multipart = S3Multipart(PagedStore(storage._fs, requests))
     lock = threading.Lock()
     for method in ("ls", "find", "info", "cat_file"):
         real = getattr(storage._fs, method)

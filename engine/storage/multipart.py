@@ -1,11 +1,10 @@
-"""What a kind of store can do beyond fsspec's interface: objects in parts, reads in place, short listings."""
+"""What one kind of store offers beyond fsspec: multipart uploads, reads in place, listings without shards."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.storage.base import WINDOW_BYTES
 
@@ -40,7 +39,7 @@ class Names:
     directories: frozenset[str] = frozenset()
 
 
-class Bulk(ABC):
+class Multipart(ABC):
     """One kind of store. Paths are the file system's full ones. Raises whatever the client raises.
 
     Parts of an upload are put in any order and by several threads; putting one again replaces it. Nothing
@@ -91,20 +90,3 @@ class Bulk(ABC):
     def names(self, root: str) -> Names | None:
         """Everything below the root but shard files, in few requests; None if that cannot be had."""
         return None
-
-
-def bulk_for(scheme: str, fs: Any) -> Bulk | None:
-    """The extras of a file system by its scheme, or None."""
-    if scheme in ("s3", "s3a"):
-        from engine.storage.s3 import S3Bulk
-
-        return S3Bulk(fs)
-    if scheme in ("gs", "gcs"):
-        from engine.storage.gcs import GcsBulk
-
-        return GcsBulk(fs)
-    if scheme in ("az", "abfs", "abfss"):
-        from engine.storage.azure import AzureBulk
-
-        return AzureBulk(fs)
-    return None

@@ -12,8 +12,8 @@ import pytest
 
 from engine.errors import StorageDeniedError, StorageError, StorageUnavailableError
 from engine.storage.base import WINDOW_BYTES
-from engine.storage.bulk import MAX_PARTS, Bulk, Names, part_bytes
-from engine.storage.gcs import GcsBulk
+from engine.storage.gcs import GcsMultipart
+from engine.storage.multipart import MAX_PARTS, Multipart, Names, part_bytes
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
 from tests.storage.buffers import padded, pattern
@@ -21,7 +21,7 @@ from tests.storage.buffers import padded, pattern
 SIZE = 5 * WINDOW_BYTES + 12_345
 
 
-class Parts(Bulk):
+class Parts(Multipart):
     """A store with uploads in parts on top of memory://, that fails where it is told to."""
 
     def __init__(self, fs: Any) -> None:
@@ -81,7 +81,7 @@ def storage() -> FsspecStorage:
 @pytest.fixture
 def parts(storage: FsspecStorage) -> Parts:
     parts = Parts(storage._fs)
-    storage._client.bulk = parts
+    storage._client.multipart = parts
     return parts
 
 
@@ -261,14 +261,14 @@ class Google:
 
 def test_google() -> None:
     store = Google()
-    bulk, never = GcsBulk(store), threading.Event()
-    upload_id = bulk.begin("b/run/shard é", 30)
-    tokens = [bulk.put_part("b/run/shard é", upload_id, n, memoryview(b"%d" % n), never) for n in (1, 2, 3)]
-    bulk.complete("b/run/shard é", upload_id, tokens)
+    google, never = GcsMultipart(store), threading.Event()
+    upload_id = google.begin("b/run/shard é", 30)
+    tokens = [google.put_part("b/run/shard é", upload_id, n, memoryview(b"%d" % n), never) for n in (1, 2, 3)]
+    google.complete("b/run/shard é", upload_id, tokens)
     assert store.objects == {"https://storage.googleapis.com/b/run/shard%20%C3%A9": b"123"}
-    bulk.abort("b/run/other", bulk.begin("b/run/other", 30))
+    google.abort("b/run/other", google.begin("b/run/other", 30))
     assert store.uploads == {}
-    assert bulk.unfinished("b/run") == [("b/run/a", "a"), ("b/run/b", "b")]
+    assert google.unfinished("b/run") == [("b/run/a", "a"), ("b/run/b", "b")]
 
 
 def test_google_lists_without_shards() -> None:
@@ -282,7 +282,7 @@ def test_google_lists_without_shards() -> None:
                 return {"items": rows, "nextPageToken": "next"}
             return {"prefixes": ["run/step-1/shard-", "run/step-2/shard-"]}
 
-    names = GcsBulk(Listing()).names("b/run")
+    names = GcsMultipart(Listing()).names("b/run")
     assert names == Names({"lease": 3, "step-1/manifest.json": 2}, frozenset({"step-1", "step-2"}))
     assert asked[0]["args"] == ("GET", "b/{}/o", "b")
     assert (asked[1]["prefix"], asked[1]["delimiter"], asked[1]["pageToken"]) == ("run/", "/shard-", "next")

@@ -1,0 +1,27 @@
+"""Which kind of store a scheme names, and what Holdfast can do there beyond fsspec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.storage.multipart import Multipart
+
+
+def multipart_for(scheme: str, fs: Any) -> Multipart | None:
+    """The multipart interface of a file system, by its scheme; None if it has none.
+
+    The modules are imported here because each needs its store's packages, and most users install one.
+    """
+    if scheme in ("s3", "s3a"):
+        from engine.storage.s3 import S3Multipart
+
+        return S3Multipart(fs)
+    if scheme in ("gs", "gcs"):
+        from engine.storage.gcs import GcsMultipart
+
+        return GcsMultipart(fs)
+    if scheme in ("az", "abfs", "abfss"):
+        from engine.storage.azure import AzureMultipart
+
+        return AzureMultipart(fs)
+    return None
