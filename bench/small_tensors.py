@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> Result:
     from bench.floors import Floors
     from bench.provenance import collect
     from engine import Checkpointer
-    from engine.snapshot.capture import StateCapture
+    from engine.state.capture import StateCapture
 
     parameters = [nn.Parameter(torch.randn(options.bytes // 4)) for _ in range(options.tensors)]
     state = {"model": nn.ParameterList(parameters)}

@@ -12,13 +12,13 @@ import torch
 
 from bench.sizes import batch_shape, fit_tokens
 from data.batch import BatchSplit
-from engine.parallel.mesh import build_mesh
-from engine.parallel.parallelize import build_model
-from engine.run.agreement import Agreement
 from engine.run.config import TrainConfig
 from engine.run.job import Job
 from engine.run.lr import LrSchedule, LrShape
+from engine.run.mesh import build_mesh
+from engine.run.parallelize import build_model
 from engine.run.setup import World
+from engine.run.shared_stop import Agreement
 from engine.run.step import train_step
 from model.config import GPT2Config
 from model.gpt2 import GPT2

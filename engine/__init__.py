@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import HoldfastError, UnsupportedPlatformError
 
 if TYPE_CHECKING:
-    from engine.catalog.record import CheckpointRecord
-    from engine.catalog.retention import Retention
     from engine.checkpointer import Checkpointer
+    from engine.directory.record import CheckpointRecord
+    from engine.directory.retention import Retention
     from engine.loaders import ReshardableLoader
     from engine.save.handle import SaveHandle
     from engine.stopping import StopSignals
@@ -36,10 +36,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointRecord": "engine.catalog.record",
+    "CheckpointRecord": "engine.directory.record",
     "Checkpointer": "engine.checkpointer",
     "ReshardableLoader": "engine.loaders",
-    "Retention": "engine.catalog.retention",
+    "Retention": "engine.directory.retention",
     "SaveHandle": "engine.save.handle",
     "StopSignals": "engine.stopping",
 }

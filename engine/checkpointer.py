@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from engine.catalog.listing import Listed, list_checkpoints
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention
-from engine.catalog.select import by_policy
+from engine.directory.listing import Listed, list_checkpoints
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention
+from engine.directory.selectors import by_policy
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
-from engine.parallel.agreement import all_make
-from engine.parallel.calls import RESTORE, Calls, Request
-from engine.parallel.connect import connect_ranks
+from engine.ranks.agreement import all_make
+from engine.ranks.calls import RESTORE, Calls, Request
+from engine.ranks.connect import connect_ranks
+from engine.restore.filters import Wanted
 from engine.restore.restorer import Restorer
-from engine.restore.wanted import Wanted
 from engine.save.arguments import (
     check_failing,
     check_names,
@@ -34,18 +34,18 @@ from engine.save.arguments import (
     plain_metrics,
     whole_numbers,
 )
+from engine.save.assembly import SaverOptions, make_saver
+from engine.save.at_exit import call_at_exit
 from engine.save.commit import SaveInfo, software_versions
-from engine.save.directory import HeldDirectory
-from engine.save.exit import call_at_exit
+from engine.save.event_listener import Listener, guarded
 from engine.save.handle import SaveHandle
-from engine.save.listener import Listener, guarded
-from engine.save.make import SaverOptions, make_saver
 from engine.save.outcomes import OnFailure, Outcomes
 from engine.save.plain_config import plain_config
 from engine.save.replicas import check_of
+from engine.save.run_directory import HeldDirectory
 from engine.save.saver import Busy, Checks, Saver, most_secs
-from engine.save.unheld import close_behind, forgetful
-from engine.snapshot.capture import StateCapture
+from engine.save.unreferenced import close_behind, forgetful
+from engine.state.capture import StateCapture
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 

@@ -101,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported here: a wrong flag or --help should not have to wait for torch.
     from data.errors import DataError
     from data.tokenizer import load_tokenizer
-    from engine.convert.load import load_model
+    from engine.convert.load_model import load_model
     from engine.convert.sample import sample
     from engine.convert.tokenizer_files import tokenizer_name
 

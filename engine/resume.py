@@ -18,11 +18,11 @@ from typing import NoReturn
 
 from data.batch import split_batch
 from data.errors import DataError
-from engine.catalog.listing import read_index, read_manifest
+from engine.directory.listing import read_index, read_manifest
 from engine.errors import ConfigError, HoldfastError, SelectorError
-from engine.parallel.mesh import MeshShape
 from engine.run.cli import gives, parse, resolve
 from engine.run.config import TrainConfig, complete
+from engine.run.mesh import MeshShape
 from engine.run.reads import plan_reads
 from engine.run.start import Restart, Start, find_start
 from engine.storage.open import open_storage

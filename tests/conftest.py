@@ -35,7 +35,7 @@ def no_lease_is_left() -> Iterator[None]:
 @pytest.fixture
 def nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody copies checkpoints into the directory: an attempt without an owner was left behind, at once."""
-    monkeypatch.setattr("engine.catalog.arrivals.QUIET_SECS", 0.0)
+    monkeypatch.setattr("engine.lease.arrivals.QUIET_SECS", 0.0)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -5,4 +5,4 @@ from __future__ import annotations
 from engine.run.entry import enter
 
 if __name__ == "__main__":
-    enter("engine.checkpoints.program")
+    enter("engine.checkpoints.dispatch")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from engine.catalog.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention, by_sequence, rule_of
-from engine.catalog.select import choose, describe, parse_selector
+from engine.directory.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention, by_sequence, rule_of
+from engine.directory.selectors import choose, describe, parse_selector
 from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorError
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from engine.storage.redact import redact_uri
-from engine.storage.split import split_uri
+from engine.storage.uris import split_uri
 
 KEEP_FLAG = "keep_checkpoints"
 """The training flag that says how many rolling checkpoints a run keeps; stored with its configuration."""

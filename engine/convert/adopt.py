@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from engine.convert.foreign_optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.gpt2 import Gpt2Tensors, find_gpt2, looks_like_gpt2, transposed_windows
 from engine.convert.gpt2_settings import of_another_model, said_of
 from engine.convert.incoming import Incoming
 from engine.convert.module_order import parameter_order
 from engine.convert.numbering import Parameter, is_buffer, numbers_parameters, order_decides
-from engine.convert.optimizer import StateTensor, optimizer_parts, steps_of
 from engine.convert.publish import Draft
 from engine.convert.recognise import Recognised, recognise
 from engine.convert.resumable import SEED, fresh_generators, trainer_objects
@@ -22,8 +22,8 @@ from engine.convert.tensors import is_float, whole, windows_of
 from engine.convert.trainer_flags import run_config
 from engine.errors import DamagedError, StateError
 from engine.format.manifest import TensorInfo
-from engine.snapshot.captured import RNG_KEY
-from engine.snapshot.values import encode, tensor_names
+from engine.state.captured import RNG_KEY
+from engine.state.values import encode, tensor_names
 
 Windows = Callable[[], Iterator[torch.Tensor]]
 

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 import torch
 
-from engine.catalog.listing import read_manifest
 from engine.convert.tensors import row_spans
-from engine.dcp.dtypes import to_torch
-from engine.dcp.load import Slice
+from engine.directory.listing import read_manifest
 from engine.errors import NotFoundError
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
+from engine.restore.load_plan import Slice
 from engine.restore.places import Indexes, Places, chunk_places
 from engine.restore.read import read_slices
+from engine.state.torch_dtypes import to_torch
 from engine.storage.base import Reader, Storage
 
 _SPARE_FILES = 64

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from engine.convert.dcp_stock_read import StockDirectory
 from engine.convert.state_tree import TensorRef, Unheld
 from engine.convert.tensors import windows_of
 from engine.convert.unpickling import Unknown, load_bytes
-from engine.dcp.dtypes import from_torch
-from engine.dcp.stock_read import StockDirectory
 from engine.errors import UnsavableValueError
 from engine.format.manifest import TensorInfo
+from engine.state.torch_dtypes import from_torch
 
 _MODEL = "model."
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from engine.convert.dcp_in import open_dcp
+from engine.convert.dcp_stock_read import METADATA
 from engine.convert.deepspeed_in import MODEL as DEEPSPEED_MODEL
 from engine.convert.deepspeed_in import deepspeed_folder, latest_folder, open_deepspeed
 from engine.convert.elsewhere import refuse_elsewhere
@@ -21,7 +22,6 @@ from engine.convert.safetensors_in import open_safetensors
 from engine.convert.safetensors_out import INDEX, SINGLE
 from engine.convert.trainer_in import add_companions
 from engine.convert.weights_in import BIN_FILES, BIN_INDEX, open_bin_shards
-from engine.dcp.stock_read import METADATA
 from engine.errors import ConfigError
 from engine.format.names import MANIFEST
 

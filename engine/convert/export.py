@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from data.errors import DataError
+from engine.convert.atomic_target import staged
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.dcp_directory import METADATA, dcp_bytes, write_dcp
 from engine.convert.hf import hf_bytes, write_hf
 from engine.convert.safetensors_out import SHARD_BYTES
-from engine.convert.staging import staged
 from engine.convert.tensors import Progress, ignore_progress, target_dtype
 from engine.convert.torch_file import FILE, torch_bytes, write_torch
 from engine.errors import ConfigError

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from engine.convert.names import Names
+from engine.convert.parameter_names import Names
 from engine.convert.state_tree import TensorRef
 
 _STATE = "state."

@@ -16,9 +16,9 @@ import torch
 
 from engine.convert.gpt2_settings import dropout, own_names, refuse_settings, refuse_shape
 from engine.convert.tensors import TensorSource, row_spans, same_bytes, whole
-from engine.dcp.dtypes import to_torch
 from engine.errors import StateError
 from engine.format.manifest import TensorInfo
+from engine.state.torch_dtypes import to_torch
 from model.config import PRESETS, GPT2Config
 from model.gpt2 import GPT2
 

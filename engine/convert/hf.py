@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.contents import contents_of, main_module
+from engine.convert.checkpoint_parts import contents_of, main_module
 from engine.convert.gpt2 import Gpt2, Gpt2Tensors, find_gpt2, transposed_windows
 from engine.convert.safetensors_out import SHARD_BYTES, Entry, write_model
 from engine.convert.tensors import Progress, cast, converted, ignore_progress

@@ -18,11 +18,11 @@ from engine.convert.opened import Kind
 from engine.convert.tensors import Progress, TensorSource, ignore_progress
 from engine.errors import NotFoundError
 from engine.storage.base import Storage
-from engine.storage.failures import mapped
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
+from engine.storage.os_failures import mapped
 from engine.storage.redact import redact_uri
-from engine.storage.split import split_uri
+from engine.storage.uris import split_uri
 
 _FETCH_BYTES = 16 << 20
 

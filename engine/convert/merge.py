@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from engine.catalog.record import CheckpointRecord
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.contents import contents_of
+from engine.convert.checkpoint_parts import contents_of
 from engine.convert.publish import Draft, publish
 from engine.convert.tensors import Progress, ignore_progress, is_float, same_bytes
+from engine.directory.record import CheckpointRecord
 from engine.errors import ConfigError, StateMismatchError
 from engine.format.manifest import TensorInfo
 from engine.storage.base import Storage

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.convert.names import Names
+from engine.convert.parameter_names import Names
 
 
 def parameter_order(config: Mapping[str, Any], names: Names, tensors: int) -> list[str] | None:

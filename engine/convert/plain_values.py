@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from engine.snapshot.arrays import decode_scalar
-from engine.snapshot.leaves import decode_leaf, encode_float, encode_int
+from engine.state.arrays import decode_scalar
+from engine.state.leaves import decode_leaf, encode_float, encode_int
 
 Json = Any
 

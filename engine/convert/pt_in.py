@@ -15,9 +15,9 @@ from engine.convert.file_kinds import FileKind, file_kind, refuse_other
 from engine.convert.state_tree import TensorRef, Unheld
 from engine.convert.tensors import windows_of
 from engine.convert.unpickling import Unknown, load
-from engine.dcp.dtypes import from_torch
 from engine.errors import StateError, UnsavableValueError
 from engine.format.manifest import TensorInfo
+from engine.state.torch_dtypes import from_torch
 
 _MAX_DEPTH = 48
 

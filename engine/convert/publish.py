@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 
-from engine.catalog.lease import Lease
-from engine.catalog.listing import highest_sequence, list_checkpoints
-from engine.catalog.reaper import delete_attempt
-from engine.catalog.record import CheckpointRecord
 from engine.convert.tensors import Progress, fill
-from engine.dcp.dtypes import to_torch
+from engine.directory.listing import highest_sequence, list_checkpoints
+from engine.directory.reaper import delete_attempt
+from engine.directory.record import CheckpointRecord
 from engine.errors import HoldfastError, StateError
 from engine.format.digest import BLOCK_BYTES, block_digests, bytes_digest, combine
 from engine.format.index import ShardFile, ShardIndex
@@ -32,10 +30,12 @@ from engine.format.json import canonical_bytes
 from engine.format.layout import ALIGN_BYTES, Chunk, PlacedChunk, ShardLayout, plan_files
 from engine.format.manifest import FileReceipt, ShardReceipt, TensorInfo
 from engine.format.names import attempt_name, index_file
+from engine.lease.lease import Lease
 from engine.save.commit import SaveInfo, check_receipts, commit, confirm_files, software_versions
 from engine.save.receipt import Receipt
+from engine.state.torch_dtypes import to_torch
 from engine.storage.base import Storage
-from engine.storage.failures import mapped
+from engine.storage.os_failures import mapped
 from engine.storage.system import System
 
 log = logging.getLogger(__name__)

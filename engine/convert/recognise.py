@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.catalog.record import VAL_LOSS
 from engine.convert.elsewhere import refuse_part
 from engine.convert.flattened import nested_optimizer
 from engine.convert.marker import added_keys, read_marker
-from engine.convert.names import Names, shared_names
+from engine.convert.parameter_names import Names, shared_names
 from engine.convert.state_tree import TensorRef, Unheld
+from engine.directory.record import VAL_LOSS
 from engine.errors import StateError
 from engine.format.names import MAX_NAME_BYTES
 

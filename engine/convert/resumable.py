@@ -11,8 +11,8 @@ import torch
 
 from engine.convert.tensors import windows_of
 from engine.format.manifest import TensorInfo
-from engine.snapshot.captured import RNG_KEY, per_rank_name
-from engine.snapshot.values import encode
+from engine.state.captured import RNG_KEY, per_rank_name
+from engine.state.values import encode
 
 SEED = 1337
 _NO_FINGERPRINT = "imported"

@@ -13,13 +13,13 @@ from engine.convert.file_kinds import file_kind, refuse_other
 from engine.convert.safetensors_out import INDEX, SINGLE
 from engine.convert.state_tree import TensorRef
 from engine.convert.tensors import row_spans
-from engine.dcp.dtypes import to_torch
 from engine.errors import ConfigError, DamagedError, StateError
-from engine.format.dtypes import ITEMSIZES
+from engine.format.element_types import ITEMSIZES
 from engine.format.json import parse_bounded
 from engine.format.layout import HeaderEntry, header_bytes, parse_header
 from engine.format.manifest import TensorInfo
 from engine.format.names import safe_name
+from engine.state.torch_dtypes import to_torch
 
 _FIRST_BYTES = 8
 _MAX_JSON_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from engine.convert.tensors import Progress, raw_bytes
-from engine.format.dtypes import header_sizes, itemsize
+from engine.format.element_types import header_sizes, itemsize
 from engine.format.manifest import TensorInfo
 
 SHARD_BYTES = 5_000_000_000

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.catalog.record import VAL_LOSS
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.contents import Contents, contents_of
+from engine.convert.checkpoint_parts import Contents, contents_of
 from engine.convert.plain_values import plain
 from engine.convert.tensors import converted
+from engine.directory.record import VAL_LOSS
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, encode_metric
 from engine.format.manifest import Manifest, TensorInfo
 from engine.restore.optimizer_names import split_path
-from engine.snapshot.captured import RNG_KEY
-from engine.snapshot.values import decode, tensor_names
+from engine.state.captured import RNG_KEY
+from engine.state.values import decode, tensor_names
 
 MARKER = "holdfast"
 """The key of what only Holdfast reads."""

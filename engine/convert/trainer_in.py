@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.catalog.record import VAL_LOSS
 from engine.convert.file_kinds import file_kind
 from engine.convert.opened import Joined, Opened
 from engine.convert.pt_in import open_pt
 from engine.convert.safetensors_in import read_json
+from engine.directory.record import VAL_LOSS
 from engine.errors import StateError
 
 _TRAINER_STATE = "trainer_state.json"

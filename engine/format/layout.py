@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.errors import DamagedError, StateError
-from engine.format.dtypes import ITEMSIZES, header_sizes, itemsize, sizes_of_header
+from engine.format.element_types import ITEMSIZES, header_sizes, itemsize, sizes_of_header
 from engine.format.fields import Fields, are_extents
 from engine.format.json import canonical_bytes, parse_bounded, unique_pairs
 from engine.format.names import parse_shard_file, shard_file

@@ -15,7 +15,7 @@ from typing import Any
 from engine.errors import DamagedError
 from engine.format import digest
 from engine.format.best import DEFAULT, BestRule
-from engine.format.dtypes import ITEMSIZES
+from engine.format.element_types import ITEMSIZES
 from engine.format.fields import Fields, are_extents, validated
 from engine.format.forms import version_needed
 from engine.format.index import MAX_WORLD_SIZE, check_version

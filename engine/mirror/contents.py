@@ -23,7 +23,7 @@ from engine.errors import DamagedError
 from engine.format.digest import BLOCK_BYTES, first_bad_block
 from engine.format.index import ShardFile
 from engine.storage.base import OnWindow, Reader, Storage
-from engine.storage.failures import mapped
+from engine.storage.os_failures import mapped
 
 SMALL_BYTES = 32 << 20
 """A file up to this size is read into memory as a whole."""

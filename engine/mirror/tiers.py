@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.catalog.listing import Listed
+from engine.directory.listing import Listed
 
 Tier = Literal["local", "mirror"]
 

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
-from engine.catalog.listing import Memory, committed, exempt, highest_sequence, list_checkpoints
-from engine.catalog.reaper import reap, reap_abandoned
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention, by_sequence, surplus
+from engine.directory import marks
+from engine.directory.listing import Memory, committed, exempt, highest_sequence, list_checkpoints
+from engine.directory.pending import owed
+from engine.directory.reaper import reap, reap_abandoned
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention, by_sequence, surplus
 from engine.errors import (
     AlreadyExistsError,
     ConfigError,
@@ -33,8 +33,8 @@ from engine.errors import (
 )
 from engine.forks import Home
 from engine.format.names import MANIFEST, lease_name
-from engine.mirror.copy import Cancelled, Copied, copy_checkpoint
-from engine.mirror.owed import owed
+from engine.lease.lease import Lease
+from engine.mirror.copy_checkpoint import Cancelled, Copied, copy_checkpoint
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 

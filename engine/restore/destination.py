@@ -14,23 +14,23 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine.dcp.boxes import global_shape
-from engine.dcp.dtypes import from_torch
 from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
+from engine.restore.bounce_buffers import Staging
 from engine.restore.entries import Entries
-from engine.restore.fit import Fit, match, report, summary
+from engine.restore.filters import Wanted
+from engine.restore.matching import Fit, match, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
 from engine.restore.per_rank import own_view
 from engine.restore.rename import rename_checkpoint
 from engine.restore.saved import Saved
-from engine.restore.staging import Staging
-from engine.restore.wanted import Wanted
-from engine.snapshot import values
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY
-from engine.snapshot.per_rank import OwnNames
+from engine.state import values
+from engine.state.box_tensors import global_shape
+from engine.state.capture import StateCapture
+from engine.state.captured import PER_RANK_PREFIX, RNG_KEY
+from engine.state.per_rank import OwnNames
+from engine.state.torch_dtypes import from_torch
 
 log = logging.getLogger(__name__)
 

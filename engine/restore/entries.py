@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.dcp.boxes import global_shape
-from engine.dcp.dtypes import from_torch
 from engine.errors import HoldfastError, RestoreFailedError, StateError
 from engine.format.forms import without_order
 from engine.format.manifest import Manifest, TensorInfo
@@ -23,10 +21,12 @@ from engine.loaders import make_iterator
 from engine.restore import trial
 from engine.restore.held_optimizers import put_back
 from engine.restore.saved import Saved
-from engine.snapshot import rng, values
-from engine.snapshot.capture import encoded_entry
-from engine.snapshot.captured import RNG_KEY, per_rank_name
-from engine.snapshot.in_place import GENERATOR, generator_kind, kind_of, reseed
+from engine.state import rng, values
+from engine.state.box_tensors import global_shape
+from engine.state.capture import encoded_entry
+from engine.state.captured import RNG_KEY, per_rank_name
+from engine.state.in_place import GENERATOR, generator_kind, kind_of, reseed
+from engine.state.torch_dtypes import from_torch
 
 log = logging.getLogger(__name__)
 

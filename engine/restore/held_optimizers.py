@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from engine.snapshot.optimizer_kinds import keeps_optimizers
+from engine.state.optimizer_kinds import keeps_optimizers
 
 
 def put_back(entry: Any, saved: Any) -> None:

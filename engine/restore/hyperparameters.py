@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.snapshot import values
-from engine.snapshot.own_state import LIVE_FLAGS, first_difference
+from engine.state import values
+from engine.state.own_state import LIVE_FLAGS, first_difference
 
 _NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_any
 
 from engine.errors import RestoreFailedError
-from engine.snapshot.metrics import UPDATE_COUNTS, set_update_counts
-from engine.snapshot.state_dicts import (
+from engine.state.metrics import UPDATE_COUNTS, set_update_counts
+from engine.state.state_dicts import (
     EXTRA_STATE,
     StateDict,
     asked,
@@ -23,7 +23,7 @@ from engine.snapshot.state_dicts import (
     overrides_loading,
     read_state_dict,
 )
-from engine.snapshot.wrappers import Place, places
+from engine.state.wrappers import Place, places
 
 
 def hand_back(

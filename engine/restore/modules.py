@@ -14,16 +14,16 @@ import torch
 
 from engine.errors import DamagedError
 from engine.format.manifest import TensorInfo
+from engine.restore.filters import Wanted
 from engine.restore.loading import hand_back, take_out, takes_by_itself
 from engine.restore.saved import Saved
 from engine.restore.unmade import Unmade
-from engine.restore.wanted import Wanted
-from engine.snapshot import values
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.metrics import UPDATE_COUNTS
-from engine.snapshot.modules import ABSENT_BUFFERS, COMPOSITES, LATE_BUFFERS, NOTES, ModuleCapture
-from engine.snapshot.state_dicts import asked
-from engine.snapshot.wrappers import places
+from engine.state import values
+from engine.state.capture import StateCapture
+from engine.state.metrics import UPDATE_COUNTS
+from engine.state.modules import ABSENT_BUFFERS, COMPOSITES, LATE_BUFFERS, NOTES, ModuleCapture
+from engine.state.state_dicts import asked
+from engine.state.wrappers import places
 
 
 class Modules:

@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from engine.snapshot.optimizer_document import OptimizerDocument
-from engine.snapshot.optimizer_kinds import class_name
+from engine.state.optimizer_document import OptimizerDocument
+from engine.state.optimizer_kinds import class_name
 
 _TELLING = {"betas", "momentum", "rho", "alpha", "lambd", "etas", "lr_decay", "beta2_decay", "max_iter"}
 """Hyperparameters that one optimizer of torch has and another lacks."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from engine.restore.fit import Fit
-from engine.restore.optimizer import OptimizerRestore
+from engine.restore.filters import Wanted
+from engine.restore.matching import Fit
+from engine.restore.optimizer_state import OptimizerRestore
 from engine.restore.saved import Saved
-from engine.restore.wanted import Wanted
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.optimizer_document import is_optimizer, parse
+from engine.state.capture import StateCapture
+from engine.state.optimizer_document import is_optimizer, parse
 
 
 class Optimizers:

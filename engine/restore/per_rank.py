@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.errors import StateError
 from engine.format.manifest import Manifest
-from engine.snapshot.captured import PER_RANK_PREFIX
-from engine.snapshot.per_rank import OwnNames, with_names
+from engine.state.captured import PER_RANK_PREFIX
+from engine.state.per_rank import OwnNames, with_names
 
 
 def own_view(

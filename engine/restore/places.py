@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
 
-from engine.catalog.coverage import coverage_damage
-from engine.catalog.listing import read_index
+from engine.directory.coverage import coverage_damage
+from engine.directory.listing import read_index
 from engine.errors import DamagedError
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.layout import Chunk, PlacedChunk

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.dcp.load import Slice, plan_slices
 from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
 from engine.format.manifest import Manifest
+from engine.restore.load_plan import Slice, plan_slices
 from engine.restore.places import Indexes, Place
 from engine.restore.read import Located
 

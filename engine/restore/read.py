@@ -15,15 +15,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.dcp.load import Slice
 from engine.errors import DamagedError
-from engine.format.dtypes import itemsize
+from engine.format.element_types import itemsize
 from engine.format.index import ShardFile
 from engine.format.layout import PlacedChunk
+from engine.restore.load_plan import Slice
 from engine.restore.pieces import WINDOW_BYTES, Piece, Window, cut_slice, group
 from engine.restore.window import WindowLoader, address_of
+from engine.storage.aligned_memory import map_pages
 from engine.storage.base import Reader, Storage
-from engine.storage.pages import map_pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ from typing import Any
 from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest
 from engine.restore.optimizer_names import split_path
-from engine.snapshot.captured import PER_RANK_PREFIX
-from engine.snapshot.layouts import SAME
-from engine.snapshot.modules import NOTES
-from engine.snapshot.optimizer_document import is_optimizer, parse
-from engine.snapshot.per_rank import with_names
-from engine.snapshot.values import tensor_names
+from engine.state.captured import PER_RANK_PREFIX
+from engine.state.layouts import SAME
+from engine.state.modules import NOTES
+from engine.state.optimizer_document import is_optimizer, parse
+from engine.state.per_rank import with_names
+from engine.state.values import tensor_names
 
 Json = Any
 

@@ -20,9 +20,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from engine.catalog import marks
-from engine.catalog.record import CheckpointRecord, from_manifest
-from engine.dcp.load import Slice
+from engine.directory import marks
+from engine.directory.record import CheckpointRecord, from_manifest
 from engine.errors import (
     CoordinationError,
     DamagedError,
@@ -33,12 +32,15 @@ from engine.errors import (
 )
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
-from engine.parallel.agreement import all_agree, all_come, rank0_decides
-from engine.parallel.calls import RESTORE, Call, Calls, Request, end_call
-from engine.parallel.coordination import Channel
-from engine.restore.choose import choose_checkpoint, in_mirror
+from engine.gc_pause import collector_paused
+from engine.ranks.agreement import all_agree, all_come, rank0_decides
+from engine.ranks.calls import RESTORE, Call, Calls, Request, end_call
+from engine.ranks.coordination import Channel
+from engine.restore.choice import choose_checkpoint, in_mirror
 from engine.restore.destination import Destination
-from engine.restore.others import unexpected_on_all
+from engine.restore.filters import Wanted
+from engine.restore.load_plan import Slice
+from engine.restore.other_ranks import unexpected_on_all
 from engine.restore.places import (
     Indexes,
     Locals,
@@ -50,9 +52,7 @@ from engine.restore.places import (
 from engine.restore.planning import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, Located, ReadStats, read_slices
 from engine.restore.stored import read_stored
-from engine.restore.wanted import Wanted
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.collector import collector_paused
+from engine.state.capture import StateCapture
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from engine.dcp.boxes import detached, global_shape
-from engine.dcp.dtypes import to_torch
 from engine.errors import DamagedError
 from engine.format.manifest import Manifest, TensorInfo
-from engine.snapshot import values
-from engine.snapshot.captured import per_rank_name
-from engine.snapshot.per_rank import OwnNames
-from engine.snapshot.sharing import union_of_values
+from engine.state import values
+from engine.state.box_tensors import detached, global_shape
+from engine.state.captured import per_rank_name
+from engine.state.per_rank import OwnNames
+from engine.state.sharing import union_of_values
+from engine.state.torch_dtypes import to_torch
 
 
 class Saved:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from engine.errors import DamagedError, NotFoundError, SelectorError
-from engine.restore.choose import Choice, choose_checkpoint, in_mirror
+from engine.restore.choice import Choice, choose_checkpoint, in_mirror
+from engine.restore.filters import Wanted
 from engine.restore.places import Indexes, Locals, chunk_places, places_of
 from engine.restore.planning import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
 from engine.restore.saved import Saved
-from engine.restore.wanted import Wanted
-from engine.snapshot.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
-from engine.snapshot.modules import NOTES
-from engine.snapshot.optimizer_document import OptimizerDocument, is_optimizer, parse, value_tensors
+from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
+from engine.state.modules import NOTES
+from engine.state.optimizer_document import OptimizerDocument, is_optimizer, parse, value_tensors
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from engine.snapshot import rng
+from engine.state import rng
 
 _ATOMS = {int, float, str, bool, bytes, complex, type(None)}
 _MOST_ELEMENTS = 1 << 16

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from engine.dcp.dtypes import to_torch
 from engine.format.manifest import TensorInfo
-from engine.snapshot.wrappers import Place, places, wrapped_by
+from engine.state.torch_dtypes import to_torch
+from engine.state.wrappers import Place, places, wrapped_by
 
 
 class Unmade:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.dcp.load import Slice
 from engine.errors import DamagedError
 from engine.format.digest import block_digests, expected_digest
 from engine.format.index import ShardFile
 from engine.native import kernels
 from engine.native.kernels import Place
+from engine.restore.load_plan import Slice
 from engine.restore.pieces import Piece, Window, straight
 from engine.storage.base import Reader, Storage
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from engine.mirror.uploader import copies_hang
-from engine.save.exit import anything_hangs
+from engine.save.at_exit import anything_hangs
 
 
 def end_process(

@@ -13,10 +13,10 @@ from data.batch import BatchSplit, fit_micro_batch, split_batch
 from data.errors import DataError
 from data.loader import TokenLoader
 from engine.errors import ConfigError
-from engine.parallel.mesh import build_mesh
-from engine.parallel.parallelize import build_model
 from engine.run.config import TrainConfig
 from engine.run.lr import LrSchedule, LrShape
+from engine.run.mesh import build_mesh
+from engine.run.parallelize import build_model
 from engine.run.schedule import last_step
 from engine.run.setup import World
 from engine.run.start import Start

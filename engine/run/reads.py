@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.format.dtypes import itemsize
+from engine.format.element_types import itemsize
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.layout import Chunk, PlacedChunk
-from engine.parallel.mesh import MeshShape
 from engine.restore.pieces import WINDOW_BYTES, Piece, cut_slice, group
+from engine.run.mesh import MeshShape
 
 SHARDED_KEYS = ("model", "optimizer")
 PER_RANK_PREFIX = "per_rank."

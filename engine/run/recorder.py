@@ -14,7 +14,7 @@ from engine.run.console import Console
 from engine.run.events import Event, MetricsLog
 from engine.run.hook import EventHook
 from engine.run.schedule import BestLoss
-from engine.storage.split import split_uri
+from engine.storage.uris import split_uri
 
 HOOK_CLOSE_SECS = 15.0
 RECENT_SAVES = 5

@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from engine.errors import ConfigError, CoordinationError
-from engine.snapshot import rng
+from engine.state import rng
 
 COLLECTIVE_SECS = 1800
 """A rank may compile, or wait for a slow disk, for a long time; one that died is torchrun's to notice."""

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from engine.catalog.listing import Directory, Listed, committed, read_manifest
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import best_first, by_sequence
-from engine.catalog.select import Selector, choose, parse_selector
+from engine.directory.listing import Directory, Listed, committed, read_manifest
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import best_first, by_sequence
+from engine.directory.selectors import Selector, choose, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
 from engine.format.best import DEFAULT, BestRule, Mode
 from engine.format.forms import without_order
@@ -22,7 +22,7 @@ from engine.mirror.tiers import both_tiers
 from engine.run.config import METRICS, TrainConfig
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
-from engine.storage.split import split_uri
+from engine.storage.uris import split_uri
 
 LAUNCH_KEY = "launch"
 """In a stored configuration: the torchrun that wrote it, so that its restarted workers know their own."""

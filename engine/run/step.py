@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.parallel.parallelize import clip_gradients, gradient_sync
-from engine.run.agreement import Agreement, Vote
 from engine.run.job import Job
+from engine.run.parallelize import clip_gradients, gradient_sync
+from engine.run.shared_stop import Agreement, Vote
 
 Rows = npt.NDArray[np.int64]
 

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 import torch
 
 from data.errors import DataError
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention
 from engine.errors import HoldfastError, SelectorError
-from engine.run.agreement import Agreement, Stopped
 from engine.run.cli import gives, resolve
 from engine.run.config import TrainConfig, complete, to_json
 from engine.run.console import Console
@@ -28,6 +27,7 @@ from engine.run.recorder import HOOK_CLOSE_SECS, Recorder, log_directory
 from engine.run.saves import Saves
 from engine.run.schedule import BestLoss, StepEnd, due, save_reasons
 from engine.run.setup import World, choose_device, seed_everything
+from engine.run.shared_stop import Agreement, Stopped
 from engine.run.start import LAUNCH_KEY, Restart, Start, find_start
 from engine.run.step import evaluate, train_step
 

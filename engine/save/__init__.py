@@ -1,1 +1,1 @@
-"""From a filled arena to a committed checkpoint, on a background thread."""
+"""From live training state to a committed checkpoint: staging buffer, shard files, manifest."""

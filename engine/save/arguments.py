@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.catalog.retention import Retention
+from engine.directory.retention import Retention
 from engine.errors import ConfigError
 from engine.format.json import MAX_INT
 from engine.format.manifest import REASONS

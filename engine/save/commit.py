@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.catalog.lease import Lease
-from engine.catalog.record import CheckpointRecord, from_manifest
+from engine.directory.record import CheckpointRecord, from_manifest
 from engine.errors import (
     DamagedError,
     NotFoundError,
@@ -23,6 +22,7 @@ from engine.format.best import DEFAULT, BestRule
 from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
+from engine.lease.lease import Lease
 from engine.save.outcomes import all_may_pass
 from engine.save.receipt import Receipt, failures
 from engine.save.replicas import Comparison

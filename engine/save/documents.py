@@ -20,8 +20,8 @@ from engine.errors import StateError
 from engine.format.digest import bytes_digest
 from engine.format.forms import without_order
 from engine.format.json import canonical_bytes, parse_canonical
-from engine.parallel.coordination import Channel
-from engine.snapshot.sharing import union_of_values
+from engine.ranks.coordination import Channel
+from engine.state.sharing import union_of_values
 
 Kind = Literal["module", "optimizer", "value"]
 Json = Any

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
-from engine.catalog.record import CheckpointRecord
+from engine.directory.record import CheckpointRecord
 from engine.errors import SaveFailedError, SaveStuckError
 from engine.forks import Home
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.catalog.reaper import delete_attempt
-from engine.catalog.record import CheckpointRecord
+from engine.directory.reaper import delete_attempt
+from engine.directory.record import CheckpointRecord
 from engine.errors import (
     CoordinationError,
     HoldfastError,
@@ -30,19 +30,19 @@ from engine.errors import (
 from engine.format.best import BestRule
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import TensorInfo
-from engine.parallel.calls import Call, end_call
-from engine.parallel.coordination import Channel
+from engine.ranks.calls import Call, end_call
+from engine.ranks.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
+from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.outcomes import may_pass
-from engine.save.proof import Digests, check_written
 from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
+from engine.save.snapshot_check import Digests, check_written
+from engine.save.staging_buffer import Arena
 from engine.save.write import write_rank
-from engine.snapshot.arena import Arena
-from engine.snapshot.filling import Filling
-from engine.snapshot.optimizer_document import merge_documents
+from engine.state.optimizer_document import merge_documents
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine import errors
-from engine.catalog.record import CheckpointRecord
+from engine.directory.record import CheckpointRecord
 from engine.errors import HoldfastError, SaveFailedError
 
 OnFailure = Literal["warn", "raise"]

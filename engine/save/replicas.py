@@ -15,13 +15,13 @@ from typing import Literal, cast, get_args
 import torch
 import xxhash
 
-from engine.dcp.held import Held
 from engine.errors import ConfigError
 from engine.format.digest import DIGEST_BYTES, pack, unpack
-from engine.save.plan import Compared, Plan, fresh_of
 from engine.save.samples import host_bytes, pieces, some_bytes
 from engine.save.sampling import MOST_ON_DEVICE, SMALL_BYTES, Sampler
-from engine.snapshot.sharing import SMALL, SMALL_BUFFER_BYTES, Group
+from engine.save.write_plan import Compared, Plan, fresh_of
+from engine.state.held_boxes import Held
+from engine.state.sharing import SMALL, SMALL_BUFFER_BYTES, Group
 
 Check = Literal["sampled", "full", "off"]
 

@@ -2,7 +2,7 @@
 
 One save is in flight at a time, by construction. Whether the one before is still being written differs
 between ranks for a moment, so rank 0 alone decides what to do about it, and every other rank waits for its
-word (`engine.parallel.calls`): one store round trip a save, no collective.
+word (`engine.ranks.calls`): one store round trip a save, no collective.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from engine.catalog.attempts import new_attempt
 from engine.errors import (
     CoordinationError,
     HoldfastError,
@@ -22,26 +21,27 @@ from engine.errors import (
     StateError,
 )
 from engine.format.manifest import TensorInfo
-from engine.parallel.agreement import LATE_VERDICT_SECS, all_agree, all_come
-from engine.parallel.calls import PREPARE, SAVE, Call, Calls, Request, end_call
-from engine.parallel.coordination import Channel
+from engine.gc_pause import CollectorPause
+from engine.lease.attempts import new_attempt
+from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_come
+from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
+from engine.ranks.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo
-from engine.save.flight import Flight
+from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
+from engine.save.in_flight import Flight
 from engine.save.job import Job, JobRunner
-from engine.save.missed import tell_rank_0
-from engine.save.moment import Moment, look, mesh_description
+from engine.save.local_view import Moment, look, mesh_description
+from engine.save.missed_save import tell_rank_0
 from engine.save.outcomes import Outcomes, may_pass
-from engine.save.plan import agree_on_plan
-from engine.save.proof import live_digests
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.collector import CollectorPause
-from engine.snapshot.copy import Copier
-from engine.snapshot.filling import Filling
-from engine.snapshot.sharing import Offer
-from engine.snapshot.snapshot import Snapshot
+from engine.save.snapshot import Snapshot
+from engine.save.snapshot_check import live_digests
+from engine.save.staging_copy import Copier
+from engine.save.write_plan import agree_on_plan
+from engine.state.capture import StateCapture
+from engine.state.sharing import Offer
 
 Busy = Literal["wait", "skip"]
 

@@ -17,8 +17,8 @@ from engine.format.index import ShardFile, ShardIndex
 from engine.format.manifest import FileReceipt, ShardReceipt
 from engine.format.names import index_file
 from engine.native import kernels
-from engine.snapshot.arena import Arena, FileSlot
-from engine.snapshot.filling import Filling
+from engine.save.filling import Filling
+from engine.save.staging_buffer import Arena, FileSlot
 from engine.storage.base import Storage
 
 DIGEST_SLICE_BYTES = 1 << 20 if kernels.library is None else 16 << 20

@@ -8,7 +8,7 @@ from typing import Any
 
 from fsspec.asyn import sync
 
-from engine.storage.calls import CALL_SECS
+from engine.storage.deadlines import CALL_SECS
 from engine.storage.multipart import Multipart
 
 _SLOWEST_BYTES_PER_SEC = 16 << 10

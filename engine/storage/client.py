@@ -15,7 +15,7 @@ from fsspec.utils import get_protocol
 from engine.errors import ConfigError, HoldfastError, NotFoundError
 from engine.forks import in_child
 from engine.format.names import safe_relative
-from engine.storage.calls import call
+from engine.storage.deadlines import call
 from engine.storage.multipart import Multipart
 from engine.storage.options import client_options
 from engine.storage.redact import Redactor, redact_uri

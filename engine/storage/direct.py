@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from engine.errors import StorageError
+from engine.storage.atomic_file import write_fully
 from engine.storage.base import WINDOW_BYTES, OnWindow, WriteStats
-from engine.storage.durable import write_fully
-from engine.storage.failures import mapped
+from engine.storage.os_failures import mapped
 from engine.storage.system import SYNC_WRITE, SYNC_WRITE_AND_WAIT, System
 
 log = logging.getLogger(__name__)

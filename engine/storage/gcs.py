@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 from typing import Any
 from urllib.parse import quote
 
-from engine.storage.calls import call
+from engine.storage.deadlines import call
 from engine.storage.multipart import SHARD, Multipart, Names
 
 _JSON_BASE = "/storage/v1/"

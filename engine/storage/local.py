@@ -17,9 +17,9 @@ from engine.errors import (
     StorageDeniedError,
 )
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name, safe_relative
-from engine.storage import direct, durable, own
+from engine.storage import atomic_file, direct, own_files
 from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
-from engine.storage.failures import mapped
+from engine.storage.os_failures import mapped
 from engine.storage.reading import LocalReader
 from engine.storage.system import System
 
@@ -105,10 +105,10 @@ class LocalStorage(Storage):
 
     def write_file(self, path: str, data: bytes) -> None:
         with mapped("write", self.describe(path)):
-            durable.replace_file(self._system, self._own_path(path), data)
+            atomic_file.replace_file(self._system, self._own_path(path), data)
 
     def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        put = durable.create_file if exclusive else durable.replace_file
+        put = atomic_file.create_file if exclusive else atomic_file.replace_file
         with mapped("write", self.describe(path)):
             target = self._own_path(path)
             put(self._system, target, data)
@@ -130,7 +130,7 @@ class LocalStorage(Storage):
 
     def make_dir(self, path: str = "") -> None:
         with mapped("create", self.describe(path)):
-            durable.make_durable_dir(self._system, self._own_path(path))
+            atomic_file.make_durable_dir(self._system, self._own_path(path))
 
     def sync_dir(self, path: str = "") -> None:
         with mapped("sync", self.describe(path)):
@@ -152,7 +152,7 @@ class LocalStorage(Storage):
         with (
             mapped("delete", self.describe(path)),
             contextlib.suppress(FileNotFoundError),
-            own.opened(self._root, parent, self.describe(parent)) as fd,
+            own_files.opened(self._root, parent, self.describe(parent)) as fd,
         ):
             self._system.unlink(name, dir_fd=fd)
 
@@ -170,8 +170,8 @@ class LocalStorage(Storage):
         where = self.describe(path)
         with mapped("delete", where):
             try:
-                with own.opened(self._root, parent, self.describe(parent)) as fd:
-                    return own.clear(self._system, fd, name, where, ours)
+                with own_files.opened(self._root, parent, self.describe(parent)) as fd:
+                    return own_files.clear(self._system, fd, name, where, ours)
             except FileNotFoundError:
                 return Cleared(0, (), gone=True)
 
@@ -183,7 +183,7 @@ class LocalStorage(Storage):
         return name if parent == os.path.realpath(self._root) else os.path.join(parent, name)
 
     def why_not_ours(self, path: str) -> str:
-        return own.why_not_ours(self._root, safe_relative(path))
+        return own_files.why_not_ours(self._root, safe_relative(path))
 
     def versions(self, path: str) -> dict[str, str]:
         with mapped("list", self.describe(path)), os.scandir(self._path(path)) as found:
@@ -245,7 +245,7 @@ class LocalStorage(Storage):
         if not path or not os.path.islink(linked):
             return absolute
         if parse_attempt_name(first) is not None or not self._is_inside(os.path.realpath(linked)):
-            raise NotOursError(f"{self.describe(first)} {own.A_LINK}")
+            raise NotOursError(f"{self.describe(first)} {own_files.A_LINK}")
         return absolute
 
     def _link_path(self, path: str) -> str:

@@ -10,7 +10,7 @@ from engine.errors import ConfigError
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.redact import redact_uri
-from engine.storage.split import is_uri
+from engine.storage.uris import is_uri
 
 _ONE_SLASH = re.compile(r"(?:s3a?|gc?s|az|abfss?|file|memory):/(?!/)")
 """A slip that would otherwise make a local directory of that name: noticed only when it is missed."""

@@ -17,7 +17,7 @@ from engine.format.digest import scattered_digests
 from engine.native import kernels
 from engine.native.kernels import Place
 from engine.storage.base import Reader
-from engine.storage.failures import mapped
+from engine.storage.os_failures import mapped
 from engine.storage.residency import in_page_cache
 
 SECTOR_BYTES = 4096

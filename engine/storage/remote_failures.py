@@ -20,7 +20,7 @@ from engine.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from engine.storage.failures import DENIED, FULL, TRANSIENT
+from engine.storage.os_failures import DENIED, FULL, TRANSIENT
 
 
 class NoBucketError(NotFoundError):

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from engine.storage.calls import call
+from engine.storage.deadlines import call
 from engine.storage.multipart import DIRECT_AT_ONCE, SHARD, Multipart, Names
 from engine.storage.wire import CONNECT_SECS, STALL_SECS, RefusedError, Wire
 

@@ -9,4 +9,4 @@ from __future__ import annotations
 from engine.run.entry import enter
 
 if __name__ == "__main__":
-    enter("engine.train.program")
+    enter("engine.train.session")

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from engine import Checkpointer, CheckpointRecord
-from engine.catalog.listing import list_checkpoints
-from engine.catalog.verify import verify_checkpoint
+from engine.directory.listing import list_checkpoints
+from engine.directory.verify import verify_checkpoint
 from engine.errors import DamagedError, NewerFormatError, NotFoundError, SelectorError
 from engine.storage.local import LocalStorage
 from tests.damaged.corpus import CASES, ROWS, write_case

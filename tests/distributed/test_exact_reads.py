@@ -11,8 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from engine import Checkpointer
-from engine.parallel.mesh import build_mesh
-from engine.parallel.parallelize import build_model
+from engine.run.mesh import build_mesh
+from engine.run.parallelize import build_model
 from model.config import GPT2Config
 from model.gpt2 import GPT2
 from model.init import init_weights

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.parallel.mesh import MeshShape, build_mesh, shape_of
-from engine.parallel.parallelize import clip_gradients, gradient_sync, parallelize
+from engine.run.mesh import MeshShape, build_mesh, shape_of
+from engine.run.parallelize import clip_gradients, gradient_sync, parallelize
 from model.config import GPT2Config
 from model.gpt2 import GPT2
 from model.init import init_weights

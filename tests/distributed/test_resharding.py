@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Checkpointer
-from engine.dcp import load
-from engine.dcp.load import Slice, plan_slices
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
+from engine.restore import load_plan
+from engine.restore.load_plan import Slice, plan_slices
 from engine.storage.local import LocalStorage
 from tests.support.carrier import every_nth_row
 from tests.support.ranks import Ranks
@@ -263,7 +263,7 @@ def plans(rank: int, world_size: int) -> tuple[list[Any], list[Any], int]:
         patch.setattr(DTensor, "__create_chunk_list__", lambda self: asked.append(1) or real(self))
         ours = plan_slices(tensors, infos, chunks)
         count = len(asked)
-        patch.setattr(load._Shards, "slices", lambda *_: None)
+        patch.setattr(load_plan._Shards, "slices", lambda *_: None)
         theirs = plan_slices(tensors, infos, chunks)
     return [described(item) for item in ours], [described(item) for item in theirs], count
 
@@ -293,7 +293,7 @@ def left_to_dcp(rank: int, world_size: int) -> list[bool]:
     for tensor, boxes in ((rows, lambda self: real(self) * 2), (elsewhere, real)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(DTensor, "__create_chunk_list__", boxes)
-            found.append(load._Shards().slices("t", tensor, chunks) is None)
+            found.append(load_plan._Shards().slices("t", tensor, chunks) is None)
     return found
 
 

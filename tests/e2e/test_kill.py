@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from demo.job import Job
-from engine.storage.split import is_uri
+from engine.storage.uris import is_uri
 from tests.e2e.harness import Run, program
 
 FOREVER = {"max_steps": 100_000, "checkpoint_freq": 1, "keep_checkpoints": 3, "resume": "latest"}

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from engine.catalog.listing import list_checkpoints
-from engine.catalog.verify import verify_checkpoint
-from engine.snapshot.arena import Arena
+from engine.directory.listing import list_checkpoints
+from engine.directory.verify import verify_checkpoint
+from engine.save.staging_buffer import Arena
 from engine.storage.local import LocalStorage
 
 

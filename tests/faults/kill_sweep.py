@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.parallel.coordination import Channel
+from engine.ranks.coordination import Channel
 from tests.faults.invariants import committed_steps, leftovers
 from tests.faults.layer import Trigger
 from tests.faults.processes import Process, Tell, dies, free_port, impatient, one_rank, outcome_of
@@ -173,12 +173,12 @@ def moments() -> dict[str, tuple[int, Arm, bool]]:
         "coordinator, before it has written itself": (0, _dies_before("engine.save.job.write_rank"), False),
         "coordinator, all receipts in, before the manifest": (
             0,
-            _dies_before("engine.save.directory.commit"),
+            _dies_before("engine.save.run_directory.commit"),
             False,
         ),
         "coordinator, manifest there, nobody told": (
             0,
-            _dies_after("engine.save.directory.commit", commit),
+            _dies_after("engine.save.run_directory.commit", commit),
             True,
         ),
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import StorageDeniedError, StorageError, StorageFullError, StorageUnavailableError
 from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
-from engine.storage.failures import storage_error
+from engine.storage.os_failures import storage_error
 from engine.storage.system import System
 
 Act = Callable[[str, Callable[[], Any]], Any]

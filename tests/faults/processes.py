@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
+from engine.directory.retention import Retention
 from engine.errors import CoordinationError, SaveFailedError
-from engine.parallel.answering import AnsweringStore
-from engine.parallel.coordination import Coordinator
+from engine.ranks.coordination import Coordinator
+from engine.ranks.store_client import AnsweringStore
 from engine.storage.local import LocalStorage
 from tests.faults.layer import Act, FaultSystem, Trigger
 from tests.faults.world import fresh_state
@@ -136,7 +136,7 @@ def one_rank(
     disk = Trigger()
     coordinator = Coordinator(rank, world_size, run, connect if world_size > 1 else lambda: None, server)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.parallel.answering.ANSWER_SECS", answer_secs)
+        patch.setattr("engine.ranks.store_client.ANSWER_SECS", answer_secs)
         patch.setattr("engine.checkpointer.connect_ranks", lambda *_: coordinator)
         patch.setattr(
             "engine.checkpointer.open_storage", lambda *_: LocalStorage(root, system=FaultSystem(disk))

@@ -21,8 +21,8 @@ PHASES = {
     "eval": "engine.run.trainer:_Loop._evaluate",
     "snapshot": "engine.save.saver:Saver._copy",
     "write": "engine.save.job:write_rank",
-    "commit": "engine.save.directory:commit",
-    "retention": "engine.catalog.reaper:_retire",
+    "commit": "engine.save.run_directory:commit",
+    "retention": "engine.directory.reaper:_retire",
     "restore": "engine.restore.restorer:Restorer._restore",
 }
 IN_FLIGHT = ("flight", "late")
@@ -70,7 +70,7 @@ def hold(phase: str) -> threading.Event:
 
 
 if __name__ == "__main__":
-    from engine.train.program import main
+    from engine.train.session import main
 
     arm(sys.argv[1], int(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))

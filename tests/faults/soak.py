@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from engine.catalog.listing import highest_sequence, list_checkpoints
-from engine.catalog.verify import verify_checkpoint
+from engine.directory.listing import highest_sequence, list_checkpoints
+from engine.directory.verify import verify_checkpoint
 from engine.errors import HoldfastError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files, resident_bytes

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from engine.catalog.lease import Lease
-from engine.catalog.process import ProcessIdentity
+from engine.lease.lease import Lease
+from engine.lease.process import ProcessIdentity
 from tests.faults.invariants import committed_steps, leftovers
 from tests.faults.processes import Process, Tell, free_port, impatient, one_rank, outcome_of, stops
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.marks import hold, release
+from engine.directory.marks import hold, release
 from engine.errors import SaveFailedError, StorageFullError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, leftovers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog.leasefile import LeaseInfo
 from engine.errors import SaveFailedError, SaveStuckError
+from engine.lease.lease_file import LeaseInfo
 from engine.save.handle import SaveHandle
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps
@@ -187,7 +187,7 @@ def test_a_storage_that_does_not_take_the_release_holds_nobody_up(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs between two saves: closing says so."""
-    monkeypatch.setattr("engine.catalog.lease.RELEASE_SECS", 0.01)
+    monkeypatch.setattr("engine.lease.lease.RELEASE_SECS", 0.01)
     with job(root, 1) as world:
         assert not isinstance(world.save(1)[0], BaseException)
         world.settle()

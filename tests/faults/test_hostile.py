@@ -25,17 +25,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import engine
-from engine.catalog.leasefile import LeaseInfo
-from engine.catalog.listing import list_checkpoints
-from engine.catalog.process import ProcessIdentity
-from engine.catalog.verify import verify_checkpoint
 from engine.checkpointer import Checkpointer
+from engine.directory.listing import list_checkpoints
+from engine.directory.verify import verify_checkpoint
 from engine.errors import DamagedError, HoldfastError, SelectorError
 from engine.format.digest import bytes_digest
 from engine.format.index import ShardIndex
 from engine.format.json import canonical_bytes
 from engine.format.layout import parse_header
 from engine.format.manifest import Manifest
+from engine.lease.lease_file import LeaseInfo
+from engine.lease.process import ProcessIdentity
 from engine.storage.local import LocalStorage
 from tests.faults.forgery import Original, forge, scramble, signed
 from tests.faults.invariants import resident_bytes
@@ -198,7 +198,7 @@ def test_restoring_runs_no_code(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def modules() -> Iterator[tuple[str, ast.Module]]:
     """Everything of ours that a Checkpointer, a listing or a verification can import, directly or not."""
     base = Path(engine.__file__).parents[1]
-    waiting, seen = ["engine.checkpointer", "engine.catalog.verify", "engine.catalog.listing"], set()
+    waiting, seen = ["engine.checkpointer", "engine.directory.verify", "engine.directory.listing"], set()
     while waiting:
         name = waiting.pop()
         path = base / (name.replace(".", "/") + ".py")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.lease import Lease
-from engine.save.probe import probe_shared
+from engine.lease.lease import Lease
+from engine.save.directory_probe import probe_shared
 from tests.faults.layer import Act, lost, swallowed
 from tests.faults.test_other_sweeps import start_with_each_operation_changed
 from tests.faults.test_two_jobs import Hours
@@ -28,8 +28,8 @@ def a_clock_that_sleeping_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = Hours(0.0)
     probe = functools.partial(probe_shared, clock=clock, sleep=clock.sleep)
-    monkeypatch.setattr("engine.save.directory.Lease.acquire", at_once)
-    monkeypatch.setattr("engine.save.directory.probe_shared", probe)
+    monkeypatch.setattr("engine.save.run_directory.Lease.acquire", at_once)
+    monkeypatch.setattr("engine.save.run_directory.probe_shared", probe)
 
 
 @pytest.mark.usefixtures("nothing_arrives")

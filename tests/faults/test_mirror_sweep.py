@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints
-from engine.catalog.retention import Retention
+from engine.directory.listing import list_checkpoints
+from engine.directory.retention import Retention
 from engine.errors import HoldfastError
 from engine.format.names import MANIFEST
+from engine.lease.lease import Lease
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.faults.layer import STORAGE_FAULTS, Act, FaultStorage, Trigger

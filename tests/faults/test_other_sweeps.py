@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.listing import list_checkpoints
+from engine.directory.listing import list_checkpoints
 from engine.errors import HoldfastError, RestoreFailedError, SaveFailedError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.catalog.listing import list_checkpoints
 from engine.checkpointer import Checkpointer
+from engine.directory.listing import list_checkpoints
 from engine.errors import DamagedError, SaveFailedError, StorageFullError
 from engine.restore import read
 from engine.storage.local import LocalStorage

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.catalog.listing import committed, list_checkpoints
-from engine.catalog.retention import Retention
-from engine.catalog.verify import verify_checkpoint
+from engine.directory.listing import committed, list_checkpoints
+from engine.directory.retention import Retention
+from engine.directory.verify import verify_checkpoint
 from engine.storage.local import LocalStorage
 from tests.faults.power import Journal, make, states
 from tests.faults.world import Rank, World, job

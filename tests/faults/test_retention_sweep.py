@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.marks import hold, release
+from engine.directory.marks import hold, release
 from engine.errors import HoldfastError
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, engine_threads, leftovers, open_files

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoints.program import main
+from engine.checkpoints.dispatch import main
 from engine.errors import StorageError
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
@@ -98,6 +98,8 @@ def test_the_exit_code_of_an_unsafe_one(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root.mkdir(parents=True)
-    monkeypatch.setattr("engine.checkpoints.selftesting.open_storage", lambda *_, **__: LyingAboutRaces(root))
+    monkeypatch.setattr(
+        "engine.checkpoints.selftest_command.open_storage", lambda *_, **__: LyingAboutRaces(root)
+    )
     assert main(["selftest", str(root)]) == 1
     assert "NOT SAFE" in capsys.readouterr().out

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.lease import Lease
-from engine.catalog.marks import hold, release
-from engine.catalog.process import ProcessIdentity
+from engine.directory.marks import hold, release
 from engine.errors import DirectoryHeldError, HoldfastError, LeaseLostError, SaveFailedError
+from engine.lease.lease import Lease
+from engine.lease.process import ProcessIdentity
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps, leftovers
 from tests.faults.world import PATIENCE_SECS, World, here, job
@@ -44,7 +44,7 @@ def each_job_on_its_own_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         process = dataclasses.replace(me, host=f"host-{number}", boot_id=f"boot-{number}")
         return acquire(storage, run_id=run_id, clock=clock, sleep=clock.sleep, process=process, wall=clock)
 
-    monkeypatch.setattr("engine.save.directory.Lease.acquire", elsewhere)
+    monkeypatch.setattr("engine.save.run_directory.Lease.acquire", elsewhere)
 
 
 def paused_save(world: World, step: int) -> tuple[threading.Thread, list[Any]]:

@@ -21,10 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.catalog.record import CheckpointRecord
-from engine.catalog.retention import Retention
 from engine.checkpointer import Checkpointer
-from engine.parallel.coordination import Coordinator
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention
+from engine.ranks.coordination import Coordinator
 from engine.save.commit import confirm_files
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine.format.layout import Chunk, plan_files
-from engine.snapshot.arena import Arena
-from engine.snapshot.copy import CudaStream, Pair
+from engine.save.staging_buffer import Arena
+from engine.save.staging_copy import CudaStream, Pair
 
 pytestmark = [
     pytest.mark.gpu,

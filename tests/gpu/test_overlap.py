@@ -1,6 +1,6 @@
 """On a CUDA device: the snapshot is that of the step that was saved, although training went on at once.
 
-Skipped where there is no device; tests/unit/test_snapshot_copy.py tests the logic with a fake stream.
+Skipped where there is no device; tests/unit/test_save_staging_copy.py tests the logic with a fake stream.
 """
 
 from __future__ import annotations

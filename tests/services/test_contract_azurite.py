@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog.verify import verify_checkpoint
+from engine.directory.verify import verify_checkpoint
 from engine.errors import NotFoundError, StorageDeniedError
-from engine.restore.choose import choose_checkpoint
+from engine.restore.choice import choose_checkpoint
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from tests.services.azurite import KEY, Azurite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.restore.choose import choose_checkpoint
+from engine.restore.choice import choose_checkpoint
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
 from tests.services.proxy import FaultProxy

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog.arrivals import QUIET_SECS
-from engine.catalog.lease import STALE_SECS, Lease
-from engine.catalog.reaper import reap_abandoned
+from engine.directory.reaper import reap_abandoned
+from engine.lease.arrivals import QUIET_SECS
+from engine.lease.lease import STALE_SECS, Lease
 from engine.storage.open import open_storage
 from tests.e2e.harness import program
 from tests.services.conftest import new_bucket

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import marks
-from engine.catalog.listing import list_checkpoints
+from engine.directory import marks
+from engine.directory.listing import list_checkpoints
 from engine.errors import DamagedError, NotFoundError, StorageError, StorageUnavailableError
 from engine.storage.base import WINDOW_BYTES, Heads, Storage
 from engine.storage.open import open_storage

@@ -17,7 +17,7 @@ from engine.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from engine.storage.failures import mapped, storage_error
+from engine.storage.os_failures import mapped, storage_error
 from engine.storage.remote_failures import InvalidRangeError, NoBucketError, classify, remote_error
 
 

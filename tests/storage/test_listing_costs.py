@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.listing import list_checkpoints
+from engine.directory.listing import list_checkpoints
 from engine.format.manifest import Manifest
-from engine.restore.choose import choose_checkpoint
+from engine.restore.choice import choose_checkpoint
 from engine.storage.remote import FsspecStorage
 from engine.storage.s3 import S3Multipart
 from tests.support.tiny_checkpoint import write_checkpoint

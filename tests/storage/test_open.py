@@ -11,7 +11,7 @@ from engine.errors import ConfigError
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from engine.storage.options import client_options
-from engine.storage.split import is_uri, join_uri, split_uri
+from engine.storage.uris import is_uri, join_uri, split_uri
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "local://"])

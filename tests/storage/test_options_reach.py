@@ -12,7 +12,7 @@ import pytest
 
 from engine import generate, resume
 from engine.checkpoints.arguments import _parser
-from engine.restore.choose import choose_checkpoint
+from engine.restore.choice import choose_checkpoint
 from engine.run.config import TrainConfig
 from engine.run.start import Restart, find_start
 from engine.storage import selftest

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from engine.parallel.coordination import Channel
+from engine.ranks.coordination import Channel
 
 DEADLINE_SECS = 60.0
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from engine.dcp.dtypes import from_torch
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.restore.destination import Destination
-from engine.restore.wanted import Wanted
-from engine.snapshot.capture import StateCapture
+from engine.restore.filters import Wanted
+from engine.state.capture import StateCapture
+from engine.state.torch_dtypes import from_torch
 
 _DIGEST = "0123456789abcdef" * 2
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoints.program import main
+from engine.checkpoints.dispatch import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

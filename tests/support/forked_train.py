@@ -124,7 +124,7 @@ def _rank(environ: dict[str, str], args: list[str], log: str, cwd: str) -> None:
     torch.set_num_threads(1)  # OMP_NUM_THREADS was read when torch was imported
     sys.argv = [str(Path(cwd) / "engine/train/__main__.py"), *args]
     try:
-        enter("engine.train.program")
+        enter("engine.train.session")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

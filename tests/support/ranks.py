@@ -39,8 +39,8 @@ _PRELOAD = [
     "pytest",
     "safetensors.torch",
     "engine.checkpointer",
-    "engine.parallel.parallelize",
-    "engine.train.program",
+    "engine.run.parallelize",
+    "engine.train.session",
     "engine.run.trainer",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.catalog.record import CheckpointRecord
+from engine.directory.record import CheckpointRecord
 from engine.format.names import attempt_name
 
 

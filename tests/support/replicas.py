@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from engine.dcp.held import Held
-from engine.save.plan import Plan, Watched
 from engine.save.replicas import Check, Replicas
-from engine.snapshot.sharing import Group, Offer, groups_to_compare, shared_boxes
+from engine.save.write_plan import Plan, Watched
+from engine.state.held_boxes import Held
+from engine.state.sharing import Group, Offer, groups_to_compare, shared_boxes
 from tests.support.boxes import whole
 
 SIZES = {"large": (300, 50), "matrix": (20, 30), "scalar": ()}

@@ -6,9 +6,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from engine.catalog.listing import committed, list_checkpoints
-from engine.catalog.retention import Retention
-from engine.catalog.verify import verify_checkpoint
+from engine.directory.listing import committed, list_checkpoints
+from engine.directory.retention import Retention
+from engine.directory.verify import verify_checkpoint
 from engine.errors import NotFoundError
 from engine.mirror.uploader import Mirror, MirrorPlan
 from engine.storage.base import Storage

@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from engine import Checkpointer
-from engine.catalog.listing import read_manifest
+from engine.directory.listing import read_manifest
 from engine.errors import UnsavableValueError
-from engine.snapshot import rng
+from engine.state import rng
 from engine.storage.local import LocalStorage
 from tests.support.training import differences, model, photograph, same_bits, train
 

@@ -12,7 +12,7 @@ import torch
 
 from engine import Checkpointer
 from engine.errors import SaveFailedError
-from engine.snapshot import copy as copy_module
+from engine.save import staging_copy as copy_module
 from engine.storage.base import OnWindow, WriteStats
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use

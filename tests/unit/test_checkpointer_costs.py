@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 
 from engine import Checkpointer
-from engine.catalog import listing
-from engine.catalog.lease import Lease
-from engine.catalog.retention import Retention
-from engine.dcp import held as held_module
+from engine.directory import listing
+from engine.directory.retention import Retention
+from engine.lease.lease import Lease
 from engine.native import kernels
 from engine.save import write
-from engine.snapshot import modules
-from engine.snapshot.arena import Arena
+from engine.save.staging_buffer import Arena
+from engine.state import held_boxes as held_module
+from engine.state import modules
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.system import System
 from tests.storage.systems import StrictDirect

@@ -19,9 +19,6 @@ import pytest
 import torch
 
 from engine import Checkpointer, Retention
-from engine.catalog.attempts import new_attempt
-from engine.catalog.lease import Lease
-from engine.catalog.process import ProcessIdentity
 from engine.errors import (
     ConfigError,
     DirectoryHeldError,
@@ -31,6 +28,9 @@ from engine.errors import (
     StorageError,
     StorageFullError,
 )
+from engine.lease.attempts import new_attempt
+from engine.lease.lease import Lease
+from engine.lease.process import ProcessIdentity
 from engine.storage.local import LocalStorage
 from engine.storage.system import System
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
@@ -533,7 +533,7 @@ def test_a_start_that_fails_leaves_the_directory_free(
         raise RuntimeError("CUDA error: out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.save.make.overlap_stream", out_of_memory)
+        patch.setattr("engine.save.assembly.overlap_stream", out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
             Checkpointer(tmp_path, state())
     Checkpointer(tmp_path, state()).close()
@@ -545,7 +545,7 @@ def test_a_start_that_is_refused_leaves_the_optimizer_alone(
     class Stream:
         """Enough of one for hooks to be set."""
 
-    monkeypatch.setattr("engine.save.make.overlap_stream", lambda *args: (Stream(), "overlapped"))
+    monkeypatch.setattr("engine.save.assembly.overlap_stream", lambda *args: (Stream(), "overlapped"))
     net = model()
     optimizer = torch.optim.AdamW(net.parameters())
     with Checkpointer(tmp_path, {"model": net}):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from engine import Checkpointer, Retention
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints
+from engine.directory.listing import list_checkpoints
 from engine.errors import (
     ConfigError,
     DamagedError,
@@ -19,6 +18,7 @@ from engine.errors import (
     SelectorError,
     StorageUnavailableError,
 )
+from engine.lease.lease import Lease
 from engine.mirror.uploader import at_most
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.errors import MemoryBudgetError, UnsavableValueError
-from engine.snapshot import snapshot as snapshot_module
+from engine.save import snapshot as snapshot_module
 
 
 def state() -> dict[str, object]:

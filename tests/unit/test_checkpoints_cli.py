@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints
-from engine.catalog.process import ProcessIdentity
 from engine.checkpoints import text
 from engine.checkpoints.arguments import _parser
+from engine.directory import marks
+from engine.directory.listing import list_checkpoints
+from engine.lease.lease import Lease
+from engine.lease.process import ProcessIdentity
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from tests.damaged.corpus import write_case
@@ -483,7 +483,7 @@ def test_listing_loads_nothing_heavy(directory: Path) -> None:
     """What makes it slow to start is what it imports; time itself would depend on the machine."""
     code = (
         "import sys\n"
-        "from engine.checkpoints.program import main\n"
+        "from engine.checkpoints.dispatch import main\n"
         f"assert main(['list', {str(directory)!r}]) == 0\n"
         "heavy = {'torch', 'numpy', 'fsspec', 'rich', 'tyro', 'asyncio', 'multiprocessing'}\n"
         "sys.exit(str(sorted(heavy & sys.modules.keys())) if heavy & sys.modules.keys() else 0)\n"

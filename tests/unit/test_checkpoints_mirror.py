@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints
+from engine.directory import marks
+from engine.directory.listing import list_checkpoints
+from engine.lease.lease import Lease
 from engine.storage.local import LocalStorage
 from tests.support.checkpoints_program import Program, program
 from tests.support.tiers import change_byte, second_storage, steps_in

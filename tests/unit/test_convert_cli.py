@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
+from engine.directory import marks
+from engine.lease.lease import Lease
 from engine.storage.local import LocalStorage
 from tests.support.checkpoints_program import Program, program, shown_on_a_terminal
 from tests.support.tiny_gpt2 import train
@@ -215,7 +215,7 @@ def test_a_signal_leaves_nothing_behind(
         "def meter(title):\n    yield hit\n"
         "progress.meter = meter\n"
         f"sys.argv[1:] = {[str(a) for a in argv]!r}\n"
-        "enter('engine.checkpoints.program')\n"
+        "enter('engine.checkpoints.dispatch')\n"
     )
     with as_process(code) as child:
         out, err = child.communicate(timeout=120)

@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from engine import Checkpointer
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.diff import diff_checkpoints
+from engine.convert.compare import diff_checkpoints
+from engine.convert.dcp_stock import write_stock
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.incoming import incoming
 from engine.convert.tensors import whole
-from engine.dcp.stock import write_stock
 from engine.errors import DamagedError, StateError
 from engine.storage.local import LocalStorage
 from tests.support.tiny_gpt2 import new_model, new_optimizer, step, train

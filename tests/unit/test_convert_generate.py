@@ -9,7 +9,7 @@ import torch
 
 from engine import Checkpointer
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.load import load_model
+from engine.convert.load_model import load_model
 from engine.convert.sample import sample
 from engine.generate import main
 from engine.storage.local import LocalStorage

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from engine import Checkpointer
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints, read_manifest
-from engine.catalog.verify import verify_checkpoint
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.tensors import whole
+from engine.directory.listing import list_checkpoints, read_manifest
+from engine.directory.verify import verify_checkpoint
 from engine.errors import ConfigError, DamagedError, DirectoryHeldError, NotFoundError, StateError
 from engine.format.json import canonical_bytes
+from engine.lease.lease import Lease
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config
 from model.gpt2 import GPT2

@@ -11,10 +11,10 @@ import fsspec
 import pytest
 import torch
 
-from engine.catalog.listing import list_checkpoints
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.merge import merge_checkpoints
+from engine.directory.listing import list_checkpoints
 from engine.errors import StorageFullError
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from engine import Checkpointer, CheckpointRecord
-from engine.catalog.listing import read_manifest
-from engine.catalog.verify import verify_checkpoint
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.merge import merge_checkpoints, shares_of
 from engine.convert.tensors import whole
+from engine.directory.listing import read_manifest
+from engine.directory.verify import verify_checkpoint
 from engine.errors import ConfigError, DamagedError, StateMismatchError
 from engine.storage.local import LocalStorage
 from tests.support.tiny_gpt2 import new_model, new_optimizer, train

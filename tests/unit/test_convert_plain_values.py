@@ -14,7 +14,7 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.storage.local import LocalStorage
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.catalog.listing import list_checkpoints
 from engine.convert import publish
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
+from engine.directory.listing import list_checkpoints
 from engine.errors import SaveFailedError
 from engine.storage.local import LocalStorage
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from engine import Checkpointer
-from engine.convert.diff import diff_checkpoints
+from engine.convert.compare import diff_checkpoints
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.state_tree import TensorRef
 from engine.convert.torch_file import _pickled
 from engine.format.manifest import TensorInfo

@@ -17,13 +17,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Checkpointer
-from engine.catalog.lease import Lease
 from engine.errors import ConfigError, DirectoryHeldError, LeaseLostError, SaveFailedError
 from engine.forks import Home, in_child
 from engine.format.names import parse_lease
+from engine.lease.lease import Lease
 from engine.mirror.uploader import Mirror
 from engine.run.preemption import Preemption, Request
-from engine.save import exit as exit_module
+from engine.save import at_exit as exit_module
 from engine.save.handle import SaveHandle
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use

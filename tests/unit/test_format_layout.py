@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from engine.errors import DamagedError, StateError
 from engine.format import layout
-from engine.format.dtypes import ITEMSIZES, itemsize
+from engine.format.element_types import ITEMSIZES, itemsize
 from engine.format.layout import (
     ALIGN_BYTES,
     Chunk,

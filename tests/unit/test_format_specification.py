@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.format import best, dtypes, forms, manifest, names
+from engine.format import best, element_types, forms, manifest, names
 from tests.documents import ROOT
 from tests.support.tiny_checkpoint import rewrite_manifest, write_checkpoint
 
@@ -27,7 +27,7 @@ def test_it_lists_the_element_types_that_are_written_and_read() -> None:
     named: dict[int, set[str]] = {1: set(), 2: set()}
     for version, part in enumerate(item.split(", and in version 2 "), start=1):
         named[version] = set(part.strip("`").split())
-    assert named[1] | named[2] == set(dtypes.ITEMSIZES)
+    assert named[1] | named[2] == set(element_types.ITEMSIZES)
     assert named[2] == {name for name, version in forms.DTYPES.items() if version == 2}
 
 

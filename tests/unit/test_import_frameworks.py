@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from engine import Checkpointer, CheckpointRecord
-from engine.catalog.listing import read_manifest
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.module_order import parameter_order
-from engine.convert.names import Names
+from engine.convert.parameter_names import Names
 from engine.convert.tensors import whole
+from engine.directory.listing import read_manifest
 from engine.errors import ConfigError
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.catalog.listing import read_manifest
 from engine.convert.gpt2_settings import dropout
-from engine.convert.importing import import_checkpoint
-from engine.convert.load import load_model
+from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.load_model import load_model
+from engine.directory.listing import read_manifest
 from engine.errors import StateError
 from engine.storage.local import LocalStorage
 

@@ -28,12 +28,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine import Checkpointer, CheckpointRecord
-from engine.catalog.listing import read_manifest
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.importing import import_checkpoint
+from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.incoming import incoming
 from engine.convert.tensors import whole
+from engine.directory.listing import read_manifest
 from engine.errors import ConfigError, DamagedError, StateError
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage

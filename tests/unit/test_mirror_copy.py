@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
-from engine.catalog.listing import list_checkpoints
+from engine.directory import marks
+from engine.directory.listing import list_checkpoints
 from engine.errors import (
     AlreadyExistsError,
     DamagedError,
@@ -22,8 +21,9 @@ from engine.errors import (
     StorageUnavailableError,
 )
 from engine.format.names import DAMAGED, MANIFEST, lease_name
+from engine.lease.lease import Lease
 from engine.mirror import contents
-from engine.mirror.copy import Cancelled, Copied, copy_checkpoint
+from engine.mirror.copy_checkpoint import Cancelled, Copied, copy_checkpoint
 from engine.storage.base import Storage, WriteStats
 from engine.storage.local import LocalStorage
 from tests.support.storages import StoreLike

@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 
-from engine.catalog import marks
-from engine.catalog.lease import Lease
-from engine.catalog.listing import committed, list_checkpoints
-from engine.catalog.retention import Retention
+from engine.directory import marks
+from engine.directory.clean_up import remove_surplus
+from engine.directory.listing import committed, list_checkpoints
+from engine.directory.retention import Retention
 from engine.errors import DirectoryHeldError, StorageDeniedError, StorageUnavailableError
 from engine.format.names import MANIFEST, lease_name
+from engine.lease.lease import Lease
 from engine.mirror import uploader
-from engine.mirror.keeping import close_mirror, remove_surplus
 from engine.mirror.uploader import Mirror, at_most, no_limit
+from engine.save.run_directory import close_mirror
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS
@@ -525,7 +526,7 @@ def test_a_clean_up_that_fails_after_the_mirror_was_closed_is_the_next_runs(
     def refuses(*_: Any, **__: Any) -> bool:
         raise StorageUnavailableError("the mount is gone")
 
-    monkeypatch.setattr("engine.mirror.keeping.remove_surplus", refuses)
+    monkeypatch.setattr("engine.save.run_directory.remove_surplus", refuses)
     close_mirror(mirror, no_limit, local, lease_of(local), KEEP_2)
     assert "the mount is gone" in caplog.text
     assert free_at_once(second)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from engine.format import digest
 from engine.native import kernels
-from engine.snapshot import streaming
-from engine.snapshot.copy import Batch, Copier, copy_digesting
-from engine.snapshot.filling import Filling
+from engine.save import digesting_copy
+from engine.save.filling import Filling
+from engine.save.staging_copy import Batch, Copier, copy_digesting
 
 DATA = np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8)
 
@@ -171,7 +171,7 @@ def test_files_are_digested_by_the_compiled_loop(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 1
 
 
-LEAST = streaming.LEAST_BYTES
+LEAST = digesting_copy.LEAST_BYTES
 
 
 @compiled
@@ -200,11 +200,11 @@ def test_which_tensors_are_copied_past_the_caches(source: torch.Tensor, streams:
     to = at[header : header + source.nbytes].view(source.dtype).view(source.shape)
     last = at[header + source.nbytes :]
     pairs = [(to, source), (last, small.view(torch.uint8))]
-    runs, rest = streaming.plain_runs(pairs)
+    runs, rest = digesting_copy.plain_runs(pairs)
     assert [size for _, _, size in runs] == ([source.nbytes] if streams else [])
     assert len(runs) + len(rest) == 2
     digests: dict[str, bytearray] = {}
-    copy_digesting(pairs, streaming.Span("f", file.ctypes.data, file.size, 0, file.size), digests)
+    copy_digesting(pairs, digesting_copy.Span("f", file.ctypes.data, file.size, 0, file.size), digests)
     assert bits(to) == bits(source)
     assert bits(last) == bits(small)
     assert bytes(digests["f"]) == digest.block_digests(file.tobytes())
@@ -216,7 +216,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def test_a_source_on_a_device_is_left_to_torch() -> None:
-    assert not streaming._plain(torch.empty(9, device="meta"))
+    assert not digesting_copy._plain(torch.empty(9, device="meta"))
 
 
 def test_without_them_nothing_is_digested_by_copying_and_the_log_says_so(
@@ -228,7 +228,7 @@ def test_without_them_nothing_is_digested_by_copying_and_the_log_says_so(
         copier = Copier(None, [], digest=True)
     assert "slower way, without the loops in C: there is no compiler" in caplog.text
     to, source, filling = torch.zeros(LEAST), torch.rand(LEAST), Filling()
-    span = streaming.Span("f", to.data_ptr(), to.nbytes, 0, to.nbytes)
+    span = digesting_copy.Span("f", to.data_ptr(), to.nbytes, 0, to.nbytes)
     copier.copy([Batch(((to, source),), to.nbytes, span)], [], filling)
     assert torch.equal(to, source)
     assert filling.digests_of("f") is None

@@ -12,8 +12,8 @@ from torch import nn
 from engine.errors import DamagedError, StateError
 from engine.restore.hyperparameters import Group, assign
 from engine.restore.optimizer_names import class_difference, match_names, split_path
-from engine.snapshot import layouts
-from engine.snapshot.optimizer_document import OptimizerDocument, merge_documents, parse, value_tensors
+from engine.state import layouts
+from engine.state.optimizer_document import OptimizerDocument, merge_documents, parse, value_tensors
 
 Json = Any
 

@@ -43,10 +43,10 @@ def hit(program: str, when: str, *argv: str, rank: str = "0") -> tuple[int, str,
 @pytest.mark.parametrize(
     ("program", "when", "argv"),
     [
-        ("engine.train", "engine.train.program", ()),
+        ("engine.train", "engine.train.session", ()),
         ("engine.train", "tyro", ()),
         ("engine.checkpoints", "engine.checkpoints.arguments", ("list", "/no/such/place")),
-        ("engine.checkpoints", "engine.checkpoints.listing", ("list", "/no/such/place")),
+        ("engine.checkpoints", "engine.checkpoints.list_command", ("list", "/no/such/place")),
     ],
 )
 def test_it_is_one_line(program: str, when: str, argv: tuple[str, ...]) -> None:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from engine.dcp.dtypes import from_torch
 from engine.errors import DamagedError, StateError, StateMismatchError
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.restore.destination import Destination
-from engine.restore.wanted import Wanted
-from engine.snapshot import values
-from engine.snapshot.capture import StateCapture
+from engine.restore.filters import Wanted
+from engine.state import values
+from engine.state.capture import StateCapture
+from engine.state.torch_dtypes import from_torch
 from tests.support.training import differences, photograph
 
 State = dict[str, Any]

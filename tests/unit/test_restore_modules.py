@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from engine import Checkpointer
 from engine.errors import RestoreFailedError, StateMismatchError
-from engine.snapshot.state_dicts import live_tensors
-from engine.snapshot.wrappers import places
+from engine.state.state_dicts import live_tensors
+from engine.state.wrappers import places
 
 Build = Callable[[], Any]
 

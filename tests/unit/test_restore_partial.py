@@ -14,7 +14,7 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.errors import StateMismatchError
-from engine.restore.wanted import Wanted
+from engine.restore.filters import Wanted
 
 
 @pytest.mark.parametrize(

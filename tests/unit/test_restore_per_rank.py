@@ -9,7 +9,7 @@ import pytest
 from engine.errors import StateError
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.restore.per_rank import own_view
-from engine.snapshot.per_rank import OwnNames, with_names
+from engine.state.per_rank import OwnNames, with_names
 
 ONE = TensorInfo("F32", (1,))
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.dcp.load import Slice
 from engine.restore import pieces as pieces_module
+from engine.restore.load_plan import Slice
 from engine.restore.pieces import LEAST_RUN_BYTES, Piece, Window, cut_slice, group
 from engine.restore.window import copy_out
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import Checkpointer
-from engine.catalog.listing import read_manifest
+from engine.directory.listing import read_manifest
 from engine.errors import DamagedError, NotFoundError
 from engine.format.manifest import Manifest
 from engine.restore import places as places_module

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.dcp.load import Slice, plan_slices
 from engine.errors import DamagedError, NotFoundError, StorageUnavailableError
 from engine.format.digest import BLOCK_BYTES, block_digests, combine
 from engine.format.index import ShardFile
 from engine.format.layout import Chunk, PlacedChunk, plan_files
 from engine.format.manifest import TensorInfo
 from engine.restore import read as read_module
+from engine.restore.load_plan import Slice, plan_slices
 from engine.restore.pieces import WINDOW_BYTES, Piece, Window
 from engine.restore.read import Pace, ReadStats, read_slices
 from engine.restore.window import WindowLoader

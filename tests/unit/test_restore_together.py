@@ -10,12 +10,12 @@ import torch
 
 from engine import Checkpointer
 from engine.errors import StorageUnavailableError
-from engine.parallel.calls import Calls
-from engine.parallel.coordination import Channel
+from engine.ranks.calls import Calls
+from engine.ranks.coordination import Channel
 from engine.restore import places
+from engine.restore.filters import Wanted
 from engine.restore.restorer import Restorer
-from engine.restore.wanted import Wanted
-from engine.snapshot.capture import StateCapture
+from engine.state.capture import StateCapture
 from engine.storage.local import LocalStorage
 from tests.support.channels import on_ranks
 from tests.support.tiny_checkpoint import BIAS, COLUMNS, write_checkpoint

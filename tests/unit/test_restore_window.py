@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.dcp.load import Slice
 from engine.errors import DamagedError
 from engine.format.digest import block_digests, combine, scattered_digests
 from engine.format.index import ShardFile
@@ -16,8 +15,9 @@ from engine.format.layout import Chunk, PlacedChunk
 from engine.native import kernels
 from engine.native.kernels import Place
 from engine.restore import read, window
+from engine.restore.load_plan import Slice
 from engine.restore.pieces import WINDOW_BYTES, Piece, straight
-from engine.storage import pages
+from engine.storage import aligned_memory
 from engine.storage.base import Reader
 from engine.storage.local import LocalStorage
 from engine.storage.reading import LocalReader
@@ -165,11 +165,11 @@ def test_what_comes_from_the_disk_is_digested_on_its_way_where_that_was_compiled
 def test_direct_reads_get_memory_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request to the disk takes few pieces of memory: small pages make it small."""
     asked = []
-    real = pages.map_pages
+    real = aligned_memory.map_pages
     monkeypatch.setattr(read, "map_pages", lambda size_bytes: asked.append(size_bytes) or real(size_bytes))
     buffer = read._page_aligned(WINDOW_BYTES, pinned=False)
     assert asked == [WINDOW_BYTES]
-    assert buffer.data_ptr() % pages.HUGE_PAGE_BYTES == 0
+    assert buffer.data_ptr() % aligned_memory.HUGE_PAGE_BYTES == 0
     with open("/proc/self/smaps", encoding="ascii") as smaps:
         begins, flags = 0, ""
         for line in smaps:

@@ -12,7 +12,7 @@ import pytest
 
 from engine.mirror.uploader import THREAD_NAME
 from engine.run.end import end_process
-from engine.save.exit import leave_despite
+from engine.save.at_exit import leave_despite
 
 PROGRAM = """
 import atexit, sys

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError, SelectorError, StorageUnavailableError
-from engine.restore.choose import choose_checkpoint, in_mirror
+from engine.restore.choice import choose_checkpoint, in_mirror
 from engine.run.config import TrainConfig, from_json, to_json
 from engine.run.console import checkpoint_line
 from engine.run.start import Restart, Start, find_start

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.catalog.listing import read_index, read_manifest
+from engine.directory.listing import read_index, read_manifest
 from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
-from engine.parallel.mesh import MeshShape
+from engine.run.mesh import MeshShape
 from engine.run.reads import chunk_rows, overlap, plan_reads, wanted_box
 from engine.storage.local import LocalStorage
 from tests.support.tiny_checkpoint import BIAS, COLUMNS, write_checkpoint

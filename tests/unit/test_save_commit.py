@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.catalog.lease import Lease
-from engine.catalog.listing import committed, list_checkpoints, read_manifest
+from engine.directory.listing import committed, list_checkpoints, read_manifest
 from engine.errors import (
     AlreadyExistsError,
     LeaseLostError,
@@ -18,6 +17,7 @@ from engine.errors import (
     SaveFailedError,
 )
 from engine.format.manifest import FileReceipt, ShardReceipt, TensorInfo
+from engine.lease.lease import Lease
 from engine.save.commit import SaveInfo, check_receipts, commit, confirm_files, software_versions
 from engine.save.receipt import Receipt
 from engine.storage.local import LocalStorage

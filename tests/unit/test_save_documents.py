@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.parallel.coordination import Channel
+from engine.ranks.coordination import Channel
 from engine.save.documents import ASKING, answer, ask, first_difference, put_together, to_ask
-from engine.snapshot.optimizer_document import merge_documents
+from engine.state.optimizer_document import merge_documents
 from tests.support.channels import MemoryStore, on_ranks
 
 

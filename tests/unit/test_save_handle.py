@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from engine.catalog.record import CheckpointRecord
+from engine.directory.record import CheckpointRecord
 from engine.errors import SaveFailedError
 from engine.save.handle import SaveHandle
 from tests.support.records import record

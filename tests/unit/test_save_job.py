@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from engine.catalog.listing import committed, list_checkpoints
-from engine.catalog.record import CheckpointRecord
+from engine.directory.listing import committed, list_checkpoints
+from engine.directory.record import CheckpointRecord
 from engine.errors import SaveFailedError, StorageFullError, StorageUnavailableError, UnsavableValueError
 from engine.format.layout import plan_files
 from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
-from engine.parallel.calls import SAVE, Call, Request
-from engine.parallel.coordination import Channel
+from engine.ranks.calls import SAVE, Call, Request
+from engine.ranks.coordination import Channel
 from engine.save import job as job_module
 from engine.save.commit import SaveInfo, commit, confirm_files
+from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
 from engine.save.receipt import Receipt
-from engine.snapshot.arena import Arena
-from engine.snapshot.filling import Filling
+from engine.save.staging_buffer import Arena
 from engine.storage.local import LocalStorage
 from tests.support.boxes import shards
 from tests.support.channels import DEADLINE_SECS, BrokenStore, ImpatientStore, MemoryStore, on_ranks

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from engine.dcp.held import Held
 from engine.errors import ConfigError
 from engine.save.replicas import check_of
+from engine.state.held_boxes import Held
 from tests.support.replicas import SIZES, Rank, differences, gapped, values
 
 

@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from engine.catalog.record import CheckpointRecord
+from engine.directory.record import CheckpointRecord
 from engine.format.names import attempt_name
-from engine.parallel.calls import Calls
-from engine.parallel.coordination import Channel
+from engine.ranks.calls import Calls
+from engine.ranks.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.outcomes import Outcomes
 from engine.save.saver import Busy, Checks, Saver
-from engine.snapshot.capture import StateCapture
-from engine.snapshot.copy import Copier
-from engine.snapshot.snapshot import Snapshot
+from engine.save.snapshot import Snapshot
+from engine.save.staging_copy import Copier
+from engine.state.capture import StateCapture
 from tests.support.channels import DEADLINE_SECS, MemoryStore, on_ranks
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from engine.format.layout import plan_files
 from engine.save import write
-from engine.snapshot.arena import Arena
-from engine.snapshot.filling import Filling
+from engine.save.filling import Filling
+from engine.save.staging_buffer import Arena
 from engine.storage import direct
 from engine.storage.local import LocalStorage
 from tests.support.boxes import whole

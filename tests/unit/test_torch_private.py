@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
 
-from engine.snapshot import wrappers
-from engine.snapshot.state_dicts import read_state_dict
+from engine.state import wrappers
+from engine.state.state_dicts import read_state_dict
 
 
 def test_foreach_copy_copies_lists_also_without_blocking() -> None:

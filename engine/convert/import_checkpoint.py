@@ -1,0 +1,34 @@
+"""`import`: a foreign checkpoint as a committed one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from engine.convert.adopt import adopt
+from engine.convert.incoming import incoming
+from engine.convert.publish import publish
+from engine.convert.tensors import Progress, ignore_progress
+from engine.directory.record import CheckpointRecord
+from engine.storage.open import open_storage
+
+
+def import_checkpoint(
+    address: str,
+    directory: str,
+    *,
+    storage_options: Mapping[str, str] | None = None,
+    trust_pickle: bool = False,
+    on_total: Callable[[int], None] = ignore_progress,
+    progress: Progress = ignore_progress,
+) -> tuple[CheckpointRecord, tuple[str, ...]]:
+    """Import what lies at `address` into the checkpoint directory; both are paths or URIs.
+
+    Returns the committed record, with reason "import", and notes for the user, in sentences.
+    `on_total` is told how many bytes of tensors there are, before the first of them is read.
+    Raises: ConfigError or StateError when it is nothing that can be imported; DamagedError; NotFoundError;
+        DirectoryHeldError while a run writes to the directory; StorageError. Then nothing is committed.
+    """
+    with incoming(address, options=storage_options, trust_pickle=trust_pickle) as found:
+        draft, notes = adopt(found)
+        on_total(draft.total_bytes)
+        return publish(open_storage(directory, storage_options), draft, progress), notes

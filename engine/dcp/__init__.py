@@ -1,1 +1,0 @@
-"""The only room that knows DCP's planners: their items on one side, our values on the other."""

@@ -1,0 +1,81 @@
+"""Retention of a directory that may have a mirror: what is still owed to the mirror stays."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from engine.directory.listing import Memory, committed, exempt, list_checkpoints
+from engine.directory.logged_once import first_time
+from engine.directory.pending import give_way, spare
+from engine.directory.reaper import reap, reap_abandoned
+from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Retention, surplus, unfed
+from engine.errors import NotFoundError
+from engine.format.names import lease_name
+from engine.lease.lease import Lease
+from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+
+class Creditor(Protocol):
+    """The part of a mirror that retention asks; it answers from memory, whatever its storage does."""
+
+    @property
+    def in_flight(self) -> str | None: ...
+    def owed_of(self, local: Sequence[CheckpointRecord]) -> frozenset[str]: ...
+
+
+def remove_surplus(
+    storage: Storage,
+    lease: Lease,
+    retention: Retention | None,
+    mirror: Creditor | None = None,
+    *,
+    disk_full: bool = False,
+    memory: Memory | None = None,
+    given_up: Collection[str] = (),
+) -> bool:
+    """Delete what the policy does not keep, and abandoned attempts; whether anything was deleted.
+
+    `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
+    `given_up`: ids that this run failed to commit.
+    `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
+    Raises: LeaseLostError; StorageError when the directory cannot be listed.
+    """
+    lease.check()
+    removed: tuple[str, ...] = ()
+    last_resort = None
+    if retention is not None:
+        try:
+            listed = list_checkpoints(storage, memory)
+        except NotFoundError:
+            listed = []
+        local = committed(listed)
+        # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
+        brought = {record.id for record in local} - set(given_up)
+        arriving = lease.arrivals.arriving(storage, brought, lease_name(lease.epoch))
+        policy = surplus([r for r in local if r.id not in arriving], retention, held=exempt(listed))
+        owed = mirror.owed_of(local) if mirror is not None else frozenset()
+        decisions = spare(policy, owed)
+        if any(not decision.keep for decision in decisions):
+            say_unfed(storage, local, retention)
+        removed = reap(storage, decisions, lease=lease).removed
+        if disk_full and mirror is not None:
+            last_resort = give_way(policy, owed, mirror.in_flight)
+    # With a listing of its own: what was removed by halves just now is cleared away in the same round.
+    removed += reap_abandoned(storage, lease=lease, given_up=given_up).removed
+    if not removed and last_resort is not None:
+        path, why = last_resort.record.path, last_resort.why
+        log.warning("deleting %s before the mirror has a copy of it: %s", path, why)
+        removed = reap(storage, [last_resort], lease=lease).removed
+    return bool(removed)
+
+
+def say_unfed(storage: Storage, records: Sequence[CheckpointRecord], retention: Retention) -> None:
+    """Say once of a directory that its best checkpoint cannot be told, before the first one is deleted."""
+    sentence = unfed(records, retention)
+    if sentence and first_time("unfed", storage.uri, retention.rule.selector):
+        log.warning("%s: %s", storage.uri, sentence)

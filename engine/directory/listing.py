@@ -1,0 +1,300 @@
+"""What a checkpoint directory holds: every attempt in it, committed, partial or damaged.
+
+One pass lists the directories; then each manifest is read. On a store, whose listings come in pages, that
+pass leaves the shards out, and whether they have their full size only `verify` looks at. A listing that
+fails raises: an outage is never taken for an empty directory.
+
+Which of several is the newest only their manifests tell, for their order is that of their commits: a run that
+goes back to step 100 commits step 110 after step 300. So `latest` takes one read of each, side by side, and
+nothing else (`Directory`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from engine.directory import marks
+from engine.directory.damage import size_damage
+from engine.directory.record import CheckpointRecord, from_manifest
+from engine.errors import DamagedError, NotFoundError
+from engine.format.digest import bytes_digest
+from engine.format.index import ShardIndex
+from engine.format.json import MAX_BYTES
+from engine.format.manifest import Manifest
+from engine.format.names import DAMAGED, DEAD_PREFIX, HELD, MANIFEST, is_checkpoint_file, parse_attempt_name
+from engine.storage.base import Storage
+
+Status = Literal["committed", "partial", "damaged"]
+
+_STORE_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One attempt in a checkpoint directory.
+
+    `record` is set for every one whose manifest can be read, damaged or not. `bytes` is what lies there.
+    `reason` says in a sentence why it is not committed. `held`: exempted from retention by hand. `link`:
+    where it leads if it is a symbolic link: a name in this directory, or a path.
+    """
+
+    id: str
+    status: Status
+    record: CheckpointRecord | None
+    bytes: int
+    reason: str = ""
+    held: bool = False
+    link: str = ""
+
+    @property
+    def step(self) -> int | None:
+        """The step, from the directory's name where there is no manifest to ask."""
+        if self.record is not None:
+            return self.record.step
+        named = parse_attempt_name(self.id.removeprefix(DEAD_PREFIX))
+        return named[0] if named else None
+
+
+Memory = dict[str, tuple[dict[str, int], Listed]]
+"""By directory, the names and sizes of its files and what was said of it: of committed checkpoints, which
+never change. Who lists again and again, as clean-up does after each save, then reads what is new."""
+
+
+class Directory:
+    """One listing of a checkpoint directory. Its manifests are read when somebody asks for them, each once.
+
+    NotFoundError when there is no such directory; StorageError when it cannot be listed.
+
+    Args:
+        memory: of earlier listings of this storage; brought up to date. Not for whoever is to find damage: a
+            manifest whose bytes have changed since is taken for what it was.
+    Attributes:
+        names: the attempts that have a manifest, and may be checkpoints.
+        others: the attempts that have none, or were abandoned.
+    """
+
+    def __init__(self, storage: Storage, memory: Memory | None = None) -> None:
+        heads = storage.list_heads()
+        self._storage, self._whole = storage, heads.whole
+        self._files = {
+            name: files
+            for name, files in heads.tree.items()
+            if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None
+        }
+        self.names = [
+            name
+            for name, files in self._files.items()
+            if MANIFEST in files and not name.startswith(DEAD_PREFIX)
+        ]
+        complete = set(self.names)
+        self.others = [name for name in self._files if name not in complete]
+        self._read: dict[str, Listed | None] = {}
+        self._memory: Memory = {} if memory is None else memory
+        for name in self._memory.keys() - self._files.keys():
+            self._memory.pop(name, None)  # another thread may have been faster
+        self._unmarked: dict[str, Listed] = {}
+        """Of those that carry a mark of damage, what there was to say of them without."""
+        self._explained: dict[str, Listed] = {}
+        self._newest: Manifest | None = None
+        self._lock = threading.Lock()
+
+    def read(self, names: Collection[str]) -> list[Listed]:
+        """What is to say of these `names`, by sequence. One that was retired since the listing is left out.
+
+        A mark of damage costs another read: its reason is "", and it counts, until `explained` has asked.
+        """
+        _each(self._storage, self._look_at, [name for name in names if name not in self._read])
+        return sorted((item for name in names if (item := self._read[name]) is not None), key=_order)
+
+    def explained(self, item: Listed) -> Listed:
+        """The same, with the reason of its mark; without the mark, if that no longer holds."""
+        unmarked, known = self._unmarked.get(item.id), self._explained.get(item.id)
+        if known is not None:
+            return known
+        if unmarked is None:
+            return item
+        mark = marks.read_mark(self._storage, item.id)
+        found = replace(item, reason=mark.reason) if mark.holds else unmarked
+        with self._lock:
+            self._read[item.id] = self._explained[item.id] = found
+        return found
+
+    def everything(self) -> list[Listed]:
+        """Every attempt, explained, by sequence; those without a readable manifest last."""
+        found: list[Listed | None] = []
+        found += _each(self._storage, self.explained, self.read(self.names))
+        found += _each(self._storage, self._unfinished, self.others)
+        return sorted((item for item in found if item is not None), key=_order)
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a whole checkpoint; that of the newest one read so far is at hand."""
+        newest = self._newest
+        return newest if newest is not None and newest.id == name else read_manifest(self._storage, name)
+
+    def _look_at(self, name: str) -> None:
+        files, known = self._memory.get(name, ({}, None))
+        if known is not None and files == self._files[name]:
+            self._read[name] = known
+            return
+        files = self._files[name]
+        marked = DAMAGED in files
+        files = {file: size for file, size in files.items() if file != DAMAGED}
+        item, manifest = _with_manifest(self._storage, name, files, self._whole)
+        if item is not None and (link := self._storage.link_target(name)) is not None:
+            item = replace(item, link=link)
+        # A directory that is another checkpoint's is not made whole by losing a mark.
+        if marked and item is not None and manifest is not None and manifest.id == name:
+            self._unmarked[name] = item
+            item = replace(item, status="damaged", reason="")
+        with self._lock:
+            self._read[name] = item
+            if manifest is None or item is None or item.status != "committed":
+                return
+            self._memory[name] = (self._files[name], item)
+            # One is kept, not all: they can be large.
+            if self._newest is None or _age(manifest) > _age(self._newest):
+                self._newest = manifest
+
+    def _unfinished(self, name: str) -> Listed | None:
+        return _without_manifest(self._storage, name, self._files[name], self._whole)
+
+
+def list_checkpoints(storage: Storage, memory: Memory | None = None) -> list[Listed]:
+    """Every attempt, by sequence; those without a readable manifest last. Other directories are ignored.
+
+    `memory`: as `Directory` takes it. A file's size that differs from the manifest's shows as damaged where
+    the listing tells sizes: always on a disk, seldom on a store. Changed bytes only `verify` finds.
+    NotFoundError when there is no such directory; StorageError when it cannot be listed.
+    """
+    return Directory(storage, memory).everything()
+
+
+def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
+    """The records that selectors and retention may see, oldest first."""
+    return [item.record for item in listed if item.status == "committed" and item.record is not None]
+
+
+def exempt(listed: Sequence[Listed]) -> dict[str, str]:
+    """Ids that retention leaves alone, and why: what is held, and of links the link and what it leads to."""
+    found: dict[str, str] = {}
+    for item in listed:
+        if item.link:
+            found |= {item.link: f"{item.id} links to it", item.id: "a symbolic link"}
+    return found | {item.id: "held" for item in listed if item.held}
+
+
+def highest_sequence(listed: Iterable[Listed]) -> int:
+    """The highest commit number in the directory, damaged checkpoints included; 0 when there is none."""
+    return max((item.record.sequence for item in listed if item.record is not None), default=0)
+
+
+def is_checkpoint_dir(storage: Storage) -> bool:
+    """Whether the storage's root is itself one checkpoint rather than a directory of them."""
+    return storage.exists(MANIFEST)
+
+
+def read_manifest(storage: Storage, id: str) -> Manifest:
+    """The manifest of the checkpoint in the directory `id`.
+
+    NotFoundError when it was never committed or has been retired; DamagedError when it is not what was
+    written; NewerFormatError.
+    """
+    return _manifest(storage, id)[0]
+
+
+def read_index(storage: Storage, manifest: Manifest, rank: int, *, name: str | None = None) -> ShardIndex:
+    """The index of one rank's shards, checked against the manifest's receipt.
+
+    `name`: the checkpoint's directory where that is not the manifest's id. DamagedError unless the index is
+    the one that was written for this checkpoint; NotFoundError when it is gone.
+    """
+    receipt = manifest.shards[rank]
+    path = f"{name or manifest.id}/{receipt.index.file}"
+    what = storage.describe(path)
+    raw = storage.read_bytes(path, max_bytes=MAX_BYTES)
+    if len(raw) != receipt.index.bytes:
+        raise DamagedError(f"{what} has {len(raw)} bytes: {receipt.index.bytes} were written")
+    found = bytes_digest(raw)
+    if found != receipt.index.digest:
+        raise DamagedError(f"{what} has changed: its digest is {found}, not {receipt.index.digest}")
+    index = ShardIndex.from_bytes(raw, what=what)
+    if (index.attempt, index.rank, index.world_size) != (manifest.id, rank, manifest.world_size):
+        raise DamagedError(
+            f"{what} belongs to rank {index.rank} of {index.world_size} of {index.attempt}, "
+            f"not to rank {rank} of {manifest.world_size} of {manifest.id}"
+        )
+    described = tuple((shard.file, shard.file_bytes, shard.digest) for shard in index.files)
+    if described != tuple((file.file, file.bytes, file.digest) for file in receipt.files):
+        raise DamagedError(f"{what} describes other shard files than the manifest does")
+    return index
+
+
+def _manifest(storage: Storage, name: str) -> tuple[Manifest, bytes]:
+    path = f"{name}/{MANIFEST}"
+    raw = storage.read_bytes(path, max_bytes=MAX_BYTES)
+    return Manifest.from_bytes(raw, what=storage.describe(path)), raw
+
+
+def _with_manifest(
+    storage: Storage, name: str, files: dict[str, int], whole: bool
+) -> tuple[Listed | None, Manifest | None]:
+    """What to say of a directory with a manifest, and that; None when it was retired since the listing."""
+    held, bytes = HELD in files, sum(files.values())
+    try:
+        manifest, raw = _manifest(storage, name)
+    except NotFoundError:
+        return None, None
+    except DamagedError as error:
+        return Listed(name, "damaged", None, bytes, str(error), held), None
+    record = from_manifest(manifest, storage.uri, name=name, manifest_digest=bytes_digest(raw))
+    if not whole:
+        bytes = record.bytes
+    if manifest.id != name:
+        reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
+        return Listed(name, "damaged", record, bytes, reason, held), manifest
+    wrong = size_damage(manifest, files) if whole else []
+    if wrong:
+        reason = wrong[0].sentence + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        return Listed(name, "damaged", record, bytes, reason, held), manifest
+    return Listed(name, "committed", record, record.bytes, "", held), manifest
+
+
+def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
+    reason = "no manifest: it is being written, or its run ended before the commit"
+    if name.startswith(DEAD_PREFIX):
+        reason = "abandoned: the run that was writing it has lost the directory"
+    if not whole:
+        try:
+            files = {entry.name: entry.bytes or 0 for entry in storage.list_dir(name)}
+        except NotFoundError:
+            return None  # removed since the listing
+    if files and not any(map(is_checkpoint_file, files)):
+        reason = "only files that Holdfast did not write: clean-up leaves them alone"
+    return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
+
+
+def _age(manifest: Manifest) -> tuple[int, str]:
+    return manifest.sequence, manifest.id
+
+
+def _order(item: Listed) -> tuple[int, int, str]:
+    if item.record is not None:
+        return 0, item.record.sequence, item.id
+    return (1 if item.status == "damaged" else 2), 0, item.id
+
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def _each(storage: Storage, work: Callable[[_Item], _Result], items: list[_Item]) -> list[_Result]:
+    """Apply `work` to each: side by side on a store, where each is a round trip."""
+    if storage.is_local or len(items) < 2:
+        return [work(item) for item in items]
+    from concurrent.futures import ThreadPoolExecutor  # costs start-up time that a local listing need not pay
+
+    with ThreadPoolExecutor(min(_STORE_THREADS, len(items))) as pool:
+        return list(pool.map(work, items))

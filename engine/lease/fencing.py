@@ -1,0 +1,106 @@
+"""What a new holder of the lease does first: put its predecessors' attempts out of their reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.errors import AlreadyExistsError, DamagedError, NotFoundError
+from engine.format.names import (
+    DEAD_PREFIX,
+    MANIFEST,
+    PROBE_PREFIX,
+    TMP_SUFFIX,
+    lease_name,
+    parse_attempt_name,
+    parse_lease,
+)
+from engine.lease.attempts import is_attempt_of
+from engine.lease.lease_file import MAX_LEASE_BYTES, LeaseInfo
+from engine.storage.base import Storage
+
+SLACK_SECS = 30.0
+"""How much longer than its last heartbeat a holder may have lived and written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """An earlier holder. `changed`: of its lease, on the storage's clock; None where that cannot be told."""
+
+    run_id: str
+    released: bool
+    changed: float | None
+
+
+def fence(storage: Storage, epoch: int) -> frozenset[str]:
+    """Rename the attempts of earlier holders to dead-*, and remove old leases and probe files.
+
+    Attempts of nobody who held this directory stay: somebody may be copying a checkpoint into it.
+    Returns the ids of the runs that ended without releasing the directory.
+    """
+    tree = storage.list_heads().tree
+    holders = _earlier_holders(storage, tree.get("", {}), epoch)
+    for name, files in tree.items():
+        if parse_attempt_name(name) is None or MANIFEST in files:
+            continue
+        if not _was_left_by(storage, name, holders) or storage.why_not_ours(name):
+            continue
+        if not _bury(storage, name):
+            break
+    for name in tree.get("", {}):
+        # A crash while a lease was written leaves lease-00000001.1f0c9a3e.tmp.
+        older = parse_lease(name.partition(".")[0] if name.endswith(TMP_SUFFIX) else name)
+        if (older is not None and older < epoch) or name.startswith(PROBE_PREFIX):
+            storage.delete_file(name)
+    storage.sync_dir("")
+    return frozenset(holder.run_id for holder in holders if not holder.released)
+
+
+def _earlier_holders(storage: Storage, files: Mapping[str, int], epoch: int) -> list[_Holder]:
+    epochs = (parse_lease(name) for name in files)
+    holders = (_holder(storage, older) for older in epochs if older is not None and older < epoch)
+    return [holder for holder in holders if holder is not None]
+
+
+def _holder(storage: Storage, epoch: int) -> _Holder | None:
+    name = lease_name(epoch)
+    try:
+        raw = storage.read_bytes(name, max_bytes=MAX_LEASE_BYTES)
+        info = LeaseInfo.from_bytes(raw, epoch, what=storage.describe(name))
+        return _Holder(info.run_id, info.released, storage.last_change(name))
+    except (NotFoundError, DamagedError):
+        return None  # swept up by a faster one, or unreadable: its attempts go once they are quiet
+
+
+def _was_left_by(storage: Storage, name: str, holders: list[_Holder]) -> bool:
+    """Whether an earlier holder wrote it, and nobody since.
+
+    A run's own checkpoint may come back as a copy: that changes after the run has ended.
+    """
+    mine = [holder for holder in holders if is_attempt_of(name, [holder.run_id])]
+    if not mine:
+        return False
+    try:
+        changed = storage.last_change(name)
+    except NotFoundError:
+        return False
+    return any(
+        not holder.released
+        if changed is None or holder.changed is None
+        else changed <= holder.changed + (0.0 if holder.released else SLACK_SECS)
+        for holder in mine
+    )
+
+
+def _bury(storage: Storage, name: str) -> bool:
+    """Rename an attempt to dead-*; False when the storage cannot rename (attempt paths are unique anyway)."""
+    dead = DEAD_PREFIX + name
+    try:
+        if not storage.rename(name, dead):
+            return False
+    except (NotFoundError, AlreadyExistsError):  # another taker was here first
+        return True
+    # Its writer may have committed after our listing. It cannot after the rename, so this answer is final.
+    if storage.exists(f"{dead}/{MANIFEST}"):
+        storage.rename(dead, name)
+    return True

@@ -1,0 +1,275 @@
+"""Copy one committed checkpoint to another storage: verified on the way out and on arrival, and resumable.
+
+    shard files, indexes      each sent, read back and compared with its digests
+    manifest.json             last, byte for byte the source's: the commit, as after a save
+
+What is there already and whole is not sent again. Whole means read and compared: the size of a file that
+somebody overwrote, or that a store let rot, may be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.directory import marks
+from engine.directory.damage import size_damage
+from engine.directory.listing import read_index, read_manifest
+from engine.errors import AlreadyExistsError, DamagedError, NewerFormatError, NotFoundError, StorageError
+from engine.format.digest import bytes_digest
+from engine.format.index import ShardFile, ShardIndex
+from engine.format.json import MAX_BYTES
+from engine.format.manifest import FileReceipt, Manifest
+from engine.format.names import DAMAGED, DEAD_PREFIX, MANIFEST
+from engine.lease.lease import Lease
+from engine.mirror.contents import Progress, aligned_buffer, pieces_of, shard_contents, verify_range
+from engine.storage.base import Storage
+
+log = logging.getLogger(__name__)
+
+SEND_TRIES = 3
+"""How often a file is sent that does not arrive as it was sent."""
+
+
+class Cancelled(Exception):
+    """The copy was asked to stop. No error: what has arrived stays, and the next copy goes on from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A checkpoint that is in the target now. `sent_bytes` of its `bytes` had to be sent."""
+
+    id: str
+    path: str
+    step: int
+    bytes: int
+    sent_bytes: int
+    secs: float
+
+
+def copy_checkpoint(
+    source: Storage,
+    name: str,
+    target: Storage,
+    *,
+    lease: Lease | None = None,
+    check: bool = False,
+    progress: Progress = lambda count: None,
+    cancel: threading.Event | None = None,
+) -> Copied:
+    """Have the committed checkpoint in the directory `name` of `source` whole and committed in `target`.
+
+    Args:
+        lease: the right to write to `target`, looked at before the commit.
+        check: also read what is committed there already; otherwise its sizes are looked at.
+        progress: told of every byte twice at most: when it is read to be sent, and when it has arrived.
+        cancel: set, the copy breaks off with Cancelled.
+    Raises: NotFoundError when the source is no committed checkpoint, or retired meanwhile; DamagedError when
+        it is damaged; AlreadyExistsError when another checkpoint has its name; LeaseLostError; StorageError.
+    """
+    return _Copy(source, name, target, lease, check, progress, cancel).run()
+
+
+class _Copy:
+    def __init__(
+        self,
+        source: Storage,
+        name: str,
+        target: Storage,
+        lease: Lease | None,
+        check: bool,
+        progress: Progress,
+        cancel: threading.Event | None,
+    ) -> None:
+        self._source, self._name, self._target = source, name, target
+        self._lease, self._check, self._progress, self._cancel = lease, check, progress, cancel
+        self._sent_bytes = 0
+        self._marked = False
+
+    def run(self) -> Copied:
+        begun = time.monotonic()
+        raw = self._source.read_bytes(f"{self._name}/{MANIFEST}", max_bytes=MAX_BYTES)
+        manifest = Manifest.from_bytes(raw, what=self._source.describe(f"{self._name}/{MANIFEST}"))
+        revive(self._target, manifest.id)
+        there = self._files(manifest.id)
+        committed = MANIFEST in there and self._has_our_manifest(manifest.id, raw)
+        whole = committed and DAMAGED not in there and not size_damage(manifest, there)
+        if not whole or self._check:
+            self._bring_files(manifest, there, committed)
+            marked = self._marked or DAMAGED in there
+            if marked and not committed:
+                self._target.delete_file(f"{manifest.id}/{DAMAGED}")
+            if not committed:
+                self._publish(manifest.id, raw)
+            elif marked:  # last: until then it stays listed as damaged
+                self._target.delete_file(f"{manifest.id}/{DAMAGED}")
+                self._target.sync_dir(manifest.id)
+        return Copied(
+            id=manifest.id,
+            path=self._target.describe(manifest.id),
+            step=manifest.step,
+            bytes=manifest.total_bytes,
+            sent_bytes=self._sent_bytes,
+            secs=time.monotonic() - begun,
+        )
+
+    def _files(self, id: str) -> dict[str, int]:
+        try:
+            return {entry.name: entry.bytes or 0 for entry in self._target.list_dir(id) if not entry.is_dir}
+        except NotFoundError:
+            return {}
+
+    def _has_our_manifest(self, id: str, raw: bytes) -> bool:
+        """Whether the target has this very checkpoint committed; a manifest that is damaged is removed."""
+        path = f"{id}/{MANIFEST}"
+        try:
+            if self._target.read_bytes(path, max_bytes=MAX_BYTES) == raw:
+                return True
+            read_manifest(self._target, id)
+        except NotFoundError:
+            return False
+        except NewerFormatError:
+            pass
+        except DamagedError as error:
+            log.warning("%s: sent again", error)
+            self._target.delete_file(path)
+            self._target.sync_dir(id)
+            return False
+        raise AlreadyExistsError(
+            f"{self._target.describe(id)} is another checkpoint of that name: it is left alone. Copy to "
+            "another directory"
+        )
+
+    def _bring_files(self, manifest: Manifest, there: Mapping[str, int], committed: bool) -> None:
+        self._target.make_dir(manifest.id)
+        for shard in manifest.shards:
+            index = read_index(self._source, manifest, shard.rank, name=self._name)
+            for file in index.files:
+                self._bring_shard(manifest.id, file, there, committed)
+            self._bring_index(manifest.id, index, shard.index, there, committed)
+        ours = {receipt.file for shard in manifest.shards for receipt in (*shard.files, shard.index)}
+        # Other readers take every shard in the directory for part of the checkpoint.
+        for damage in size_damage(manifest, {**there, **dict.fromkeys(ours, 0)}):
+            if damage.file not in ours:
+                self._before_change(manifest.id, committed)
+                self._target.delete_file(f"{manifest.id}/{damage.file}")
+        self._target.sync_dir(manifest.id)
+
+    def _bring_shard(self, id: str, file: ShardFile, there: Mapping[str, int], committed: bool) -> None:
+        path = f"{id}/{file.file}"
+        if there.get(file.file) == file.file_bytes and self._arrived(path, file) is None:
+            return
+        self._before_change(id, committed)
+        if file.file in there:
+            self._target.delete_file(path)
+        problem: DamagedError | None = None
+        for _ in range(SEND_TRIES):
+            if problem is not None:
+                log.warning("%s did not arrive as it was sent, sending it again: %s", path, problem)
+                self._target.delete_file(path)
+            self._send(path, file)
+            self._sent_bytes += file.file_bytes
+            problem = self._arrived(path, file)
+            if problem is None:
+                return
+        raise StorageError(
+            f"{self._target.describe(path)} was sent {SEND_TRIES} times and never arrived as it was sent "
+            f"({problem}): this storage or the way to it changes data. Test it with "
+            "`python -m engine.checkpoints selftest`"
+        )
+
+    def _send(self, path: str, file: ShardFile) -> None:
+        # A scratch file lies where the file itself is going to be: there is room for it, or for neither.
+        scratch_dir = self._target.describe("") if self._target.is_local else None
+        source = f"{self._name}/{file.file}"
+        with shard_contents(
+            self._source, source, file, scratch_dir=scratch_dir, progress=self._advance
+        ) as contents:
+            self._target.write_shard(path, contents.view, file.file_bytes, on_window=contents.on_window)
+
+    def _arrived(self, path: str, file: ShardFile) -> DamagedError | None:
+        """Read a file of the target back; what is wrong with it."""
+        pieces = pieces_of(file, self._target)
+        try:
+            with self._target.open_reader(path) as reader:
+                if reader.file_bytes != file.file_bytes:
+                    return DamagedError(f"it has {reader.file_bytes} bytes instead of {file.file_bytes}")
+                buffer = aligned_buffer(min(pieces.step, file.file_bytes))
+                for begin in pieces:
+                    view = buffer[: min(pieces.step, file.file_bytes - begin)]
+                    reader.read_into(begin, view)
+                    verify_range(file, view, begin)
+                    self._advance(len(view))
+        except NotFoundError:
+            return DamagedError("it is not there")
+        except DamagedError as error:
+            return error
+        return None
+
+    def _bring_index(
+        self, id: str, index: ShardIndex, receipt: FileReceipt, there: Mapping[str, int], committed: bool
+    ) -> None:
+        path, raw = f"{id}/{receipt.file}", index.to_bytes()
+        assert bytes_digest(raw) == receipt.digest, "an index has one spelling only"
+        if receipt.file in there and self._reads_as(path, raw):
+            return
+        self._before_change(id, committed)
+        self._target.write_file(path, raw)
+        self._sent_bytes += len(raw)
+        if not self._reads_as(path, raw):
+            raise StorageError(
+                f"{self._target.describe(path)} was reported written, but is not there as written: this "
+                "storage loses data. Test it with `python -m engine.checkpoints selftest`"
+            )
+
+    def _reads_as(self, path: str, raw: bytes) -> bool:
+        self._advance(len(raw))
+        with contextlib.suppress(NotFoundError, DamagedError):
+            return self._target.read_bytes(path, max_bytes=len(raw)) == raw
+        return False
+
+    def _before_change(self, id: str, committed: bool) -> None:
+        """A committed checkpoint that is mended is listed as damaged until that is done."""
+        if committed and not self._marked:
+            self._marked = True
+            if self._lease is not None:
+                self._lease.check()
+            log.warning("%s is damaged: sending it again", self._target.describe(id))
+            marks.mark_damaged(self._target, id, "its files differ from what was sent; sent again")
+
+    def _publish(self, id: str, raw: bytes) -> None:
+        """The commit. Byte for byte the source's manifest, so that both are one checkpoint by its digest."""
+        path = f"{id}/{MANIFEST}"
+        self._advance(0)
+        if self._lease is not None:
+            self._lease.check()
+        # Taken: an earlier answer was lost, or another copy was first. What is there decides.
+        with contextlib.suppress(AlreadyExistsError):
+            self._target.publish(path, raw, exclusive=True)
+        if not self._reads_as(path, raw):
+            raise StorageError(
+                f"{self._target.describe(path)} was reported written, but is not there as written: this "
+                "storage loses data. Test it with `python -m engine.checkpoints selftest`"
+            )
+
+    def _advance(self, count: int) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled
+        self._progress(count)
+
+
+def revive(storage: Storage, id: str) -> None:
+    """Give an attempt that a taker of the lease has put aside its name back: its files may be whole.
+
+    Whoever was sending it sends the same bytes, and cannot commit without the lease.
+    """
+    dead = DEAD_PREFIX + id
+    if not storage.is_local:  # stores cannot rename, so nothing was put aside
+        return
+    if storage.exists(dead) and not storage.exists(id):
+        with contextlib.suppress(NotFoundError, AlreadyExistsError):
+            storage.rename(dead, id)

@@ -1,1 +1,0 @@
-"""How ranks are laid out, how a model is spread over them, and how they agree."""

@@ -1,0 +1,219 @@
+"""Which checkpoint a selector means, where it lies, and what is left when it is damaged. Rank 0's work."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from engine.directory.listing import Directory, Listed, committed, read_manifest
+from engine.directory.record import CheckpointRecord, from_manifest
+from engine.directory.retention import best_first, by_sequence, rule_of
+from engine.directory.selectors import Selector, choose, parse_selector
+from engine.errors import DamagedError, NotFoundError, SelectorError
+from engine.format.manifest import Manifest
+from engine.format.names import parse_attempt_name
+from engine.mirror.tiers import Tier, Tiers, both_tiers
+from engine.storage.base import Storage
+from engine.storage.open import open_storage
+from engine.storage.redact import redact_uri
+from engine.storage.uris import split_uri
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A checkpoint to restore.
+
+    `target` is the directory or URI to open it at, "" for the run's own or its mirror, as `tier` says; `name`
+    its directory there, which a copy may have renamed.
+    """
+
+    target: str
+    name: str
+    record: CheckpointRecord
+    manifest: Manifest
+    tier: Tier = "local"
+
+
+def in_mirror(id: str) -> str:
+    """How the mirror's copy of a checkpoint is called among those that are passed over."""
+    return f"mirror/{id}"
+
+
+def choose_checkpoint(
+    storage: Storage,
+    selector_text: str,
+    *,
+    passed_over: Collection[str] = (),
+    options: Mapping[str, str] | None = None,
+    mirror: Storage | None = None,
+) -> Choice | None:
+    """The checkpoint that the selector means; None when `latest` finds nothing at all.
+
+    Reads what decides it and no more: a listing, one manifest of each checkpoint that may be meant, and of
+    the mirror those alone that are not whole here.
+
+    Args:
+        passed_over: ids that failed to restore just now, and `in_mirror` of them; `latest` walks back past
+            them.
+        mirror: the second tier: the newest whole checkpoint of both counts, and the local copy is nearer.
+    Raises: SelectorError listing what there is; DamagedError when everything there is damaged or partial;
+        StorageError when the storage cannot be listed: an outage is not "no checkpoints".
+    """
+    selector = parse_selector(selector_text)
+    if selector.kind == "path":
+        return _at_path(selector_text, options)
+    view = _View(storage, mirror, selector, frozenset(passed_over))
+    tiers = view.what_may_answer()
+    tiers = _without_void_marks(view, tiers, selector)
+    try:
+        record = choose(committed(tiers.listed), selector)
+    except SelectorError:
+        tiers = view.everything()  # to say what there is
+        if selector.kind == "latest" and not committed(tiers.listed):
+            if not tiers.listed:
+                return None
+            where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
+            raise DamagedError(_nothing_whole(where, list(tiers.listed))) from None
+        record = choose(committed(tiers.listed), selector)
+    if selector.kind in ("latest", "best"):
+        _tell_passed_over(view, tiers, record, selector)
+    tier: Tier = "mirror" if record.id in tiers.from_mirror else "local"
+    return Choice("", record.id, record, view.directory(tiers, record.id).manifest(record.id), tier)
+
+
+@dataclass(slots=True)
+class _View:
+    """What one choice sees of both tiers, each of them listed once."""
+
+    storage: Storage
+    mirror: Storage | None
+    selector: Selector
+    passed_over: frozenset[str]
+    _local: Directory | None = field(init=False)
+    _theirs: Directory | None = field(init=False, default=None)
+    _looked_at_mirror: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self._local = _look(self.storage)
+
+    def what_may_answer(self) -> Tiers:
+        """The checkpoints that may be meant. The mirror's copy of one that is whole here is not looked at."""
+        wanted = _may_answer(self.selector)
+        mine = _read(self._local, lambda name: wanted(name) and name not in self.passed_over)
+        whole = {item.id for item in mine if item.status == "committed"}
+        if whole and self.selector.kind == "id":
+            return both_tiers(mine, [])  # decided: a mirror that does not answer stops nothing
+        theirs = _read(
+            self._see_mirror(),
+            lambda name: wanted(name) and name not in whole and in_mirror(name) not in self.passed_over,
+        )
+        return both_tiers(mine, theirs)
+
+    def everything(self) -> Tiers:
+        """All that lies in both."""
+        mine, theirs = (
+            [] if directory is None else directory.everything()
+            for directory in (self._local, self._see_mirror())
+        )
+        return both_tiers(
+            [_unless_passed_over(item, item.id in self.passed_over) for item in mine],
+            [_unless_passed_over(item, in_mirror(item.id) in self.passed_over) for item in theirs],
+        )
+
+    def directory(self, tiers: Tiers, id: str) -> Directory:
+        """Where that copy lies which `tiers` has chosen."""
+        found = self._theirs if id in tiers.from_mirror else self._local
+        assert found is not None
+        return found
+
+    def _see_mirror(self) -> Directory | None:
+        if self.mirror is not None and not self._looked_at_mirror:
+            self._theirs = _look(self.mirror)
+            self._looked_at_mirror = True
+        return self._theirs
+
+
+def _look(storage: Storage) -> Directory | None:
+    try:
+        return Directory(storage)
+    except NotFoundError:
+        return None
+
+
+def _read(directory: Directory | None, wanted: Callable[[str], bool]) -> list[Listed]:
+    return [] if directory is None else directory.read([name for name in directory.names if wanted(name)])
+
+
+def _may_answer(selector: Selector) -> Callable[[str], bool]:
+    """Which directories' names leave it open whether they are meant."""
+    match selector.kind:
+        case "id":
+            return lambda name: name == selector.text
+        case "step":
+            return lambda name: (parse_attempt_name(name) or (None,))[0] == selector.number
+    return lambda name: True
+
+
+def _unless_passed_over(item: Listed, passed_over: bool) -> Listed:
+    if not passed_over:
+        return item
+    return replace(item, status="damaged", reason=item.reason or "failed to restore just now")
+
+
+def _at_path(text: str, options: Mapping[str, str] | None) -> Choice:
+    parent, name = split_uri(text)
+    storage = open_storage(parent, options)
+    try:
+        manifest = read_manifest(storage, name)
+    except NotFoundError as error:
+        raise SelectorError(
+            f"{redact_uri(text)} is not a checkpoint: it has no manifest.json. Give the directory of one "
+            "checkpoint (…/step-00000250-1f0c9a3e), or a selector such as latest"
+        ) from error
+    return Choice(os.fspath(parent), name, from_manifest(manifest, storage.uri, name=name), manifest)
+
+
+def _nothing_whole(where: str, listed: list[Listed]) -> str:
+    lines = [f"{item.id}: {item.reason}" for item in listed if item.status != "committed"]
+    return (
+        f"{where} holds no whole checkpoint, only damaged or unfinished ones ({'; '.join(lines)}). "
+        "Nothing was deleted. Restore one by hand, or start anew in another --checkpoint_dir"
+    )
+
+
+def _without_void_marks(view: _View, tiers: Tiers, selector: Selector) -> Tiers:
+    """The same without damage marks that no longer hold. Asks only about those that make a difference."""
+    for marked in [item for item in tiers.listed if item.status == "damaged" and not item.reason]:
+        if marked.record is None:
+            continue
+        whole = committed(tiers.listed)
+        if _answer(whole, selector) == _answer([*whole, marked.record], selector):
+            continue
+        explained = view.directory(tiers, marked.id).explained(marked)
+        listed = tuple(explained if item is marked else item for item in tiers.listed)
+        tiers = replace(tiers, listed=listed)
+    return tiers
+
+
+def _answer(records: list[CheckpointRecord], selector: Selector) -> str | None:
+    try:
+        return choose(records, selector).id
+    except SelectorError:
+        return None
+
+
+def _tell_passed_over(view: _View, tiers: Tiers, record: CheckpointRecord, selector: Selector) -> None:
+    """Say which damaged ones would have been chosen instead."""
+    rule = selector.rule or rule_of(committed(tiers.listed))
+    for item in tiers.listed:
+        if item.status != "damaged" or item.record is None or item.id in view.passed_over:
+            continue
+        both = [item.record, record]
+        first = by_sequence(both)[-1] if selector.kind == "latest" else best_first(both, rule)[0]
+        if first is item.record:
+            reason = view.directory(tiers, item.id).explained(item).reason
+            log.warning("passing over %s, which is damaged: %s", item.id, reason)

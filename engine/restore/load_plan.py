@@ -1,0 +1,171 @@
+"""Which slices of which saved chunks fill this rank's tensors, as DCP's load planner says."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.tensor import DTensor
+
+from engine.format.layout import Chunk
+from engine.format.manifest import TensorInfo
+from engine.state.box_tensors import boxes_of, carries_boxes, global_shape
+from engine.state.torch_dtypes import to_torch
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of a saved chunk and the local memory that it fills.
+
+    `chunk` is a position in the list that was planned with; the box is
+    [offsets, offsets + lengths) inside that chunk; `to` has the shape `lengths` (a scalar has none).
+    """
+
+    name: str
+    chunk: int
+    offsets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    to: torch.Tensor
+
+
+@torch.no_grad()  # with gradients each look at a local tensor would make a node of their graph
+def plan_slices(
+    tensors: Mapping[str, torch.Tensor],
+    infos: Mapping[str, TensorInfo],
+    chunks: Mapping[str, Sequence[Chunk]],
+) -> list[Slice]:
+    """What to read to fill `tensors` (plain, DTensor, or carriers of boxes) in place. No collective.
+
+    Args:
+        tensors: destinations by name. One may have more rows than was saved: those are left as they are.
+        infos: dtype and global shape of each saved tensor.
+        chunks: the saved chunks of each tensor that together cover it.
+    """
+    slices = [
+        # Told apart here: planned by DCP, 600 of them would be a sixth of what a warm restore's plan takes.
+        Slice(name, 0, (0,) * tensor.ndim, tuple(tensor.shape), tensor.detach())
+        for name, tensor in tensors.items()
+        if _is_one_chunk(tensor, chunks[name])
+    ]
+    shards = _Shards()
+    planned = {item.name for item in slices}
+    for name, tensor in tensors.items():
+        found = shards.slices(name, tensor, chunks[name])
+        if found is not None:
+            slices += found
+            planned.add(name)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in planned}
+    saved = {
+        name: TensorStorageMetadata(
+            TensorProperties(dtype=to_torch(infos[name].dtype)),
+            # The destination's own: the planner would refuse a tensor that has grown.
+            torch.Size(global_shape(tensor)),
+            [_storage_metadata(chunk.offsets, chunk.sizes) for chunk in chunks[name]],
+        )
+        for name, tensor in tensors.items()
+    }
+    carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in carriers}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = Metadata({name: saved[name] for name in plain})
+    planner.set_up_planner(plain, metadata, is_coordinator=False)
+    for item in planner.create_local_plan().items:
+        slices.append(_slice(item, planner.resolve_tensor(item).detach()))
+    for name, tensor in carriers.items():
+        slices += _slices_of_boxes(name, tensor, saved[name])
+    return slices
+
+
+def _is_one_chunk(tensor: torch.Tensor, chunks: Sequence[Chunk]) -> bool:
+    """Whether a rank that holds all of the tensor finds all of it in one saved chunk."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not carries_boxes(tensor)
+        and len(chunks) == 1
+        and chunks[0].sizes == tuple(tensor.shape)
+    )
+
+
+class _Shards:
+    """Plans DTensors as DCP would, but asks it once for each kind of shard.
+
+    A model has hundreds of tensors and a dozen of kinds; to ask for each is most of a resharding plan's time.
+    """
+
+    def __init__(self) -> None:
+        self._boxes: dict[Hashable, list[ChunkStorageMetadata]] = {}
+
+    def slices(self, name: str, tensor: torch.Tensor, chunks: Sequence[Chunk]) -> list[Slice] | None:
+        """What fills a DTensor whose local tensor is plain; None for any other, which is left to DCP."""
+        if type(tensor) is not DTensor or carries_boxes(tensor):
+            return None
+        if tensor.device_mesh.get_coordinate() is None:  # this rank is not in it
+            return None
+        local = tensor.to_local().detach()
+        if type(local) is not torch.Tensor:  # it may know of boxes of its own
+            return None
+        boxes = self._boxes_of(tensor)
+        if len(boxes) != 1 or boxes[0].sizes != local.shape:
+            return None
+        found = (_overlap(name, number, chunk, boxes[0], local) for number, chunk in enumerate(chunks))
+        return [item for item in found if item is not None]
+
+    def _boxes_of(self, tensor: DTensor) -> list[ChunkStorageMetadata]:
+        kind = (tensor.device_mesh, tensor.placements, tensor.shape)
+        if kind not in self._boxes:
+            # What DCP's planner calls. Over a plain local tensor it depends on nothing else; a test compares.
+            self._boxes[kind] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        return self._boxes[kind]
+
+
+def _overlap(
+    name: str, number: int, chunk: Chunk, box: ChunkStorageMetadata, local: torch.Tensor
+) -> Slice | None:
+    """The part of a saved chunk that lies in this rank's box, whose elements are `local`, if there is any."""
+    offsets, lengths = [], []
+    to = local
+    for dim, (at, size, mine, own) in enumerate(
+        zip(chunk.offsets, chunk.sizes, box.offsets, box.sizes, strict=True)
+    ):
+        begin = max(at, mine)
+        length = min(at + size, mine + own) - begin
+        if length <= 0:
+            return None
+        if length != own:
+            to = to.narrow(dim, begin - mine, length)
+        offsets.append(begin - at)
+        lengths.append(length)
+    return Slice(name, number, tuple(offsets), tuple(lengths), to)
+
+
+def _slices_of_boxes(name: str, tensor: torch.Tensor, saved: TensorStorageMetadata) -> list[Slice]:
+    boxes = boxes_of(tensor, name)
+    wanted = [_storage_metadata(box.offsets, box.sizes) for box in boxes]
+    slices = []
+    for item in create_read_items_for_chunk_list(name, saved, wanted):
+        assert item.dest_index.index is not None, "DCP has stopped naming the box by position"
+        to = boxes[item.dest_index.index].tensor
+        for dim, (begin, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
+            to = to.narrow(dim, begin, length)
+        slices.append(_slice(item, to))
+    return slices
+
+
+def _slice(item: ReadItem, to: torch.Tensor) -> Slice:
+    index = item.storage_index.index
+    assert index is not None, "DCP's planner has stopped naming the saved chunk by position"
+    return Slice(item.dest_index.fqn, index, tuple(item.storage_offsets), tuple(item.lengths), to)
+
+
+def _storage_metadata(offsets: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))

@@ -1,0 +1,72 @@
+"""Puts a saver together: where its snapshot lies, how it is copied, what writes it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from engine.ranks.calls import Calls
+from engine.ranks.coordination import Coordinator
+from engine.save.job import JobRunner
+from engine.save.outcomes import Outcomes
+from engine.save.overlap_guard import state_device, why_unguarded
+from engine.save.run_directory import HeldDirectory
+from engine.save.saver import Busy, Checks, Saver
+from engine.save.snapshot import Snapshot
+from engine.save.staging_copy import Copier, overlap_stream
+from engine.state.capture import StateCapture
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SaverOptions:
+    """What the caller of a Checkpointer chose about saving."""
+
+    busy: Busy
+    timeout_secs: float
+    checks: Checks
+    memory_budget_bytes: int | None
+    overlap: bool | str
+
+
+def make_saver(
+    ranks: Coordinator,
+    calls: Calls,
+    capture: StateCapture,
+    directory: HeldDirectory,
+    options: SaverOptions,
+    outcomes: Outcomes,
+) -> Saver:
+    """A saver of this state into that directory."""
+    device = state_device(capture.state)
+    stream, reason = overlap_stream(options.overlap, device, lambda: why_unguarded(capture.state))
+    log.info("snapshots: %s", reason)
+    optimizers = [entry for entry in capture.state.values() if isinstance(entry, torch.optim.Optimizer)]
+    runner = JobRunner(
+        directory.storage,
+        ranks.channel(),
+        options.timeout_secs,
+        directory.publish,
+        directory.clean_up,
+        directory.listener,
+        outcomes.note,
+        lambda: directory.remove_surplus(disk_full=True),
+        given_up=directory.given_up,
+    )
+    return Saver(
+        capture=capture,
+        snapshot=Snapshot(ranks.rank, pin=device.type == "cuda", budget_bytes=options.memory_budget_bytes),
+        copier=Copier(stream, optimizers, digest=device.type == "cpu"),
+        channel=calls.channel,
+        calls=calls,
+        runner=runner,
+        outcomes=outcomes,
+        run_id=ranks.run_id,
+        busy=options.busy,
+        timeout_secs=options.timeout_secs,
+        checks=options.checks,
+        on_event=directory.listener,
+    )

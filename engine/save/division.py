@@ -1,0 +1,180 @@
+"""Who writes which part of the state: every byte once, replicas sharing the work. Pure.
+
+DCP's planner says which boxes of which global tensors a rank holds. Boxes that several ranks hold
+(DDP, the replicate dimension of HSDP, an optimizer's step counts) are divided over their holders by
+bytes, large ones split by rows, so that N replicas each copy and write 1/N. DCP itself gives a replicated
+tensor to one rank whole.
+
+Buffers of modules are not divided: ranks may hold different values of them, and a tensor put together from
+rows of several ranks would be nobody's. The lowest rank that holds one writes it whole; the others write
+their own value beside it, where it is kept (`engine.state.sharing`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from engine.directory.coverage import overlapping
+from engine.errors import StateError
+from engine.format.layout import Chunk
+from engine.state.captured import per_rank_name
+from engine.state.sharing import SharedBox
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank writes of one box that it holds.
+
+    `held` is the box's position in the rank's own list; rows [start, start + length) along dimension
+    `dim` of that box become `chunk`. A scalar has dim 0 and length 1.
+    """
+
+    held: int
+    dim: int
+    start: int
+    length: int
+    chunk: Chunk
+
+
+def divide(
+    held: Sequence[Sequence[Chunk]], shared_boxes: Mapping[Chunk, SharedBox] | None = None
+) -> list[list[Part]]:
+    """Assign every distinct box to its holders.
+
+    Args:
+        held: for each rank, the boxes that it holds, in the order of its own list.
+        shared_boxes: what is known of those that several ranks hold; buffers among them are not divided.
+    Returns: for each rank, the parts that it writes.
+    Raises: StateError when the boxes of a tensor overlap or leave a hole, or ranks disagree about it.
+    """
+    holders: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
+    for rank, chunks in enumerate(held):
+        for position, chunk in enumerate(chunks):
+            holders[chunk].append((rank, position))
+    _check_coverage(holders)
+
+    loads = [0] * len(held)
+    parts: list[list[Part]] = [[] for _ in held]
+    shared: dict[tuple[int, ...], list[Chunk]] = defaultdict(list)
+    for chunk, places in holders.items():
+        if 0 in chunk.sizes and 0 not in chunk.shape:
+            continue  # an empty local shard
+        if len(places) == 1:
+            rank, position = places[0]
+            loads[rank] += chunk.chunk_bytes
+            parts[rank].append(_whole(chunk, position))
+        elif shared_boxes and shared_boxes[chunk].buffer:
+            kept = places if shared_boxes[chunk].kept else places[:1]
+            for rank, position in kept:
+                loads[rank] += chunk.chunk_bytes
+                written = chunk if rank == places[0][0] else own_chunk(chunk, rank)
+                parts[rank].append(_whole(written, position))
+        else:
+            shared[tuple(rank for rank, _ in places)].append(chunk)
+    # The widest groups last: they can still even out what narrower ones left uneven.
+    for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
+        _divide_group(ranks, shared[ranks], holders, loads, parts)
+    return parts
+
+
+def own_chunk(chunk: Chunk, rank: int) -> Chunk:
+    """A rank's own value of a whole tensor, under a name of that rank."""
+    return Chunk(per_rank_name(rank, chunk.name), chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
+
+
+def _divide_group(
+    ranks: tuple[int, ...],
+    chunks: list[Chunk],
+    holders: dict[Chunk, list[tuple[int, int]]],
+    loads: list[int],
+    parts: list[list[Part]],
+) -> None:
+    """Lay the group's boxes end to end and cut the line where each rank has its fill."""
+    quotas = _fill(ranks, loads, sum(chunk.chunk_bytes for chunk in chunks))
+    order = sorted(ranks, key=lambda rank: (-quotas[rank], rank))
+    place = {chunk: dict(holders[chunk]) for chunk in chunks}
+    turn = 0
+    room = quotas[order[0]]
+    # Large boxes first, so that the small indivisible ones fall where the room is.
+    for chunk in sorted(chunks, key=lambda chunk: (-chunk.chunk_bytes, chunk.name, chunk.offsets)):
+        dim, rows, row_bytes = _rows(chunk)
+        start = 0
+        while start < rows:
+            while room <= 0 and turn + 1 < len(order):
+                turn += 1
+                room += quotas[order[turn]]
+            last = turn + 1 == len(order)
+            # Half a row over is nearer to the quota than half a row under.
+            take = rows - start if last else min(rows - start, max(1, round(room / (row_bytes or 1))))
+            rank = order[turn]
+            part = _part(chunk, place[chunk][rank], dim, start, take)
+            parts[rank].append(part)
+            loads[rank] += part.chunk.chunk_bytes
+            room -= part.chunk.chunk_bytes if row_bytes else 1
+            start += take
+
+
+def _fill(ranks: tuple[int, ...], loads: list[int], total_bytes: int) -> dict[int, int]:
+    """How many of `total_bytes` each rank takes, so that the lowest loads rise to one level."""
+    by_load = sorted(ranks, key=lambda rank: loads[rank])
+    below: list[int] = []
+    level = 0
+    for position, rank in enumerate(by_load):
+        below.append(rank)
+        level = -(-(total_bytes + sum(loads[r] for r in below)) // len(below))
+        if position + 1 == len(by_load) or level <= loads[by_load[position + 1]]:
+            break
+    return {rank: max(0, level - loads[rank]) if rank in below else 0 for rank in ranks}
+
+
+def _rows(chunk: Chunk) -> tuple[int, int, int]:
+    """(dimension, rows, bytes a row) along which a box can be cut and its parts stay contiguous."""
+    if chunk.chunk_bytes:
+        for dim, size in enumerate(chunk.sizes):
+            if size != 1:
+                return dim, size, chunk.chunk_bytes // size
+    return 0, 1, chunk.chunk_bytes
+
+
+def _whole(chunk: Chunk, position: int) -> Part:
+    return Part(position, 0, 0, chunk.sizes[0] if chunk.sizes else 1, chunk)
+
+
+def _part(chunk: Chunk, position: int, dim: int, start: int, length: int) -> Part:
+    if not chunk.sizes or not chunk.chunk_bytes or length == chunk.sizes[dim]:
+        return Part(position, dim, 0, chunk.sizes[dim] if chunk.sizes else 1, chunk)
+    offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+    offsets[dim] += start
+    sizes[dim] = length
+    return Part(
+        position,
+        dim,
+        start,
+        length,
+        Chunk(chunk.name, chunk.dtype, chunk.shape, tuple(offsets), tuple(sizes)),
+    )
+
+
+def _check_coverage(holders: dict[Chunk, list[tuple[int, int]]]) -> None:
+    by_name: dict[str, list[Chunk]] = defaultdict(list)
+    for chunk in holders:
+        by_name[chunk.name].append(chunk)
+    for name, chunks in by_name.items():
+        first = chunks[0]
+        for chunk in chunks:
+            if (chunk.shape, chunk.dtype) != (first.shape, first.dtype):
+                ranks = [holders[first][0][0], holders[chunk][0][0]]
+                raise StateError(
+                    f"{name}: rank {ranks[0]} has {first.dtype} {list(first.shape)}, rank {ranks[1]} has "
+                    f"{chunk.dtype} {list(chunk.shape)}; a tensor that differs between ranks must be "
+                    "declared in per_rank"
+                )
+        volume = sum(prod(chunk.sizes) for chunk in chunks)
+        if volume != prod(first.shape) or overlapping([("", c) for c in chunks if prod(c.sizes)]):
+            raise StateError(
+                f"{name}: the ranks hold {volume} elements of {prod(first.shape)} in {len(chunks)} boxes "
+                "that overlap or leave a hole; redistribute() a DTensor with interleaved shards to Shard"
+            )

@@ -1,0 +1,192 @@
+"""One rank's snapshot: which parts of its state it writes, and their copy in the arena.
+
+The plan (who writes what) is made once per structure and shared by all ranks; a save whose structure has
+not changed costs one identity check and one batched copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.format.digest import bytes_digest
+from engine.format.json import canonical_bytes
+from engine.format.layout import Chunk, PlacedChunk, ShardLayout, plan_files
+from engine.save.digesting_copy import Pair, Span
+from engine.save.division import Part
+from engine.save.staging_buffer import Arena, FileSlot
+from engine.save.staging_copy import Batch
+from engine.state.box_tensors import carries_boxes
+from engine.state.captured import Captured
+from engine.state.held_boxes import Held, held_chunks
+
+Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
+
+
+BATCH_BYTES = 64 << 20
+"""Copies are made in batches of about so much: small against the whole, large against a call's cost."""
+
+
+@dataclass(slots=True)
+class _Copy:
+    """One standing order: a held box, or some of its rows, into a view of the arena.
+
+    rows: (dim, start, length); None for the whole box.
+    """
+
+    to: torch.Tensor
+    held: int
+    rows: tuple[int, int, int] | None
+    file: str
+    placed: PlacedChunk
+
+
+class Snapshot:
+    """The arena and the standing orders that fill it. One thread; one snapshot at a time.
+
+    Args:
+        rank: this rank, which names its files.
+        pin: whether the arena is pinned for CUDA.
+        budget_bytes: most host memory to take, or None.
+    """
+
+    def __init__(self, rank: int, *, pin: bool, budget_bytes: int | None) -> None:
+        self._rank = rank
+        self._pin = pin
+        self._budget_bytes = budget_bytes
+        self._held: list[Held] = []
+        self._generation = -1
+        self._signature: Signature = ()
+        self._held_digest = ""
+        self._planned_digest = ""
+        self._orders: list[_Copy] = []
+        self.arena: Arena | None = None
+        self.layouts: tuple[ShardLayout, ...] = ()
+
+    @property
+    def held(self) -> Sequence[Chunk]:
+        """The boxes that this rank holds, as last prepared."""
+        return [held.chunk for held in self._held]
+
+    @property
+    def memory(self) -> Sequence[Held]:
+        """The same boxes with the local memory that holds them."""
+        return self._held
+
+    def prepare(self, captured: Captured) -> bool:
+        """Take note of where the state's memory is now. Returns whether a new plan is needed."""
+        fresh = {name: tensor for name, tensor in captured.tensors.items() if name not in captured.fixed}
+        signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in fresh.items())
+        plain = all(type(tensor) is torch.Tensor and not carries_boxes(tensor) for tensor in fresh.values())
+        if captured.generation == self._generation and signature == self._signature and plain:
+            self._held = [
+                Held(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
+                for held in self._held
+            ]
+        else:
+            self._held = held_chunks(captured.tensors)
+            self._held_digest = plan_digest(self.held, captured.buffers, captured.aliases)
+            self._generation, self._signature = captured.generation, signature
+        # Also when nothing has changed since the last look: the plan for it may have failed.
+        return self._held_digest != self._planned_digest
+
+    def adopt(self, parts: Sequence[Part]) -> None:
+        """Take a new plan: lay out the files and the arena for the parts that this rank writes.
+
+        Raises: MemoryBudgetError when the arena would exceed its budget; there is no plan then.
+        """
+        layouts = plan_files(self._rank, [part.chunk for part in parts])
+        if self.arena is None or layouts != self.layouts:
+            self.forget_plan()
+            self.layouts = layouts
+            self.arena = Arena(layouts, pin=self._pin, budget_bytes=self._budget_bytes)
+        self._orders = []
+        by_box = {(part.chunk.name, part.chunk.offsets): part for part in parts}
+        for slot in self.arena.slots:
+            for placed in slot.layout.chunks:
+                part = by_box[placed.chunk.name, placed.chunk.offsets]
+                sizes = self._held[part.held].chunk.sizes
+                whole = not sizes or sizes[part.dim] == part.length
+                self._orders.append(
+                    _Copy(
+                        to=self.arena.view(slot, placed),
+                        held=part.held,
+                        rows=None if whole else (part.dim, part.start, part.length),
+                        file=slot.layout.file,
+                        placed=placed,
+                    )
+                )
+        self._planned_digest = self._held_digest
+
+    def forget_plan(self) -> None:
+        """Give the arena back; the next save plans anew."""
+        self._orders = []
+        self.layouts = ()
+        self._planned_digest = ""
+        if self.arena is not None:
+            self.arena.release()
+            self.arena = None
+
+    def copies(self, overlaps: Callable[[str, torch.Tensor], bool] | None) -> tuple[list[Batch], list[Pair]]:
+        """The copies of this snapshot: (to make before `save` returns, may overlap with training).
+
+        `overlaps` says which may, by name and source; None: none of them.
+
+        The first are in arena order, in batches, so that writing can begin before all of them are made. With
+        10,000 small tensors every call for each of them shows: hence no narrowing, and no question, in vain.
+        """
+        batches: list[Batch] = []
+        overlapped: list[Pair] = []
+        orders = iter(self._orders)
+        for slot in self.arena.slots if self.arena else ():
+            pairs: list[Pair] = []
+            begin = 0
+            for order in itertools.islice(orders, len(slot.layout.chunks)):
+                source = self._source(order)
+                if overlaps is not None and overlaps(order.placed.chunk.name, source):
+                    overlapped.append((order.to, source))
+                    continue
+                pairs.append((order.to, source))
+                end = order.placed.end
+                if end - begin >= BATCH_BYTES:
+                    batches.append(self._batch(slot, pairs, begin, end))
+                    pairs, begin = [], end
+            batches.append(self._batch(slot, pairs, begin, slot.layout.file_bytes))
+        return batches, overlapped
+
+    def _batch(self, slot: FileSlot, pairs: Sequence[Pair], begin: int, end: int) -> Batch:
+        """The copies that fill bytes [begin, end) of a file."""
+        assert self.arena is not None
+        address = self.arena.buffer.data_ptr() + slot.begin
+        span = Span(slot.layout.file, address, slot.layout.file_bytes, begin, end)
+        return Batch(tuple(pairs), slot.begin + end, span)
+
+    def sources(self) -> Iterator[tuple[str, PlacedChunk, torch.Tensor]]:
+        """(file, chunk in it, live memory) of everything that this rank writes, as last prepared."""
+        return ((order.file, order.placed, self._source(order)) for order in self._orders)
+
+    def _source(self, order: _Copy) -> torch.Tensor:
+        source = self._held[order.held].tensor
+        return source if order.rows is None else source.narrow(*order.rows)
+
+
+def plan_digest(
+    held: Sequence[Chunk], buffers: Iterable[str] = (), aliases: Mapping[str, str] | None = None
+) -> str:
+    """Stands for a rank's structure: two equal ones need only one plan."""
+    boxes = [chunk_to_json(chunk) for chunk in held]
+    return bytes_digest(canonical_bytes([boxes, sorted(buffers), dict(aliases or {})]))
+
+
+def chunk_to_json(chunk: Chunk) -> list[object]:
+    """A chunk as ranks send it to each other while planning."""
+    return [chunk.name, chunk.dtype, list(chunk.shape), list(chunk.offsets), list(chunk.sizes)]
+
+
+def state_bytes(held: Sequence[Chunk]) -> int:
+    """Bytes of all boxes that a rank holds, before replicas share the work."""
+    return sum(chunk.chunk_bytes for chunk in held if math.prod(chunk.shape))

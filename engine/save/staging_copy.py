@@ -1,0 +1,198 @@
+"""The copy into the arena: at once on CPU, overlapped with training on CUDA.
+
+On CUDA the copy runs on a stream of its own and training goes on; only what would change the copied memory
+has to wait for it. Parameters and optimizer state change in `optimizer.step()` alone, so a step pre-hook
+makes the compute stream wait for the copy's event: the device waits, the CPU does not. Everything else
+(buffers that the forward pass changes, a frozen average) is copied before `save` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+
+from engine.format.digest import DIGEST_BYTES, block_count
+from engine.native import kernels
+from engine.save.digesting_copy import Pair, Span, fill_span, plain_runs
+from engine.save.filling import Filling
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Copies that belong together; when they are made, the arena is filled up to byte `end`.
+
+    span: the bytes of the shard file that they fill; None where they fill none.
+    """
+
+    pairs: tuple[Pair, ...]
+    end: int
+    span: Span | None = None
+
+
+class CopyStream(Protocol):
+    """A device stream beside the compute stream. The tests bring one that needs no device."""
+
+    def copy(self, pairs: Sequence[Pair]) -> None:
+        """Start copying, after all work that the compute stream has been given so far."""
+
+    def guard_compute(self) -> None:
+        """Have the compute stream wait for the copies started so far; the CPU does not wait."""
+
+    def finish(self) -> None:
+        """Block the calling thread until the copies started so far are done."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the copies started so far are done."""
+
+
+class CudaStream:
+    """A side stream with one event."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device=device)  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def copy(self, pairs: Sequence[Pair]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            copy_pairs(pairs, non_blocking=True)
+            for _, source in pairs:
+                # The allocator must not hand this memory out while the copy still reads it.
+                source.record_stream(self._stream)
+        self._event.record(self._stream)
+
+    def guard_compute(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def finish(self) -> None:
+        with torch.cuda.device(self._device):  # called by a thread that has chosen none
+            self._event.synchronize()
+
+    @property
+    def done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+
+class Copier:
+    """Copies a snapshot, and keeps the optimizers from changing what is still being copied.
+
+    Args:
+        stream: the side stream, or None to copy everything before `copy` returns.
+        optimizers: those whose `step` must wait for an overlapped copy.
+        digest: whether to digest while copying, where the loops in C can: for a state in host memory, whose
+            bytes pass through the processor on their way.
+    """
+
+    def __init__(
+        self, stream: CopyStream | None, optimizers: Sequence[Optimizer], *, digest: bool = False
+    ) -> None:
+        self._stream = stream
+        self._digest = digest and kernels.library is not None
+        self._in_flight = False
+        if kernels.library is None:
+            log.info(
+                "copies and digests take the slower way, without the loops in C: %s", kernels.missing_because
+            )
+        self._hooks = (
+            [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+            if stream
+            else []
+        )
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether there is a side stream to copy on."""
+        return self._stream is not None
+
+    def copy(self, eager: Sequence[Batch], overlapped: Sequence[Pair], filling: Filling) -> None:
+        """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
+
+        Without overlapped copies `filling` advances batch by batch, so that writing starts meanwhile.
+        It gets the digests of files that were digested on the way.
+        """
+        if overlapped:
+            copy_pairs([pair for batch in eager for pair in batch.pairs], non_blocking=False)
+            if self._stream is None:
+                copy_pairs(overlapped, non_blocking=False)
+            else:
+                self._stream.copy(overlapped)
+                self._in_flight = True
+            filling.advance(eager[-1].end)
+            return
+        digests: dict[str, bytearray] = {}
+        for batch in eager:
+            if self._digest and batch.span is not None:
+                copy_digesting(batch.pairs, batch.span, digests)
+                if batch.span.ends_file:
+                    filling.note_digests(batch.span.file, bytes(digests[batch.span.file]))
+            else:
+                copy_pairs(batch.pairs, non_blocking=False)
+            filling.advance(batch.end)
+
+    def finish(self) -> None:
+        """Wait, on the CPU, until everything has been copied. For the thread that writes the arena."""
+        if self._stream is not None and self._in_flight:
+            self._stream.finish()
+
+    def guard(self) -> None:
+        """Have whatever training does next wait for the copy: for weight changes outside `step()`."""
+        if self._stream is not None and self._in_flight:
+            self._stream.guard_compute()
+            self._in_flight = not self._stream.done
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizers again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.guard()
+
+
+def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
+    """Copy each source into its destination, in one call."""
+    if pairs:
+        with torch.no_grad():
+            # Underscored, but what torch's own optimizers are built on; a test notices when it moves. With
+            # 10,000 small tensors, one call for each would cost more than the copies.
+            torch._foreach_copy_(
+                [to for to, _ in pairs], [source for _, source in pairs], non_blocking=non_blocking
+            )
+
+
+def copy_digesting(pairs: Sequence[Pair], span: Span, digests: dict[str, bytearray]) -> None:
+    """Copy what fills a span, and put the digests of its blocks into those of its file."""
+    runs, rest = plain_runs(pairs)
+    copy_pairs(rest, non_blocking=False)
+    packed = digests.setdefault(span.file, bytearray(block_count(span.file_bytes) * DIGEST_BYTES))
+    fill_span(span, runs, packed)
+
+
+def overlap_stream(
+    setting: bool | str, device: torch.device, can_guard: Callable[[], str | None]
+) -> tuple[CopyStream | None, str]:
+    """The side stream to copy on, or None with the reason why copies do not overlap.
+
+    Args:
+        setting: "auto", or False to copy before `save` returns.
+        can_guard: None when every trainable parameter belongs to an optimizer that was handed over;
+            otherwise the reason why a change cannot be held back.
+    """
+    if setting is False:
+        return None, "overlap is switched off"
+    if device.type != "cuda":
+        return None, "the state is in host memory"
+    reason = can_guard()
+    if reason is not None:
+        return None, reason
+    return CudaStream(device), "copies overlap with training"

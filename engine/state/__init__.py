@@ -1,0 +1,1 @@
+"""What a training state consists of: its tensors under stable names and, beside them, JSON values."""

@@ -1,0 +1,148 @@
+"""Which boxes several ranks hold, and what that means for each: compared, or each rank's own. Pure.
+
+Parameters, optimizer state and values have one value under one name, so what several ranks hold of them is
+compared. A module's buffers (the running statistics of a batch norm) may differ between ranks and be right on
+each: the value of the lowest rank is the checkpoint's, and every other rank's own value is kept beside it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.format.layout import Chunk
+from engine.state.modules import NOTES
+
+SMALL_BUFFER_BYTES = 64 << 10
+"""Each rank's own value of a buffer up to this size is always kept. Of a larger one it is kept once a
+comparison while planning has found a difference: an attention mask of megabytes is the same everywhere."""
+
+SMALL = ""
+"""Stands for the digest of a buffer that is small, so that nobody has to compare it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What one rank brings to a plan.
+
+    held: the boxes that it holds, in its own order.
+    buffers: those among them that are whole buffers of modules, by position, with their digest or `SMALL`.
+    aliases: further names of tensors (tied weights), alias -> name.
+    on_device: whether some of them lie in the memory of a device.
+    stateless: of its parameters without optimizer state, how the names of such state would begin.
+    """
+
+    held: Sequence[Chunk]
+    buffers: Mapping[int, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    on_device: bool = False
+    stateless: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SharedBox:
+    """A box that several ranks hold.
+
+    places: (rank, position in the rank's list), by rank. buffer: every holder has it as a module's buffer.
+    kept: every rank's own value is kept, so that there is nothing to compare.
+    """
+
+    chunk: Chunk
+    places: tuple[tuple[int, int], ...]
+    buffer: bool = False
+    kept: bool = False
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Its holders."""
+        return tuple(rank for rank, _ in self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Boxes that the same ranks hold and that have to be equal on all of them, by name and offsets."""
+
+    ranks: tuple[int, ...]
+    boxes: tuple[SharedBox, ...]
+
+
+def shared_boxes(offers: Sequence[Offer], differing: Collection[str] = ()) -> dict[Chunk, SharedBox]:
+    """The boxes that more than one rank holds.
+
+    Args:
+        differing: names of large buffers that have been found to differ before.
+    """
+    places: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
+    for rank, offer in enumerate(offers):
+        for position, chunk in enumerate(offer.held):
+            places[chunk].append((rank, position))
+    found = {}
+    for chunk, at in places.items():
+        if len(at) < 2:
+            continue
+        digests = [offers[rank].buffers.get(position) for rank, position in at]
+        buffer = None not in digests and chunk.sizes == chunk.shape
+        kept = buffer and (SMALL in digests or len(set(digests)) > 1 or chunk.name in differing)
+        found[chunk] = SharedBox(chunk, tuple(at), buffer, kept)
+    return found
+
+
+def groups_to_compare(shared: Mapping[Chunk, SharedBox]) -> list[Group]:
+    """The boxes to compare, by their holders; the same list whatever the order of the offers' boxes."""
+    by_ranks: dict[tuple[int, ...], list[SharedBox]] = defaultdict(list)
+    for box in shared.values():
+        if not box.kept:
+            by_ranks[box.ranks].append(box)
+    return [
+        Group(ranks, tuple(sorted(by_ranks[ranks], key=lambda box: (box.chunk.name, box.chunk.offsets))))
+        for ranks in sorted(by_ranks)
+    ]
+
+
+def one_sided_state(offers: Sequence[Offer]) -> list[str]:
+    """One sentence for each parameter that has optimizer state on one rank and none on another that has it.
+
+    The state of the one would come back to the other, which has made no step with it.
+    """
+    without = {name: rank for rank, offer in reversed([*enumerate(offers)]) for name in offer.stateless}
+    found: dict[str, str] = {}
+    for rank, offer in enumerate(offers if without else ()):
+        for chunk in offer.held:
+            begins = chunk.name
+            while begins and begins not in without:
+                begins = begins.rpartition(".")[0]
+            if begins and begins not in found:
+                found[begins] = f"{begins} is there on rank {rank} and not on rank {without[begins]}"
+    return list(found.values())
+
+
+def union_of_values(documents: Sequence[Any]) -> Any:
+    """One document for a module's values on several ranks: submodule name -> value, the first that has it.
+
+    A document that is not made of names is taken as it is.
+    """
+    first = documents[0]
+    if not all(isinstance(one, dict) and not any(key.startswith("$") for key in one) for one in documents):
+        return first
+    union: dict[str, Any] = {}
+    for one in documents:
+        for name, value in one.items():
+            known = union.setdefault(name, value)
+            if name in NOTES and isinstance(value, dict):
+                union[name] = value | known
+            elif name in NOTES:
+                union[name] = [*known, *(more for more in value if more not in known)]
+    return union
+
+
+def all_aliases(offers: Sequence[Offer]) -> dict[str, str]:
+    """The aliases of all ranks, the lowest rank's first, without those that some rank holds as a tensor."""
+    tensors = {chunk.name for offer in offers for chunk in offer.held}
+    merged: dict[str, str] = {}
+    for offer in offers:
+        for alias, name in offer.aliases.items():
+            if alias not in tensors:
+                merged.setdefault(alias, name)
+    return merged

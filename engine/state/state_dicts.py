@@ -1,0 +1,350 @@
+"""What a module's state_dict() hands out, held against the tensors that the module has.
+
+Hooks and overrides may hand out copies, other names, more or fewer keys. A checkpoint holds the live
+parameters and buffers in any case: a copy is of the moment it was made, may be rounded, and reading into it
+would leave the live weights as they are. A key that the live tensors account for is theirs; what is left is
+kept as a value and handed to load_state_dict().
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from engine.errors import UnsavableValueError
+from engine.state import values
+from engine.state.metrics import metric_values
+from engine.state.savable import check_savable
+from engine.state.wrappers import Place, places, wrapped_by
+
+EXTRA_STATE = "_extra_state"
+"""The last part of the name of what a module's get_extra_state() returns."""
+
+HANDED_OUT = "$state_dict"
+"""Stands before the name of a tensor that state_dict() hands out under the name of another."""
+
+_PLAIN_TYPES = (nn.Parameter, torch.Tensor)
+_SAVING = ("state_dict", "_save_to_state_dict")
+_OWN_CODE = ("torch", "lightning.fabric.wrappers", "lightning_fabric.wrappers")
+"""Whose hooks and overrides hand out the live tensors in every call if they do so in one."""
+
+
+@dataclass(slots=True)
+class StateDict:
+    """A module's state: live tensors by name, and what else its state_dict() holds.
+
+    tensors: canonical name -> parameter or persistent buffer. Tied ones stand under each of their names.
+    standing: canonical name -> key of state_dict(), for the keys whose value a live tensor accounts for.
+    values: canonical name -> value, for all other keys.
+    spelled: canonical name -> key of state_dict(), of every key.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    standing: dict[str, str] = field(default_factory=dict)
+    values: dict[Any, Any] = field(default_factory=dict)
+    spelled: dict[Any, Any] = field(default_factory=dict)
+
+
+def asked(root: nn.Module) -> nn.Module:
+    """The module whose state_dict() and load_state_dict() are the state's: the one inside of wrappers.
+
+    An override of it may take no arguments, as a wrapper's state_dict() would hand on; its load_state_dict()
+    no wrapper would call. A wrapper with code of its own is asked itself.
+    """
+    inside = wrapped_by(root)
+    return root if inside is None or _takes_part(root) or loads_by_itself(root) else asked(inside)
+
+
+def read_state_dict(key: str, root: nn.Module) -> StateDict:
+    """Ask a module for its state_dict(), and tell live tensors from what else is in there.
+
+    Asking first brings FSDP2 back to its sharded parameters: after a no-grad evaluation its root is left
+    unsharded, and named_parameters() would hand out full plain tensors.
+    Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out, or a tensor is
+        of a kind that a checkpoint cannot hold.
+    """
+    root = asked(root)
+    with torch.no_grad():
+        try:
+            handed_out: Any = root.state_dict()
+        except Exception as error:
+            raise UnsavableValueError(
+                f"{key}: state_dict() of {type(root).__qualname__} failed: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(handed_out, Mapping):
+            raise UnsavableValueError(
+                f"{key}: state_dict() of {type(root).__qualname__} returns a {type(handed_out).__name__}, "
+                "not a dict"
+            )
+        tree = places(root)
+        if metrics := metric_values(tree):
+            handed_out = {**handed_out, **metrics}
+        live = live_tensors(tree)
+        for name, tensor in live.items():
+            if not is_lazy(tensor):  # a restore may give it its shape
+                check_savable(f"{key}.{name}", tensor)
+        by_memory: dict[Hashable, str] = {}
+        found = StateDict()
+        prefixes = _prefixes(tree)
+        covered: set[int] = set()
+        unclear: dict[str, Any] = {}
+        for spelled, value in handed_out.items():
+            name = _canonical(spelled, prefixes) if isinstance(spelled, str) else spelled
+            found.spelled[name] = spelled
+            stands = None
+            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
+            if isinstance(value, torch.Tensor) and not is_extra_state(name):
+                stands = live.get(name)
+                if stands is None or not _same(value, stands):
+                    by_memory = by_memory or _by_memory(live)
+                    stands = _elsewhere(value, live, by_memory)
+            if stands is None:
+                unclear[name] = value
+            else:
+                covered.add(id(stands))
+                found.tensors[name] = stands
+                found.standing[name] = spelled
+        for name, tensor in live.items():
+            if id(tensor) not in covered:
+                _keep_left_out(key, name, tensor, found)
+        for name, value in unclear.items():
+            if name in found.tensors and _is_copy(value, found.tensors[name]):
+                found.standing[name] = found.spelled[name]
+            else:
+                found.values[name] = value
+    return found
+
+
+def encode_values(
+    key: str, state: StateDict, aliases: Mapping[str, str], tensors: dict[str, torch.Tensor]
+) -> Any:
+    """JSON of what state_dict() holds besides live tensors; its tensors are added to `tensors` by name.
+
+    A live tensor inside a nested value is referred to by the name it has already. A tensor that would take
+    the name of a live one (the module hands out something else under a parameter's name) gets another.
+    """
+    mine: dict[str, torch.Tensor] = {}
+    if all(isinstance(name, str) and not name.startswith("$") for name in state.values):
+        # The order of a state dict's own keys means nothing, that inside of its values may.
+        document: Any = {
+            name: values.encode(value, f"{key}.{name}", mine, keep_order=True)
+            for name, value in state.values.items()
+        }
+    else:
+        document = values.encode(state.values, key, mine, keep_order=True)
+    with torch.no_grad():
+        by_memory = _by_memory(state.tensors) if mine else {}
+        names: dict[str, str] = {}
+        for path, tensor in mine.items():
+            memory = _memory(tensor)
+            if memory is not None and memory in by_memory:
+                name = f"{key}.{by_memory[memory]}"
+                names[path] = aliases.get(name, name)
+                continue
+            inside = path.removeprefix(f"{key}.")
+            names[path] = f"{key}.{HANDED_OUT}.{inside}" if inside in state.tensors else path
+            tensors[names[path]] = tensor
+    return _renamed(document, names)
+
+
+def _renamed(document: Any, names: Mapping[str, str]) -> Any:
+    """The JSON with other names for its tensors."""
+    if isinstance(document, list):
+        return [_renamed(item, names) for item in document]
+    if not isinstance(document, dict):
+        return document
+    if document.keys() == {"$tensor"}:
+        return {"$tensor": names[document["$tensor"]]}
+    return {key: _renamed(inner, names) for key, inner in document.items()}
+
+
+def is_extra_state(name: Any) -> bool:
+    """Whether the name is that of what a module's get_extra_state() returns."""
+    return isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE
+
+
+def has_own_state_dict(root: nn.Module) -> bool:
+    """Whether code that is not torch's takes part in state_dict(): it may hand out other values each time."""
+    return any(_takes_part(module) for module in root.modules())
+
+
+def overrides_loading(module: nn.Module) -> bool:
+    """Whether load_state_dict() itself is not torch's."""
+    return not _is_torchs(_function(module, "load_state_dict"))
+
+
+def loads_by_itself(module: nn.Module) -> bool:
+    """Whether code that is not torch's takes part when this very module, not its children, is loaded."""
+    if overrides_loading(module) or not _is_torchs(_function(module, "_load_from_state_dict")):
+        return True
+    # torch keeps pre-hooks in an object of its own, under `hook`.
+    pre = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
+    hooks = [*pre, *module._load_state_dict_post_hooks.values()]
+    return any(not _is_torchs(hook) for hook in hooks)
+
+
+def live_tensors(tree: Iterable[Place]) -> dict[str, torch.Tensor]:
+    """Every parameter and persistent buffer by canonical name, tied ones under each of their names."""
+    found: dict[str, torch.Tensor] = {}
+    for place in tree:
+        module = place.module
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(place.name + name, parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(place.name + name, buffer)
+    return found
+
+
+def buffer_names(root: nn.Module) -> dict[str, bool]:
+    """The canonical names of the persistent buffers, and whether there is a tensor and not None."""
+    return {
+        place.name + name: buffer is not None
+        for place in places(root)
+        for name, buffer in place.module._buffers.items()
+        if name not in place.module._non_persistent_buffers_set
+    }
+
+
+def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) -> None:
+    """A rebuilt module needs it: state_dict() does not hand it out, or a copy of it."""
+    if name in found.tensors:
+        raise UnsavableValueError(
+            f"{key}.{name}: state_dict() returns another tensor of the module under this name, and leaves "
+            "this one out; give each a name of its own"
+        )
+    found.tensors[name] = tensor
+
+
+def _same(value: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a value is a live tensor, or shares its memory as `detach` leaves it."""
+    if value is own:
+        return True
+    dense = value.layout is torch.strided and not value.is_nested
+    plain = type(value) in _PLAIN_TYPES and type(own) in _PLAIN_TYPES and dense
+    if plain and (address := value.data_ptr()):
+        return (
+            address == own.data_ptr()
+            and value.shape == own.shape
+            and value.dtype == own.dtype
+            and value.stride() == own.stride()
+            and value.is_conj() == own.is_conj()
+            and value.is_neg() == own.is_neg()
+        )
+    memory = _memory(value)
+    if memory is None:  # no memory to tell by: nothing can be lost with it
+        return value.layout == own.layout and _memory(own) is None and value.shape == own.shape
+    return memory == _memory(own)
+
+
+def _by_memory(tensors: Mapping[str, torch.Tensor]) -> dict[Hashable, str]:
+    """Where each tensor lies -> the first name of what lies there."""
+    found: dict[Hashable, str] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(_memory(tensor), name)
+    return found
+
+
+def _elsewhere(
+    value: torch.Tensor, live: Mapping[str, torch.Tensor], by_memory: Mapping[Hashable, str]
+) -> torch.Tensor | None:
+    """The live tensor of another name whose memory the value is."""
+    memory = _memory(value)
+    if memory is None:
+        return next((tensor for tensor in live.values() if tensor is value), None)
+    return live[by_memory[memory]] if memory in by_memory else None
+
+
+def _memory(tensor: torch.Tensor) -> Hashable:
+    """Where a tensor's elements lie and how; None where that cannot be told (nothing there, sparse, meta)."""
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
+    if tensor.is_nested or tensor.is_quantized or tensor.numel() == 0:
+        return None
+    lazily = (tensor.is_conj(), tensor.is_neg())
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        kind = (tensor.shape, tensor.placements, tensor.device_mesh)
+        return (kind, _memory(local) if local.numel() else (local.shape, local.dtype))
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return (type(tensor), tensor.shape, *(_memory(getattr(tensor, name)) for name in names))
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), *lazily)
+
+
+def _is_copy(value: Any, live: torch.Tensor) -> bool:
+    """Whether a value is what one gets by copying the live tensor, perhaps into a smaller dtype."""
+    if not isinstance(value, torch.Tensor) or value.shape != live.shape:
+        return False
+    if isinstance(value, DTensor):
+        if not isinstance(live, DTensor) or _spread(value) != _spread(live):
+            return False
+        value, live = value.to_local(), live.to_local()
+    elif isinstance(live, DTensor):  # gathered, perhaps: every rank compares what it holds of it
+        chunks = live.__create_chunk_list__()  # type: ignore[no-untyped-call]
+        if len(chunks) != 1:
+            return False
+        for dim, (begin, size) in enumerate(zip(chunks[0].offsets, chunks[0].sizes, strict=True)):
+            value = value.narrow(dim, begin, size)
+        live = live.to_local()
+        if value.shape != live.shape:
+            return False
+    plain = all(type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided for t in (value, live))
+    if not plain or value.is_quantized or live.is_quantized:
+        return False
+    return torch.equal(_bytes(live.to(value.device, value.dtype)), _bytes(value))
+
+
+def _spread(tensor: DTensor) -> Any:
+    return tensor.placements, tensor.device_mesh
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # NaN is not equal to itself, its bytes are.
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _prefixes(tree: Iterable[Place]) -> dict[str, str]:
+    """The spelled name of each module in state_dict() -> its canonical one, where they differ."""
+    return {place.spelled: place.name for place in tree}
+
+
+def _canonical(spelled: str, prefixes: Mapping[str, str]) -> str:
+    """The key without wrappers, by the innermost module that it begins with."""
+    end = spelled.rfind(".")
+    while end >= 0:
+        prefix = spelled[: end + 1]
+        if prefix in prefixes:
+            return prefixes[prefix] + spelled[end + 1 :]
+        end = spelled.rfind(".", 0, end)
+    return spelled
+
+
+def _takes_part(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind.get_extra_state is not nn.Module.get_extra_state:
+        return True
+    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+    if any(not _is_torchs(hook) for hook in hooks):
+        return True
+    return any(not _is_torchs(_function(module, name)) for name in _SAVING)
+
+
+def _function(module: nn.Module, name: str) -> Any:
+    return module.__dict__.get(name) or getattr(type(module), name)
+
+
+def _is_torchs(function: Any) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    home = getattr(function, "__module__", None) or type(function).__module__
+    return home in _OWN_CODE or home.startswith("torch.")

@@ -1,0 +1,103 @@
+"""What `python -m engine.train` does around the training: flags, signals, log, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from engine.errors import ConfigError, HoldfastError
+from engine.run.cli import is_first_rank, parse
+from engine.run.config import TrainConfig
+from engine.run.end import end_process
+from engine.run.parent import follow_launcher, orphan_check
+from engine.run.preemption import STARTUP_GRACE_SECS, Preemption, Request
+
+USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    follow_launcher()
+    # Before anything else: when another rank ends first, torchrun's SIGTERM must find rank 0 able to say why.
+    preemption = Preemption(Request(STARTUP_GRACE_SECS), orphaned=orphan_check())
+    preemption.install()
+    _configure_logging()
+    try:
+        session = parse(argv)
+        if session.list_checkpoints:
+            return _list(session) if is_first_rank() else 0
+    except ConfigError as error:
+        return _refuse(error)
+    return _train(argv, session, preemption)
+
+
+def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) -> int:
+    import torch
+
+    from data.errors import DataError
+    from engine.run import setup
+    from engine.run.shared_stop import Agreement, Stopped
+    from engine.run.trainer import train
+
+    world = setup.World()
+    agreement = Agreement(0, 1, lambda: preemption.signum)
+    try:
+        world = setup.World.from_environ()
+        setup.join(world, cuda=session.device != "cpu" and torch.cuda.is_available())
+        agreement = Agreement(world.rank, world.world_size, lambda: preemption.signum)
+        train(argv, session, agreement, preemption, world)
+        setup.leave()
+    except Stopped as stopped:
+        if world.is_first:
+            print(stopped, flush=True)
+        return 128 + stopped.signum
+    except (HoldfastError, DataError) as error:
+        return _refuse(error, agreed=agreement.failed)
+    except Exception:
+        traceback.print_exc()
+        # At once: the interpreter would wait for the thread of a save that waits for a rank that is dead.
+        sys.stdout.flush()
+        os._exit(1)
+    return 0
+
+
+def _refuse(error: Exception, *, agreed: bool = True) -> int:
+    """Print the sentence: by rank 0 for all ranks, or by the one rank that failed alone."""
+    if is_first_rank():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not agreed:
+        print(f"error: rank {os.environ.get('RANK')}: {error}", file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _list(session: TrainConfig) -> int:
+    from engine.checkpoints.dispatch import main as checkpoints
+
+    options = [f"--storage_options={option}" for option in session.storage_options]
+    if session.mirror is not None:
+        options.append(f"--mirror={session.mirror}")
+    return checkpoints(["list", session.checkpoint_dir, *options])
+
+
+def _configure_logging() -> None:
+    """Warnings of every rank and the news of rank 0, on standard error. Only programs configure logging."""
+    rank = os.environ.get("RANK", "0")
+    handler = logging.StreamHandler()
+    # The console has a line for these; without this every rank would say a failed save once more.
+    told = ("engine.save.job", "engine.mirror.uploader")
+    handler.addFilter(lambda record: record.name not in told or record.levelno < logging.ERROR)
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
+    for name in ("engine", "data"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+        logger.propagate = False
+
+
+def run() -> None:
+    """Run the program to the end of the process."""
+    end_process(main())

@@ -1,0 +1,133 @@
+"""A Checkpointer that nobody holds any more gives its directory back; one that is held says where it is."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import Checkpointer
+from engine.errors import DirectoryHeldError
+from engine.save import unreferenced
+from engine.save.unreferenced import close_behind, forgetful, settle
+from engine.storage.local import LocalStorage
+from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
+from tests.support.tiers import steps_in
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state() -> dict[str, Any]:
+    return {"values": {"t": torch.zeros(100), "n": 0}}
+
+
+def test_a_dropped_one_finishes_its_save_and_lets_the_next_one_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = ControlledStorage(tmp_path / "run")
+    use(monkeypatch, storage)
+    first = Checkpointer("ignored", state())
+    storage.gate.clear()
+    handle = first.save(1)
+    del first
+    threading.Timer(0.1, storage.gate.set).start()
+    with Checkpointer("ignored", state()) as second:
+        assert handle.done(), "it waited for the save"
+        second.save(2).result(DEADLINE_SECS)
+    assert steps_in(storage) == [1, 2]
+
+
+def test_one_that_only_a_cycle_holds(tmp_path: Path) -> None:
+    class Cell:
+        pass
+
+    cell: Any = Cell()
+    cell.itself, cell.checkpointer = cell, Checkpointer(tmp_path, state())
+    gc.disable()  # it must be the new one that collects
+    try:
+        del cell
+        Checkpointer(tmp_path, state()).close()
+    finally:
+        gc.enable()
+
+
+def test_its_mirror_is_given_back_too(tmp_path: Path) -> None:
+    first = Checkpointer(tmp_path / "local", state(), mirror=tmp_path / "mirror")
+    first.save(1).result(DEADLINE_SECS)
+    del first
+    with Checkpointer(tmp_path / "other", state(), mirror=tmp_path / "mirror"):
+        assert steps_in(LocalStorage(tmp_path / "mirror")) == [1]
+
+
+def test_one_that_is_held_says_where_it_was_made(tmp_path: Path) -> None:
+    line = sys._getframe().f_lineno + 1
+    first = Checkpointer(tmp_path, state())
+    with pytest.raises(DirectoryHeldError, match=rf"made at {re.escape(__file__)}:{line}: close that"):
+        Checkpointer(tmp_path, state())
+    first.close()
+
+
+def test_a_failed_start_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl+C in a notebook, while the Checkpointer looks at its directory."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.save.run_directory.reap_abandoned", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            Checkpointer(tmp_path, state())
+    Checkpointer(tmp_path, state()).close()
+
+
+def test_a_dropped_method_does_nothing() -> None:
+    said: list[int] = []
+
+    class Told:
+        def tell(self, value: int) -> None:
+            said.append(value)
+
+    told = Told()
+    call = forgetful(told.tell)
+    call(1)
+    del told
+    call(2)
+    assert said == [1]
+
+
+def test_settling_waits_only_so_long() -> None:
+    go = threading.Event()
+    close_behind(lambda: go.wait(DEADLINE_SECS) and None)
+    assert settle(0.0)
+    assert len(unreferenced._closing) == 1
+    go.set()
+    assert settle(DEADLINE_SECS)
+    assert not settle(0.0)
+
+
+SCRIPT = """
+import sys, torch
+from engine import Checkpointer
+state = {"values": {"t": torch.ones(10)}}
+Checkpointer(sys.argv[1], state).save(1)
+"""
+
+
+def test_the_end_of_the_program_waits_for_a_dropped_one(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert steps_in(LocalStorage(tmp_path / "run")) == [1]
