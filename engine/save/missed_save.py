@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from engine.errors import CoordinationError
 from engine.format.json import canonical_bytes
 from engine.ranks.calls import SAVE, Call
 from engine.ranks.coordination import Channel
 from engine.save.receipt import Receipt
+
+
+def answer_on(channel: Channel) -> Callable[[Call, str], None]:
+    """`tell_rank_0` on that channel. It holds the channel alone: a Saver in it would be a reference cycle."""
+    return functools.partial(tell_rank_0, channel)
 
 
 def tell_rank_0(channel: Channel, call: Call, words: str) -> None:

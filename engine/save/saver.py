@@ -33,7 +33,7 @@ from engine.save.handle import SaveHandle
 from engine.save.in_flight import Flight
 from engine.save.job import Job, JobRunner
 from engine.save.local_view import Moment, look, mesh_description
-from engine.save.missed_save import tell_rank_0
+from engine.save.missed_save import answer_on
 from engine.save.outcomes import Outcomes, may_pass
 from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
 from engine.save.snapshot import Snapshot
@@ -99,7 +99,7 @@ class Saver:
     def __post_init__(self) -> None:
         self.flight = Flight(self.runner, self.outcomes)
         self.replicas = Replicas(self.checks.replicas)
-        self.calls.on_missed = lambda call, words: tell_rank_0(self.channel, call, words)
+        self.calls.on_missed = answer_on(self.channel)
 
     def state_replaced(self) -> None:
         """A restore has put other values into the state: the next save compares all replicas. Every rank."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,6 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from engine import Checkpointer, ReshardableLoader
 from engine.errors import ConfigError, StateError
-
-# An iterator's `__del__` waits for its workers, and the collector may run it on any thread of a later test,
-# on that of a save, too: seen to take 20 s. So these are slow, and no save here has a time-out of its own.
-WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 SAMPLES, BATCH = 24, 3
@@ -86,7 +84,7 @@ class Training:
 
     def run(self, until: int, save_at: int | None = None) -> None:
         if save_at == 0:
-            self.ckpt.save(0).result()
+            self.ckpt.save(0).result(60.0)
         while self.counters["step"] < until:
             for batch in self.loader:
                 self.seen.append(batch.flatten().tolist())
@@ -95,12 +93,12 @@ class Training:
                 self.optimizer.zero_grad()
                 self.counters["step"] += 1
                 if self.counters["step"] == save_at:
-                    self.ckpt.save(save_at).result()
+                    self.ckpt.save(save_at).result(60.0)
                 if self.counters["step"] == until:
                     break
 
 
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("make", [shuffled, streamed, dealt], ids=["shuffled", "streamed", "dealt"])
 @pytest.mark.parametrize("save_at", [0, 3, PER_EPOCH])
 def test_a_run_that_is_carried_on_sees_and_draws_the_same(
@@ -155,6 +153,19 @@ def test_a_save_before_the_first_batch_changes_nothing(tmp_path: Path) -> None:
     assert all(map(torch.equal, unsaved.model.state_dict().values(), saved.model.state_dict().values()))
 
 
+def test_workers_end_when_they_are_told_to(tmp_path: Path) -> None:
+    """Those of an iterator that the collector finds in a reference cycle are killed, after 5 s each."""
+    before = set(multiprocessing.active_children())
+    training = Training(tmp_path, shuffled(2), 1)
+    training.run(2, save_at=1)
+    training.ckpt.close()
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    del training
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
 class Draws:
     """An object whose `state_dict` draws from the global generator."""
 
@@ -168,7 +179,7 @@ class Draws:
 def test_saving_draws_nothing(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, {"draws": Draws()}) as checkpointer:
         before = torch.get_rng_state()
-        checkpointer.save(1).result()
+        checkpointer.save(1).result(60.0)
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -178,7 +189,7 @@ def take(loaders: list[ReshardableLoader], steps: int) -> list[list[float]]:
     return [sorted(x for it in iterators for x in next(it).flatten().tolist()) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", [0, 2])
 def test_another_world_size_goes_on_with_the_same_global_batches(workers: int) -> None:
     """2 ranks with batches of 3, then 3 ranks of 2, then 1 of 6."""
     undisturbed = [rank_loader(rank, 2, 3) for rank in range(2)]

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,59 @@ def test_a_failed_start_holds_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(KeyboardInterrupt):
             Checkpointer(tmp_path, state())
     Checkpointer(tmp_path, state()).close()
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    torch.optim.SGD(torch.nn.Linear(1, 1).parameters())  # the first one imports modules that leave cycles
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def never_saves(folder: Path, trained: dict[str, Any]) -> None:
+    Checkpointer(folder, trained).close()
+
+
+def saves_and_restores(folder: Path, trained: dict[str, Any]) -> None:
+    with Checkpointer(folder, trained, mirror=folder / "mirror") as checkpointer:
+        checkpointer.prepare()
+        checkpointer.save(1).result(DEADLINE_SECS)
+        checkpointer.restore()
+        checkpointer.read()
+        checkpointer.save(2)
+
+
+def only_restores(folder: Path, trained: dict[str, Any]) -> None:
+    with Checkpointer(folder, trained) as checkpointer:
+        checkpointer.save(1)
+    Checkpointer(folder, trained, read_only=True).restore()
+
+
+def is_not_closed(folder: Path, trained: dict[str, Any]) -> None:
+    Checkpointer(folder, trained).save(1)
+
+
+@pytest.mark.usefixtures("no_collections")
+@pytest.mark.parametrize("use_it", [never_saves, saves_and_restores, only_restores, is_not_closed])
+def test_the_state_goes_with_the_last_reference(
+    tmp_path: Path, use_it: Callable[[Path, dict[str, Any]], None]
+) -> None:
+    """No reference cycle holds it until the garbage collector runs.
+
+    That would be late for a model's memory. And a DataLoader's iterator that the collector finds in a cycle
+    waits 5 s for each worker: the finalizer of its queue runs before `__del__`, which then reaches no worker.
+    """
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    trained = {"model": model, "optimizer": optimizer, "n": {"n": 1}}
+    left = weakref.ref(model), weakref.ref(optimizer)
+    use_it(tmp_path, trained)
+    while unreferenced._closing:
+        unreferenced._closing.pop().join(DEADLINE_SECS)
+    del trained, model, optimizer
+    assert [reference() for reference in left] == [None, None]
 
 
 def test_a_dropped_method_does_nothing() -> None:
