@@ -29,7 +29,7 @@ from engine.state.attributes import changed_numbers, check_attributes, numbers_o
 from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
 from engine.state.in_place import generator_kind, kind_of, saved_value
 from engine.state.modules import ModuleCapture, take_ties_out
-from engine.state.optimizer_kinds import check_optimizers_stand_alone, unwrapped
+from engine.state.optimizer_kinds import check_optimizers_stand_alone, refuse_overlapped, unwrapped
 from engine.state.optimizers import OptimizerCapture
 from engine.state.parameters import ParameterNames
 from engine.state.per_rank import OwnNames, with_names
@@ -82,6 +82,8 @@ class StateCapture:
         modules = {key: entry for key, entry in self.state.items() if isinstance(entry, nn.Module)}
         self._first_buffers = {key: buffer_names(module) for key, module in modules.items()}
         optimizers = {key: entry for key, entry in self.state.items() if isinstance(entry, Optimizer)}
+        for key, optimizer in optimizers.items():
+            refuse_overlapped(key, optimizer)
         self._numbers = {key: numbers_of(optimizer) for key, optimizer in optimizers.items()}
         self.per_rank = frozenset(per_rank)
         self._others: frozenset[str] = frozenset() if rank == 0 else frozenset(rank0)

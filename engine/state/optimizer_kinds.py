@@ -44,10 +44,18 @@ def local_part(optimizer: Optimizer) -> Optimizer | None:
     inner = getattr(optimizer, "optim", None)
     if not isinstance(inner, Optimizer):
         raise UnsavableValueError(
-            "a ZeroRedundancyOptimizer with overlap_with_ddp=True has nothing to save before its first "
-            "steps; build it without overlap_with_ddp"
+            "a ZeroRedundancyOptimizer with overlap_with_ddp=True keeps no optimizer whose state could be "
+            "saved; build it without overlap_with_ddp"
         )
     return inner
+
+
+def refuse_overlapped(key: str, optimizer: Optimizer) -> None:
+    """Raises: UnsavableValueError naming the key of a ZeroRedundancyOptimizer with overlap_with_ddp."""
+    try:
+        local_part(optimizer)
+    except UnsavableValueError as error:
+        raise UnsavableValueError(f"{key}: {error}") from None
 
 
 def class_name(optimizer: Optimizer) -> str:

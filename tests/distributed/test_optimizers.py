@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, zeros
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import Checkpointer
-from tests.support.ranks import Ranks
+from tests.support.ranks import Ranks, outcome
 from tests.support.training import differences
 
 World = Callable[[int], Ranks]
@@ -156,6 +156,21 @@ def test_zero_redundancy_and_plain_optimizers_take_each_others_state(
     undisturbed = world(before).run(save, str(tmp_path), saved_as)[0]
     for found, _ in world(after).run(resume, str(tmp_path), restored_as):
         assert differences(found, undisturbed) == []
+
+
+def overlapped(rank: int, world_size: int, directory: str) -> Any:
+    module = DistributedDataParallel(network(0))
+    adam = torch.optim.Adam
+    optimizer = ZeroRedundancyOptimizer(module.parameters(), adam, overlap_with_ddp=True, lr=0.1)
+    return outcome(lambda: Checkpointer(directory, {"model": module, "zero": optimizer}))
+
+
+def test_zero_redundancy_that_overlaps_with_ddp_is_refused_in_words(world: World, tmp_path: Path) -> None:
+    for words in world(2).run(overlapped, str(tmp_path)):
+        assert words.startswith(
+            "UnsavableValueError: zero: a ZeroRedundancyOptimizer with overlap_with_ddp=True"
+        )
+        assert words.endswith("build it without overlap_with_ddp")
 
 
 @pytest.mark.parametrize("how", OPTIMIZERS)

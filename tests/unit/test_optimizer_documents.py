@@ -57,6 +57,8 @@ def test_a_document_comes_back() -> None:
         {"param_groups": [], "more": 1},
         {"param_groups": [], "more": {"$mapping": {"pairs": [["extra", [1]]]}}},
         {"param_groups": [], "counters": [1]},
+        {"param_groups": [], "counters": [[1]]},
+        {"param_groups": [{"params": "ab"}]},
     ],
 )
 def test_what_no_save_wrote_is_damage(value: Json) -> None:

@@ -113,7 +113,61 @@ def test_closures_are_not_called() -> None:
 
     one["optimizer"].step(closure)
     one["optimizer"].step(closure)
-    two = restored(saved_of(one), made(lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2), seed=5))
+    two = made(lambda m: torch.optim.LBFGS(m.parameters(), max_iter=2), seed=5)
+    two["optimizer"].register_step_pre_hook(lambda *_: pytest.fail("it was stepped"))
+    restored(saved_of(one), two)
+    assert differences(photograph(two), photograph(one)) == []
+
+
+class EvalMode(Optimizer):
+    """As schedulefree's: eval() puts the averages into the weights, and a step is refused until train()."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "train_mode": False})
+
+    def _mix(self, weight: float, mode: bool) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group["train_mode"] != mode and "z" in self.state[parameter]:
+                    parameter.data.lerp_(self.state[parameter]["z"], weight)
+            group["train_mode"] = mode
+
+    def eval(self) -> None:
+        self._mix(1 - 1 / 0.75, mode=False)
+
+    def train(self) -> None:
+        self._mix(1 - 0.75, mode=True)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            assert group["train_mode"], "a step in eval mode"
+            for parameter in group["params"]:
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                z.sub_(parameter.grad, alpha=group["lr"])
+                parameter.data.lerp_(z, 0.5)
+
+
+@pytest.mark.parametrize("saved_in_eval", [True, False])
+@pytest.mark.parametrize("stepped", [0, 1], ids=["fresh", "stepped"])
+def test_optimizers_in_eval_mode(saved_in_eval: bool, stepped: int) -> None:
+    """The live one is in the other mode, or in eval mode without any state."""
+
+    def make(seed: int, steps: int, in_eval: bool) -> State:
+        module = network(seed)
+        optimizer = EvalMode(module.parameters())
+        if steps:
+            optimizer.train()
+            step(module, optimizer, steps)
+        if in_eval:
+            optimizer.eval()
+        return {"model": module, "optimizer": optimizer}
+
+    one = make(0, 3, saved_in_eval)
+    two = restored(saved_of(one), make(9, stepped, in_eval=not saved_in_eval))
+    assert differences(photograph(two), photograph(one)) == []
+    for state in (one, two):
+        state["optimizer"].train()
+        step(state["model"], state["optimizer"])
     assert differences(photograph(two), photograph(one)) == []
 
 
@@ -138,6 +192,7 @@ def test_frozen_parameters_keep_their_moments_and_stateless_ones_have_none() -> 
     one = make()
     one["model"][1].requires_grad_(False)
     step(one["model"], one["optimizer"])
+    one["model"][0].bias.requires_grad_(False)
     two = make()
     for parameter in two["model"].parameters():
         parameter.requires_grad_(False)
@@ -165,14 +220,17 @@ def test_live_state_is_filled_in_place_where_it_fits() -> None:
 
 
 def test_fields_that_are_born_later_come_back() -> None:
-    """Numbers, None that becomes a tensor, and lists that grow; and what is live only is dropped."""
+    """Numbers, None that becomes a tensor, lists that grow or shrink; and what is live only is dropped."""
     one, two = made(KINDS["SGD"], steps=1), made(KINDS["SGD"], steps=1)
     weight, bias = one["model"][0].weight, one["model"][0].bias
     one["optimizer"].state[weight].update(
         slow=torch.ones(4, 3), count=7, history=[torch.ones(2), None, {"t": torch.zeros(3)}], later=None
     )
     one["optimizer"].state[bias]["later"] = torch.zeros(4)
+    one["optimizer"].state[bias]["shrunk"] = [torch.ones(1)]
     two["optimizer"].state[two["model"][0].weight].update(history=[], stale=1, slow=None)
+    two["optimizer"].state[two["model"][0].bias].update(shrunk=[torch.zeros(1)] * 3, later=None)
+    two["optimizer"].state[two["model"][1].bias]["mine"] = torch.zeros(2)
     restored(saved_of(one), two)
     assert differences(photograph(two), photograph(one)) == []
 
@@ -260,6 +318,27 @@ def test_an_optimizer_inside_is_saved_with_it() -> None:
     assert differences(inner.state_dict(), one["optimizer"].base_optimizer.state_dict()) == []
 
 
+class Parts(Optimizer):
+    """Steps optimizers that it keeps in a list or a dict, each over some of its parameters."""
+
+    def __init__(self, parameters: Any, in_dict: bool) -> None:
+        given = list(parameters)
+        super().__init__(given, {"lr": 0.1})
+        momentum = torch.optim.SGD(given[:2], lr=0.1, momentum=0.9)
+        self.parts: Any = [momentum, torch.optim.AdamW(given[2:])]
+        if in_dict:
+            self.parts = dict(zip(("sgd", "adamw"), self.parts, strict=True))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts.values() if isinstance(self.parts, dict) else self.parts:
+            part.step()
+
+
+@pytest.mark.parametrize("in_dict", [False, True], ids=["list", "dict"])
+def test_optimizers_inside_of_an_attribute_are_saved_with_it(in_dict: bool) -> None:
+    comes_back(lambda m: Parts(m.parameters(), in_dict))
+
+
 def test_an_optimizer_inside_over_other_tensors_is_refused() -> None:
     state = made(KINDS["SGD"])
     state["optimizer"].other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
@@ -289,9 +368,10 @@ def test_an_object_around_an_optimizer_is_saved_as_that() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     optimizer.state[module[0].bias]["m"] = torch.full((4,), 1 / 3)
     fresh = network(1).bfloat16()
-    two = Larc(torch.optim.SGD(fresh.parameters(), lr=0.2))
+    two = Larc(torch.optim.SGD(reversed(list(fresh.parameters())), lr=0.2))
     restored(saved_of({"model": module, "optimizer": Larc(optimizer)}), {"model": fresh, "optimizer": two})
     assert same_bits(two.optim.state[fresh[0].bias]["m"], torch.full((4,), 1 / 3))
+    assert len(two.optim.state) == 1, "by name, not by position"
 
 
 class Own(torch.optim.Adam):
@@ -398,6 +478,26 @@ def test_several_modules_and_loose_parameters() -> None:
         restored(saved_of(one), state)
         assert differences(photograph(state), photograph(one)) == []
     assert fresh["extra"]["alpha"] is alpha, "the optimizer steps this very parameter"
+
+
+def test_two_optimizers_that_share_a_part_of_their_modules() -> None:
+    """A GAN whose generator and discriminator have one encoder: its moments are each optimizer's own."""
+
+    def make(seed: int) -> State:
+        torch.manual_seed(seed)
+        encoder = nn.Linear(3, 3)
+        state: State = {
+            "g": nn.Sequential(encoder, nn.Linear(3, 3)),
+            "d": nn.Sequential(encoder, nn.Linear(3, 1)),
+        }
+        return state | {f"optimizer_{key}": torch.optim.Adam(state[key].parameters()) for key in "gd"}
+
+    one, two = make(1), make(2)
+    for count, key in enumerate("gd", start=1):
+        step(one[key], one[f"optimizer_{key}"], count)
+    restored(saved_of(one), two)
+    assert differences(photograph(two), photograph(one)) == []
+    assert two["g"][0].weight is two["d"][0].weight
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["entry", "nested"])
