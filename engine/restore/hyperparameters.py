@@ -16,19 +16,36 @@ _NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A parameter group: the names of its parameters, its other values, and whether it has no parameters."""
+    """A parameter group: the saved names of its parameters, its other values, and live names that were in no
+    group when saved."""
 
     names: Sequence[str]
     values: Mapping[str, Any]
-    is_empty: bool = False
+    unknown: Sequence[str] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no parameters."""
+        return not self.names and not self.unknown
+
+
+def live_group(names: Sequence[str], values: Mapping[str, Any], saved_names: Mapping[str, str]) -> Group:
+    """A live group, whose parameters may have had other names when saved."""
+    found = [saved_names[name] for name in names if name in saved_names]
+    return Group(found, values, [name for name in names if name not in saved_names])
 
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """values: what each live group gets. conflicts: one sentence for each value that two groups claim."""
+    """What the live groups get.
+
+    values: by group. conflicts: one sentence for each value that a group cannot take. notes: one sentence for
+    each group that the checkpoint has no values for.
+    """
 
     values: Sequence[Mapping[str, Any]]
     conflicts: Sequence[str] = field(default_factory=list)
+    notes: Sequence[str] = field(default_factory=list)
 
 
 def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Callable[[str], bool]) -> Assigned:
@@ -36,11 +53,10 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
 
     Groups may be in another order. A group merged of several takes what they agree on. When a saved group was
     split, and the live parts differ from each other in a value, the saved one would undo that: a conflict,
-    as is a value on which merged groups differ.
+    as is a value on which merged groups differ, and one that a live tensor would round.
 
     Args:
         key: the optimizer's, for messages.
-        live: with saved names; parameters that the checkpoint does not know left out.
         takes: whether a hyperparameter is wanted; others keep their live values.
     """
     home = {name: number for number, group in enumerate(saved) for name in group.names}
@@ -72,9 +88,21 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
                     f"{_show(group.values.get(name))} here and was {_show(value)} when saved, in one group "
                     f"with parameters whose values differ here{_way_out(key, name)}"
                 )
+            elif _rounds(group.values.get(name), value):
+                conflicts.append(
+                    f"{key}: {name} of group {number} was {_show(value)} when saved, which its "
+                    f"{group.values[name].dtype} tensor here would round. Use a number or a tensor of "
+                    f"torch.float64 here{_way_out(key, name)}"
+                )
             mine[name] = value
         found.append(mine)
-    return Assigned(found, conflicts)
+    saved_values = {name for group in saved for name in group.values} - _NOT_HYPERPARAMETERS
+    notes = [
+        f"{key}: group {number} keeps its live values, because {_some(group.unknown)} had no group when saved"
+        for number, group in enumerate(live)
+        if group.unknown and not homes[number] and any(map(takes, saved_values & group.values.keys()))
+    ]
+    return Assigned(found, conflicts, notes)
 
 
 def _split_differs(name: str, number: int, live: Sequence[Group], homes: Sequence[Sequence[int]]) -> bool:
@@ -91,6 +119,16 @@ def _differ(one: Any, two: Any) -> bool:
     if isinstance(one, bool | int | float) and isinstance(two, bool | int | float):
         return one != two and not (one != one and two != two)
     return bool(first_difference("", one, two))
+
+
+def _rounds(live: Any, value: Any) -> bool:
+    """Whether a live scalar tensor that is filled with a number would then hold another one."""
+    if not isinstance(value, int | float) or not isinstance(live, torch.Tensor) or live.ndim:
+        return False
+    try:
+        return _differ(torch.full((), value, dtype=live.dtype).item(), value)
+    except (RuntimeError, OverflowError):  # out of the range of the dtype
+        return True
 
 
 def _way_out(key: str, name: str) -> str:

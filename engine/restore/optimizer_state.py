@@ -18,7 +18,7 @@ import torch
 from engine.errors import RestoreFailedError
 from engine.format.manifest import TensorInfo
 from engine.restore.filters import Wanted
-from engine.restore.hyperparameters import Assigned, Group, Unread, assign, known, set_values
+from engine.restore.hyperparameters import Assigned, Group, Unread, assign, known, live_group, set_values
 from engine.restore.loading import load_optimizer
 from engine.restore.matching import describe, has_grown
 from engine.restore.optimizer_names import class_difference, match_names, split_path
@@ -206,17 +206,10 @@ class OptimizerRestore:
         return next((info for info in found if info is not None), None)
 
     def _assign(self) -> Assigned:
-        groups = zip(self._capture.optimizer.param_groups, self._capture.group_names(), strict=True)
-        live = [
-            Group(
-                [self._saved_names[n] for n in names if n in self._saved_names],
-                group,
-                not names,
-            )
-            for group, names in groups
-        ]
+        groups = zip(self._capture.group_names(), self._capture.optimizer.param_groups, strict=True)
+        live = [live_group(names, group, self._saved_names) for names, group in groups]
         saved = [
-            Group(names, {name: known(value) for name, value in group.items()}, not names)
+            Group(names, {name: known(value) for name, value in group.items()})
             for group, names in zip(self._document.groups, self._document.names, strict=True)
         ]
         prefix = f"{self._capture.key}.param_groups."
@@ -261,6 +254,8 @@ class OptimizerRestore:
         """
         if not self._assigned.values:
             return
+        for note in self._assigned.notes:
+            log.warning("%s", note)
         groups = [
             {name: self._read_value(value) for name, value in group.items()}
             for group in self._assigned.values

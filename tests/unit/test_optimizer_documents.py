@@ -194,6 +194,62 @@ def test_each_group_gets_what_its_parameters_had(
         assert 'exclude=("optimizer.param_groups.lr",) keeps the live values' in line
 
 
+HALF, SINGLE, DOUBLE = (torch.zeros((), dtype=d) for d in (torch.float16, torch.float32, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("live", "saved", "refused"),
+    [
+        (SINGLE, 0.25, ""),
+        (SINGLE, 0.1, "torch.float32"),
+        (DOUBLE, 0.1, ""),
+        (HALF, 2**-30, "torch.float16"),
+        (HALF, 1e5, "torch.float16"),
+        (SINGLE, float("nan"), ""),
+        (SINGLE, 2**24 + 1, "torch.float32"),
+        (torch.tensor(3), 0.5, "torch.int64"),
+        (torch.tensor(3), 7, ""),
+        (torch.zeros((), dtype=torch.uint8), 300, "torch.uint8"),
+        # These are not filled: the saved value takes their place.
+        (torch.zeros(1), 0.1, ""),
+        (0.5, 0.1, ""),
+        (SINGLE, "a", ""),
+    ],
+)
+def test_a_number_that_a_live_tensor_would_round_is_refused(live: Any, saved: Any, refused: str) -> None:
+    found = assign("opt", [Group(["a"], {"lr": live})], [Group(["a"], {"lr": saved})], lambda name: True)
+    if not refused:
+        assert found.conflicts == []
+        return
+    (line,) = found.conflicts
+    assert f"opt: lr of group 0 was {saved} when saved, which its {refused} tensor here would round" in line
+    assert 'exclude=("opt.param_groups.lr",) keeps the live values' in line
+
+
+@pytest.mark.parametrize(
+    ("live", "taken", "told"),
+    [
+        (Group([], {"lr": 9}, ["y", "z"]), {"lr"}, "opt: group 1 keeps its live values, because y, z"),
+        (Group(["a"], {"lr": 9}, ["z"]), {"lr"}, ""),  # it has those of "a"
+        (Group([], {"lr": 9}), {"lr"}, ""),
+        (Group([], {"lr": 9}, ["z"]), set(), ""),  # nobody wants the saved ones
+        (Group([], {"foreach": True}, ["z"]), {"foreach"}, ""),
+    ],
+)
+def test_a_group_that_keeps_its_live_values_is_told(live: Group, taken: set[str], told: str) -> None:
+    saved = [Group(["a"], {"lr": 1, "foreach": False})]
+    found = assign("opt", [Group(["a"], {"lr": 2}), live], saved, taken.__contains__)
+    assert [note[: len(told)] for note in found.notes] == [told] * bool(told)
+
+
+def test_a_group_without_parameters_takes_the_place_of_another_such_only() -> None:
+    saved = [Group(["a"], {"lr": 1}), Group([], {"lr": 2})]
+    found = assign("opt", [Group([], {"lr": 9}), Group(["a"], {"lr": 9})], saved, lambda name: True)
+    assert found.values == [{"lr": 2}, {"lr": 1}]
+    found = assign("opt", [Group([], {"lr": 9}, ["z"]), Group(["a"], {"lr": 9})], saved, lambda name: True)
+    assert found.values == [{}, {"lr": 1}]
+
+
 def test_a_value_that_is_left_out_is_no_conflict() -> None:
     live, saved = [Group(["a", "b"], {"lr": 9})], [Group(["a"], {"lr": 1}), Group(["b"], {"lr": 2})]
     found = assign("optimizer", live, saved, lambda name: name != "lr")

@@ -629,6 +629,28 @@ def test_a_rate_is_a_number_or_a_tensor(saved: Any, live: Any) -> None:
     assert (rate is mine) if isinstance(live, torch.Tensor) else type(rate) is type(saved)
 
 
+def test_a_rate_that_a_live_tensor_would_round_is_refused() -> None:
+    one = made(lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    two = made(lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.1)), seed=3)
+    before = photograph(two)
+    with pytest.raises(StateMismatchError, match=r"lr of group 0 was 0\.1 when saved, .* would round"):
+        restored(saved_of(one), two)
+    assert differences(photograph(two), before) == []
+    restored(saved_of(one), two, exclude=("optimizer.param_groups.lr",))
+    assert torch.equal(two["optimizer"].param_groups[0]["lr"], torch.tensor(0.1))
+
+
+def test_a_group_of_parameters_that_had_none_keeps_its_values_and_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one = grouped((WEIGHTS, {"lr": 0.3}))
+    step(one["model"], one["optimizer"])
+    two = restored(saved_of(one), grouped((WEIGHTS, {}), (BIASES, {"lr": 0.7})))
+    assert set(hyper(two, "lr").values()) == {0.3, 0.7}
+    (told,) = caplog.messages
+    assert "optimizer: group 1 keeps its live values, because 0.bias, 1.bias had no group when saved" in told
+
+
 def test_another_class_of_optimizer_is_refused_and_left_alone() -> None:
     one, two = made(KINDS["momentum"], steps=1), made(KINDS["AdamW"], steps=1)
     before = photograph(two)
