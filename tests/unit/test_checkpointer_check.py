@@ -131,3 +131,6 @@ def test_the_file_itself_is_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(SaveFailedError, match="what was written of per_rank"):
             handle.result(DEADLINE_SECS)
         assert committed(checkpointer) == []
+        checkpointer.save(2)
+        with pytest.raises(SaveFailedError, match="what was written of per_rank"):
+            checkpointer.save(3)  # no failure that training is carried on after

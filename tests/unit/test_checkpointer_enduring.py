@@ -22,6 +22,7 @@ from engine.errors import (
     SaveFailedError,
     SaveStuckError,
     StorageFullError,
+    TornSnapshotError,
     UnsavableValueError,
 )
 from engine.save.outcomes import Outcomes, all_may_pass, may_pass
@@ -43,6 +44,7 @@ from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
         (UnsavableValueError("state"), False),
         (ReplicaMismatchError("state"), False),
         (MemoryBudgetError("too large"), False),
+        (TornSnapshotError("state"), False),
         (LeaseLostError("taken"), False),
         (ConfigError("wrong"), False),
         (RuntimeError("a bug"), False),
@@ -58,6 +60,7 @@ def test_which_failures_may_pass(error: Exception, passes: bool) -> None:
         (["StorageFullError: no space"], True),
         (["StorageFullError: no space", "CoordinationError: did not come"], True),
         (["StorageFullError: no space", "UnsavableValueError: a lambda"], False),
+        (["TornSnapshotError: x"], False),
         (["BlockingIOError: x"], True),
         (["ZeroDivisionError: x"], False),
         (["NoSuchKind: x"], False),

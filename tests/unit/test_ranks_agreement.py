@@ -82,6 +82,11 @@ def test_an_error_without_words_is_named_by_its_class() -> None:
 
     assert "AssertionError" in str(on_ranks(2, lambda channel: rank0_decides(channel, "k", fail, 30))[1])
 
+    def refuse() -> None:
+        raise NotFoundError
+
+    assert str(on_ranks(2, lambda channel: rank0_decides(channel, "k", refuse, 30))[1]) == "NotFoundError"
+
 
 def test_a_name_that_is_no_error_class_makes_none() -> None:
     """What arrives over the wire is looked up among Holdfast's own errors only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -107,6 +108,24 @@ def test_different_kinds_of_calls_miss_each_other() -> None:
     assert ranks.one.join(save(2)) == decided
 
 
+def test_calls_that_a_rank_has_missed_do_not_lengthen_its_deadline() -> None:
+    ranks = Ranks(timeout_secs=5)
+
+    class Slow(ImpatientStore):
+        def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+            super().wait(keys, timeout)
+            self.now += 2
+
+    store = Slow()
+    for calls in (ranks.zero, ranks.one):
+        calls.channel.store, calls.clock = store, store.clock
+    for step in (1, 2):
+        ranks.zero.decide(save(step), {})
+    with pytest.raises(LateRanksError):
+        ranks.one.join(save(9))
+    assert store.now == 5
+
+
 def test_rank_0_that_has_come_and_waits_is_waited_for() -> None:
     """The save before takes longer than ranks wait for each other: that is no rank that stays away."""
     ranks = Ranks(timeout_secs=5)
@@ -166,6 +185,7 @@ def test_what_all_have_read_is_forgotten_and_nothing_later() -> None:
     zero.decide(save(2), {})
     zero.forget(mark)
     assert list(store.values) == ["call/2"]
+    assert zero.mark() == 1, "nothing is forgotten twice"
 
 
 def test_a_rank_alone_needs_no_store() -> None:

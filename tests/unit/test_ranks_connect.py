@@ -79,6 +79,7 @@ def test_the_address_of_a_dead_predecessor_is_passed_over() -> None:
 
     found = connect._find_rank_0(1, board, 30, answers=lambda address: address.run_id == "alive", sleep=sleep)
     assert (found.port, len(slept)) == (2, 1)
+    assert board.check([connect._coming("alive", 1)]), "rank 0 hears that it is on its way"
 
 
 def test_a_dead_predecessor_alone_is_no_rank_0() -> None:
@@ -90,6 +91,7 @@ def test_a_dead_predecessor_alone_is_no_rank_0() -> None:
 
     with pytest.raises(LateRanksError, match="rank 0 did not make its Checkpointer within 5 s"):
         connect._find_rank_0(1, board, 5, answers=lambda address: False, clock=board.clock, sleep=sleep)
+    assert 5 <= board.now < 5.2
 
 
 def test_which_stores_answer() -> None:
@@ -130,6 +132,7 @@ def test_a_rank_that_is_slow_to_connect_is_waited_for_unless_another_stays_away(
         board.set(connect._coming("run", 2), b"1")
         store.set("start/came/2", b"1")
         connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")
+        assert not [key for key in store.values if key.startswith("start/came")], "it was waited for"
     else:
         with pytest.raises(LateRanksError, match=r"^rank 2 did not make a Checkpointer within 2 s"):
             connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")

@@ -33,7 +33,11 @@ def manifest() -> Manifest:
         shards=tuple(shards),
         created=0.0,
         tensors=dict.fromkeys(names, ONE),
-        aliases={"per_rank.00000.ex.t": "per_rank.00000.ex.w", "per_rank.00001.ex.t": "per_rank.00001.ex.w"},
+        aliases={
+            "per_rank.00000.ex.t": "per_rank.00000.ex.w",
+            "per_rank.00001.ex.t": "per_rank.00001.ex.w",
+            "model.t": "per_rank.00001.ex.w",
+        },
         objects={"model": {"a": 1}},
     )
 
@@ -63,7 +67,8 @@ def test_a_rank_sees_its_own_under_live_names_and_no_other_ranks() -> None:
     for rank in range(2):
         seen = own_view(manifest(), locals_, frozenset({"ex"}), rank=rank, world_size=2)
         assert set(seen.tensors) == {"model.w", "ex.w", "per_rank.00001.rng.cpu", "ex2.w"}
-        assert seen.aliases == {"ex.t": "ex.w"}
+        shared = {"model.t": "ex.w"} if rank == 1 else {}
+        assert seen.aliases == {"ex.t": "ex.w", **shared}
         assert seen.objects == {"model": {"a": 1}, "ex": {"n": rank, "t": {"$tensor": "ex.x"}}}
 
 

@@ -28,13 +28,17 @@ def test_one_element_is_found_where_it_is_new_and_by_its_block_later() -> None:
     assert sum(map(bool, later)) == 1, "in one of 15 blocks, whose turn comes"
 
 
-def test_tensors_that_are_replaced_are_looked_at_anew() -> None:
+@pytest.mark.parametrize("replaced", SIZES)
+def test_tensors_that_are_replaced_are_looked_at_anew(replaced: str) -> None:
     tensors = values()
     rank = Rank(0, tensors)
     rank.plan()
     rank.replicas.look(rank.held, 0)
     before = rank.replicas.look(rank.held, 1).texts()
-    rank.held = [Held(item.chunk, item.tensor.clone() + 1) for item in rank.held]
+    rank.held = [
+        Held(item.chunk, item.tensor.clone() + 1) if item.chunk.name == replaced else item
+        for item in rank.held
+    ]
     assert rank.replicas.look(rank.held, 1).texts() != before
 
 

@@ -21,6 +21,7 @@ TENSORS = {
     "channels last": torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "conjugated": torch.tensor([1 + 2j, 3 - 4j]).conj(),
     "negated": torch.tensor([1 + 2j, 3 - 4j]).conj().imag,
+    "one negated": torch.tensor([1 + 2j]).conj().imag,  # contiguous, unlike several
     "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
 }
 

@@ -44,16 +44,17 @@ def test_everything(full: bool, fresh: tuple[int, ...]) -> None:
 
 
 def test_so_many_that_they_take_turns() -> None:
-    sampler = Sampler([8] * 10 + [LARGE] * 5, most_runs=4, most_blocks=2)
+    # 12 blocks each: a walk that moved at every save, and not at every third, would miss most of them.
+    sampler = Sampler([8] * 10 + [LARGE + BLOCK_BYTES] * 5, most_runs=4, most_blocks=2)
     seen: set[int] = set()
     blocks: set[tuple[int, int]] = set()
-    for number in range(11 * 3):
+    for number in range(12 * 3):
         runs = sampler.choose(number)
         assert len(runs) <= 4 + 2
         seen |= {run.item for run in runs}
         blocks |= {(run.item, run.begin) for run in runs if run.item >= 10}
     assert seen == set(range(15))
-    assert len(blocks) == 5 * 11, "every block of each"
+    assert len(blocks) == 5 * 12, "every block of each"
 
 
 def test_bytes_take_turns_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from engine.errors import LateRanksError, PeerFailedError, StateError, UnsavableValueError
+from engine.errors import (
+    LateRanksError,
+    PeerFailedError,
+    StateError,
+    StorageFullError,
+    UnsavableValueError,
+)
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
 from engine.ranks.coordination import Channel
@@ -65,6 +71,24 @@ def test_a_failure_without_words_is_named_by_its_class() -> None:
     assert str(results[0]) == "rank 1: MemoryError"
 
 
+@pytest.mark.parametrize(
+    ("problem", "passes"), [(StorageFullError("full"), True), (UnsavableValueError("a lambda"), False)]
+)
+def test_the_others_hear_whether_the_failure_may_pass(problem: Exception, passes: bool) -> None:
+    for failed in (0, 1):
+        results = agree([[whole("t", 3)]] * 2, {failed: problem})
+        assert results[1 - failed].may_pass is passes
+
+
+def test_optimizer_state_on_one_rank_alone_is_every_ranks_state_error() -> None:
+    held, parameter = whole("o.state.w.m", 2), whole("model.w", 2)
+    offers = [Offer([parameter, held]), Offer([parameter], stateless=["o.state.w"])]
+    results = on_ranks(2, lambda channel: agree_on_plan(channel, "k", offers[channel.rank], None, 30))
+    for result in results:
+        assert isinstance(result, StateError)
+        assert "o.state.w is there on rank 0 and not on rank 1" in str(result)
+
+
 def test_all_failures_are_named() -> None:
     results = agree([[]] * 3, {1: ValueError("one"), 2: ValueError("two")})
     assert str(results[0]) == "rank 1: one; rank 2: two"
@@ -103,6 +127,7 @@ def test_late_ranks_are_named_to_those_that_wait() -> None:
     for rank in (0, 1):
         with pytest.raises((LateRanksError, PeerFailedError)) as caught:
             agree_on_plan(Channel(rank, 3, store, store.clock), "k", Offer([]), None, 7)
+        assert caught.value.may_pass
         results.append(str(caught.value))
     assert all("rank 2 did not report within 7 s" in result for result in results)
 

@@ -36,6 +36,7 @@ def test_a_buffer_that_two_ranks_hold(
     offers = [Offer([chunk], {} if digest is None else {0: digest}) for digest in digests]
     shared = shared_boxes(offers, differing)
     assert (shared[chunk].buffer, shared[chunk].kept) == (buffer, kept)
+    assert bool(groups_to_compare(shared)) is not kept, "what is each rank's own is not compared"
     names = [[part.chunk.name for part in parts] for parts in divide([[chunk], [chunk]], shared)]
     if kept:
         assert names == [["b"], ["per_rank.00001.b"]]
