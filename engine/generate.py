@@ -101,9 +101,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     # Imported here: a wrong flag or --help should not have to wait for torch.
     from data.errors import DataError
     from data.tokenizer import load_tokenizer
-    from engine.convert.load_model import load_model
-    from engine.convert.sample import sample
-    from engine.convert.tokenizer_files import tokenizer_name
+    from engine.gpt2.load_model import load_model
+    from engine.gpt2.sample import sample
+    from engine.gpt2.tokenizer_files import tokenizer_name
 
     loaded = load_model(
         arguments.source, arguments.checkpoint_dir, arguments.device, _options(arguments.storage_options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.run.entry import enter
+from engine.entry import enter
 
 if __name__ == "__main__":
     enter("engine.checkpoints.dispatch")

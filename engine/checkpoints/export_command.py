@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from engine.checkpoints.kinds import installed_kinds
 from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
 from engine.checkpoints.target import open_target, select
 from engine.checkpoints.text import printable
@@ -26,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
             name,
             arguments.to,
             options,
+            kinds=installed_kinds(),
             storage_options=dict(arguments.storage_options),
             on_total=bar.on_total,
             progress=bar.progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from engine.checkpoints.kinds import installed_kinds
 from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
 from engine.checkpoints.text import printable
 from engine.storage.redact import redact_uri
@@ -17,6 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
         record, notes = import_checkpoint(
             arguments.target,
             arguments.to,
+            kinds=installed_kinds(),
             storage_options=dict(arguments.storage_options),
             trust_pickle=arguments.trust_pickle,
             on_total=bar.on_total,

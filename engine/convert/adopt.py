@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from engine.convert.foreign_optimizer import StateTensor, optimizer_parts, steps_of
-from engine.convert.gpt2 import Gpt2Tensors, find_gpt2, looks_like_gpt2, transposed_windows
-from engine.convert.gpt2_settings import of_another_model, said_of
 from engine.convert.incoming import Incoming
+from engine.convert.model_kinds import ConvertedModel, ModelKind, Windows, find_kind, names_of
 from engine.convert.module_order import parameter_order
 from engine.convert.numbering import Parameter, is_buffer, numbers_parameters, order_decides
 from engine.convert.publish import Draft
 from engine.convert.recognise import Recognised, recognise
-from engine.convert.resumable import SEED, fresh_generators, trainer_objects
 from engine.convert.state_tree import EXTRA, TensorRef
-from engine.convert.tensors import is_float, whole, windows_of
-from engine.convert.trainer_flags import run_config
+from engine.convert.tensors import converted, transposed_windows, whole, windows_of
 from engine.errors import DamagedError, StateError
 from engine.format.manifest import TensorInfo
-from engine.state.captured import RNG_KEY
 from engine.state.values import encode, tensor_names
 
-Windows = Callable[[], Iterator[torch.Tensor]]
-
+_NO_KINDS = "no model kind is installed to convert it (the GPT-2 example, engine.gpt2, has one)"
 _MODEL_ONLY = "it holds a model only: training can start from it (--init_from), but not resume it"
 
 
@@ -53,13 +49,14 @@ class Adopted:
         return (*found.notes, *self.notes, *said)
 
 
-def adopt(found: Incoming) -> tuple[Draft, tuple[str, ...]]:
+def adopt(found: Incoming, kinds: Sequence[ModelKind] = ()) -> tuple[Draft, tuple[str, ...]]:
     """The draft of a checkpoint, and notes in whole sentences.
 
-    Raises: StateError when there is no model in it, or a GPT-2 that is not whole; DamagedError.
+    kinds: a model that one of them recognises is converted; every other is taken as it is.
+    Raises: StateError when there is no model in it, or one of a known kind that is not whole; DamagedError.
     """
     parts = recognise(found.tree, found.what, lambda ref: _scalar(found, ref))
-    return _adopt_export(found, parts) if parts.marker is not None else _adopt_foreign(found, parts)
+    return _adopt_export(found, parts) if parts.marker is not None else _adopt_foreign(found, parts, kinds)
 
 
 def _scalar(found: Incoming, ref: TensorRef) -> Any:
@@ -122,26 +119,26 @@ def _group_names(document: Any) -> list[str]:
     return [str(name) for group in groups if isinstance(group, dict) for name in group.get("params", [])]
 
 
-def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str, ...]]:
+def _adopt_foreign(
+    found: Incoming, parts: Recognised, kinds: Sequence[ModelKind]
+) -> tuple[Draft, tuple[str, ...]]:
     adopted = Adopted(notes=list(parts.notes), left_out=list(parts.left_out))
-    config = dict(parts.config)
-    is_gpt2 = looks_like_gpt2(parts.model) and of_another_model(config) is None
-    if is_gpt2:
-        config = _add_gpt2(adopted, found, parts)
+    kind = find_kind(kinds, parts.model, parts.config)
+    model = kind.convert(found.tensors, parts, found.what) if kind is not None else None
+    if model is not None:
+        _add_converted(adopted, model)
     else:
-        _add_model(adopted, found, parts)
+        _add_model(adopted, found, parts, kinds)
     step = _step(adopted, found, parts)
-    # torch.save keeps the module's own order of parameters, and of a GPT-2 it is known.
-    in_order = is_gpt2 or found.kind == "pt" or _put_in_order(adopted, parts)
-    objects = _add_optimizer(adopted, found, parts, in_order=in_order, wide=is_gpt2)
-    local: dict[str, Any] = {}
-    if objects and is_gpt2:
-        objects |= trainer_objects(step, parts.epoch, parts.config.get("seed", SEED))
-        local[RNG_KEY] = fresh_generators(adopted.add)
-        adopted.notes.append(
-            "it says nothing about the data: a resumed run starts at the beginning of its own, with fresh "
-            "random streams, and needs --allow_data_change"
-        )
+    # torch.save keeps the module's own order of parameters, and a kind knows it.
+    in_order = model is not None or found.kind == "pt" or _put_in_order(adopted, parts)
+    state_dtype = model.state_dtype if model is not None else None
+    objects = _add_optimizer(adopted, found, parts, in_order=in_order, state_dtype=state_dtype)
+    local: Mapping[str, Any] = {}
+    if objects and kind is not None:
+        more = kind.resumable(parts, step, adopted.add)
+        objects, local = {**objects, **more.objects}, more.local
+        adopted.notes += more.notes
     elif not objects:
         adopted.notes.append(_MODEL_ONLY)
     draft = Draft(
@@ -155,7 +152,7 @@ def _adopt_foreign(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str
         aliases=adopted.aliases,
         objects=objects,
         local=local,
-        config=config,
+        config=parts.config if model is None else model.config,
     )
     return draft, adopted.all_notes(found)
 
@@ -186,9 +183,17 @@ def _step(adopted: Adopted, found: Incoming, parts: Recognised) -> int:
     return counted or 0
 
 
-def _add_model(adopted: Adopted, found: Incoming, parts: Recognised) -> None:
-    """Add a model that is no GPT-2 as it is; a tensor that has several names is stored under the first."""
-    adopted.notes.append("its model is not a GPT-2: the tensors keep their names, dtypes and layout")
+def _add_converted(adopted: Adopted, model: ConvertedModel) -> None:
+    for name, info in model.infos.items():
+        adopted.add(f"model.{name}", info, partial(model.windows, name))
+    adopted.parameters |= model.parameters
+    adopted.notes += model.notes
+
+
+def _add_model(adopted: Adopted, found: Incoming, parts: Recognised, kinds: Sequence[ModelKind]) -> None:
+    """Add a model of no known kind as it is; a tensor that has several names is stored under the first."""
+    why = f"its model is not a {names_of(kinds)}" if kinds else _NO_KINDS
+    adopted.notes.append(f"{why}: the tensors keep their names, dtypes and layout")
     first: dict[int, str] = {}
     for name, ref in parts.model.items():
         held = first.setdefault(id(ref), name)
@@ -204,47 +209,12 @@ def _reader(found: Incoming, ref: TensorRef) -> Windows:
     return lambda: found.tensors.windows(ref.name)
 
 
-def _add_gpt2(adopted: Adopted, found: Incoming, parts: Recognised) -> dict[str, Any]:
-    """Add a GPT-2 in our layout, as float32 like the trainer's weights; returns the run's configuration."""
-    names = {name: ref.name for name, ref in parts.model.items()}
-    gpt2 = find_gpt2(found.tensors, names, parts.config, found.what)
-    model = Gpt2Tensors(found.tensors, gpt2)
-    model.check_tied(found.what)
-    narrow = sorted({info.dtype for info in model.infos.values()} - {"F32"})
-    for name, info in model.infos.items():
-        wide = TensorInfo("F32", info.shape) if is_float(info.dtype) else info
-        adopted.add(f"model.{name}", wide, lambda name=name: model.windows(name))  # type: ignore[misc]
-    stored = {ref.name: ref.info.shape for ref in parts.model.values()}
-    for name, info in model.infos.items():
-        place = gpt2.places.get(name)
-        if place is not None:
-            adopted.parameters[name] = Parameter(stored[place.name], info.shape, place.transposed)
-    if narrow:
-        kinds = " and ".join(narrow)
-        moments = "" if parts.optimizer is None else "; so did its optimizer's moments"
-        adopted.notes.append(f"its {kinds} weights became F32, which the trainer uses{moments}")
-    if gpt2.zeros:
-        adopted.notes.append(
-            f"{len(gpt2.zeros)} biases that it does not have were added as zeros, which computes the same"
-        )
-    adopted.notes += said_of(parts.config)
-    config, others = run_config(gpt2.config, parts.config)
-    if others:
-        adopted.notes.append(f"left out settings that the trainer has no flags for: {', '.join(others)}")
-    masks = {ref.name for ref in parts.model.values()} - {place.name for place in gpt2.places.values()}
-    masks -= {gpt2.head}
-    if masks:
-        adopted.notes.append(f"left out attention masks, which are computed here: {', '.join(sorted(masks))}")
-    return config
-
-
 def _add_optimizer(
-    adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool, wide: bool
+    adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool, state_dtype: str | None
 ) -> dict[str, Any]:
     """Add the optimizer's state; returns its JSON by state key, nothing when there is none to use.
 
-    wide: its numbers become float32, as those of the weights did: the moments of an optimizer have the
-    weights' type.
+    state_dtype: what its floating-point tensors become, as the weights did: moments have the weights' type.
     """
     if parts.optimizer is None:
         return {}
@@ -266,7 +236,7 @@ def _add_optimizer(
         )
     adopted.left_out += [f"optimizer.{path}" for path in result.left_out]
     for name, tensor in result.tensors.items():
-        info = TensorInfo("F32", tensor.info.shape) if wide and is_float(tensor.info.dtype) else tensor.info
+        info = converted(tensor.info, state_dtype)
         adopted.add(f"optimizer.state.{name}", info, _state_reader(found, tensor))
     return {"optimizer": encode(dict(result.document), "optimizer", {})}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from data.errors import DataError
 from engine.convert.atomic_target import staged
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.dcp_directory import METADATA, dcp_bytes, write_dcp
-from engine.convert.hf import hf_bytes, write_hf
+from engine.convert.model_kinds import ModelKind, exporting_kind
 from engine.convert.safetensors_out import SHARD_BYTES
 from engine.convert.tensors import Progress, ignore_progress, target_dtype
 from engine.convert.torch_file import FILE, torch_bytes, write_torch
@@ -47,6 +46,7 @@ def export_checkpoint(
     target: str,
     options: ExportOptions,
     *,
+    kinds: Sequence[ModelKind] = (),
     storage_options: Mapping[str, str] | None = None,
     on_total: Callable[[int], None] = ignore_progress,
     progress: Progress = ignore_progress,
@@ -54,19 +54,19 @@ def export_checkpoint(
     """Write the checkpoint `name` of `storage` as `target`, a path or URI that does not exist yet.
 
     With format "torch", a target that ends in .pt or .pth is the file; otherwise it is a directory around it.
+    `hf` writes a model that one of `kinds` recognises.
     `on_total` is told how many bytes of tensors there are, before the first of them is read.
-    Raises: AlreadyExistsError; StateError when the format cannot hold this model; DamagedError; StorageError.
+    Raises: AlreadyExistsError; StateError when the format cannot hold this model; ConfigError for `hf`
+        without kinds; DamagedError; StorageError.
     Then, and on any interruption, nothing is left at the target.
     """
     dtype, model_only = target_dtype(options.dtype), options.model_only
     with CheckpointTensors(storage, name) as source:
         if options.format == "hf":
-            on_total(hf_bytes(source, dtype))
+            kind = exporting_kind(source, kinds)
+            on_total(kind.hf_bytes(source, dtype))
             with staged(target, storage_options, last="config.json") as path:
-                try:
-                    write_hf(source, path, dtype=dtype, shard_bytes=options.shard_bytes, progress=progress)
-                except DataError as error:
-                    raise ConfigError(str(error)) from error
+                kind.write_hf(source, path, dtype=dtype, shard_bytes=options.shard_bytes, progress=progress)
         elif options.format == "dcp":
             on_total(dcp_bytes(source, dtype=dtype, model_only=model_only))
             with staged(target, storage_options, last=METADATA) as path:

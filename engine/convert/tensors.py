@@ -66,6 +66,13 @@ def whole(source: TensorSource, name: str) -> torch.Tensor:
     return out
 
 
+def transposed_windows(source: TensorSource, name: str) -> Iterator[torch.Tensor]:
+    """The transpose of a matrix, in windows."""
+    tensor = whole(source, name).t()
+    for begin, end in row_spans(tuple(tensor.shape), tensor.element_size()):
+        yield tensor[begin:end].contiguous()
+
+
 def fill(out: torch.Tensor, windows: Iterator[torch.Tensor], progress: Progress = ignore_progress) -> None:
     """Copy windows into `out`, converting their dtype to its own."""
     begin = 0

@@ -208,7 +208,7 @@ def test_a_signal_leaves_nothing_behind(
     code = (
         "import os, sys\n"
         "from engine.checkpoints import progress\n"
-        "from engine.run.entry import enter\n"
+        "from engine.entry import enter\n"
         f"hit = progress.Meter(lambda n: None, lambda n: os.kill(os.getpid(), {int(signum)}))\n"
         "import contextlib\n"
         "@contextlib.contextmanager\n"

@@ -19,12 +19,12 @@ from engine import Checkpointer
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.compare import diff_checkpoints
 from engine.convert.dcp_stock import write_stock
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.export import ExportOptions
 from engine.convert.incoming import incoming
 from engine.convert.tensors import whole
 from engine.errors import DamagedError, StateError
 from engine.storage.local import LocalStorage
+from tests.support.conversions import export_checkpoint, import_checkpoint
 from tests.support.tiny_gpt2 import new_model, new_optimizer, step, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

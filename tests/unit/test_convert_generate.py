@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from engine import Checkpointer
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.load_model import load_model
-from engine.convert.sample import sample
+from engine.convert.export import ExportOptions
 from engine.generate import main
+from engine.gpt2.load_model import load_model
+from engine.gpt2.sample import sample
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config
 from model.gpt2 import GPT2
+from tests.support.conversions import export_checkpoint
 from tests.support.tiny_gpt2 import CONFIG, TINY, new_model, new_optimizer, train
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engine import Checkpointer
-from engine.convert.export import ExportOptions, export_checkpoint
+from engine.convert.export import ExportOptions
 from engine.convert.safetensors_out import Entry, split, write_file
 from engine.convert.tensors import windows_of
 from engine.errors import ConfigError, StateError
@@ -20,6 +20,7 @@ from engine.format.manifest import TensorInfo
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config
 from model.gpt2 import GPT2
+from tests.support.conversions import export_checkpoint
 from tests.support.tiny_gpt2 import TINY, train
 
 

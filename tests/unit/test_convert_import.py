@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from engine import Checkpointer
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.tensors import whole
 from engine.directory.listing import list_checkpoints, read_manifest
 from engine.directory.verify import verify_checkpoint
@@ -24,6 +23,7 @@ from engine.lease.lease import Lease
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config
 from model.gpt2 import GPT2
+from tests.support.conversions import import_checkpoint
 from tests.support.tiny_checkpoint import write_checkpoint
 from tests.support.tiny_gpt2 import TINY, new_model, new_optimizer, step
 

@@ -11,8 +11,7 @@ import fsspec
 import pytest
 import torch
 
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.export import ExportOptions
 from engine.convert.merge import merge_checkpoints
 from engine.directory.listing import list_checkpoints
 from engine.errors import StorageFullError
@@ -20,6 +19,7 @@ from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from engine.storage.system import System
+from tests.support.conversions import export_checkpoint, import_checkpoint
 from tests.support.tiny_gpt2 import train
 
 Progress = Callable[[int], None]

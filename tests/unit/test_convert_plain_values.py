@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from engine import Checkpointer
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.export import ExportOptions
 from engine.storage.local import LocalStorage
+from tests.support.conversions import export_checkpoint, import_checkpoint
 
 
 class Phase(enum.Enum):

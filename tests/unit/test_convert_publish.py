@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.convert import publish
-from engine.convert.import_checkpoint import import_checkpoint
 from engine.directory.listing import list_checkpoints
 from engine.errors import SaveFailedError
 from engine.storage.local import LocalStorage
+from tests.support.conversions import import_checkpoint
 
 
 @pytest.mark.parametrize("lost", ["shard-00000.safetensors", "shard-00000.json"])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import ByteTokenizer, Gpt2Tokenizer
-from engine.convert.tokenizer_files import byte_alphabet, merges, tokenizer_name, write_tokenizer
 from engine.errors import StateError
+from engine.gpt2.tokenizer_files import byte_alphabet, merges, tokenizer_name, write_tokenizer
 
 # As tiktoken pins them (tiktoken_ext/openai_public.py, gpt2): encoder.json and vocab.bpe.
 VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"

@@ -12,13 +12,13 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.convert.compare import diff_checkpoints
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.export import ExportOptions
 from engine.convert.state_tree import TensorRef
 from engine.convert.torch_file import _pickled
 from engine.format.manifest import TensorInfo
 from engine.storage.local import LocalStorage
 from model.gpt2 import GPT2
+from tests.support.conversions import export_checkpoint, import_checkpoint
 from tests.support.tiny_gpt2 import CONFIG, TINY, new_optimizer, step, train
 
 

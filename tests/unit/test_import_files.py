@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import save_file
 
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.tensors import whole
 from engine.directory.listing import read_manifest
 from engine.errors import ConfigError, DamagedError, StateError
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage
+from tests.support.conversions import import_checkpoint
 
 
 def zipped(**files: bytes) -> bytes:

@@ -13,7 +13,6 @@ from torch import nn
 
 from engine import Checkpointer, CheckpointRecord
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.import_checkpoint import import_checkpoint
 from engine.convert.module_order import parameter_order
 from engine.convert.parameter_names import Names
 from engine.convert.tensors import whole
@@ -21,6 +20,7 @@ from engine.directory.listing import read_manifest
 from engine.errors import ConfigError
 from engine.storage.local import LocalStorage
 from model.config import GPT2Config
+from tests.support.conversions import import_checkpoint
 from tests.support.tiny_gpt2 import new_model, new_optimizer
 
 GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 33, "n_positions": 8}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.convert.gpt2_settings import dropout
-from engine.convert.import_checkpoint import import_checkpoint
-from engine.convert.load_model import load_model
 from engine.directory.listing import read_manifest
 from engine.errors import StateError
+from engine.gpt2.load_model import load_model
+from engine.gpt2.settings import dropout
 from engine.storage.local import LocalStorage
+from tests.support.conversions import import_checkpoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -29,14 +29,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from engine import Checkpointer, CheckpointRecord
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.export import ExportOptions, export_checkpoint
-from engine.convert.import_checkpoint import import_checkpoint
+from engine.convert.export import ExportOptions
 from engine.convert.incoming import incoming
 from engine.convert.tensors import whole
 from engine.directory.listing import read_manifest
 from engine.errors import ConfigError, DamagedError, StateError
 from engine.format.manifest import Manifest
 from engine.storage.local import LocalStorage
+from tests.support.conversions import export_checkpoint, import_checkpoint
 from tests.support.tiny_gpt2 import new_model, new_optimizer, step
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

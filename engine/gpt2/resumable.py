@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine.convert.model_kinds import AddTensor
 from engine.convert.tensors import windows_of
 from engine.format.manifest import TensorInfo
 from engine.state.captured import RNG_KEY, per_rank_name
@@ -16,8 +16,6 @@ from engine.state.values import encode
 
 SEED = 1337
 _NO_FINGERPRINT = "imported"
-
-Add = Callable[[str, TensorInfo, Callable[[], Iterator[torch.Tensor]]], None]
 
 
 def trainer_objects(step: int, epoch: int, seed: Any) -> dict[str, Any]:
@@ -33,8 +31,8 @@ def trainer_objects(step: int, epoch: int, seed: Any) -> dict[str, Any]:
     }
 
 
-def fresh_generators(add: Add) -> Any:
-    """Random states as `snapshot.rng.capture` gives them, of fresh generators: this process's stay alone."""
+def fresh_generators(add: AddTensor) -> Any:
+    """Random states of fresh generators, as `engine.state.rng.capture` gives this process's own."""
     version, words, gauss_next = random.Random(SEED).getstate()
     kind, keys, position, has_gauss, cached = np.random.RandomState(SEED).get_state(legacy=True)
     state = {

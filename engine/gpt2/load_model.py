@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from engine.convert.checkpoint import CheckpointTensors
-from engine.convert.gpt2 import Gpt2Tensors, find_gpt2
-from engine.convert.hf import gpt2_of
 from engine.convert.incoming import Incoming, incoming
 from engine.convert.recognise import recognise, tensors_by_name
 from engine.convert.tensors import fill, whole
 from engine.errors import ConfigError, StateError
 from engine.format.names import MANIFEST
+from engine.gpt2.hf_export import gpt2_of
+from engine.gpt2.tensors import Gpt2Tensors, find_gpt2
 from engine.restore.choice import choose_checkpoint
 from engine.storage.open import open_storage
 from engine.storage.redact import redact_uri

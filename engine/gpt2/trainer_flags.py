@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.convert.gpt2_settings import SETTINGS
+from engine.gpt2.settings import SETTINGS
 from model.config import PRESETS, GPT2Config
 
 _COUNTS = {

@@ -8,16 +8,16 @@ ones that are zero computes the same).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from engine.convert.gpt2_settings import dropout, own_names, refuse_settings, refuse_shape
-from engine.convert.tensors import TensorSource, row_spans, same_bytes, whole
+from engine.convert.tensors import TensorSource, same_bytes, whole
 from engine.errors import StateError
 from engine.format.manifest import TensorInfo
+from engine.gpt2.settings import dropout, own_names, refuse_settings, refuse_shape
 from engine.state.torch_dtypes import to_torch
 from model.config import PRESETS, GPT2Config
 from model.gpt2 import GPT2
@@ -55,7 +55,7 @@ class Gpt2:
     head: str | None = None
 
 
-def looks_like_gpt2(names: Mapping[str, Any]) -> bool:
+def looks_like_gpt2(names: Collection[str]) -> bool:
     """Whether these are the names of a GPT-2's tensors, in any of the spellings."""
     spelled = set(_spelled(names))
     return _EMBEDDING in spelled and _FIRST_ATTENTION in spelled
@@ -154,13 +154,6 @@ class Gpt2Tensors:
             raise StateError(_untied(what))
 
 
-def transposed_windows(source: TensorSource, name: str) -> Iterator[torch.Tensor]:
-    """The transpose of a matrix, in windows."""
-    tensor = whole(source, name).t()
-    for begin, end in row_spans(tuple(tensor.shape), tensor.element_size()):
-        yield tensor[begin:end].contiguous()
-
-
 def _untied(what: str) -> str:
     return (
         f"{what} has an output layer ({_HEAD}) that differs from its token embedding; this GPT-2 uses one "
@@ -168,7 +161,7 @@ def _untied(what: str) -> str:
     )
 
 
-def _spelled(names: Mapping[str, Any]) -> dict[str, str]:
+def _spelled(names: Collection[str]) -> dict[str, str]:
     """Our spelling -> given name."""
     prefixed = any(name.startswith(_PREFIX) for name in names)
     return {name if prefixed or name == _HEAD else _PREFIX + name: name for name in names}

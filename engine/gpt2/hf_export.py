@@ -11,10 +11,10 @@ import torch
 
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.checkpoint_parts import contents_of, main_module
-from engine.convert.gpt2 import Gpt2, Gpt2Tensors, find_gpt2, transposed_windows
 from engine.convert.safetensors_out import SHARD_BYTES, Entry, write_model
-from engine.convert.tensors import Progress, cast, converted, ignore_progress
-from engine.convert.tokenizer_files import write_tokenizer
+from engine.convert.tensors import Progress, cast, converted, ignore_progress, transposed_windows
+from engine.gpt2.tensors import Gpt2, Gpt2Tensors, find_gpt2
+from engine.gpt2.tokenizer_files import write_tokenizer
 from model.config import GPT2Config
 from model.gpt2 import LAYER_NORM_EPSILON
 from model.hf_names import hf_name

@@ -1,0 +1,18 @@
+"""Where `engine.checkpoints.kinds` finds the example's model kinds; torch is imported when it asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.gpt2.own_packages import claim_own_packages
+
+if TYPE_CHECKING:
+    from engine.convert.model_kinds import ModelKind
+
+
+def model_kinds() -> tuple[ModelKind, ...]:
+    """The GPT-2. Called by a program: from then on, `model` and `data` mean the example's packages."""
+    claim_own_packages()
+    from engine.gpt2.kind import GPT2_KIND
+
+    return (GPT2_KIND,)
