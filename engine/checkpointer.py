@@ -321,6 +321,7 @@ class Checkpointer:
     def close(self, mirror_patience: Patience = no_limit) -> None:
         """Finish the save in flight, release the directory, and raise if the newest save has failed.
 
+        A failure that `handle.result`, `wait`, `poll` or `save` has raised already is not raised again.
         `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
         In a forked child it does nothing: save, mirror and directory are the parent's.
         Raises: SaveFailedError; SaveStuckError for a save that hangs: the directory then stays this run's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,17 @@ def test_close_raises_if_the_newest_save_failed(storage: ControlledStorage) -> N
     save(checkpointer, storage, 1, fails=True)
     with pytest.raises(SaveFailedError, match="step 1 was not saved"):
         checkpointer.close()
+
+
+@pytest.mark.parametrize("way", ["result", "wait", "poll", "save"])
+def test_close_does_not_raise_what_another_call_has_raised(way: str, storage: ControlledStorage) -> None:
+    checkpointer = Checkpointer("ignored", state(), max_failures=1)
+    handle = save(checkpointer, storage, 1, fails=True)
+    calls: dict[str, Callable[[], object]] = {"result": handle.result, "wait": checkpointer.wait}
+    calls |= {name: functools.partial(call, checkpointer) for name, call in NEXT.items()}
+    with pytest.raises(SaveFailedError, match="step 1 was not saved"):
+        calls[way]()
+    checkpointer.close()
 
 
 def test_whoever_waits_for_a_save_hears_that_it_failed(storage: ControlledStorage) -> None:
