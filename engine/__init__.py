@@ -10,13 +10,44 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import HoldfastError, UnsupportedPlatformError
+from engine.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    CoordinationError,
+    DamagedError,
+    DirectoryHeldError,
+    HoldfastError,
+    HostilePathError,
+    LateRanksError,
+    LeaseLostError,
+    MemoryBudgetError,
+    NewerFormatError,
+    NotFoundError,
+    NotOursError,
+    PeerFailedError,
+    ReplicaMismatchError,
+    RestoreFailedError,
+    SaveFailedError,
+    SaveStuckError,
+    SelectorError,
+    StateError,
+    StateMismatchError,
+    StorageDeniedError,
+    StorageError,
+    StorageFullError,
+    StorageUnavailableError,
+    TornSnapshotError,
+    UnsavableValueError,
+    UnsupportedPlatformError,
+)
 
 if TYPE_CHECKING:
     from engine.checkpointer import Checkpointer
+    from engine.directory.listing import Listed
     from engine.directory.record import CheckpointRecord
     from engine.directory.retention import Retention
     from engine.loaders import ReshardableLoader
+    from engine.options import Checks, FailurePolicy, MirrorOptions, StorageOptions
     from engine.save.handle import SaveHandle
     from engine.stopping import StopSignals
 
@@ -26,22 +57,59 @@ if sys.platform != "linux":
     )
 
 __all__ = [
+    "AlreadyExistsError",
     "CheckpointRecord",
     "Checkpointer",
+    "Checks",
+    "ConfigError",
+    "CoordinationError",
+    "DamagedError",
+    "DirectoryHeldError",
+    "FailurePolicy",
     "HoldfastError",
+    "HostilePathError",
+    "LateRanksError",
+    "LeaseLostError",
+    "Listed",
+    "MemoryBudgetError",
+    "MirrorOptions",
+    "NewerFormatError",
+    "NotFoundError",
+    "NotOursError",
+    "PeerFailedError",
+    "ReplicaMismatchError",
     "ReshardableLoader",
+    "RestoreFailedError",
     "Retention",
+    "SaveFailedError",
     "SaveHandle",
+    "SaveStuckError",
+    "SelectorError",
+    "StateError",
+    "StateMismatchError",
     "StopSignals",
+    "StorageDeniedError",
+    "StorageError",
+    "StorageFullError",
+    "StorageOptions",
+    "StorageUnavailableError",
+    "TornSnapshotError",
+    "UnsavableValueError",
+    "UnsupportedPlatformError",
 ]
 
 _HOMES = {
     "CheckpointRecord": "engine.directory.record",
     "Checkpointer": "engine.checkpointer",
+    "Checks": "engine.options",
+    "FailurePolicy": "engine.options",
+    "Listed": "engine.directory.listing",
+    "MirrorOptions": "engine.options",
     "ReshardableLoader": "engine.loaders",
     "Retention": "engine.directory.retention",
     "SaveHandle": "engine.save.handle",
     "StopSignals": "engine.stopping",
+    "StorageOptions": "engine.options",
 }
 
 

@@ -18,19 +18,29 @@ from engine.directory.selectors import by_policy
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
+from engine.options import (
+    Checks,
+    FailurePolicy,
+    MirrorOptions,
+    OnFailure,
+    StorageOptions,
+    check_switches,
+    checks_of,
+    failure_policy,
+    mirror_options,
+)
+from engine.options import storage_options as store_options
 from engine.ranks.agreement import all_make
 from engine.ranks.calls import RESTORE, Calls, Request
 from engine.ranks.connect import connect_ranks
 from engine.restore.filters import Wanted
 from engine.restore.restorer import Restorer
 from engine.save.arguments import (
-    check_failing,
     check_names,
     check_rename,
     check_save,
     check_selector,
     check_setup,
-    check_switches,
     plain_metrics,
     whole_numbers,
 )
@@ -39,11 +49,10 @@ from engine.save.at_exit import call_at_exit
 from engine.save.commit import SaveInfo, software_versions
 from engine.save.event_listener import Listener, guarded
 from engine.save.handle import SaveHandle
-from engine.save.outcomes import OnFailure, Outcomes
+from engine.save.outcomes import Outcomes
 from engine.save.plain_config import plain_config
-from engine.save.replicas import check_of
-from engine.save.run_directory import HeldDirectory
-from engine.save.saver import Busy, Checks, Saver, most_secs
+from engine.save.run_directory import RunDirectory
+from engine.save.saver import Busy, Saver, most_secs
 from engine.save.unreferenced import close_behind, forgetful
 from engine.state.capture import StateCapture
 from engine.storage.base import Storage
@@ -88,6 +97,8 @@ class Checkpointer:
             logged and passed to `on_event`, the handle raises it, and the next save tries again. "raise": the
             next call raises it. A state that cannot be saved always raises.
         max_failures: with "warn", this many failures in a row raise, on all ranks alike.
+        checks, failures: `Checks(...)` and `FailurePolicy(...)` in place of the keywords that they group;
+            likewise mirror=MirrorOptions(...) and storage_options=StorageOptions(...).
         process_group: the ranks that save and restore together, when these are not all: a
             torch.distributed.ProcessGroup. Ranks are numbered as in the group. Two groups of one job have a
             directory each.
@@ -113,14 +124,16 @@ class Checkpointer:
         check_snapshots: bool = False,
         memory_budget_bytes: int | None = None,
         overlap: bool | str = "auto",
-        storage_options: Mapping[str, str] | None = None,
-        mirror: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, str] | StorageOptions | None = None,
+        mirror: str | os.PathLike[str] | MirrorOptions | None = None,
         mirror_freq: int = 1,
         read_only: bool = False,
         on_failure: OnFailure = "warn",
         max_failures: int = 3,
         process_group: Any = None,
         on_event: Listener | None = None,
+        checks: Checks | None = None,
+        failures: FailurePolicy | None = None,
     ) -> None:
         check_setup(
             directory,
@@ -131,15 +144,14 @@ class Checkpointer:
             busy=busy,
             timeout_secs=timeout_secs,
             overlap=overlap,
-            mirror=mirror,
-            mirror_freq=mirror_freq,
             memory_budget_bytes=memory_budget_bytes,
-            storage_options=storage_options,
             on_event=on_event,
-            check_snapshots=check_snapshots,
             read_only=read_only,
         )
-        check_failing(on_failure, max_failures)
+        store = store_options(storage_options)
+        tier = mirror_options(mirror, mirror_freq)
+        checks = checks_of(checks, check_replicas, check_snapshots)
+        failures = failure_policy(failures, on_failure, max_failures)
         (seed,) = whole_numbers(seed=seed)
         self._config = plain_config(config)
         listener = guarded(on_event)
@@ -148,27 +160,26 @@ class Checkpointer:
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
         calls = Calls(channel, timeout_secs, most_secs(timeout_secs))
-        self._outcomes = Outcomes(on_failure, max_failures)
+        self._outcomes = Outcomes(failures)
 
         def open_all() -> tuple[Storage, Storage | None, StateCapture]:
-            storage = open_storage(directory, storage_options)
-            second = second_tier(mirror, storage, storage_options)
+            storage = open_storage(directory, store.client)
+            second = second_tier(tier.directory if tier else None, storage, store.client)
             return storage, second, StateCapture(state, per_rank, self.rank, rank0)
 
         opened = all_make(channel, "start/open", open_all, timeout_secs, what="the making of a Checkpointer")
         self._storage, second, capture = opened
         self._restorer = Restorer(
-            self._storage, capture, calls, seed, timeout_secs, storage_options, listener, read_only, second
+            self._storage, capture, calls, seed, timeout_secs, store.client, listener, read_only, second
         )
         self._saver: Saver | None = None
         self._retention = retention
-        self._directory = HeldDirectory(self._storage, second, ranks.run_id, retention, listener)
+        self._directory = RunDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
-            checks = Checks(check_of(check_replicas), check_snapshots)
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
             saver = make_saver(ranks, calls, capture, self._directory, options, self._outcomes)
             try:  # last: what fails before it leaves no lease behind
-                self._directory.take(channel, mirror_freq, timeout_secs)
+                self._directory.take(channel, tier.freq if tier else 1, timeout_secs)
             except HoldfastError:
                 saver.copier.remove()
                 raise
@@ -337,7 +348,7 @@ class Checkpointer:
                 saver.copier.remove()
                 saver.snapshot.forget_plan()
         finally:
-            self._directory.let_go(mirror_patience, stuck=saver is not None and saver.flight.stuck)
+            self._directory.release(mirror_patience, stuck=saver is not None and saver.flight.stuck)
         self._raise_newest()
 
     def __enter__(self) -> Checkpointer:

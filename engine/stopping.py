@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from engine.forks import Home, in_child
 from engine.loaders import ReshardableLoader
+from engine.process_end import end_at_once
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def shield_worker(worker_id: int, init: Callable[[int], None] | None = None) -> 
         while True:
             info = signal.sigwaitinfo(SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == parent:
-                os._exit(0)
+                end_at_once(0, flush=False)
 
     threading.Thread(target=listen, name="holdfast-shield", daemon=True).start()
     if init is not None:

@@ -28,7 +28,7 @@ class Creditor(Protocol):
     def owed_of(self, local: Sequence[CheckpointRecord]) -> frozenset[str]: ...
 
 
-def remove_surplus(
+def delete_expired(
     storage: Storage,
     lease: Lease,
     retention: Retention | None,
@@ -36,12 +36,12 @@ def remove_surplus(
     *,
     disk_full: bool = False,
     memory: Memory | None = None,
-    given_up: Collection[str] = (),
+    failed_ids: Collection[str] = (),
 ) -> bool:
     """Delete what the policy does not keep, and abandoned attempts; whether anything was deleted.
 
     `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
-    `given_up`: ids that this run failed to commit.
+    `failed_ids`: ids that this run failed to commit.
     `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
     Raises: LeaseLostError; StorageError when the directory cannot be listed.
     """
@@ -55,7 +55,7 @@ def remove_surplus(
             listed = []
         local = committed(listed)
         # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
-        brought = {record.id for record in local} - set(given_up)
+        brought = {record.id for record in local} - set(failed_ids)
         arriving = lease.arrivals.arriving(storage, brought, lease_name(lease.epoch))
         policy = surplus([r for r in local if r.id not in arriving], retention, held=exempt(listed))
         owed = mirror.owed_of(local) if mirror is not None else frozenset()
@@ -66,7 +66,7 @@ def remove_surplus(
         if disk_full and mirror is not None:
             last_resort = give_way(policy, owed, mirror.in_flight)
     # With a listing of its own: what was removed by halves just now is cleared away in the same round.
-    removed += reap_abandoned(storage, lease=lease, given_up=given_up).removed
+    removed += reap_abandoned(storage, lease=lease, failed_ids=failed_ids).removed
     if not removed and last_resort is not None:
         path, why = last_resort.record.path, last_resort.why
         log.warning("deleting %s before the mirror has a copy of it: %s", path, why)

@@ -60,12 +60,12 @@ def reap(storage: Storage, decisions: Iterable[Decision], *, lease: Lease | None
 
 
 def reap_abandoned(
-    storage: Storage, *, lease: Lease, current: Collection[str] = (), given_up: Collection[str] = ()
+    storage: Storage, *, lease: Lease, current: Collection[str] = (), failed_ids: Collection[str] = ()
 ) -> Reaped:
     """Remove attempts that nobody will ever commit. Only the lease's holder may; LeaseLostError otherwise.
 
     They are: what a new holder has put aside (dead-*); what somebody had begun to delete; attempts that this
-    run has `given_up`, because they failed or were about to be removed; on a storage that cannot rename,
+    run has `failed_ids`, because they failed or were about to be removed; on a storage that cannot rename,
     those of runs that held the directory before and died; and whatever else has no manifest and has not
     changed for an hour (see `arrivals`).
     Where the storage cannot rename, an earlier holder that only slept could still be between its last look at
@@ -82,7 +82,7 @@ def reap_abandoned(
     for name in uploads:
         tree.setdefault(name, {})  # nothing but an upload without an end, which no listing shows
     lease.arrivals.keep_only(tree)
-    given_up = lease.arrivals.removing.union(given_up)
+    failed_ids = lease.arrivals.removing.union(failed_ids)
     abandoned = []
     for name, files in tree.items():
         if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is None:
@@ -91,13 +91,14 @@ def reap_abandoned(
         if MANIFEST in files:
             _remove_temporaries(storage, name, files)
             # The answer to the start of an upload was lost, and another one begun.
-            if paths and name not in current and _is_abandoned(storage, name, lease, given_up, paths):
+            if paths and name not in current and _is_abandoned(storage, name, lease, failed_ids, paths):
                 storage.abort_uploads(name)
             continue
         if heads.whole and files and not any(map(is_checkpoint_file, files)):
             continue  # what is left there is somebody else's
         dead = name.startswith(DEAD_PREFIX) or (TOMBSTONE in files and name not in current)
-        if dead or (settled and name not in current and _is_abandoned(storage, name, lease, given_up, paths)):
+        ours = settled and name not in current
+        if dead or (ours and _is_abandoned(storage, name, lease, failed_ids, paths)):
             abandoned.append(name)
     return _remove_each(storage, abandoned, _clear)
 
@@ -119,9 +120,9 @@ def _uploads(storage: Storage) -> dict[str, list[str]]:
 
 
 def _is_abandoned(
-    storage: Storage, name: str, lease: Lease, given_up: Collection[str], uploads: Collection[str]
+    storage: Storage, name: str, lease: Lease, failed_ids: Collection[str], uploads: Collection[str]
 ) -> bool:
-    if name in given_up:
+    if name in failed_ids:
         return True
     # Where a new holder can rename, it has put aside what its predecessors were writing.
     if not storage.is_local and is_attempt_of(name, lease.predecessors):

@@ -217,7 +217,7 @@ class Mirror:
             self._retire()
         self._retire()
         current = [record.id for record in self._waiting()]
-        reap_abandoned(self.storage, lease=lease, current=current, given_up=self._begun)
+        reap_abandoned(self.storage, lease=lease, current=current, failed_ids=self._begun)
 
     def look_after(self) -> None:
         """Read what earlier runs have brought, newest first, until there is something better to do.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from engine import errors
 from engine.errors import CoordinationError, HoldfastError, LateRanksError, PeerFailedError
 from engine.format.json import canonical_bytes, parse_canonical
-from engine.ranks.calls import Call, end_call
+from engine.ranks.calls import Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 
 T = TypeVar("T")
@@ -135,3 +135,16 @@ def _open(answer: dict[str, Any]) -> Any:
         raise kind(error["message"])
     rank = error.get("rank", 0)
     raise PeerFailedError(f"rank {rank} failed: {error['kind']}: {error['message']}")
+
+
+def open_call(calls: Calls, request: Request, *, together: bool) -> Call:
+    """Begin a call of all ranks on which rank 0 has nothing to decide.
+
+    `together`: rank 0's answer to whether every rank has to have come before any of them looks at its state.
+    Raises: as `Calls.join` and `all_come`.
+    """
+    first = calls.channel.rank == 0
+    call = calls.decide(request, {"together": together}) if first else calls.join(request)
+    if call.term("together"):
+        all_come(calls.channel, call, calls.timeout_secs)
+    return call

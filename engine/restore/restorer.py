@@ -33,7 +33,7 @@ from engine.errors import (
 from engine.format.manifest import Manifest
 from engine.format.names import MANIFEST
 from engine.gc_pause import collector_paused
-from engine.ranks.agreement import all_agree, all_come, rank0_decides
+from engine.ranks.agreement import all_agree, open_call, rank0_decides
 from engine.ranks.calls import RESTORE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.restore.choice import choose_checkpoint, in_mirror
@@ -92,13 +92,7 @@ class Restorer:
         Raises: SelectorError; StateMismatchError (nothing was changed); DamagedError when the chosen
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
-        request = Request(RESTORE, selector)
-        if self.channel.rank == 0:
-            call = self.calls.decide(request, {"together": self.capture.asks_together})
-        else:
-            call = self.calls.join(request)
-        if call.term("together"):
-            all_come(self.channel, call, self.timeout_secs)
+        call = open_call(self.calls, Request(RESTORE, selector), together=self.capture.asks_together)
         try:
             return self._all_restore(call, selector, wanted)
         except CoordinationError:

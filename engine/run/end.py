@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
 
 from engine.mirror.uploader import copies_hang
+from engine.process_end import end_at_once
 from engine.save.at_exit import anything_hangs
 
 
@@ -15,7 +15,7 @@ def end_process(
     status: int,
     environ: Mapping[str, str] = os.environ,
     *,
-    leave_at_once: Callable[[int], None] = os._exit,
+    leave_at_once: Callable[[int], None] = end_at_once,
 ) -> None:
     """End the program; among other ranks, and when a save hangs, without taking the interpreter down.
 
@@ -27,7 +27,4 @@ def end_process(
     """
     if "RANK" not in environ and not anything_hangs() and not copies_hang():
         sys.exit(status)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     leave_at_once(status)

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Literal
 
 from engine.forks import in_child
+from engine.process_end import end_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 """SIGUSR1 and SIGUSR2 are what Slurm's --signal sends before the time is up. Where ranks got different ones,
@@ -164,9 +165,7 @@ class Preemption:
 def leave_at_once(code: int, sentence: str) -> None:
     """End the process without any clean-up, which may be what hangs."""
     rank = os.environ.get("RANK", "0")
-    # By descriptor: the main thread may hold the lock of sys.stderr.
-    os.write(2, f"[rank {rank}] {sentence}\n".encode())
-    os._exit(code)
+    end_at_once(code, f"[rank {rank}] {sentence}", flush=False)
 
 
 def _nothing(signum: int, frame: FrameType | None) -> None:

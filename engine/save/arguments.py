@@ -15,17 +15,10 @@ from engine.directory.retention import Retention
 from engine.errors import ConfigError
 from engine.format.json import MAX_INT
 from engine.format.manifest import REASONS
+from engine.options import check_addresses, check_switches, is_whole, shown
 
 MOST_STEPS = 2**48
 """A step beyond it is a mistake: at a million steps a second it would take nine years."""
-
-
-def check_failing(on_failure: str, max_failures: int) -> None:
-    """ConfigError for what cannot be done about saves that fail."""
-    if on_failure not in ("warn", "raise"):
-        raise ConfigError(f"on_failure is {_shown(on_failure)}: it must be 'warn' or 'raise'")
-    if not _is_whole(max_failures) or max_failures < 1:
-        raise ConfigError(f"max_failures is {_shown(max_failures)}: it must be a whole number, 1 or more")
 
 
 def check_setup(
@@ -38,52 +31,33 @@ def check_setup(
     busy: object,
     timeout_secs: object,
     overlap: object,
-    mirror: object,
-    mirror_freq: object,
     memory_budget_bytes: object,
-    storage_options: object,
     on_event: object,
-    **switches: object,
+    read_only: object,
 ) -> None:
-    """ConfigError for an argument of a Checkpointer that cannot work. `switches` are True or False."""
-    check_addresses(directory=directory, mirror="" if mirror is None else mirror)
+    """ConfigError for an argument of a Checkpointer that cannot work; the values of `engine.options` check
+    their own."""
+    check_addresses(directory=directory)
     _check_state(state)
     check_names(per_rank=per_rank, rank0=rank0)
     if retention is not None and not isinstance(retention, Retention):
         raise ConfigError(
-            f"retention is {_shown(retention)}: give Retention(rolling=3), say, or None to keep everything"
+            f"retention is {shown(retention)}: give Retention(rolling=3), say, or None to keep everything"
         )
     if busy not in ("wait", "skip"):
-        raise ConfigError(f"busy is {_shown(busy)}: it must be 'wait' or 'skip'")
+        raise ConfigError(f"busy is {shown(busy)}: it must be 'wait' or 'skip'")
     if not _is_number(timeout_secs) or not 0 < timeout_secs < math.inf:  # type: ignore[operator]
-        raise ConfigError(f"timeout_secs is {_shown(timeout_secs)}: it must be a number of seconds above 0")
+        raise ConfigError(f"timeout_secs is {shown(timeout_secs)}: it must be a number of seconds above 0")
     if overlap not in ("auto", False):
-        raise ConfigError(f"overlap is {_shown(overlap)}: it must be 'auto' or False")
-    if not _is_whole(mirror_freq) or mirror_freq < 0:  # type: ignore[operator]
+        raise ConfigError(f"overlap is {shown(overlap)}: it must be 'auto' or False")
+    if memory_budget_bytes is not None and not (is_whole(memory_budget_bytes) and memory_budget_bytes > 0):  # type: ignore[operator]
         raise ConfigError(
-            f"mirror_freq is {_shown(mirror_freq)}: it must be a whole number of steps, 0 or more"
-        )
-    if memory_budget_bytes is not None and not (_is_whole(memory_budget_bytes) and memory_budget_bytes > 0):  # type: ignore[operator]
-        raise ConfigError(
-            f"memory_budget_bytes is {_shown(memory_budget_bytes)}: it must be a whole number of bytes above "
+            f"memory_budget_bytes is {shown(memory_budget_bytes)}: it must be a whole number of bytes above "
             "0, or None"
         )
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise ConfigError(f"storage_options is {_shown(storage_options)}: it must be a dict, or None")
     if on_event is not None and not callable(on_event):
-        raise ConfigError(f"on_event is {_shown(on_event)}: it must be a function of one dict, or None")
-    check_switches(**switches)
-
-
-def check_addresses(**addresses: object) -> None:
-    """ConfigError for what is no path, or no Unicode text: ranks tell each other where a checkpoint lies."""
-    for name, address in addresses.items():
-        if not isinstance(address, str | os.PathLike) or isinstance(os.fspath(address), bytes):
-            raise ConfigError(f"{name} is {_shown(address)}: it must be a path or a URI")
-        try:
-            os.fspath(address).encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{address!a} is not text in UTF-8: give another directory") from None
+        raise ConfigError(f"on_event is {shown(on_event)}: it must be a function of one dict, or None")
+    check_switches(read_only=read_only)
 
 
 def check_names(**given: object) -> None:
@@ -93,7 +67,7 @@ def check_names(**given: object) -> None:
             raise ConfigError(f"{name} is the text {value!r}: give a tuple, {name}=({value!r},)")
         plain = isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes)
         if not plain or not all(isinstance(item, str) for item in value):  # type: ignore[attr-defined]
-            raise ConfigError(f"{name} is {_shown(value)}: it must be a tuple of names")
+            raise ConfigError(f"{name} is {shown(value)}: it must be a tuple of names")
 
 
 def check_rename(rename: object) -> dict[str, str]:
@@ -104,15 +78,8 @@ def check_rename(rename: object) -> dict[str, str]:
         isinstance(name, str) and name for pair in rename.items() for name in pair
     )
     if not names:
-        raise ConfigError(f"rename is {_shown(rename)}: it must be a dict of live names by saved name")
+        raise ConfigError(f"rename is {shown(rename)}: it must be a dict of live names by saved name")
     return dict(rename)  # type: ignore[call-overload, no-any-return]
-
-
-def check_switches(**given: object) -> None:
-    """ConfigError unless each is True or False."""
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} is {_shown(value)}: it must be True or False")
 
 
 def check_selector(selector: object) -> str:
@@ -120,16 +87,16 @@ def check_selector(selector: object) -> str:
     if isinstance(selector, os.PathLike):
         selector = os.fspath(selector)
     if not isinstance(selector, str):
-        hint = f"'step:{selector}'" if _is_whole(selector) else "'latest'"
-        raise ConfigError(f"the selector is {_shown(selector)}: it must be text, such as {hint}")
+        hint = f"'step:{selector}'" if is_whole(selector) else "'latest'"
+        raise ConfigError(f"the selector is {shown(selector)}: it must be text, such as {hint}")
     return selector
 
 
 def whole_numbers(**given: object) -> list[int]:
     """The numbers as JSON can hold them, in order; NumPy's and torch's are taken. ConfigError for others."""
     for name, value in given.items():
-        if not _is_whole(value):
-            raise ConfigError(f"{name} is {_shown(value)}: it must be a whole number")
+        if not is_whole(value):
+            raise ConfigError(f"{name} is {shown(value)}: it must be a whole number")
         if not -MAX_INT <= operator.index(value) <= MAX_INT:  # type: ignore[arg-type]
             raise ConfigError(f"{name} is {value}: it does not fit into 64 bits")
     return [operator.index(value) for value in given.values()]  # type: ignore[arg-type]
@@ -155,11 +122,11 @@ def plain_metrics(metrics: object) -> dict[str, float]:
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
-        raise ConfigError(f"metrics is {_shown(metrics)}: it must be a dict of numbers by name")
+        raise ConfigError(f"metrics is {shown(metrics)}: it must be a dict of numbers by name")
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(name, str):
-            raise ConfigError(f"the metric {_shown(name)} is not named by text")
+            raise ConfigError(f"the metric {shown(name)} is not named by text")
         if value is None:
             raise ConfigError(f"the metric {name!r} is None: leave it out of the saves that have none")
         found[name] = _metric(name, value)
@@ -173,7 +140,7 @@ def _metric(name: str, value: Any) -> float:
             return float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
-    raise ConfigError(f"the metric {name!r} is {_shown(value)}: it must be a single number")
+    raise ConfigError(f"the metric {name!r} is {shown(value)}: it must be a single number")
 
 
 def _check_state(state: object) -> None:
@@ -182,31 +149,11 @@ def _check_state(state: object) -> None:
             f"state is a {type(state).__name__}: give a dict that names it, such as {{'model': model}}"
         )
     if not isinstance(state, Mapping):
-        raise ConfigError(f"state is {_shown(state)}: it must be a dict of the objects to save, by name")
+        raise ConfigError(f"state is {shown(state)}: it must be a dict of the objects to save, by name")
     for name in state:
         if not isinstance(name, str):
-            raise ConfigError(f"the state key {_shown(name)} is not text")
-
-
-def _is_whole(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    try:
-        operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return str(getattr(value, "dtype", "")) not in ("bool", "torch.bool")
+            raise ConfigError(f"the state key {shown(name)} is not text")
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _shown(value: object) -> str:
-    """A value in a sentence: short ones as they are, others by their class."""
-    items = value if isinstance(value, tuple | list | set) else (value,)
-    if all(isinstance(item, str | int | float | None) for item in items):
-        text = ascii(value)
-        if len(text) <= 80:
-            return text
-    return f"a {type(value).__name__}"

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.options import Checks
 from engine.ranks.calls import Calls
 from engine.ranks.coordination import Coordinator
 from engine.save.job import JobRunner
 from engine.save.outcomes import Outcomes
 from engine.save.overlap_guard import state_device, why_unguarded
-from engine.save.run_directory import HeldDirectory
-from engine.save.saver import Busy, Checks, Saver
+from engine.save.run_directory import RunDirectory
+from engine.save.saver import Busy, Saver
 from engine.save.snapshot import Snapshot
 from engine.save.staging_copy import Copier, overlap_stream
 from engine.state.capture import StateCapture
@@ -36,7 +37,7 @@ def make_saver(
     ranks: Coordinator,
     calls: Calls,
     capture: StateCapture,
-    directory: HeldDirectory,
+    directory: RunDirectory,
     options: SaverOptions,
     outcomes: Outcomes,
 ) -> Saver:
@@ -45,17 +46,7 @@ def make_saver(
     stream, reason = overlap_stream(options.overlap, device, lambda: why_unguarded(capture.state))
     log.info("snapshots: %s", reason)
     optimizers = [entry for entry in capture.state.values() if isinstance(entry, torch.optim.Optimizer)]
-    runner = JobRunner(
-        directory.storage,
-        ranks.channel(),
-        options.timeout_secs,
-        directory.publish,
-        directory.clean_up,
-        directory.listener,
-        outcomes.note,
-        lambda: directory.remove_surplus(disk_full=True),
-        given_up=directory.given_up,
-    )
+    runner = JobRunner(directory, ranks.channel(), options.timeout_secs, outcomes, directory.listener)
     return Saver(
         capture=capture,
         snapshot=Snapshot(ranks.rank, pin=device.type == "cuda", budget_bytes=options.memory_budget_bytes),

@@ -15,13 +15,12 @@ from __future__ import annotations
 # Imported for its own hook, which has to be registered before ours: hooks run last in, first out.
 import concurrent.futures.thread  # noqa: F401
 import itertools
-import logging
 import os
-import sys
 import threading
 from collections.abc import Callable
 
 from engine.forks import Home
+from engine.process_end import end_at_once
 
 _waiting: dict[int, Callable[[], None]] = {}
 _numbers = itertools.count()
@@ -85,8 +84,5 @@ def _finish_all() -> None:
             _, finish = _waiting.popitem()
         finish()
     if anything_hangs():
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Exit handlers of others are lost with it, as they would be when somebody kills what never ends.
-        os._exit(1)
+        # Other exit handlers do not run, as they would not if somebody killed a process that never ends.
+        end_at_once(1)

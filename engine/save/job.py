@@ -36,9 +36,10 @@ from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
-from engine.save.outcomes import may_pass
+from engine.save.outcomes import Outcomes, may_pass
 from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
+from engine.save.run_directory import RunDirectory
 from engine.save.snapshot_check import Digests, check_written
 from engine.save.staging_buffer import Arena
 from engine.save.write import write_rank
@@ -89,25 +90,22 @@ class JobRunner:
     """Runs jobs, one at a time. Its channel belongs to the background thread.
 
     Args:
-        commit_attempt: rank 0's commit: publishes the manifest and returns the record.
-        after_commit: rank 0's retention; its failure is logged and fails no save.
-        make_room: rank 0's answer to a full disk: deletes expired checkpoints; whether there were any.
-        on_outcome: told every save's record, or None when it failed, before anybody who waits for it.
+        directory: where the save goes. Rank 0 publishes the manifest there, then deletes what has expired.
+        outcomes: hears of every save before anybody who waits for it.
     """
 
-    storage: Storage
+    directory: RunDirectory
     channel: Channel
     timeout_secs: float
-    publish: Callable[[Job, tuple[Any, ...]], CheckpointRecord]
-    after_commit: Callable[[CheckpointRecord], None]
+    outcomes: Outcomes
     on_event: Callable[[dict[str, Any]], None]
-    on_outcome: Callable[[CheckpointRecord | None], None]
-    make_room: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
-    given_up: set[str] = field(default_factory=set)
-    """Ids of the attempts that were not committed: clean-up may remove what is left of them."""
     doing: str = ""
     """What the background thread is at, in words, for the message of whoever waits too long."""
+
+    @property
+    def storage(self) -> Storage:
+        return self.directory.storage
 
     def run(self, job: Job) -> None:
         """Carry one save through. Never raises: the outcome is in the handle."""
@@ -116,17 +114,17 @@ class JobRunner:
         except BaseException as error:
             failure = _as_failure(job, error)
             log.error("%s", failure)
-            self.on_outcome(None)
+            self.outcomes.note(None)
             self._emit(job, "save_failed", cause=_words(error))
             job.handle.set_failure(failure)
             return
-        self.on_outcome(record)
+        self.outcomes.note(record)
         self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
         job.handle.set_record(record)
         if self.channel.rank == 0:
             self.doing = "deleting expired checkpoints"
             try:
-                self.after_commit(record)
+                self.directory.clean_up()
             except Exception as error:
                 log.warning(
                     "cleaning up after step %d failed and will be tried again: %s", job.info.step, error
@@ -211,7 +209,7 @@ class JobRunner:
         self.doing = "making room on a full disk"
         try:
             delete_attempt(self.storage, job.info.attempt)
-            return self.make_room()
+            return self.directory.delete_expired(disk_full=True)
         except HoldfastError as problem:
             log.warning("no room could be made for step %d: %s", job.info.step, problem)
             return False
@@ -251,13 +249,13 @@ class JobRunner:
                 f"rank 0 was not ready to commit within {self.timeout_secs:g} s; the other ranks count the "
                 "save as failed by now. Look at its log for a slow disk or a hang"
             )
-        record = self.publish(job, shards)
+        record = self.directory.publish(job.info, shards, job.tensors, job.aliases, job.objects)
         job.secs["commit"] = self.clock() - started
         return record
 
     def _clean_up(self, job: Job, error: BaseException) -> None:
         """Remove a failed attempt, unless a late rank may still be writing into it: then the reaper will."""
-        self.given_up.add(job.info.attempt)
+        self.directory.failed_ids.add(job.info.attempt)
         if isinstance(error, LateRanksError):
             return
         try:

@@ -9,26 +9,21 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 from engine import errors
 from engine.directory.record import CheckpointRecord
 from engine.errors import HoldfastError, SaveFailedError
-
-OnFailure = Literal["warn", "raise"]
+from engine.options import FailurePolicy
 
 
 @dataclass(slots=True)
 class Outcomes:
     """The saves of one Checkpointer, as this rank knows them.
 
-    Args:
-        on_failure: "warn" to go on after a failure that may pass, "raise" to raise every one.
-        max_failures: this many failures in a row are raised even so.
+    policy: whether training goes on after a failure that may pass, and how often in a row.
     """
 
-    on_failure: OnFailure = "raise"
-    max_failures: int = 1
+    policy: FailurePolicy
     failed: int = 0
     """How many in a row have failed, up to the newest."""
     last_committed: CheckpointRecord | None = None
@@ -42,14 +37,16 @@ class Outcomes:
 
     def endures(self, error: BaseException, *, more: int = 0) -> bool:
         """Whether training goes on after this failure. `more`: that many are yet to be noted, with it."""
-        return self.on_failure == "warn" and may_pass(error) and self.failed + more < self.max_failures
+        if self.policy.on_failure == "raise" or not may_pass(error):
+            return False
+        return self.failed + more < self.policy.max_failures
 
     def final(self, failure: SaveFailedError) -> SaveFailedError:
         """What to raise for a failure that is not endured."""
-        if self.on_failure == "raise" or not may_pass(failure):
+        if self.policy.on_failure == "raise" or not may_pass(failure):
             return failure
         count = f"{self.failed} save{'s' * (self.failed != 1)} in a row failed"
-        last = SaveFailedError(f"{count} (max_failures={self.max_failures}), the last one: {failure}")
+        last = SaveFailedError(f"{count} (max_failures={self.policy.max_failures}), the last one: {failure}")
         last.__cause__ = failure
         return last
 

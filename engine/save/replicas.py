@@ -10,20 +10,17 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
 
 import torch
 import xxhash
 
-from engine.errors import ConfigError
 from engine.format.digest import DIGEST_BYTES, pack, unpack
+from engine.options import ReplicaCheck
 from engine.save.samples import host_bytes, pieces, some_bytes
 from engine.save.sampling import MOST_ON_DEVICE, SMALL_BYTES, Sampler
 from engine.save.write_plan import Compared, Plan, fresh_of
 from engine.state.held_boxes import Held
 from engine.state.sharing import SMALL, SMALL_BUFFER_BYTES, Group
-
-Check = Literal["sampled", "full", "off"]
 
 _SHOWN = 5
 
@@ -136,7 +133,7 @@ class Replicas:
     at every save; "off" nothing.
     """
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: ReplicaCheck) -> None:
         self.check = check
         self.compared = None if check == "off" else Compared()
         self._plan = Plan([])
@@ -219,14 +216,6 @@ class Replicas:
         if known is None or known[0] is not tensor:
             known = self._views[position] = (tensor, host_bytes(tensor))
         return known[1]
-
-
-def check_of(setting: str | bool) -> Check:
-    """The check that an argument asks for: True and False mean "full" and "off". ConfigError for others."""
-    named = {True: "full", False: "off"}.get(setting) if isinstance(setting, bool) else setting
-    if named in get_args(Check):
-        return cast(Check, named)
-    raise ConfigError(f'check_replicas is {setting!r}: it must be "sampled", "full" or "off"')
 
 
 def _stage(device: torch.device, samples: list[tuple[tuple[int, int, int], torch.Tensor]]) -> _Staged:

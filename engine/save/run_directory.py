@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.directory.clean_up import remove_surplus, say_unfed
+from engine.directory.clean_up import delete_expired, say_unfed
 from engine.directory.listing import Memory, committed, highest_sequence, list_checkpoints
 from engine.directory.reaper import reap_abandoned
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention
 from engine.errors import DirectoryHeldError, HoldfastError
 from engine.format.best import DEFAULT
-from engine.format.manifest import ShardReceipt
+from engine.format.manifest import ShardReceipt, TensorInfo
 from engine.format.names import lease_name
 from engine.lease.lease import STALE_SECS, Lease
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience
 from engine.ranks.agreement import all_agree, rank0_decides
 from engine.ranks.coordination import Channel
-from engine.save.commit import commit
+from engine.save.commit import SaveInfo, commit
 from engine.save.directory_probe import probe_shared
 from engine.save.event_listener import Listener
-from engine.save.job import Job
 from engine.save.unreferenced import settle
 from engine.storage.base import Storage
 
@@ -31,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class HeldDirectory:
-    """One directory and what rank 0 holds of it. On other ranks it has neither lease nor mirror.
+class RunDirectory:
+    """The directory that a run writes to. Only rank 0 has its lease and its mirror.
 
     Args:
         run_id: names this run in the lease and in the probe.
@@ -48,8 +47,8 @@ class HeldDirectory:
     parent: str | None = None
     lease: Lease | None = None
     mirror: Mirror | None = None
-    given_up: set[str] = field(default_factory=set)
-    """Ids that this run failed to commit. A rank that was late may write into one again."""
+    failed_ids: set[str] = field(default_factory=set)
+    """Ids that this run failed to commit. A rank that was late may still write into one."""
     _sequence: int = 0
     _seen: Memory = field(default_factory=dict)
 
@@ -107,18 +106,25 @@ class HeldDirectory:
             self.lease.give_back()
             self.lease = None
 
-    def publish(self, job: Job, shards: tuple[ShardReceipt, ...]) -> CheckpointRecord:
-        """Commit a save: rank 0 alone, once every shard is confirmed."""
+    def publish(
+        self,
+        info: SaveInfo,
+        shards: tuple[ShardReceipt, ...],
+        tensors: Mapping[str, TensorInfo],
+        aliases: Mapping[str, str],
+        objects: Mapping[str, Any],
+    ) -> CheckpointRecord:
+        """Commit a save, on rank 0 alone, once every shard is confirmed."""
         # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
         self._sequence = max(self._sequence, self.mirror.highest_sequence if self.mirror else 0) + 1
         record = commit(
             self.storage,
             self.lease,
-            job.info,
+            info,
             shards,
-            job.tensors,
-            job.aliases,
-            job.objects,
+            tensors,
+            aliases,
+            objects,
             sequence=self._sequence,
             parent=self.parent,
             best=DEFAULT if self.retention is None else self.retention.rule,
@@ -128,26 +134,26 @@ class HeldDirectory:
             self.lease.arrivals.settle(record.id)
         return record
 
-    def clean_up(self, record: CheckpointRecord) -> None:
-        """What follows a commit, by rank 0: the mirror hears of it, then retention."""
+    def clean_up(self) -> None:
+        """After a commit, on rank 0: tell the mirror, then delete expired checkpoints."""
         if self.mirror is not None:
             self.mirror.committed()
-        self.remove_surplus()
+        self.delete_expired()
 
-    def remove_surplus(self, *, disk_full: bool = False) -> bool:
-        """Whether anything was removed. Never latest, backup or best."""
+    def delete_expired(self, *, disk_full: bool = False) -> bool:
+        """Whether anything was deleted. Never latest, backup or best."""
         assert self.lease is not None
-        return remove_surplus(
+        return delete_expired(
             self.storage,
             self.lease,
             self.retention,
             self.mirror,
             disk_full=disk_full,
             memory=self._seen,
-            given_up=self.given_up,
+            failed_ids=self.failed_ids,
         )
 
-    def let_go(self, mirror_patience: Patience, *, stuck: bool) -> None:
+    def release(self, mirror_patience: Patience, *, stuck: bool) -> None:
         """Close the mirror and give the directory back; with a save that hangs it stays this run's."""
         if self.retention is not None and self.retention != Retention(rolling=self.retention.rolling):
             say_unfed(self.storage, committed(item for _, item in self._seen.values()), self.retention)
@@ -155,7 +161,7 @@ class HeldDirectory:
             self.mirror.close(mirror_patience)
         elif self.mirror is not None and self.lease is not None:
             close_mirror(
-                self.mirror, mirror_patience, self.storage, self.lease, self.retention, self.given_up
+                self.mirror, mirror_patience, self.storage, self.lease, self.retention, self.failed_ids
             )
         if self.lease is not None:
             (self.lease.abandon if stuck else self.lease.release)()
@@ -167,7 +173,7 @@ def close_mirror(
     storage: Storage,
     lease: Lease,
     retention: Retention | None,
-    given_up: Collection[str] = (),
+    failed_ids: Collection[str] = (),
 ) -> None:
     """Close the mirror, then remove what the last clean-up spared because the mirror was owed it.
 
@@ -175,6 +181,6 @@ def close_mirror(
     """
     mirror.close(patience)
     try:
-        remove_surplus(storage, lease, retention, mirror, given_up=given_up)
+        delete_expired(storage, lease, retention, mirror, failed_ids=failed_ids)
     except HoldfastError as error:
         log.warning("cleaning up after the mirror failed, the next run tries again: %s", error)

@@ -23,7 +23,8 @@ from engine.errors import (
 from engine.format.manifest import TensorInfo
 from engine.gc_pause import CollectorPause
 from engine.lease.attempts import new_attempt
-from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_come
+from engine.options import Checks
+from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_come, open_call
 from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.save import documents
@@ -35,7 +36,7 @@ from engine.save.job import Job, JobRunner
 from engine.save.local_view import Moment, look, mesh_description
 from engine.save.missed_save import answer_on
 from engine.save.outcomes import Outcomes, may_pass
-from engine.save.replicas import Check, Comparison, Replicas, buffer_digests
+from engine.save.replicas import Comparison, Replicas, buffer_digests
 from engine.save.snapshot import Snapshot
 from engine.save.snapshot_check import live_digests
 from engine.save.staging_copy import Copier
@@ -47,18 +48,6 @@ Busy = Literal["wait", "skip"]
 
 STUCK_GRACE_SECS = 90.0
 """On top of a save's deadlines: for its commit and its clean-up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Checks:
-    """What to look for at every save.
-
-    replicas: that what several ranks hold is equal on all of them; sampled, or in full, which is slow.
-    snapshots: that the files, read back, hold the live state of the moment of `save`; slow, for debugging.
-    """
-
-    replicas: Check = "sampled"
-    snapshots: bool = False
 
 
 @dataclass(slots=True)
@@ -143,7 +132,7 @@ class Saver:
             self._copy(moment, job)
         job.blocked_secs = self.clock() - started
         if moment.problem is not None:
-            if self.outcomes.on_failure == "warn" and may_pass(moment.problem):
+            if self.outcomes.policy.on_failure == "warn" and may_pass(moment.problem):
                 return job.handle  # which has it, and whoever saves next is told if there are too many
             # The caller gets the cause at once and in its own class: nobody need be told of it again.
             job.handle.mark_told()
@@ -161,12 +150,7 @@ class Saver:
 
     def _prepare(self, request: Request) -> None:
         self.settle(request)
-        if self.channel.rank == 0:
-            call = self.calls.decide(request, {"together": self.capture.asks_together})
-        else:
-            call = self.calls.join(request)
-        if call.term("together"):
-            all_come(self.channel, call, self.timeout_secs)
+        call = open_call(self.calls, request, together=self.capture.asks_together)
         moment = self._look()
         moment.planning = True
         self._plan(call, moment)
@@ -212,7 +196,7 @@ class Saver:
             if call.term("action") == "raise":
                 # The same on every rank: each knows the outcome of the save before by now.
                 told = self.flight.handle.take_failure() if self.flight.handle else None
-                if told is not None and (self.outcomes.on_failure == "raise" or not told.may_pass):
+                if told is not None and (self.outcomes.policy.on_failure == "raise" or not told.may_pass):
                     raise told
                 raise SaveFailedError(str(call.term("cause"))) from told
             if call.term("together"):

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from engine.errors import ConfigError, HoldfastError
+from engine.process_end import end_at_once
 from engine.run.cli import is_first_rank, parse
 from engine.run.config import TrainConfig
 from engine.run.end import end_process
@@ -60,8 +61,7 @@ def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) ->
     except Exception:
         traceback.print_exc()
         # At once: the interpreter would wait for the thread of a save that waits for a rank that is dead.
-        sys.stdout.flush()
-        os._exit(1)
+        end_at_once(1)
     return 0
 
 

@@ -64,7 +64,7 @@ def test_every_operation_of_a_retention_pass_fails_once(
 
     def clean_up(rank: Rank) -> None:
         if rank.rank == 0:
-            rank.ckpt._directory.remove_surplus()
+            rank.ckpt._directory.delete_expired()
 
     with job(root, 2) as world:
         target = getattr(world.ranks[0], level)
@@ -135,7 +135,7 @@ def test_whatever_fails_in_a_clean_up_peoples_files_and_arriving_copies_stay(
             (root / id / "linked").symlink_to(outside)
             release(LocalStorage(root), id)
             target.arm(k, act)
-            world.each(lambda rank: rank.ckpt._directory.remove_surplus())
+            world.each(lambda rank: rank.ckpt._directory.delete_expired())
             target.disarm()
             fired = bool(target.fired)
             save_well(world, step := step + 1)

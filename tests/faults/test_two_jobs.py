@@ -166,6 +166,6 @@ def test_the_retention_of_a_loser_removes_nothing(root: Path) -> None:
                 hold(storage, committed_steps(root)[1])
         release(storage, committed_steps(root)[1])
         with job(root, 1):
-            (outcome,) = loser.each(lambda rank: rank.ckpt._directory.remove_surplus())
+            (outcome,) = loser.each(lambda rank: rank.ckpt._directory.delete_expired())
             assert isinstance(outcome, LeaseLostError), repr(outcome)
             assert set(committed_steps(root)) == {1, 2, 3}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.save.replicas import Check, Replicas
+from engine.options import ReplicaCheck
+from engine.save.replicas import Replicas
 from engine.save.write_plan import Plan, Watched
 from engine.state.held_boxes import Held
 from engine.state.sharing import Group, Offer, groups_to_compare, shared_boxes
@@ -27,7 +28,7 @@ def gapped(tensor: torch.Tensor) -> torch.Tensor:
 class Rank:
     """One of two ranks that hold the same tensors."""
 
-    def __init__(self, number: int, tensors: dict[str, torch.Tensor], check: Check = "sampled") -> None:
+    def __init__(self, number: int, tensors: dict[str, torch.Tensor], check: ReplicaCheck = "sampled") -> None:
         self.number = number
         self.held = [Held(whole(name, *tensor.shape), tensor) for name, tensor in tensors.items()]
         self.replicas = Replicas(check)

@@ -26,6 +26,7 @@ from engine.errors import (
     TornSnapshotError,
     UnsavableValueError,
 )
+from engine.options import FailurePolicy
 from engine.save.outcomes import Outcomes, all_may_pass, may_pass
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 
@@ -74,13 +75,13 @@ def test_which_failures_of_other_ranks_may_pass(descriptions: list[str], passes:
 
 def test_what_is_endured() -> None:
     full, state = StorageFullError("full"), UnsavableValueError("state")
-    outcomes = Outcomes("warn", 2)
+    outcomes = Outcomes(FailurePolicy("warn", 2))
     outcomes.note(None)
     assert outcomes.endures(full)
     assert not outcomes.endures(state)
     outcomes.note(None)
     assert not outcomes.endures(full)
-    assert not Outcomes("raise", 2).endures(full)
+    assert not Outcomes(FailurePolicy("raise", 2)).endures(full)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.directory import clean_up, marks
-from engine.directory.clean_up import remove_surplus
+from engine.directory.clean_up import delete_expired
 from engine.directory.listing import committed, list_checkpoints
 from engine.directory.retention import Retention
 from engine.lease.lease import Lease
@@ -46,7 +46,7 @@ def test_a_round_lists_twice(storage: Counting) -> None:
     marks.hold(storage, committed(list_checkpoints(storage))[0].id)
     with Lease.acquire(storage, run_id="run") as lease:
         storage.listings = 0
-        assert remove_surplus(storage, lease, Retention(rolling=2))
+        assert delete_expired(storage, lease, Retention(rolling=2))
         assert storage.listings == 2
     assert steps(storage) == [10, 30, 40]
 
@@ -62,5 +62,5 @@ def test_a_hold_that_comes_after_the_listing_counts(
 
     monkeypatch.setattr(clean_up, "surplus", held_meanwhile)
     with Lease.acquire(storage, run_id="run") as lease:
-        assert remove_surplus(storage, lease, Retention(rolling=2))
+        assert delete_expired(storage, lease, Retention(rolling=2))
     assert steps(storage) == [20, 30, 40]

@@ -12,7 +12,7 @@ import torch
 
 from engine import Checkpointer
 from engine.directory import marks
-from engine.directory.clean_up import remove_surplus
+from engine.directory.clean_up import delete_expired
 from engine.directory.listing import committed, exempt, list_checkpoints
 from engine.directory.reaper import reap, reap_abandoned
 from engine.directory.retention import Decision, Retention, surplus
@@ -206,7 +206,7 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     assert expire_all_but_two(storage) == (one,)
     with Lease.acquire(storage, run_id="run") as lease:
         for _ in range(2):
-            reap_abandoned(storage, lease=lease, given_up={one})
+            reap_abandoned(storage, lease=lease, failed_ids={one})
     for name in foreign:
         assert storage.read_bytes(f"{one}/{name}", max_bytes=100) == b"precious"
     entries = [entry.name for entry in storage.list_dir(one)]
@@ -300,15 +300,15 @@ def test_a_copy_that_has_just_arrived_is_not_surplus_yet(rounds: int, tmp_path: 
     copy = write_checkpoint(tmp_path / "origin", sequence=1, rows=2)
     keep = Retention(rolling=0, best=0, epochs=False)
     with Lease.acquire(storage, run_id="run", clock=lambda: now[0], sleep=lambda _: None) as lease:
-        assert remove_surplus(storage, lease, keep), "what was here before goes as the policy says"
+        assert delete_expired(storage, lease, keep), "what was here before goes as the policy says"
         shutil.copytree(tmp_path / "origin" / copy, tmp_path / "run" / copy)
         for _ in range(rounds):
-            assert not remove_surplus(storage, lease, keep)
+            assert not delete_expired(storage, lease, keep)
             now[0] += QUIET_SECS / 2
             (tmp_path / "run" / copy / "manifest.json").touch()
-        assert not remove_surplus(storage, lease, keep)
+        assert not delete_expired(storage, lease, keep)
         now[0] += QUIET_SECS
-        assert remove_surplus(storage, lease, keep)
+        assert delete_expired(storage, lease, keep)
     assert [record.sequence for record in committed(list_checkpoints(storage))] == [8, 9]
 
 
@@ -318,10 +318,10 @@ def test_nothing_goes_in_favour_of_copies_that_are_arriving(tmp_path: Path) -> N
     for n in (7, 8, 9):
         write_checkpoint(storage, sequence=n, rows=2, metrics={"val_loss": float(n)})
     with Lease.acquire(storage, run_id="run") as lease:
-        assert not remove_surplus(storage, lease, Retention(rolling=3))
+        assert not delete_expired(storage, lease, Retention(rolling=3))
         for n in (21, 22, 23):
             write_checkpoint(storage, sequence=n, rows=2, metrics={"val_loss": 1.0})
-        assert not remove_surplus(storage, lease, Retention(rolling=0))
+        assert not delete_expired(storage, lease, Retention(rolling=0))
     assert [r.sequence for r in committed(list_checkpoints(storage))] == [7, 8, 9, 21, 22, 23]
 
 

@@ -175,7 +175,7 @@ def test_abandoned_attempts_go_but_not_what_is_being_written(tmp_path: Path) -> 
     mine = write_checkpoint(tmp_path, sequence=3, commit=False)
     failed = write_checkpoint(tmp_path, sequence=4, commit=False)
     (tmp_path / "notes").mkdir()
-    reaped = reap_abandoned(storage, lease=lease, current={mine}, given_up={failed})
+    reaped = reap_abandoned(storage, lease=lease, current={mine}, failed_ids={failed})
     assert set(reaped.removed) == {f"dead-{earlier}", failed}
     assert names(tmp_path) == {whole, mine, "notes"}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.directory import marks
-from engine.directory.clean_up import remove_surplus
+from engine.directory.clean_up import delete_expired
 from engine.directory.listing import committed, list_checkpoints
 from engine.directory.retention import Retention
 from engine.errors import DirectoryHeldError, StorageDeniedError, StorageUnavailableError
@@ -486,11 +486,11 @@ def test_the_local_retention_keeps_what_the_mirror_is_owed(local: LocalStorage, 
     save(local, 1, 2, 3, 4, 5)
     mirror = Desk(local, second, retention=KEEP_2).mirror
     lease = lease_of(local)
-    assert not remove_surplus(local, lease, KEEP_2, mirror)
+    assert not delete_expired(local, lease, KEEP_2, mirror)
     assert steps_in(local) == [10, 20, 30, 40, 50]
     mirror.open()
     mirror.catch_up()
-    assert remove_surplus(local, lease, KEEP_2, mirror)
+    assert delete_expired(local, lease, KEEP_2, mirror)
     assert steps_in(local) == [40, 50]
 
 
@@ -500,19 +500,19 @@ def test_a_full_disk_takes_owed_ones_one_at_a_time_and_says_so(
     save(local, 1, 2, 3, 4, 5)
     mirror = Desk(local, second, retention=KEEP_2).mirror
     lease = lease_of(local)
-    assert remove_surplus(local, lease, KEEP_2, mirror, disk_full=True)
+    assert delete_expired(local, lease, KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [10, 30, 40, 50]
     assert "step-00000020-00000002 before the mirror has a copy of it: the disk is full" in caplog.text
-    assert remove_surplus(local, lease, KEEP_2, mirror, disk_full=True)
+    assert delete_expired(local, lease, KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [10, 40, 50]
-    assert not remove_surplus(local, lease, KEEP_2, mirror, disk_full=True), "the oldest one stays"
+    assert not delete_expired(local, lease, KEEP_2, mirror, disk_full=True), "the oldest one stays"
     assert steps_in(local) == [10, 40, 50]
 
 
 def test_a_full_disk_takes_what_nobody_is_owed_first(local: LocalStorage, second: Storage) -> None:
     save(local, 1, 2, 3, 4, 5)
     mirror = Desk(local, second, freq=40, retention=KEEP_2).mirror
-    assert remove_surplus(local, lease_of(local), KEEP_2, mirror, disk_full=True)
+    assert delete_expired(local, lease_of(local), KEEP_2, mirror, disk_full=True)
     assert steps_in(local) == [40, 50]
 
 
@@ -526,7 +526,7 @@ def test_a_clean_up_that_fails_after_the_mirror_was_closed_is_the_next_runs(
     def refuses(*_: Any, **__: Any) -> bool:
         raise StorageUnavailableError("the mount is gone")
 
-    monkeypatch.setattr("engine.save.run_directory.remove_surplus", refuses)
+    monkeypatch.setattr("engine.save.run_directory.delete_expired", refuses)
     close_mirror(mirror, no_limit, local, lease_of(local), KEEP_2)
     assert "the mount is gone" in caplog.text
     assert free_at_once(second)

@@ -7,16 +7,26 @@ import subprocess
 import sys
 
 import engine
+from engine import errors
+from engine.errors import HoldfastError
 
-NAMES = {
+OTHERS = {
     "CheckpointRecord",
     "Checkpointer",
-    "HoldfastError",
+    "Checks",
+    "FailurePolicy",
+    "Listed",
+    "MirrorOptions",
     "ReshardableLoader",
     "Retention",
     "SaveHandle",
     "StopSignals",
+    "StorageOptions",
 }
+ERRORS = {
+    name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, HoldfastError)
+}
+NAMES = OTHERS | ERRORS
 
 CHECKPOINTER = {
     "close",

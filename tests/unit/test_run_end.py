@@ -38,7 +38,7 @@ def test_among_ranks_the_interpreter_is_not_taken_down(ranks: bool) -> None:
     assert ran.stdout == "said " + ("" if ranks else "the interpreter was taken down\n")
 
 
-def test_log_handlers_are_flushed_first() -> None:
+def test_log_handlers_are_flushed_first(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     class Held(logging.Handler):
@@ -46,7 +46,8 @@ def test_log_handlers_are_flushed_first() -> None:
             said.append("flushed")
 
     handler = Held()
-    end_process(0, {"RANK": "1"}, leave_at_once=lambda status: said.append(f"left with {status}"))
+    monkeypatch.setattr("os._exit", lambda status: said.append(f"left with {status}"))
+    end_process(0, {"RANK": "1"})
     assert said[0] == "flushed"
     assert said[-1] == "left with 0"
     handler.close()

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
@@ -26,7 +27,9 @@ from engine.save.commit import SaveInfo, commit, confirm_files
 from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
+from engine.save.outcomes import Outcomes
 from engine.save.receipt import Receipt
+from engine.save.run_directory import RunDirectory
 from engine.save.staging_buffer import Arena
 from engine.storage.local import LocalStorage
 from tests.support.boxes import shards
@@ -45,18 +48,16 @@ class Rig:
         self.world_size = world_size
         self.store = MemoryStore()
         self.more: Callable[[int], dict[str, Any]] = lambda rank: {}
-        self.publish: Callable[[Job, tuple[Any, ...]], CheckpointRecord] = self._publish
-        self.after_commit: Callable[[CheckpointRecord], None] = lambda record: None
+        self.publish: Callable[..., CheckpointRecord] = self._publish
+        self.clean_up: Callable[[], None] = lambda: None
         self.timeout_secs = DEADLINE_SECS
         self.clock: Callable[[], float] = time.monotonic
         self.events: list[tuple[int, dict[str, Any]]] = []
         self.outcomes: list[tuple[int, CheckpointRecord | None]] = []
         self.info = SaveInfo(7, attempt_name(7, "aaaaaaaa"), ("manual",), world_size=world_size)
 
-    def _publish(self, job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
-        return commit(
-            self.storage, None, job.info, receipts, job.tensors, {}, job.objects, sequence=1, parent=None
-        )
+    def _publish(self, *given: Any) -> CheckpointRecord:
+        return commit(self.storage, None, *given, sequence=1, parent=None)
 
     def job(self, rank: int) -> Job:
         chunk = shards("t", (ROWS, 3), self.world_size)[rank]
@@ -79,14 +80,19 @@ class Rig:
         return Job(**fields | self.more(rank))
 
     def runner(self, channel: Channel) -> JobRunner:
+        directory = SimpleNamespace(
+            storage=self.storage,
+            failed_ids=set(),
+            publish=self.publish,
+            clean_up=self.clean_up,
+            delete_expired=lambda *, disk_full: False,
+        )
         return JobRunner(
-            self.storage,
+            cast(RunDirectory, directory),
             channel,
             self.timeout_secs,
-            self.publish,
-            self.after_commit,
+            cast(Outcomes, SimpleNamespace(note=lambda record: self.outcomes.append((channel.rank, record)))),
             lambda event: self.events.append((channel.rank, event)),
-            lambda record: self.outcomes.append((channel.rank, record)),
             clock=self.clock,
         )
 
@@ -244,7 +250,7 @@ def test_a_rank_0_that_is_too_late_to_be_waited_for_does_not_commit(
 
 
 def test_a_commit_that_fails(rig: Rig) -> None:
-    def publish(job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
+    def publish(*given: Any) -> CheckpointRecord:
         raise StorageUnavailableError("the store is down")
 
     rig.publish = publish
@@ -252,7 +258,7 @@ def test_a_commit_that_fails(rig: Rig) -> None:
 
 
 def test_a_bug_in_the_commit(rig: Rig) -> None:
-    def publish(job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
+    def publish(*given: Any) -> CheckpointRecord:
         raise ZeroDivisionError
 
     rig.publish = publish
@@ -260,8 +266,8 @@ def test_a_bug_in_the_commit(rig: Rig) -> None:
 
 
 def test_a_commit_that_reports_failure_but_happened_is_not_torn_down(rig: Rig) -> None:
-    def publish(job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
-        rig._publish(job, receipts)
+    def publish(*given: Any) -> CheckpointRecord:
+        rig._publish(*given)
         raise StorageUnavailableError("no answer")
 
     rig.publish = publish
@@ -322,11 +328,11 @@ def test_clean_up_runs_on_rank_0_after_the_commit_and_fails_nothing(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def after_commit(record: CheckpointRecord) -> None:
+    def clean_up() -> None:
         seen.append((threading.current_thread().name, len(rig.committed())))
         raise error
 
-    rig.after_commit = after_commit
+    rig.clean_up = clean_up
     results = rig.run()
     assert all(isinstance(result, CheckpointRecord) for result in results)
     assert [count for _, count in seen] == [1], "once, and it sees the new checkpoint"
@@ -384,7 +390,7 @@ def test_a_connection_that_is_lost_after_the_commit_does_not_undo_it(
 
 
 def test_a_failure_keeps_its_cause_when_it_cannot_be_told(rig: Rig) -> None:
-    def publish(job: Job, receipts: tuple[Any, ...]) -> CheckpointRecord:
+    def publish(*given: Any) -> CheckpointRecord:
         raise StorageUnavailableError("the store is down")
 
     rig.publish = publish

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from engine.errors import ConfigError
-from engine.save.replicas import check_of
 from engine.state.held_boxes import Held
 from tests.support.replicas import SIZES, Rank, differences, gapped, values
 
@@ -63,17 +61,3 @@ def test_a_rank_that_sends_nothing_differs() -> None:
         rank.plan()
     found = ranks[0].replicas.look(ranks[0].held, 0)
     assert len(found.differences([found.texts(), {}])) == len(SIZES)
-
-
-@pytest.mark.parametrize(
-    ("setting", "check"),
-    [(True, "full"), (False, "off"), ("full", "full"), ("sampled", "sampled"), ("off", "off")],
-)
-def test_settings(setting: str | bool, check: str) -> None:
-    assert check_of(setting) == check
-
-
-@pytest.mark.parametrize("setting", ["some", "", None, 1])
-def test_other_settings_are_refused(setting: object) -> None:
-    with pytest.raises(ConfigError, match="check_replicas"):
-        check_of(setting)  # type: ignore[arg-type]

@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from engine.directory.record import CheckpointRecord
 from engine.format.names import attempt_name
+from engine.options import Checks, FailurePolicy
 from engine.ranks.calls import Calls
 from engine.ranks.coordination import Channel
 from engine.save.commit import SaveInfo
 from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
 from engine.save.outcomes import Outcomes
-from engine.save.saver import Busy, Checks, Saver
+from engine.save.saver import Busy, Saver
 from engine.save.snapshot import Snapshot
 from engine.save.staging_copy import Copier
 from engine.state.capture import StateCapture
@@ -60,7 +61,7 @@ def saver(channel: Channel, writer: Writer, busy: Busy) -> Saver:
         channel=channel,
         calls=Calls(channel, DEADLINE_SECS, DEADLINE_SECS),
         runner=cast(JobRunner, writer),
-        outcomes=Outcomes(),
+        outcomes=Outcomes(FailurePolicy("raise", 1)),
         run_id="run",
         busy=busy,
         timeout_secs=DEADLINE_SECS,

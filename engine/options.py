@@ -1,0 +1,193 @@
+"""What the caller of a Checkpointer chooses, grouped by subject: validated values, without torch.
+
+Each group is a value of its own beside `Retention`. The single keywords of `Checkpointer` stand for fields of
+these values; a field is given in one way or the other, not in both.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from engine.errors import ConfigError
+
+OnFailure = Literal["warn", "raise"]
+ReplicaCheck = Literal["sampled", "full", "off"]
+
+_SHORT_CHARS = 80
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """How a directory or store is reached.
+
+    client: options of the fsspec file system, by name, such as {"endpoint_url": "http://localhost:9000"}.
+    """
+
+    client: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.client, Mapping):
+            raise ConfigError(f"storage_options is {shown(self.client)}: it must be a dict, or None")
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """A second directory or URI that gets copies in the background.
+
+    freq: copy interval and manual checkpoints at multiples of this step only, all others always; 0 copies
+        none of the former.
+    """
+
+    directory: str | os.PathLike[str]
+    freq: int = 1
+
+    def __post_init__(self) -> None:
+        check_addresses(mirror=self.directory)
+        if not is_whole(self.freq) or self.freq < 0:
+            raise ConfigError(
+                f"mirror_freq is {shown(self.freq)}: it must be a whole number of steps, 0 or more"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """What every save is checked for, beyond sizes and digests.
+
+    replicas: "sampled" compares what several ranks hold: all of it at the first save and the first after a
+        restore, then small tensors and samples of large ones. "full": all of it at every save. "off":
+        JSON values only. True and False mean "full" and "off".
+    snapshots: read every save back and fail it unless it equals, to the bit, the state at the call of
+        `save`. Slow; meant for finding code that changes weights while they are copied.
+    """
+
+    replicas: ReplicaCheck = "sampled"
+    snapshots: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "replicas", _replica_check(self.replicas))
+        check_switches(check_snapshots=self.snapshots)
+
+
+@dataclass(frozen=True, slots=True)
+class FailurePolicy:
+    """What happens after a save that storage or coordination failed.
+
+    on_failure: "warn" logs the failure, passes it to `on_event`, and the next save tries again. "raise":
+        the next call raises it.
+    max_failures: with "warn", this many failures in a row raise, on all ranks alike.
+    """
+
+    on_failure: OnFailure = "warn"
+    max_failures: int = 3
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in get_args(OnFailure):
+            raise ConfigError(f"on_failure is {shown(self.on_failure)}: it must be 'warn' or 'raise'")
+        if not is_whole(self.max_failures) or self.max_failures < 1:
+            raise ConfigError(
+                f"max_failures is {shown(self.max_failures)}: it must be a whole number, 1 or more"
+            )
+
+
+def checks_of(checks: Checks | None, check_replicas: str | bool, check_snapshots: bool) -> Checks:
+    """The checks that the keywords ask for. ConfigError for what cannot be one."""
+    keywords = {"check_replicas": ("replicas", check_replicas), "check_snapshots": ("snapshots", check_snapshots)}
+    return _grouped(Checks, "checks", checks, keywords)
+
+
+def failure_policy(failures: FailurePolicy | None, on_failure: str, max_failures: int) -> FailurePolicy:
+    """The policy that the keywords ask for. ConfigError for what cannot be one."""
+    keywords = {"on_failure": ("on_failure", on_failure), "max_failures": ("max_failures", max_failures)}
+    return _grouped(FailurePolicy, "failures", failures, keywords)
+
+
+def mirror_options(
+    mirror: str | os.PathLike[str] | MirrorOptions | None, mirror_freq: int
+) -> MirrorOptions | None:
+    """The mirror that the keywords ask for. ConfigError for what cannot be one."""
+    if isinstance(mirror, MirrorOptions):
+        return _grouped(MirrorOptions, "mirror", mirror, {"mirror_freq": ("freq", mirror_freq)})
+    if mirror is None:
+        MirrorOptions("", mirror_freq)  # a wrong interval is wrong without a mirror as well
+        return None
+    return MirrorOptions(mirror, mirror_freq)
+
+
+def storage_options(options: Mapping[str, str] | StorageOptions | None) -> StorageOptions:
+    """Storage options as a value. ConfigError for what cannot be some."""
+    if isinstance(options, StorageOptions):
+        return options
+    return StorageOptions() if options is None else StorageOptions(options)
+
+
+def check_addresses(**addresses: object) -> None:
+    """ConfigError for what is no path, or no Unicode text: ranks tell each other where a checkpoint lies."""
+    for name, address in addresses.items():
+        if not isinstance(address, str | os.PathLike) or isinstance(os.fspath(address), bytes):
+            raise ConfigError(f"{name} is {shown(address)}: it must be a path or a URI")
+        try:
+            os.fspath(address).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{address!a} is not text in UTF-8: give another directory") from None
+
+
+def check_switches(**given: object) -> None:
+    """ConfigError unless each is True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} is {shown(value)}: it must be True or False")
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number, of Python, NumPy or torch, and no truth value."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return str(getattr(value, "dtype", "")) not in ("bool", "torch.bool")
+
+
+def shown(value: object) -> str:
+    """A value in a sentence: short ones as they are, others by their class."""
+    items = value if isinstance(value, tuple | list | set) else (value,)
+    if all(isinstance(item, str | int | float | None) for item in items):
+        text = ascii(value)
+        if len(text) <= _SHORT_CHARS:
+            return text
+    return f"a {type(value).__name__}"
+
+
+def _grouped(kind: type[Group], name: str, group: object, keywords: Mapping[str, tuple[str, Any]]) -> Group:
+    """The value of one group, given as a whole or by single keywords.
+
+    Args:
+        name: the keyword that takes the whole value.
+        keywords: keyword -> (field that it stands for, what was given).
+    Raises: ConfigError for a value of another class, and for a keyword beside a whole value.
+    """
+    if group is None:
+        return kind(**dict(keywords.values()))
+    if not isinstance(group, kind):
+        raise ConfigError(f"{name} is {shown(group)}: it must be a {kind.__name__}, or None")
+    defaults = {each.name: each.default for each in fields(cast(Any, kind))}
+    for keyword, (to, value) in keywords.items():
+        if value != defaults[to]:
+            raise ConfigError(
+                f"{name} and {keyword} are both given: use {name}={kind.__name__}({to}=...) alone"
+            )
+    return group
+
+
+def _replica_check(setting: object) -> ReplicaCheck:
+    named = {True: "full", False: "off"}.get(setting) if isinstance(setting, bool) else setting
+    if named in get_args(ReplicaCheck):
+        return cast(ReplicaCheck, named)
+    raise ConfigError(f'check_replicas is {setting!r}: it must be "sampled", "full" or "off"')
