@@ -97,7 +97,10 @@ class FailurePolicy:
 
 def checks_of(checks: Checks | None, check_replicas: str | bool, check_snapshots: bool) -> Checks:
     """The checks that the keywords ask for. ConfigError for what cannot be one."""
-    keywords = {"check_replicas": ("replicas", check_replicas), "check_snapshots": ("snapshots", check_snapshots)}
+    keywords: dict[str, tuple[str, Any]] = {
+        "check_replicas": ("replicas", check_replicas),
+        "check_snapshots": ("snapshots", check_snapshots),
+    }
     return _grouped(Checks, "checks", checks, keywords)
 
 

@@ -28,7 +28,9 @@ def gapped(tensor: torch.Tensor) -> torch.Tensor:
 class Rank:
     """One of two ranks that hold the same tensors."""
 
-    def __init__(self, number: int, tensors: dict[str, torch.Tensor], check: ReplicaCheck = "sampled") -> None:
+    def __init__(
+        self, number: int, tensors: dict[str, torch.Tensor], check: ReplicaCheck = "sampled"
+    ) -> None:
         self.number = number
         self.held = [Held(whole(name, *tensor.shape), tensor) for name, tensor in tensors.items()]
         self.replicas = Replicas(check)
