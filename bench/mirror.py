@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,8 +34,9 @@ from bench.program import add_common_flags, at_least  # noqa: E402
 from engine import Checkpointer  # noqa: E402
 from engine.mirror import uploader  # noqa: E402
 from engine.mirror.uploader import at_most  # noqa: E402
-from engine.storage.base import OnWindow, WriteStats  # noqa: E402
+from engine.storage.base import WriteStats  # noqa: E402
 from engine.storage.local import LocalStorage  # noqa: E402
+from engine.storage.source import Source, Window  # noqa: E402
 
 VERSION = 1
 """Of the document that `--json` writes."""
@@ -52,22 +53,28 @@ class Slow(LocalStorage):
         self._bytes_per_sec, self._wait = bytes_per_sec, wait
         self._line = threading.Lock()
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
-        def paced(begin: int, end: int) -> None:
-            with self._line:  # windows are written side by side, and share it
-                self._wait((end - begin) / self._bytes_per_sec)
-            if on_window is not None:
-                on_window(begin, end)
+    def write_shard(self, path: str, source: Source) -> WriteStats:
+        return super().write_shard(path, _Paced(source, self._take_turn))
 
-        return super().write_shard(path, padded, file_bytes, on_window=paced, cancel=cancel)
+    def _take_turn(self, count: int) -> None:
+        with self._line:  # files that are written side by side share it
+            self._wait(count / self._bytes_per_sec)
+
+
+class _Paced:
+    """A source whose windows wait for their turn on the line."""
+
+    def __init__(self, inner: Source, take_turn: Callable[[int], None]) -> None:
+        self._inner, self._take_turn = inner, take_turn
+
+    @property
+    def file_bytes(self) -> int:
+        return self._inner.file_bytes
+
+    def windows(self, window_bytes: int) -> Generator[Window]:
+        for window in self._inner.windows(window_bytes):
+            self._take_turn(window.end - window.begin)
+            yield window
 
 
 @dataclass(slots=True)

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from engine.storage.source import BufferSource
+
 Move = Callable[[str, memoryview], object]
 """Moves a whole shard between the object of that name and the buffer; what it returns is dropped."""
 
@@ -31,7 +33,7 @@ def holdfast_upload(uri: str, options: dict[str, str], *, direct: bool = True) -
 
     def move(name: str, buffer: memoryview) -> None:
         storage.delete_file(name)
-        storage.write_shard(name, buffer, len(buffer))
+        storage.write_shard(name, BufferSource(buffer))
 
     return move
 

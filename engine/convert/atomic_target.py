@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from engine.convert.tensors import Progress, ignore_progress
 from engine.errors import AlreadyExistsError, HoldfastError
 from engine.storage.base import Storage
+from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from engine.storage.os_failures import mapped
+from engine.storage.reader_source import ReaderSource
 from engine.storage.uris import split_uri
 
 log = logging.getLogger(__name__)
@@ -112,12 +113,6 @@ def _upload(storage: Storage, path: Path, name: str, last: str, progress: Progre
         raise
 
 
-def _put(storage: Storage, file: Path, to: str, progress: Callable[[int], None]) -> None:
-    size = file.stat().st_size
-    if not size:
-        storage.write_file(to, b"")
-        return
-    with open(file, "rb") as opened:
-        # Not closed by hand: while an error's traceback holds a view of it, that would be another error.
-        pages = mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ)
-    storage.write_shard(to, memoryview(pages), size, on_window=lambda begin, end: progress(end - begin))
+def _put(storage: Storage, file: Path, to: str, progress: Progress) -> None:
+    with LocalStorage(file.parent).open_reader(file.name) as reader:
+        storage.write_shard(to, ReaderSource(reader, lambda begin, view: progress(len(view))))

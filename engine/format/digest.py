@@ -47,29 +47,44 @@ def block_digests(view: Buffer, block_bytes: int = BLOCK_BYTES) -> bytes:
     return b"".join([digest(flat[begin : begin + block_bytes]) for begin in range(0, len(flat), block_bytes)])
 
 
-def scattered_digests(views: Sequence[Buffer], block_bytes: int = BLOCK_BYTES) -> bytes:
-    """`block_digests` of the views' concatenation, without joining them."""
-    digests: list[bytes] = []
-    open_block, open_bytes = xxhash.xxh3_64(), 0
-    for view in views:
-        flat = memoryview(view).cast("B")
-        begin = 0
-        if open_bytes:
-            begin = min(len(flat), block_bytes - open_bytes)
-            open_block.update(flat[:begin])
-            open_bytes += begin
-            if open_bytes == block_bytes:
-                digests.append(open_block.digest())
-                open_block, open_bytes = xxhash.xxh3_64(), 0
+class BlockDigests:
+    """Packed digests of a file's blocks, from its bytes in order, in pieces of any size."""
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        self._block_bytes = block_bytes
+        self._open_block, self._open_bytes = xxhash.xxh3_64(), 0
+
+    def update(self, view: Buffer) -> bytes:
+        """Take in the file's next bytes; returns the digests of the blocks that they complete."""
+        flat, block_bytes = memoryview(view).cast("B"), self._block_bytes
+        digests, begin = b"", 0
+        if self._open_bytes:
+            begin = min(len(flat), block_bytes - self._open_bytes)
+            self._open_block.update(flat[:begin])
+            self._open_bytes += begin
+            if self._open_bytes == block_bytes:
+                digests = self.finish()
         whole = (len(flat) - begin) // block_bytes * block_bytes
         if whole:
-            digests.append(block_digests(flat[begin : begin + whole], block_bytes))
+            digests += block_digests(flat[begin : begin + whole], block_bytes)
         if begin + whole < len(flat):
-            open_block.update(flat[begin + whole :])
-            open_bytes += len(flat) - begin - whole
-    if open_bytes:
-        digests.append(open_block.digest())
-    return b"".join(digests)
+            self._open_block.update(flat[begin + whole :])
+            self._open_bytes += len(flat) - begin - whole
+        return digests
+
+    def finish(self) -> bytes:
+        """The digest of a last block that is short; nothing where there is none."""
+        if not self._open_bytes:
+            return b""
+        digest = self._open_block.digest()
+        self._open_block, self._open_bytes = xxhash.xxh3_64(), 0
+        return digest
+
+
+def scattered_digests(views: Sequence[Buffer], block_bytes: int = BLOCK_BYTES) -> bytes:
+    """`block_digests` of the views' concatenation, without joining them."""
+    blocks = BlockDigests(block_bytes)
+    return b"".join([*(blocks.update(view) for view in views), blocks.finish()])
 
 
 def combine(packed: bytes) -> str:

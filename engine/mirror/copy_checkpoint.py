@@ -26,8 +26,9 @@ from engine.format.json import MAX_BYTES
 from engine.format.manifest import FileReceipt, Manifest
 from engine.format.names import DAMAGED, DEAD_PREFIX, MANIFEST
 from engine.lease.lease import Lease
-from engine.mirror.contents import Progress, aligned_buffer, pieces_of, shard_contents, verify_range
+from engine.mirror.verified import Progress, verified, verify_file
 from engine.storage.base import Storage
+from engine.storage.confirm import is_as_written, loses_data
 
 log = logging.getLogger(__name__)
 
@@ -183,27 +184,13 @@ class _Copy:
         )
 
     def _send(self, path: str, file: ShardFile) -> None:
-        # A scratch file lies where the file itself is going to be: there is room for it, or for neither.
-        scratch_dir = self._target.describe("") if self._target.is_local else None
-        source = f"{self._name}/{file.file}"
-        with shard_contents(
-            self._source, source, file, scratch_dir=scratch_dir, progress=self._advance
-        ) as contents:
-            self._target.write_shard(path, contents.view, file.file_bytes, on_window=contents.on_window)
+        with verified(self._source, f"{self._name}/{file.file}", file, self._advance) as source:
+            self._target.write_shard(path, source)
 
     def _arrived(self, path: str, file: ShardFile) -> DamagedError | None:
         """Read a file of the target back; what is wrong with it."""
-        pieces = pieces_of(file, self._target)
         try:
-            with self._target.open_reader(path) as reader:
-                if reader.file_bytes != file.file_bytes:
-                    return DamagedError(f"it has {reader.file_bytes} bytes instead of {file.file_bytes}")
-                buffer = aligned_buffer(min(pieces.step, file.file_bytes))
-                for begin in pieces:
-                    view = buffer[: min(pieces.step, file.file_bytes - begin)]
-                    reader.read_into(begin, view)
-                    verify_range(file, view, begin)
-                    self._advance(len(view))
+            verify_file(self._target, path, file, self._advance)
         except NotFoundError:
             return DamagedError("it is not there")
         except DamagedError as error:
@@ -215,22 +202,20 @@ class _Copy:
     ) -> None:
         path, raw = f"{id}/{receipt.file}", index.to_bytes()
         assert bytes_digest(raw) == receipt.digest, "an index has one spelling only"
-        if receipt.file in there and self._reads_as(path, raw):
+        if receipt.file in there and self._is_there(path, raw):
             return
         self._before_change(id, committed)
         self._target.write_file(path, raw)
         self._sent_bytes += len(raw)
-        if not self._reads_as(path, raw):
-            raise StorageError(
-                f"{self._target.describe(path)} was reported written, but is not there as written: this "
-                "storage loses data. Test it with `python -m engine.checkpoints selftest`"
-            )
+        self._confirm(path, raw)
 
-    def _reads_as(self, path: str, raw: bytes) -> bool:
+    def _is_there(self, path: str, raw: bytes) -> bool:
         self._advance(len(raw))
-        with contextlib.suppress(NotFoundError, DamagedError):
-            return self._target.read_bytes(path, max_bytes=len(raw)) == raw
-        return False
+        return is_as_written(self._target, path, raw)
+
+    def _confirm(self, path: str, raw: bytes) -> None:
+        if not self._is_there(path, raw):
+            raise StorageError(loses_data(self._target, path))
 
     def _before_change(self, id: str, committed: bool) -> None:
         """A committed checkpoint that is mended is listed as damaged until that is done."""
@@ -250,11 +235,7 @@ class _Copy:
         # Taken: an earlier answer was lost, or another copy was first. What is there decides.
         with contextlib.suppress(AlreadyExistsError):
             self._target.publish(path, raw, exclusive=True)
-        if not self._reads_as(path, raw):
-            raise StorageError(
-                f"{self._target.describe(path)} was reported written, but is not there as written: this "
-                "storage loses data. Test it with `python -m engine.checkpoints selftest`"
-            )
+        self._confirm(path, raw)
 
     def _advance(self, count: int) -> None:
         if self._cancel is not None and self._cancel.is_set():

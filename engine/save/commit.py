@@ -11,7 +11,6 @@ from typing import Any
 
 from engine.directory.record import CheckpointRecord, from_manifest
 from engine.errors import (
-    DamagedError,
     NotFoundError,
     PeerFailedError,
     ReplicaMismatchError,
@@ -27,6 +26,7 @@ from engine.save.outcomes import all_may_pass
 from engine.save.receipt import Receipt, failures
 from engine.save.replicas import Comparison
 from engine.storage.base import Storage
+from engine.storage.confirm import is_as_written, loses_data
 
 log = logging.getLogger(__name__)
 
@@ -187,17 +187,12 @@ def _see_manifest(storage: Storage, path: str, raw: bytes) -> None:
     storage has confirmed the manifest before.
     """
     try:
-        found = storage.read_bytes(path, max_bytes=len(raw))
-    except (NotFoundError, DamagedError):
-        found = b""
+        as_written = is_as_written(storage, path, raw)
     except StorageError as error:
         log.warning("%s could not be read back, but was reported written: %s", storage.describe(path), error)
         return
-    if found != raw:
-        raise SaveFailedError(
-            f"{storage.describe(path)} was reported written, but is not there as written: this storage "
-            "loses data. Test it with `python -m engine.checkpoints selftest`, or use another one"
-        )
+    if not as_written:
+        raise SaveFailedError(loses_data(storage, path))
 
 
 def software_versions(**more: str) -> dict[str, str]:

@@ -41,6 +41,7 @@ from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
 from engine.save.run_directory import RunDirectory
 from engine.save.snapshot_check import Digests, check_written
+from engine.save.staged import staged_files
 from engine.save.staging_buffer import Arena
 from engine.save.write import write_rank
 from engine.state.optimizer_document import merge_documents
@@ -222,8 +223,7 @@ class JobRunner:
             shard = write_rank(
                 self.storage,
                 job.info.attempt,
-                job.arena,
-                job.filling,
+                staged_files(job.arena, job.filling, clock=self.clock),
                 rank=rank,
                 world_size=self.channel.world_size,
                 local=job.local,

@@ -1,39 +1,39 @@
-"""One rank's part of a save: its shard files from the arena, then its index."""
+"""One rank's files of a checkpoint: its shards, each from a source, then its index."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from engine.errors import StorageFullError
-from engine.format.digest import BLOCK_BYTES, block_digests, bytes_digest, combine
+from engine.format.digest import BLOCK_BYTES, bytes_digest, combine
 from engine.format.index import ShardFile, ShardIndex
+from engine.format.layout import ShardLayout
 from engine.format.manifest import FileReceipt, ShardReceipt
 from engine.format.names import index_file
-from engine.native import kernels
-from engine.save.filling import Filling
-from engine.save.staging_buffer import Arena, FileSlot
 from engine.storage.base import Storage
+from engine.storage.source import Source
 
-DIGEST_SLICE_BYTES = 1 << 20 if kernels.library is None else 16 << 20
-"""How much is digested at a time, about 0.1 or 1.2 ms: Python's loop holds the GIL for as long."""
 
-DIGEST_NICENESS = 8
-"""How far the digesting thread stands back behind training, where the copy has left digests to make: they are
-made while a core has nothing else to do. Further back, a busy machine would delay the save."""
+class ShardSource(Source, Protocol):
+    """A shard file that is to be written. `digest_secs`: what digesting took beside everything else."""
+
+    @property
+    def layout(self) -> ShardLayout: ...
+
+    @property
+    def digest_secs(self) -> float: ...
+
+    def digests(self) -> bytes:
+        """The packed digests of all blocks of the file, once its last window was given."""
+        ...
 
 
 def write_rank(
     storage: Storage,
     attempt: str,
-    arena: Arena | None,
-    filling: Filling,
+    sources: Sequence[ShardSource],
     *,
     rank: int,
     world_size: int,
@@ -41,15 +41,14 @@ def write_rank(
     secs: dict[str, float],
     clock: Callable[[], float] = time.monotonic,
 ) -> ShardReceipt:
-    """Make this rank's bytes durable: shards, index, directory. Adds seconds by cause to `secs`.
+    """Make a rank's bytes durable: shards, index, directory. Adds seconds by cause to `secs`.
 
     Raises: StorageFullError, before anything is written if the free space tells; StorageError of any kind;
-        the storage has removed the file that failed.
+        what the sources raise. The storage has removed the file that failed.
     """
-    _check_space(storage, arena.file_bytes if arena else 0)
+    _check_space(storage, sum(source.file_bytes for source in sources))
     storage.make_dir(attempt)
-    slots = arena.slots if arena else ()
-    files = [_write_shard(storage, attempt, arena, slot, filling, secs, clock) for slot in slots]
+    files = [_write_shard(storage, attempt, source, secs) for source in sources]
     index = ShardIndex(attempt, rank, world_size, tuple(files), dict(local))
     raw = index.to_bytes()
     started = clock()
@@ -70,69 +69,14 @@ def _check_space(storage: Storage, need_bytes: int) -> None:
         )
 
 
-def _write_shard(
-    storage: Storage,
-    attempt: str,
-    arena: Arena | None,
-    slot: FileSlot,
-    filling: Filling,
-    secs: dict[str, float],
-    clock: Callable[[], float],
-) -> ShardFile:
-    assert arena is not None
-    file_bytes = slot.layout.file_bytes
-    padded = arena.padded(slot)
-    stop = threading.Event()
-
-    def when_filled(begin: int, end: int) -> None:
-        # Not from the first byte on: see DECISIONS 30.
-        filling.wait_until(max(slot.begin + end, arena.file_bytes // 2))
-
-    # Not in the write loop: digesting holds the GIL, and while the snapshot is still being copied the
-    # training thread needs it between copies.
-    with ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as pool:
-        digesting = pool.submit(_digest_when_filled, padded[:file_bytes], slot, filling, stop, clock)
-        try:
-            path = f"{attempt}/{slot.layout.file}"
-            stats = storage.write_shard(path, padded, file_bytes, on_window=when_filled)
-        except BaseException:
-            stop.set()
-            raise
-        packed, digest_secs = digesting.result()
-    _add(secs, "digest", digest_secs)
+def _write_shard(storage: Storage, attempt: str, source: ShardSource, secs: dict[str, float]) -> ShardFile:
+    layout = source.layout
+    stats = storage.write_shard(f"{attempt}/{layout.file}", source)
+    packed = source.digests()
+    _add(secs, "digest", source.digest_secs)
     _add(secs, "write", stats.write_secs)
     _add(secs, "fsync", stats.fsync_secs)
-    return ShardFile(slot.layout.file, file_bytes, BLOCK_BYTES, packed, combine(packed), slot.layout.chunks)
-
-
-def _digest_when_filled(
-    view: memoryview, slot: FileSlot, filling: Filling, stop: threading.Event, clock: Callable[[], float]
-) -> tuple[bytes, float]:
-    """Packed digests of a whole file once the arena holds it, and the seconds they took beyond the copy."""
-    _stand_back()
-    filling.wait_until(slot.begin + len(view))
-    noted = filling.digests_of(slot.layout.file)
-    if noted is not None:
-        return noted, 0.0
-    started = clock()
-    packed = []
-    for at in range(0, len(view), DIGEST_SLICE_BYTES):
-        if stop.is_set():
-            break
-        packed.append(block_digests(view[at : at + DIGEST_SLICE_BYTES]))
-        # Gives the GIL away for a moment, if it was held. A thread that only asks for it gets it after 5 ms,
-        # and training asks for it at every operation.
-        time.sleep(0)
-    return b"".join(packed), clock() - started
-
-
-def _stand_back() -> None:
-    """Lower the priority of this thread, which ends with its file. Linux has one for each thread."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):
-            nice = os.getpriority(os.PRIO_PROCESS, thread) + DIGEST_NICENESS
-            os.setpriority(os.PRIO_PROCESS, thread, min(19, nice))
+    return ShardFile(layout.file, layout.file_bytes, BLOCK_BYTES, packed, combine(packed), layout.chunks)
 
 
 def _add(secs: dict[str, float], cause: str, value: float) -> None:

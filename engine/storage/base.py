@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,10 @@ from types import TracebackType
 from typing import Literal
 
 from engine.native.kernels import Place
+from engine.storage.source import Source
 
 WINDOW_BYTES = 16 << 20
 """Bytes of a shard that are written at a time; a multiple of every block and page size in use."""
-
-OnWindow = Callable[[int, int], None]
-"""Called with a byte range [begin, end) of the file before it is written, possibly from several threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +47,7 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class WriteStats:
-    """How a shard was written. Seconds are wall-clock; those spent in `on_window` are part of writing."""
+    """How a shard was written. Seconds are wall-clock; waiting for the source is part of writing."""
 
     bytes: int
     write_secs: float
@@ -190,22 +187,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
-        """Write the first `file_bytes` bytes of `padded` as a new file; on disk when it returns.
+    def write_shard(self, path: str, source: Source) -> WriteStats:
+        """Write a source as a new file; on disk when it returns.
 
-        `padded` is contiguous bytes. For direct I/O its address is a multiple of 4096 and its length
-        `file_bytes` rounded up to one; anything else is written through the page cache.
-        `on_window(begin, end)` is called once for every range before it is written, in any order, so that
-        the caller digests it while it is in the CPU's cache. AlreadyExistsError if the name is taken.
-        After any error, and when `cancel` is set, nothing is left under the name.
+        For direct I/O its windows lie on page boundaries, and memory up to the next one follows the last.
+        Anything else is written through the page cache. A window is released once it was written, in a store
+        once it was acknowledged. AlreadyExistsError if the name is taken. After any error, the source's own
+        included, nothing is left under the name.
         """
 
     @abstractmethod

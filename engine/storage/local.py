@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import threading
 from collections.abc import Callable
 
 from engine.errors import (
@@ -17,10 +16,11 @@ from engine.errors import (
     StorageDeniedError,
 )
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name, safe_relative
-from engine.storage import atomic_file, direct, own_files
-from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage import atomic_file, own_files, shard_writer
+from engine.storage.base import Cleared, Entry, Reader, Storage, WriteStats
 from engine.storage.os_failures import mapped
 from engine.storage.reading import LocalReader
+from engine.storage.source import Source
 from engine.storage.system import System
 
 
@@ -114,19 +114,8 @@ class LocalStorage(Storage):
             put(self._system, target, data)
             self._system.fsync_dir(os.path.dirname(target))
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
-        target = self._own_path(path)
-        return direct.write_shard(
-            self._system, target, padded, file_bytes, on_window=on_window, cancel=cancel
-        )
+    def write_shard(self, path: str, source: Source) -> WriteStats:
+        return shard_writer.write_shard(self._system, self._own_path(path), source)
 
     def make_dir(self, path: str = "") -> None:
         with mapped("create", self.describe(path)):

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from engine.errors import DamagedError
 from engine.storage.base import Reader
 from engine.storage.client import StoreClient
-from engine.storage.direct import windows
+from engine.storage.source import spans
 
 PART_BYTES = 8 << 20
 """Bytes of one ranged read. Clients that hand out copies have four at once: 32 MiB."""
@@ -31,7 +31,7 @@ class RangedReader(Reader):
         flat = memoryview(view).cast("B")
         if offset + len(flat) > self._file_bytes:
             raise self._truncated(offset + len(flat))
-        parts = windows(len(flat), PART_BYTES)
+        parts = spans(len(flat), PART_BYTES)
         at_once = min(self._client.reads_at_once, len(parts))
         stop = threading.Event()
         if at_once <= 1:

@@ -21,11 +21,12 @@ from engine.errors import (
 )
 from engine.format.names import TMP_SUFFIX, safe_relative
 from engine.storage import objects
-from engine.storage.base import Cleared, Entry, Heads, OnWindow, Reader, Storage, WriteStats
+from engine.storage.base import Cleared, Entry, Heads, Reader, Storage, WriteStats
 from engine.storage.client import StoreClient
 from engine.storage.ranged import RangedReader
 from engine.storage.remote_failures import InvalidRangeError
 from engine.storage.retry import Retry
+from engine.storage.source import Source
 from engine.storage.upload import MAX_PUT_BYTES, upload
 
 log = logging.getLogger(__name__)
@@ -140,39 +141,21 @@ class FsspecStorage(Storage):
             self._refuse_taken(path)
             self.write_file(path, data)
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
-        view = memoryview(padded).cast("B")[:file_bytes]
-        if len(view) != file_bytes:
-            raise ValueError(f"{file_bytes} bytes are to be written from a buffer of {len(view)}")
+    def write_shard(self, path: str, source: Source) -> WriteStats:
         self._refuse_taken(safe_relative(path))
         where = self.describe(path)
         begun = time.monotonic()
-
-        def prepare(begin: int, end: int) -> None:
-            if cancel is not None and cancel.is_set():
-                raise StorageError(f"writing {where} was given up at byte {begin}: the save was cancelled")
-            if on_window is not None:
-                on_window(begin, end)
-
         try:
-            upload(self._client, path, view, prepare)
+            upload(self._client, path, source)
             stored = self.size(path)
-            if stored != file_bytes:
-                raise StorageError(f"could not write {where}: of {file_bytes} bytes {stored} arrived")
+            if stored != source.file_bytes:
+                raise StorageError(f"could not write {where}: of {source.file_bytes} bytes {stored} arrived")
         except BaseException:
             full = self._client.full(path)
             with contextlib.suppress(Exception):
                 self._client.briefly("delete", path, lambda: self._client.call("rm_file", full))
             raise
-        return WriteStats(file_bytes, time.monotonic() - begun, 0.0, "upload")
+        return WriteStats(source.file_bytes, time.monotonic() - begun, 0.0, "upload")
 
     def make_dir(self, path: str = "") -> None:
         full = self._client.full(path)

@@ -10,13 +10,14 @@ import contextlib
 import mmap
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.errors import AlreadyExistsError, HoldfastError, NotFoundError, StorageError
 from engine.format.digest import bytes_digest
 from engine.storage.base import Storage
+from engine.storage.source import BufferSource, Window
 from engine.text import readable_rate
 
 RACERS = 8
@@ -96,13 +97,9 @@ class _Bench:
     def partial_upload(self) -> str:
         """A write that breaks off leaves nothing under the name."""
 
-        def break_off(begin: int, end: int) -> None:
-            if begin:
-                raise _Stop
-
         buffer, size = _buffer(min(self.speed_bytes, 48 << 20))
         with contextlib.suppress(_Stop):
-            self.storage.write_shard(self.at("partial"), buffer, size, on_window=break_off)
+            self.storage.write_shard(self.at("partial"), _BreaksOff(buffer, size))
         names = [entry.name for entry in self.storage.list_dir(self.folder)]
         _expect("partial" not in names, "a write that broke off is listed")
         _expect(not self.storage.exists(self.at("partial")), "a write that broke off can be opened")
@@ -120,7 +117,7 @@ class _Bench:
     def speed(self) -> str:
         buffer, size = _buffer(self.speed_bytes)
         begun = time.monotonic()
-        stats = self.storage.write_shard(self.at("large"), buffer, size)
+        stats = self.storage.write_shard(self.at("large"), BufferSource(buffer, size))
         written = time.monotonic()
         self.storage.sync_dir(self.folder)
         back = bytearray(size)
@@ -150,6 +147,16 @@ class _Bench:
 
     def _read(self, name: str) -> bytes:
         return self.storage.read_bytes(self.at(name), max_bytes=1 << 20)
+
+
+class _BreaksOff(BufferSource):
+    """Raises in place of its second window."""
+
+    def windows(self, window_bytes: int) -> Generator[Window]:
+        for window in super().windows(window_bytes):
+            if window.begin:
+                raise _Stop
+            yield window
 
 
 class _Stop(Exception):

@@ -49,6 +49,10 @@ class System:
         """Create and open a new file for writing; FileExistsError if there is one."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
+    def reopen(self, path: str) -> int:
+        """Open a file that is there for writing, a second time."""
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
     def close(self, fd: int) -> None:
         os.close(fd)
 

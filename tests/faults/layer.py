@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.errors import StorageDeniedError, StorageError, StorageFullError, StorageUnavailableError
-from engine.storage.base import Cleared, Entry, OnWindow, Reader, Storage, WriteStats
+from engine.storage.base import Cleared, Entry, Reader, Storage, WriteStats
 from engine.storage.os_failures import storage_error
+from engine.storage.source import Source
 from engine.storage.system import System
 
 Act = Callable[[str, Callable[[], Any]], Any]
@@ -262,17 +263,9 @@ class FaultStorage(Storage):
     def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
         self._turn("publish", self.inner.publish, path, data, exclusive=exclusive)
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
+    def write_shard(self, path: str, source: Source) -> WriteStats:
         def write(vanish: Callable[[], None]) -> WriteStats:
-            return self.inner.write_shard(path, padded, file_bytes, on_window=on_window, cancel=cancel)
+            return self.inner.write_shard(path, source)
 
         return self._turn("write_shard", write, lambda: self.inner.delete_file(path))  # type: ignore[no-any-return]
 

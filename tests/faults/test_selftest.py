@@ -15,6 +15,7 @@ from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from engine.storage.open import open_storage
 from engine.storage.selftest import selftest
+from engine.storage.source import Source
 from tests.faults.layer import FaultStorage, Trigger
 from tests.support.storages import LastWriterWins
 
@@ -70,9 +71,9 @@ def test_an_unsafe_storage_is_found(finds: str, make: Callable[[Path], Storage],
 
 def test_a_partial_upload_that_is_published_is_found(root: Path) -> None:
     class Publishing(LocalStorage):
-        def write_shard(self, path: str, padded: memoryview, file_bytes: int, **given: Any) -> Any:
+        def write_shard(self, path: str, source: Source) -> Any:
             try:
-                return super().write_shard(path, padded, file_bytes, **given)
+                return super().write_shard(path, source)
             except BaseException:
                 (Path(self.root) / path).write_bytes(b"half")
                 raise

@@ -15,7 +15,7 @@ from tests.services.proxy import FaultProxy, Faults
 from tests.services.rgw import OWNER, Gateway
 from tests.services.runs import StoreRun
 from tests.services.s3 import Bucket
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 
 pytestmark = pytest.mark.service
 
@@ -78,7 +78,7 @@ def test_large_objects_pass_a_flaky_network_in_both_directions(bucket: Bucket, p
     data = pattern(100 << 20)
     storage = open_storage(bucket.uri(), bucket.at(proxy.endpoint).options, create=True)
     proxy.faults = FLAKY
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     back = bytearray(len(data))
     storage.read_into("shard", 0, memoryview(back))
     assert bytes(back) == data
@@ -93,12 +93,12 @@ def test_a_reset_in_the_middle_of_every_upload_fails_cleanly(bucket: Bucket, pro
     storage = FsspecStorage(bucket.uri(), options, retry=Retry(sleep=lambda _: None))
     proxy.faults = Faults(reset_after_bytes=1 << 20, methods=("PUT",))
     with pytest.raises(OSError, match="could not write") as raised:
-        storage.write_shard("shard", padded(data), len(data))
+        storage.write_shard("shard", source(data))
     assert bucket.uri() in str(raised.value)
     assert bucket.objects() == {}
     assert bucket.uploads() == []
     proxy.faults = Faults()
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     assert bucket.objects() == {"run/shard": len(data)}
 
 

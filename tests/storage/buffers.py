@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import mmap
 
+from engine.storage.source import BufferSource, Source
+from tests.support.sources import Hook, Hooked
+
 PAGE = 4096
 
 
@@ -21,3 +24,9 @@ def padded(data: bytes) -> memoryview:
     arena = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     arena[:] = data + b"\xee" * (rounded - len(data))
     return memoryview(arena)[: -(-len(data) // PAGE) * PAGE]
+
+
+def source(data: bytes, before: Hook | None = None) -> Source:
+    """A file with this content; `before(begin, end)` is called before each window."""
+    whole = BufferSource(padded(data), len(data))
+    return whole if before is None else Hooked(whole, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,10 +18,10 @@ from engine.errors import (
     DamagedError,
     HostilePathError,
     NotFoundError,
-    StorageError,
 )
 from engine.storage.base import WINDOW_BYTES, Entry, Storage
-from tests.storage.buffers import padded, pattern
+from engine.storage.source import BufferSource, Window
+from tests.storage.buffers import padded, pattern, source
 
 SEVERAL_WINDOWS = 2 * WINDOW_BYTES + 12_345
 SIZES = (0, 1, 4095, 4096, 4097, WINDOW_BYTES, WINDOW_BYTES + 1, SEVERAL_WINDOWS)
@@ -173,7 +174,7 @@ class StorageContract:
     def test_write_shard(self, storage: Storage, size: int) -> None:
         data = pattern(size)
         storage.make_dir("step")
-        stats = storage.write_shard("step/shard", padded(data), size)
+        stats = storage.write_shard("step/shard", source(data))
         assert stats.bytes == size == storage.size("step/shard")
         assert min(stats.write_secs, stats.fsync_secs) >= 0
         assert read_all(storage, "step/shard") == data
@@ -181,16 +182,14 @@ class StorageContract:
     def test_write_shard_of_any_buffer(self, storage: Storage) -> None:
         """Neither aligned nor padded: slower, not wrong."""
         data = pattern(WINDOW_BYTES + 4097)
-        storage.write_shard("shard", memoryview(b"x" + data)[1:], len(data))
+        storage.write_shard("shard", BufferSource(memoryview(b"x" + data)[1:]))
         assert read_all(storage, "shard") == data
 
     def test_windows_cover_the_file_in_order(self, storage: Storage) -> None:
         seen: list[tuple[int, int]] = []
         storage.write_shard(
             "shard",
-            padded(pattern(SEVERAL_WINDOWS)),
-            SEVERAL_WINDOWS,
-            on_window=lambda begin, end: seen.append((begin, end)),
+            source(pattern(SEVERAL_WINDOWS), lambda begin, end: seen.append((begin, end))),
         )
         assert seen[0][0] == 0
         assert seen[-1][1] == SEVERAL_WINDOWS
@@ -213,43 +212,71 @@ class StorageContract:
                 raise fatal
 
         with pytest.raises(type(fatal), match="mine") as raised:
-            storage.write_shard("shard", padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS, on_window=fail)
+            storage.write_shard("shard", source(pattern(SEVERAL_WINDOWS), fail))
         assert raised.value is fatal
         assert not again.exists("shard")
         assert again.list_tree() == {"": {}}
 
-    def test_cancelled_write_publishes_nothing(self, storage: Storage) -> None:
-        cancel = threading.Event()
+    def test_a_source_that_ends_early_publishes_nothing(self, storage: Storage) -> None:
+        class Short(BufferSource):
+            def windows(self, window_bytes: int) -> Generator[Window]:
+                yield next(super().windows(window_bytes))
 
-        def first_window_done(begin: int, end: int) -> None:
-            cancel.set()
-
-        with pytest.raises(StorageError, match="cancelled"):
-            storage.write_shard(
-                "shard",
-                padded(pattern(SEVERAL_WINDOWS)),
-                SEVERAL_WINDOWS,
-                on_window=first_window_done,
-                cancel=cancel,
-            )
+        short = Short(padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS)
+        with pytest.raises(ValueError, match="ended at byte"):
+            storage.write_shard("shard", short)
         assert storage.list_tree() == {"": {}}
 
+    def test_windows_out_of_turn_publish_nothing(self, storage: Storage) -> None:
+        class Twice(BufferSource):
+            def windows(self, window_bytes: int) -> Generator[Window]:
+                for window in super().windows(window_bytes):
+                    yield window
+                    yield window
+
+        twice = Twice(padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS)
+        with pytest.raises(ValueError, match="out of turn"):
+            storage.write_shard("shard", twice)
+        assert storage.list_tree() == {"": {}}
+
+    def test_every_window_is_released_once_it_is_written(self, storage: Storage) -> None:
+        """The source uses its memory again: a window that is released too early arrives as another one."""
+        data, out, lock = pattern(7 * WINDOW_BYTES + 12_345), [0], threading.Lock()
+
+        class Spoiling(BufferSource):
+            def windows(self, window_bytes: int) -> Generator[Window]:
+                for window in super().windows(window_bytes):
+                    memory = padded(bytes(window.view))
+
+                    def release(memory: memoryview = memory) -> None:
+                        memory[:] = b"!" * len(memory)
+                        with lock:
+                            out[0] -= 1
+
+                    with lock:
+                        out[0] += 1
+                    yield Window(window.begin, window.end, memory, release)
+
+        storage.write_shard("shard", Spoiling(padded(data), len(data)))
+        assert read_all(storage, "shard") == data
+        assert out == [0]
+
     def test_a_shard_is_never_written_twice(self, storage: Storage) -> None:
-        storage.write_shard("shard", padded(b"one"), 3)
+        storage.write_shard("shard", source(b"one"))
         with pytest.raises(AlreadyExistsError, match="shard"):
-            storage.write_shard("shard", padded(b"two"), 3)
+            storage.write_shard("shard", source(b"two"))
         assert read_all(storage, "shard") == b"one"
 
     def test_more_bytes_than_the_buffer_holds(self, storage: Storage) -> None:
         with pytest.raises(ValueError, match="5000"):
-            storage.write_shard("shard", padded(b"one"), 5000)
+            storage.write_shard("shard", BufferSource(padded(b"one"), 5000))
         assert not storage.exists("shard")
 
     # Reading ranges
 
     def test_read_ranges(self, storage: Storage) -> None:
         data = pattern(20 << 20)
-        storage.write_shard("shard", padded(data), len(data))
+        storage.write_shard("shard", source(data))
         with storage.open_reader("shard") as reader:
             assert reader.file_bytes == len(data)
             for offset, size in ((0, 1), (4096, 4096), (4097, 9 << 20), (len(data) - 5, 5), (100, 0)):
@@ -266,7 +293,7 @@ class StorageContract:
 
     def test_read_from_threads(self, storage: Storage) -> None:
         data = pattern(4 << 20)
-        storage.write_shard("shard", padded(data), len(data))
+        storage.write_shard("shard", source(data))
         with storage.open_reader("shard") as reader, ThreadPoolExecutor(8) as pool:
 
             def read(offset: int) -> bool:
@@ -353,7 +380,7 @@ class StorageContract:
             lambda: storage.write_file(path, b""),
             lambda: storage.publish(path, b"", exclusive=False),
             lambda: storage.publish(path, b"", exclusive=True),
-            lambda: storage.write_shard(path, buffer, 1),
+            lambda: storage.write_shard(path, source(b"1")),
             lambda: storage.make_dir(path),
             lambda: storage.delete_file(path),
             lambda: storage.delete_tree(path),

@@ -23,7 +23,7 @@ from engine.storage.retry import Retry
 from engine.storage.s3 import S3Multipart
 from engine.storage.wire import RefusedError, Wire
 from tests.services.moto import BUCKET, S3Server, moto_server
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 from tests.storage.contract import SEVERAL_WINDOWS, StorageContract, read_all
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -62,13 +62,9 @@ def test_failed_upload_leaves_no_parts(
     if moment != "window":
         monkeypatch.setattr(S3Multipart, moment, fail)
     expected = ValueError if moment == "window" else Exception
+    broken_off = source(pattern(SEVERAL_WINDOWS), lambda begin, _: fail() if begin else None)
     with pytest.raises(expected, match="mine"):
-        storage.write_shard(
-            "shard",
-            padded(pattern(SEVERAL_WINDOWS)),
-            SEVERAL_WINDOWS,
-            on_window=lambda begin, end: fail() if moment == "window" and begin else None,
-        )
+        storage.write_shard("shard", broken_off if moment == "window" else source(pattern(SEVERAL_WINDOWS)))
     assert not storage.exists("shard")
     assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=BUCKET)
 
@@ -112,7 +108,7 @@ def test_a_store_without_signed_addresses_is_served_by_the_client(
     monkeypatch.setattr(Wire, "get", refuse)
     data = pattern(SEVERAL_WINDOWS)
     with caplog.at_level("WARNING"):
-        storage.write_shard("shard", padded(data), len(data))
+        storage.write_shard("shard", source(data))
         assert read_all(storage, "shard") == data
     assert 1 <= len(refusals) <= 3
     assert caplog.text.count("does not take signed addresses") == 1
@@ -130,7 +126,7 @@ def test_addresses_are_signed_in_the_present_way(storage: Storage, monkeypatch: 
     for kind in (botocore.auth.HmacV1QueryAuth, botocore.auth.SigV4QueryAuth, botocore.auth.S3SigV4QueryAuth):
         monkeypatch.setattr(kind, "add_auth", noting(kind))
     data = pattern(SEVERAL_WINDOWS)
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     assert read_all(storage, "shard") == data
     assert used[0] is botocore.auth.S3SigV4QueryAuth
     assert botocore.auth.HmacV1QueryAuth not in used
@@ -138,7 +134,7 @@ def test_addresses_are_signed_in_the_present_way(storage: Storage, monkeypatch: 
 
 def test_a_read_that_is_refused_for_good_says_why(storage: Storage, s3_server: S3Server) -> None:
     data = pattern(100_000)
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     with storage.open_reader("shard") as reader:
         storage.delete_file("shard")
         with pytest.raises(NotFoundError, match="shard"):
@@ -153,7 +149,7 @@ def test_no_signature_in_any_text(
 ) -> None:
     """A signed address is as good as a password while it lasts."""
     data = pattern(SEVERAL_WINDOWS)
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     monkeypatch.setattr(http.client.HTTPConnection, "getresponse", lambda self: 1 / 0)
     with caplog.at_level("DEBUG", "engine"), pytest.raises(StorageError) as raised:
         storage.read_into("shard", 0, memoryview(bytearray(10)))
@@ -184,9 +180,7 @@ def test_an_outage_is_never_an_empty_listing() -> None:
     with moto_server() as server:
         pauses: list[float] = []
         options = {**server.options, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
-        storage = FsspecStorage(
-            f"s3://{BUCKET}/run", options, retry=Retry(attempts=3, sleep=pauses.append)
-        )
+        storage = FsspecStorage(f"s3://{BUCKET}/run", options, retry=Retry(attempts=3, sleep=pauses.append))
         storage.write_file("a", b"1")
         server.process.kill()
         server.process.wait()
@@ -201,7 +195,7 @@ def test_an_outage_is_never_an_empty_listing() -> None:
             lambda: storage.publish("b", b"1", exclusive=False),
             lambda: storage.publish("b", b"1", exclusive=True),
             lambda: storage.supports_exclusive_create,
-            lambda: storage.write_shard("b", padded(b"1"), 1),
+            lambda: storage.write_shard("b", source(b"1")),
             lambda: storage.delete_file("a"),
             lambda: storage.delete_tree("step"),
             lambda: storage.make_dir(),
@@ -247,12 +241,12 @@ def test_upload_is_completed_once(storage: Storage, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Wire, "put", counted)
     with counted_requests(storage) as requests:
-        storage.write_shard("shard", padded(pattern(SEVERAL_WINDOWS)), SEVERAL_WINDOWS)
+        storage.write_shard("shard", source(pattern(SEVERAL_WINDOWS)))
     upload = [name for name in requests if name not in ("HeadObject", "ListObjectsV2")]
     assert upload == ["CreateMultipartUpload", "CompleteMultipartUpload"]
     assert sorted(parts) == [12_345, WINDOW_BYTES, WINDOW_BYTES]
     with counted_requests(storage) as requests:
-        storage.write_shard("small", padded(b"x"), 1)
+        storage.write_shard("small", source(b"x"))
     assert [name for name in requests if name not in ("HeadObject", "ListObjectsV2")] == ["PutObject"]
 
 

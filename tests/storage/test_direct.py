@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from engine.errors import (
     StorageFullError,
 )
 from engine.storage.base import WINDOW_BYTES
-from engine.storage.direct import windows
 from engine.storage.local import LocalStorage
+from engine.storage.source import BufferSource, Window, spans
 from engine.storage.system import SYNC_WRITE, System
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import padded, pattern, source
 from tests.storage.systems import FailsAt, NoDirect, ScriptedWrites, StrictDirect
 
 SIZE = 2 * WINDOW_BYTES + 12_345
@@ -28,7 +29,7 @@ DATA = pattern(SIZE)
 
 
 def write(tmp_path: Path, system: System, data: bytes = DATA) -> str:
-    stats = LocalStorage(tmp_path, system=system).write_shard("shard", padded(data), len(data))
+    stats = LocalStorage(tmp_path, system=system).write_shard("shard", source(data))
     written = (tmp_path / "shard").read_bytes()
     assert len(written) == len(data)
     assert written == data
@@ -84,8 +85,8 @@ def test_fallback_where_the_first_direct_write_is_refused(tmp_path: Path, refuse
 
 def test_tail_without_padding_is_written_buffered(tmp_path: Path) -> None:
     system = StrictDirect()
-    view = padded(DATA)[:SIZE]
-    LocalStorage(tmp_path, system=system).write_shard("shard", view, SIZE)
+    whole = BufferSource(padded(DATA)[:SIZE])
+    LocalStorage(tmp_path, system=system).write_shard("shard", whole)
     assert (tmp_path / "shard").read_bytes() == DATA
     assert system.buffered_bytes == SIZE % 4096
 
@@ -226,7 +227,7 @@ def test_nothing_more_is_written_after_a_failure(tmp_path: Path) -> None:
 
     system = OneThread()
     with pytest.raises(ValueError, match="mine"):
-        LocalStorage(tmp_path, system=system).write_shard("shard", padded(DATA), SIZE, on_window=fail)
+        LocalStorage(tmp_path, system=system).write_shard("shard", source(DATA, fail))
     assert seen == [0]
     assert system.direct_bytes == 0
 
@@ -258,37 +259,68 @@ def test_a_failed_close_is_not_repeated(tmp_path: Path) -> None:
     assert len(closed) == 1
 
 
-def test_cancel_between_windows(tmp_path: Path) -> None:
-    cancel = threading.Event()
-    seen: list[int] = []
+def test_the_next_window_is_prepared_while_others_are_written(tmp_path: Path) -> None:
+    """One after the other they would add up, a fifth of the time."""
+    third_is_prepared = threading.Event()
 
-    def on_window(begin: int, end: int) -> None:
-        seen.append(begin)
-        if begin:
-            cancel.set()
+    class Waiting(StrictDirect):
+        def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
+            assert third_is_prepared.wait(30)
+            return super().pwrite(fd, view, offset)
 
-    class InTurn(System):
-        write_threads = 1
+    def prepare(begin: int, end: int) -> None:
+        if begin == 2 * WINDOW_BYTES:
+            third_is_prepared.set()
 
-    with pytest.raises(StorageError, match=f"byte {2 * WINDOW_BYTES}"):
-        LocalStorage(tmp_path, system=InTurn()).write_shard(
-            "shard", padded(DATA), SIZE, on_window=on_window, cancel=cancel
-        )
-    assert seen == [0, WINDOW_BYTES]
-    assert nothing_left(tmp_path)
+    LocalStorage(tmp_path, system=Waiting()).write_shard("shard", source(DATA, prepare))
+    assert (tmp_path / "shard").read_bytes() == DATA
 
 
-def test_one_window_is_digested_while_another_is_written(tmp_path: Path) -> None:
-    both = threading.Barrier(2, timeout=30)
-    met = []
+@pytest.mark.parametrize("direct", [True, False])
+def test_few_windows_are_out_at_once(tmp_path: Path, direct: bool) -> None:
+    """Else a conversion would hold the whole file in memory before a slow disk."""
+    out, most, lock = 0, 0, threading.Lock()
 
-    def on_window(begin: int, end: int) -> None:
-        if begin < 2 * WINDOW_BYTES:  # the first two; one after the other they would never meet
-            both.wait()
-            met.append(begin)
+    def release() -> None:
+        nonlocal out
+        with lock:
+            out -= 1
 
-    LocalStorage(tmp_path).write_shard("shard", padded(DATA), SIZE, on_window=on_window)
-    assert sorted(met) == [0, WINDOW_BYTES]
+    class Counting(BufferSource):
+        def windows(self, window_bytes: int) -> Generator[Window]:
+            nonlocal out, most
+            for window in super().windows(window_bytes):
+                with lock:
+                    out += 1
+                    most = max(most, out)
+                yield Window(window.begin, window.end, window.memory, release)
+
+    data = pattern(6 * WINDOW_BYTES + 12_345)
+    system = StrictDirect() if direct else NoDirect()
+    LocalStorage(tmp_path, system=system).write_shard("shard", Counting(padded(data), len(data)))
+    assert most <= (System.write_threads + 1 if direct else 1)
+    assert out == 0
+
+
+def test_a_source_is_closed_when_the_write_fails(tmp_path: Path) -> None:
+    """What it does beside its windows ends before the caller takes its memory back."""
+    closed: list[bool] = []
+
+    class Closing(BufferSource):
+        def windows(self, window_bytes: int) -> Generator[Window]:
+            try:
+                yield from super().windows(window_bytes)
+            except GeneratorExit:
+                closed.append(True)
+                raise
+
+    system = ScriptedWrites(lambda call, _: OSError(errno.EIO, "bad"))
+    try:
+        LocalStorage(tmp_path, system=system).write_shard("shard", Closing(padded(DATA), SIZE))
+    except StorageError:
+        assert closed == [True]
+    else:
+        raise AssertionError("the write succeeded")
 
 
 @pytest.mark.parametrize(
@@ -302,4 +334,4 @@ def test_one_window_is_digested_while_another_is_written(tmp_path: Path) -> None
     ],
 )
 def test_windows(total: int, window: int, expected: list[tuple[int, int]]) -> None:
-    assert windows(total, window) == expected
+    assert spans(total, window) == expected

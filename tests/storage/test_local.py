@@ -19,7 +19,7 @@ from engine.errors import (
     StorageFullError,
 )
 from engine.storage.local import LocalStorage
-from tests.storage.buffers import padded
+from tests.storage.buffers import source
 from tests.storage.systems import FailsAt, Recording, StrictDirect
 
 
@@ -55,7 +55,7 @@ def test_shard_is_cut_then_synced(tmp_path: Path) -> None:
             Recording.__init__(self)
 
     system = Both()
-    LocalStorage(tmp_path, system=system).write_shard("shard", padded(b"x" * 5000), 5000)
+    LocalStorage(tmp_path, system=system).write_shard("shard", source(b"x" * 5000))
     assert system.events == ["create shard", "write shard", "truncate shard 5000", "fsync shard"]
 
 
@@ -143,7 +143,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
         storage.publish("manifest", b"{}", exclusive=True)
         storage.write_file("index", b"{}")
         assert modes == [0o600, 0o600]
-        storage.write_shard("shard", padded(b"x"), 1)
+        storage.write_shard("shard", source(b"x"))
     finally:
         os.umask(before)
     for name in ("manifest", "index", "shard"):

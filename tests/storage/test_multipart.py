@@ -16,7 +16,7 @@ from engine.storage.gcs import GcsMultipart
 from engine.storage.multipart import MAX_PARTS, Multipart, Names, part_bytes
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 
 SIZE = 5 * WINDOW_BYTES + 12_345
 
@@ -39,9 +39,7 @@ class Parts(Multipart):
         self.parts["id"] = {}
         return "id"
 
-    def put_part(
-        self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
-    ) -> str:
+    def put_part(self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event) -> str:
         self.stop = stop
         with self.lock:
             self._now += 1
@@ -97,7 +95,7 @@ def failing(times: int, of: str, error: Exception) -> Callable[[str], None]:
 
 
 def test_every_byte_arrives_and_the_object_appears_last(storage: FsspecStorage, parts: Parts) -> None:
-    storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+    storage.write_shard("shard", source(pattern(SIZE)))
     assert parts.calls[0] == "begin"
     assert sorted(parts.calls[1:-1]) == [f"part {number}" for number in range(1, 7)]
     assert parts.calls[-1] == "complete"
@@ -109,19 +107,19 @@ def test_every_byte_arrives_and_the_object_appears_last(storage: FsspecStorage, 
 def test_parts_in_flight_are_bounded(storage: FsspecStorage, parts: Parts) -> None:
     """Each holds a copy where the client wants one."""
     assert parts.at_once(WINDOW_BYTES) == 2
-    storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+    storage.write_shard("shard", source(pattern(SIZE)))
     assert 1 <= parts.most_at_once <= 2
 
 
 def test_small_objects_take_one_request(storage: FsspecStorage, parts: Parts) -> None:
-    storage.write_shard("shard", padded(pattern(WINDOW_BYTES)), WINDOW_BYTES)
+    storage.write_shard("shard", source(pattern(WINDOW_BYTES)))
     assert parts.calls == []
 
 
 @pytest.mark.parametrize("of", ["begin", "part 1", "part 4", "part 6"])
 def test_what_fails_for_a_while_is_tried_again(storage: FsspecStorage, parts: Parts, of: str) -> None:
     parts.fail = failing(5, of, ConnectionResetError("reset"))
-    storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+    storage.write_shard("shard", source(pattern(SIZE)))
     assert parts.calls.count(of) == 6
     assert storage.size("shard") == SIZE
     assert "abort" not in parts.calls
@@ -129,7 +127,7 @@ def test_what_fails_for_a_while_is_tried_again(storage: FsspecStorage, parts: Pa
 
 def test_a_completion_whose_answer_was_lost_has_completed(storage: FsspecStorage, parts: Parts) -> None:
     parts.fail = failing(1, "complete", ConnectionResetError("reset"))
-    storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+    storage.write_shard("shard", source(pattern(SIZE)))
     assert storage.size("shard") == SIZE
 
 
@@ -143,7 +141,7 @@ def test_what_fails_for_good_is_thrown_away(
 ) -> None:
     parts.fail = failing(99, of, error)
     with pytest.raises(kind):
-        storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+        storage.write_shard("shard", source(pattern(SIZE)))
     assert parts.calls[-1] == "abort"
     assert parts.parts == {}
     assert storage.list_tree() == {"": {}}
@@ -160,7 +158,7 @@ def test_an_upload_whose_abort_fails_reports_the_first_error(storage: FsspecStor
 
     parts.fail = fail
     with pytest.raises(StorageDeniedError):
-        storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+        storage.write_shard("shard", source(pattern(SIZE)))
     assert parts.calls.count("abort") >= 1
 
 
@@ -171,9 +169,7 @@ def test_after_a_failure_no_further_part_is_begun(
     parts.fail = failing(99, "part 2", PermissionError("403"))
     prepared: list[int] = []
     with pytest.raises(StorageDeniedError):
-        storage.write_shard(
-            "shard", padded(pattern(SIZE)), SIZE, on_window=lambda begin, end: prepared.append(begin)
-        )
+        storage.write_shard("shard", source(pattern(SIZE), lambda begin, end: prepared.append(begin)))
     assert "part 5" not in parts.calls
     assert len(prepared) <= 3, "it waited for parts of the arena that nobody will send"
 
@@ -197,7 +193,7 @@ def test_after_a_failure_other_parts_are_not_tried_again(
 
     parts.fail = fail
     with pytest.raises(StorageDeniedError):
-        storage.write_shard("shard", padded(pattern(SIZE)), SIZE)
+        storage.write_shard("shard", source(pattern(SIZE)))
     assert told == [True]
     assert parts.calls.count("part 2") == 1
 
@@ -237,7 +233,10 @@ class Google:
         match method, sorted(params):
             case "POST", ["uploads"]:
                 self.uploads["u&1"] = {}
-                return {}, b"<Result xmlns='http://s3'><Bucket>b</Bucket><UploadId>u&amp;1</UploadId></Result>"
+                return (
+                    {},
+                    b"<Result xmlns='http://s3'><Bucket>b</Bucket><UploadId>u&amp;1</UploadId></Result>",
+                )
             case "PUT", ["partNumber", "uploadId"]:
                 self.uploads[upload_id][params["partNumber"]] = data
                 return {"ETag": f'"{params["partNumber"]}"'}, b""

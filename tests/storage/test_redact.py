@@ -11,6 +11,7 @@ from engine.errors import HoldfastError
 from engine.storage.open import open_storage
 from engine.storage.redact import Redactor, redact_options, redact_uri
 from engine.storage.remote import FsspecStorage
+from tests.storage.buffers import source
 
 SECRET = "hunter2/AND+more"
 
@@ -107,7 +108,7 @@ def test_nothing_of_an_error_shows_the_secret(
         lambda: storage.exists("x"),
         lambda: storage.read_bytes("x", max_bytes=1),
         lambda: storage.publish("x", b"", exclusive=True),
-        lambda: storage.write_shard("x", memoryview(b""), 0),
+        lambda: storage.write_shard("x", source(b"")),
     ):
         with pytest.raises(HoldfastError) as raised:
             use()

@@ -30,7 +30,7 @@ from engine.storage import ranged
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ TRANSIENT = (ConnectionResetError("reset"), TimeoutError("slow"), OSError(16, "5
         ("pipe_file", lambda s: s.write_file("b", b"1")),
         ("pipe_file", lambda s: s.publish("b", b"1", exclusive=False)),
         ("pipe_file", lambda s: s.publish("b", b"1", exclusive=True)),
-        ("pipe_file", lambda s: s.write_shard("b", padded(b"1"), 1)),
+        ("pipe_file", lambda s: s.write_shard("b", source(b"1"))),
         ("rm_file", lambda s: s.delete_file("a")),
         ("rm", lambda s: s.delete_tree("step")),
     ],
@@ -133,9 +133,7 @@ def test_exclusive_publish_that_another_won_during_an_outage(
     assert storage.read_bytes("manifest.json", max_bytes=10) == b"theirs"
 
 
-def test_store_that_ignores_the_precondition(
-    storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_that_ignores_the_precondition(storage: FsspecStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     real = storage._fs.pipe_file
     monkeypatch.setattr(storage._fs, "pipe_file", lambda path, data, mode="": real(path, data))
     assert storage.supports_exclusive_create is False
@@ -242,7 +240,7 @@ def test_upload_that_arrives_short_is_removed(
     real = storage._fs.pipe_file
     monkeypatch.setattr(storage._fs, "pipe_file", lambda path, data: real(path, data[:-1]))
     with pytest.raises(StorageError, match="of 5000 bytes 4999 arrived"):
-        storage.write_shard("shard", padded(b"x" * 5000), 5000)
+        storage.write_shard("shard", source(b"x" * 5000))
     assert not storage.exists("shard")
 
 
@@ -384,7 +382,7 @@ class TestRealDirectoriesBehindAProtocol:
         def look(begin: int, end: int) -> None:
             seen.append([file.name for file in (tmp_path / "run").iterdir()])
 
-        storage.write_shard("shard", padded(pattern(size)), size, on_window=look)
+        storage.write_shard("shard", source(pattern(size), look))
         assert len(seen) == 3
         assert all(len(names) == 1 and names[0].endswith(".tmp") for names in seen)
         assert (tmp_path / "run/shard").read_bytes() == pattern(size)
@@ -397,7 +395,7 @@ class TestRealDirectoriesBehindAProtocol:
                 raise ValueError("mine")
 
         with pytest.raises(ValueError, match="mine"):
-            storage.write_shard("shard", padded(pattern(size)), size, on_window=fail)
+            storage.write_shard("shard", source(pattern(size), fail))
         assert storage.list_tree() == {"": {}}
 
     def test_delete_tree(self, storage: FsspecStorage) -> None:

@@ -9,9 +9,11 @@ from os import PathLike
 
 import pytest
 
-from engine.storage.base import OnWindow, WriteStats
+from engine.storage.base import WriteStats
 from engine.storage.local import LocalStorage
+from engine.storage.source import Source
 from engine.storage.system import System
+from tests.support.sources import Hooked
 
 DEADLINE_SECS = 60.0
 """For what must happen; a test that reaches it has failed."""
@@ -37,25 +39,12 @@ class ControlledStorage(LocalStorage):
         self.written: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
+    def write_shard(self, path: str, source: Source) -> WriteStats:
         self.calls["write_shard"] += 1
         self.writing.set()
         assert self.gate.wait(DEADLINE_SECS), "the test never opened the gate"
 
-        def on_any_window(begin: int, end: int) -> None:
-            if on_window is not None:
-                on_window(begin, end)
-            self.broken(path)
-
-        stats = super().write_shard(path, padded, file_bytes, on_window=on_any_window, cancel=cancel)
+        stats = super().write_shard(path, Hooked(source, lambda begin, end: self.broken(path)))
         self.written[path.rpartition("/")[2]] += stats.bytes
         return stats
 

@@ -9,14 +9,14 @@ import pytest
 
 from bench.mirror import Report, Slow, main
 from engine.storage.base import WINDOW_BYTES
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 
 
 def test_a_slow_line_waits_for_every_byte(tmp_path: Path) -> None:
     waits: list[float] = []
     size = 2 * WINDOW_BYTES + 1000
     slow = Slow(tmp_path, 5e6, waits.append)
-    slow.write_shard("shard", padded(pattern(size)), size)
+    slow.write_shard("shard", source(pattern(size)))
     assert sum(waits) == pytest.approx(size / 5e6)
     assert (tmp_path / "shard").read_bytes() == pattern(size)
 

@@ -13,8 +13,9 @@ import torch
 from engine import Checkpointer
 from engine.errors import SaveFailedError
 from engine.save import staging_copy as copy_module
-from engine.storage.base import OnWindow, WriteStats
+from engine.storage.base import WriteStats
 from engine.storage.local import LocalStorage
+from engine.storage.source import Source
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.damage import flip_byte
 from tests.support.training import model, train
@@ -110,16 +111,8 @@ def test_a_weight_changed_by_another_thread_is_named(tmp_path: Path, monkeypatch
 class Careless(LocalStorage):
     """Reports success, and has changed a byte."""
 
-    def write_shard(
-        self,
-        path: str,
-        padded: memoryview,
-        file_bytes: int,
-        *,
-        on_window: OnWindow | None = None,
-        cancel: threading.Event | None = None,
-    ) -> WriteStats:
-        stats = super().write_shard(path, padded, file_bytes, on_window=on_window, cancel=cancel)
+    def write_shard(self, path: str, source: Source) -> WriteStats:
+        stats = super().write_shard(path, source)
         flip_byte(Path(self.root) / path)
         return stats
 

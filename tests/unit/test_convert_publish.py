@@ -21,14 +21,14 @@ def test_a_file_that_is_gone_by_the_commit_allows_none(
 ) -> None:
     """A storage that reports success and loses a file; what is left of the attempt goes, too."""
     torch.save({"model": {"w": torch.ones(4, 4)}}, tmp_path / "w.pt")
-    real = publish._write
+    real = publish.write_rank
 
-    def loses(storage: Any, attempt: str, *args: Any) -> Any:
-        receipt = real(storage, attempt, *args)
+    def loses(storage: Any, attempt: str, *args: Any, **more: Any) -> Any:
+        receipt = real(storage, attempt, *args, **more)
         storage.delete_file(f"{attempt}/{lost}")
         return receipt
 
-    monkeypatch.setattr(publish, "_write", loses)
+    monkeypatch.setattr(publish, "write_rank", loses)
     monkeypatch.setattr(publish, "CONFIRM_SECS", 0.0)
     with pytest.raises(SaveFailedError, match=f"wrote {lost} with .* rank 0 does not see it"):
         import_checkpoint(str(tmp_path / "w.pt"), str(tmp_path / "run"))

@@ -22,6 +22,7 @@ from engine.mirror.uploader import Mirror, at_most, no_limit
 from engine.save.run_directory import close_mirror
 from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
+from engine.storage.source import Source
 from tests.support.controlled import DEADLINE_SECS
 from tests.support.tiers import KINDS, Desk, change_byte, second_storage, steps_in
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -411,10 +412,10 @@ class Held(LocalStorage):
         super().__init__(root)
         self.inside, self.go = threading.Event(), threading.Event()
 
-    def write_shard(self, path: str, padded: memoryview, file_bytes: int, **more: Any) -> Any:
+    def write_shard(self, path: str, source: Source) -> Any:
         self.inside.set()
         assert self.go.wait(DEADLINE_SECS)
-        return super().write_shard(path, padded, file_bytes, **more)
+        return super().write_shard(path, source)
 
 
 def test_when_the_time_is_up_the_copy_is_broken_off(

@@ -10,8 +10,9 @@ import pytest
 from engine.format.layout import plan_files
 from engine.save import write
 from engine.save.filling import Filling
+from engine.save.staged import staged_files
 from engine.save.staging_buffer import Arena
-from engine.storage import direct
+from engine.storage import shard_writer
 from engine.storage.local import LocalStorage
 from tests.support.boxes import whole
 from tests.support.controlled import DEADLINE_SECS
@@ -31,14 +32,13 @@ class Noting(Filling):
 
 def test_writing_begins_with_half_of_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Earlier it would hold up the copy, for which training waits; later the disk would wait for the copy."""
-    windows = direct.windows
-    monkeypatch.setattr(direct, "windows", lambda total_bytes: windows(total_bytes, 8192))
+    monkeypatch.setattr(shard_writer, "WINDOW_BYTES", 8192)
     arena = Arena(plan_files(0, [whole("a", 20_000)]), pin=False)
     arena.wait_ready()
     half, filling = arena.file_bytes // 2, Noting()
     written = threading.Thread(
         target=write.write_rank,
-        args=(LocalStorage(tmp_path), "step-00000001-00000000", arena, filling),
+        args=(LocalStorage(tmp_path), "step-00000001-00000000", staged_files(arena, filling)),
         kwargs={"rank": 0, "world_size": 1, "local": {}, "secs": {}},
     )
     written.start()
