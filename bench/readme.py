@@ -1,6 +1,6 @@
-"""`python -m bench.readme`: puts the figures of a committed result into the project's README.
+"""`python -m bench.readme`: writes the figures of a committed result into the project's README.
 
-Nobody types a figure: the part between two marks is made from the result, and a test compares them.
+Nobody types a figure: the part between two marks is generated, and a test compares it with the result.
 """
 
 from __future__ import annotations
@@ -8,23 +8,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.modes.registry import HOLDFAST, REFERENCE
-from bench.report import Report, read
-from bench.summary import Spread, ratio
-from bench.table import NOT_FLUSHED, markdown, times
+from bench.cases.modes.registry import HOLDFAST, SAVE_REFERENCE
+from bench.cases.save.report import NOT_FLUSHED, SaveReport, by_loss, read
+from bench.harness.launch import ROOT
+from bench.harness.records import Spread, ratio
+from bench.harness.report import markdown, times
 
-ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULT = Path("bench/results/gpt2-1-rank.json")
 BEGIN = "<!-- from bench/results by python -m bench.readme -->"
 END = "<!-- end -->"
 
 
-def section(report: Report, result: Path) -> str:
-    """One picture, one table, and where they come from."""
+def section(report: SaveReport, result: Path) -> str:
+    """The picture, the table, and where they come from."""
     summary = report.summary()
-    rows = sorted(summary.rows.values(), key=lambda row: row.lost.middle if row.lost else float("inf"))
-    reference = summary.rows.get(REFERENCE)
+    reference = summary.rows.get(SAVE_REFERENCE)
     lines = [
         [
             f"**{row.name}**" if row.name == HOLDFAST else row.name,
@@ -34,9 +33,9 @@ def section(report: Report, result: Path) -> str:
             _middle(row.stored_training) + ("" if report.facts[row.name].durable else f" {NOT_FLUSHED}"),
             _middle(row.cpu),
         ]
-        for row in rows
+        for row in by_loss(summary)
     ]
-    header = ["s per save", "training lost", f"x {REFERENCE}", "blocked", "complete after", "CPU"]
+    header = ["s per save", "training lost", f"x {SAVE_REFERENCE}", "blocked", "complete after", "CPU"]
     state, provenance = report.state, report.provenance
     floors = f"copy {_middle(summary.copy_floor, 3)} s, raw write and fsync {_middle(summary.write_floor)} s"
     if summary.raw_lost:

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
-from bench.modes.base import Durability, Mode, Save
-from bench.modes.fsynced import checkpoint_entries, flush_tree, save_and_flush, wants_flush
-from bench.modes.registry import FLUSHED, HOLDFAST, MODES, REFERENCE, choose, load, mode_of
-from bench.ranks import describe
+from bench.cases.modes.base import Mode, Save
+from bench.cases.modes.fsynced import checkpoint_entries, flush_tree, save_and_flush
+from bench.cases.modes.registry import HOLDFAST, LOADS, SAVE_REFERENCE, SAVES, mode_class
+from bench.cases.save.program import parse
+from bench.harness.ranks import describe
 
 
 class Recording(Mode):
     """A mode whose save ends when the test says so."""
 
     name = "recording"
-    durability = Durability.NOTHING
+    flushes = False
 
     def __init__(self, directory: Path, rank: int = 0) -> None:
         context: Any = SimpleNamespace(directory=directory, rank=rank, timeout_secs=5.0)
@@ -117,21 +118,23 @@ def test_files_are_flushed_before_the_directories_that_name_them(
 
 
 def test_modes_are_chosen_in_the_order_of_the_tables() -> None:
-    assert choose([HOLDFAST, "none", "torch.save"]) == ("torch.save", HOLDFAST)
-    assert choose(list(MODES)) == MODES
-    assert REFERENCE in MODES
-    with pytest.raises(ValueError, match="no mode is called dcp"):
-        choose(["dcp"])
+    assert parse(["--modes", HOLDFAST, "none", "torch.save"]).modes == ("torch.save", HOLDFAST)
+    assert parse([]).modes == SAVES
+    assert SAVE_REFERENCE in SAVES
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODES if name not in ("torch_checkpointing", "torchsnapshot")]
+    "name", [name for name in SAVES if name not in ("torch_checkpointing", "torchsnapshot")]
 )
 def test_every_mode_can_be_loaded_under_its_own_name(name: str) -> None:
-    mode = load(name)
+    mode = mode_class(name)
     assert mode.name == name
-    assert mode_of(name + FLUSHED) == mode_of(name) == name
-    assert wants_flush(mode) == (name == "torch.save")
+    assert mode.flushes == (name != "torch.save")
+
+
+@pytest.mark.parametrize("name", [name for name in LOADS if name != "torch_checkpointing"])
+def test_every_row_that_restores_has_a_mode_that_can(name: str) -> None:
+    assert mode_class(name).load is not Mode.load
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,21 @@ from collections import Counter
 
 import pytest
 
-from bench.plan import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES, WindowLength, order_of
+from bench.cases.save.session import (
+    COPY_PASSES,
+    NONE_WINDOWS,
+    RAW_WINDOWS,
+    WRITE_PASSES,
+    items_of,
+)
+from bench.cases.save.window import WindowLength
+from bench.harness.records import shuffled
 
 ROWS = ["torch.save", "dcp.async_save", "holdfast"]
 
 
 def test_a_repeat_measures_everything() -> None:
-    counts = Counter((item.kind, item.row) for item in order_of(ROWS, 0, 1))
+    counts = Counter(items_of(ROWS))
     assert counts == {
         ("window", "none"): NONE_WINDOWS,
         ("floor", "copy"): COPY_PASSES,
@@ -23,10 +31,12 @@ def test_a_repeat_measures_everything() -> None:
 
 
 def test_every_repeat_has_its_own_order_and_every_rank_the_same() -> None:
-    orders = [[(item.kind, item.row) for item in order_of(ROWS, repeat, 1)] for repeat in range(4)]
+    items = items_of(ROWS)
+    orders = [shuffled(items, 1, repeat) for repeat in range(4)]
     assert len({tuple(order) for order in orders}) == 4
-    assert order_of(ROWS, 2, 1) == order_of(ROWS, 2, 1)
-    assert order_of(ROWS, 2, 1) != order_of(ROWS, 2, 5)
+    assert all(Counter(order) == Counter(items) for order in orders)
+    assert shuffled(items, 1, 2) == orders[2]
+    assert shuffled(items, 5, 2) != orders[2]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from bench import listing, mirror, remote, small_tensors
+from bench.cases import listing, mirror, small_tensors
+from bench.cases.remote import program as remote
 
 Main = Callable[[Sequence[str]], int]
 
@@ -20,8 +21,8 @@ Main = Callable[[Sequence[str]], int]
         (small_tensors.main, ["--bytes", "3"], "argument --bytes: 3 given, but it must be at least 4"),
         (small_tensors.main, ["--tensors", "many"], "argument --tensors: 'many' is not a whole number"),
         (mirror.main, ["--saves", "0"], "argument --saves: 0 given"),
-        (mirror.main, ["--mb_per_sec", "0"], "--mb_per_sec is 0, but must be above 0"),
-        (mirror.main, ["--mb_per_sec", "nan"], "--mb_per_sec is nan, but must be above 0"),
+        (mirror.main, ["--mb_per_sec", "0"], "argument --mb_per_sec: 0 given, but it must be above 0"),
+        (mirror.main, ["--mb_per_sec", "nan"], "argument --mb_per_sec: nan given, but it must be above 0"),
         (remote.main, ["--uri", "s3://bucket/x", "--repeats", "0"], "argument --repeats: 0 given"),
     ],
 )

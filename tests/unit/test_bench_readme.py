@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench.readme import BEGIN, END, README, RESULT, ROOT, embed, section
-from bench.report import read
+from bench.cases.save.report import read
+from bench.harness.launch import ROOT
+from bench.readme import BEGIN, END, README, RESULT, embed, section
 
 
 def test_the_readme_has_the_committed_figures() -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.remote import main
-from bench.remoting.report import Figures, Report, read
-from bench.remoting.rows import ROWS
+from bench.cases.remote.program import main
+from bench.cases.remote.report import Figures, RemoteReport, read
+from bench.cases.remote.rows import ROWS
+from bench.harness.records import paired_ratio
 
 MB = 1_000_000
 
 
-def report(*rows: Figures) -> Report:
-    return Report({"git": {}}, 256 * MB, list(rows))
+def report(*rows: Figures) -> RemoteReport:
+    return RemoteReport({"git": {}}, {}, 256 * MB, list(rows))
 
 
 def upload(name: str, peer: str, secs: list[float], above_mb: int = 10) -> Figures:
@@ -25,28 +26,28 @@ def test_ratios_compare_within_a_repeat() -> None:
     """The machine was three times slower in the second repeat; the ratio does not see it."""
     own, other = upload("own", "", [1.0, 3.0, 1.0]), upload("other", "obstore", [2.0, 6.0, 2.0])
     made = report(own, other)
-    assert made.against(own, other) == 2.0
+    assert paired_ratio(other.secs, own.secs) == 2.0
     assert made.best("obstore", "upload") is other
     assert made.best("s3fs", "upload") is None
     assert own.mb_per_sec(256 * MB) == 256.0
 
 
 @pytest.mark.parametrize(
-    ("secs", "above_mb", "marks"),
+    ("secs", "above_mb", "reached"),
     [
-        (1.0, 10, ["holds", "holds"]),
-        (1.11, 67, ["holds", "holds"]),
-        (1.12, 68, ["MISSED", "MISSED"]),
+        (1.0, 10, [True, True]),
+        (1.11, 67, [True, True]),
+        (1.12, 68, [False, False]),
     ],
 )
-def test_bars(secs: float, above_mb: int, marks: list[str]) -> None:
+def test_bars(secs: float, above_mb: int, reached: list[bool]) -> None:
     made = report(
         upload("Holdfast", "", [secs], above_mb),
         upload("slower way", "obstore", [5.0]),
         upload("faster way", "obstore", [1.0]),
     )
-    assert [line.split()[0] for line in made.verdicts()] == marks
-    assert f"{1 / secs:.2f} x of obstore's own" in made.verdicts()[0]
+    assert [verdict.reached for verdict in made.verdicts()] == reached
+    assert made.verdicts()[0].value == pytest.approx(1 / secs)
 
 
 def test_a_row_that_failed_shows_why_and_counts_for_nothing() -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.options import parse
-from bench.provenance import collect, file_system, git_state
-from bench.records import Failure, Floor, Growth, IdleSave, Measurements, Memory, TrainingWindow
-from bench.report import Report, read
-from bench.targets import Facts
+from bench.cases.save.bars import Facts
+from bench.cases.save.program import parse
+from bench.cases.save.records import Growth, IdleSave, Measurements, Memory, TrainingWindow
+from bench.cases.save.report import SaveReport, bars, read
+from bench.harness.floors import Floor
+from bench.harness.provenance import collect, file_system, git_state
+from bench.harness.records import Failure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +45,7 @@ def test_the_file_system_of_a_path(path: str, kind: str, device: str) -> None:
 
 
 def test_provenance_says_what_a_result_was_made_with(tmp_path: Path) -> None:
-    found = collect(tmp_path, "cpu")
+    found = collect(tmp_path)
     assert found["file_system"]["type"] != "unknown"
     assert found["versions"]["torch"]
     assert found["machine"]["cores"] >= 1
@@ -67,7 +69,7 @@ def test_a_changed_tree_is_told(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"revision": clean["revision"], "dirty": True}
 
 
-def report() -> Report:
+def report() -> SaveReport:
     windows = [TrainingWindow("none", 0, 4.0, (1.0,) * 4, process_cpu_secs=8.0)]
     for row, lost in (
         ("raw write", 0.1),
@@ -88,7 +90,7 @@ def report() -> Report:
         [Growth("holdfast", 3, 2, 100, 0, (9,))],
         [Failure("torchsnapshot", "opening it", "ImportError")],
     )
-    provenance = collect(ROOT, "cpu")
+    provenance = collect(ROOT)
     state = {
         "name": "gpt2", "ranks": 1, "device": "cpu", "cuda": False, "parameters": 124e6, "tensors": 444,
         "total_bytes": 1.49e9, "rank_bytes": 1.49e9, "rows_per_rank": 1, "seq_len": 64,
@@ -99,7 +101,7 @@ def report() -> Report:
         "dcp.async_save": Facts(True, True),
         "holdfast": Facts(True, True),
     }
-    return Report(provenance, {"repeats": 1}, state, facts, measured)
+    return SaveReport(provenance, {"repeats": 1}, state, facts, measured)
 
 
 def test_a_report_survives_its_file(tmp_path: Path) -> None:
@@ -120,15 +122,11 @@ def test_another_version_of_the_document_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_picture_orders_by_what_matters_and_marks_what_is_not_safe(tmp_path: Path) -> None:
-    from bench.plot import bars
-
     lost, stored = bars(report())
-    assert [bar.name for bar in lost] == ["holdfast", "torch.save", "torch.save + fsync", "dcp.async_save"]
-    assert [bar.name for bar in stored if not bar.safe] == ["torch.save"]
+    assert [bar.name for bar in lost] == ["Holdfast", "torch.save", "torch.save + fsync", "dcp.async_save"]
+    assert [bar.name for bar in stored if bar.style == "unsafe"] == ["torch.save"]
     pytest.importorskip("matplotlib")
-    from bench.plot import draw
-
-    draw(report(), tmp_path / "picture.png")
+    report().draw(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -136,9 +134,9 @@ def test_the_picture_orders_by_what_matters_and_marks_what_is_not_safe(tmp_path:
     ("arguments", "message"),
     [
         (["--state", "gpt3"], "neither one of"),
-        (["--modes", "dcp"], "no mode is called dcp"),
-        (["--nproc", "0"], "--nproc is 0"),
-        (["--repeats", "0"], "--repeats is 0"),
+        (["--modes", "dcp"], "invalid choice: 'dcp'"),
+        (["--nproc", "0"], "--nproc: 0 given"),
+        (["--repeats", "0"], "--repeats: 0 given"),
         (["--nproc", "3", "--dp_replicate", "2"], "does not divide"),
         (["--growth_saves", "1"], "shows no growth"),
     ],

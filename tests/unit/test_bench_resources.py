@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.resources import (
+from bench.harness.resources import (
     CpuMeter,
     CpuReading,
     PeakMemory,
@@ -115,7 +115,7 @@ def test_the_peak_is_noticed_although_it_is_gone() -> None:
 
 FREED_BETWEEN = """
 import ctypes, sys
-from bench.resources import mapped_blocks, memory_bytes, settle_memory
+from bench.harness.resources import mapped_blocks, memory_bytes, settle_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

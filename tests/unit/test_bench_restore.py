@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench.records import Failure
-from bench.restoring.options import parse
-from bench.restoring.plot import bars
-from bench.restoring.raw import RawRead, drop, warm
-from bench.restoring.records import CACHES, FLOORS, Case, Load, Measured, order_of, verdicts
-from bench.restoring.registry import HOLDFAST, REFERENCE, ROWS, STOCK_READER, TORCH_LOAD
-from bench.restoring.report import Report, read
-from bench.restoring.rows import CLASSES
-from bench.restoring.session import Session
+from bench.cases.modes.registry import HOLDFAST, LOADS, mode_class
+from bench.cases.modes.registry import LOAD_REFERENCE as REFERENCE
+from bench.cases.restore.program import parse
+from bench.cases.restore.records import CACHES, FLOORS, Case, Load, Measured, items_of, verdicts
+from bench.cases.restore.report import RestoreReport, bars, read
+from bench.cases.restore.session import RestoreSession
+from bench.harness.raw_read import RawRead, drop, warm
+from bench.harness.records import Failure, shuffled
 from engine.run.setup import World
 from model.config import GPT2Config
 
+STOCK_READER, TORCH_LOAD = "HuggingFaceStorageReader", "torch.load"
 TINY = GPT2Config(n_layer=1, n_head=1, n_embd=32, vocab_size=64, block_size=64)
 PROVENANCE: dict[str, Any] = {
     "git": {"revision": "0" * 40, "dirty": False},
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 def test_flags_have_defaults_and_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     options = parse([])
     assert options.cases == (Case(1, 1), Case(2, 4))
-    assert options.rows == ROWS == tuple(CLASSES)
+    assert options.rows == LOADS
     assert parse(["--rows", TORCH_LOAD, HOLDFAST]).rows == (HOLDFAST, TORCH_LOAD)
     for wrong in (
         ["--cases", "2"],
@@ -59,10 +59,11 @@ def test_flags_have_defaults_and_are_checked(capsys: pytest.CaptureFixture[str])
 
 
 def test_everything_is_measured_cold_and_warm_in_an_order_of_its_own() -> None:
-    first = order_of([HOLDFAST, REFERENCE], 0, 1)
+    items = items_of([HOLDFAST, REFERENCE])
+    first = shuffled(items, 1, 0)
     assert sorted(first) == sorted((row, cache) for row in (HOLDFAST, REFERENCE, *FLOORS) for cache in CACHES)
-    assert first == order_of([HOLDFAST, REFERENCE], 0, 1)
-    assert first != order_of([HOLDFAST, REFERENCE], 1, 1)
+    assert first == shuffled(items, 1, 0)
+    assert first != shuffled(items, 1, 1)
 
 
 def measured(ours: float, *, asked: int = 1050, memory: int = 256_000_000) -> Measured:
@@ -109,13 +110,14 @@ def test_what_was_not_measured_is_not_judged() -> None:
 def test_a_report_survives_the_disk_and_shows_everything(tmp_path: Path) -> None:
     case = measured(0.9)
     case.failures.append(Failure(STOCK_READER, "restoring", "ValueError: no"))
-    report = Report(PROVENANCE, {"state": "gpt2"}, [case])
+    report = RestoreReport(PROVENANCE, {"state": "gpt2"}, [case])
     report.write(tmp_path / "deep" / "result.json")
     again = read(tmp_path / "deep" / "result.json")
     assert again.text() == report.text()
     for text in ("Saved by 2 rank(s), restored by 4", "0.900 (0.450 - 2.700)", "ValueError: no", "reached"):
         assert text in again.text()
-    assert [row for row, _ in bars(case, "warm")] == [FLOORS[1], HOLDFAST, FLOORS[0], REFERENCE]
+    names = [bar.name for bar in bars(case, "warm")]
+    assert names == [FLOORS[1], "Holdfast, verified", FLOORS[0], REFERENCE]
     (tmp_path / "old").write_text('{"version": 0}')
     with pytest.raises(ValueError, match="version 0"):
         read(tmp_path / "old")
@@ -149,9 +151,9 @@ def test_a_floor_that_did_not_read_everything_is_none(tmp_path: Path, threads: i
 
 def test_a_real_run(tmp_path: Path) -> None:
     rows = (HOLDFAST, REFERENCE, STOCK_READER, TORCH_LOAD)
-    saving = Session(TINY, World(), torch.device("cpu"), tmp_path, seed=1)
+    saving = RestoreSession(TINY, World(), torch.device("cpu"), tmp_path, seed=1)
     assert saving.save(rows) == []
-    loading = Session(TINY, World(), torch.device("cpu"), tmp_path, seed=2)
+    loading = RestoreSession(TINY, World(), torch.device("cpu"), tmp_path, seed=2)
     found = loading.measure(Case(1, 1), rows, repeats=1)
     assert found.failures == []
     assert sorted(found.rows()) == sorted((*rows, *FLOORS))
@@ -164,9 +166,9 @@ def test_a_real_run(tmp_path: Path) -> None:
 def test_a_row_that_restores_something_else_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(TINY, World(), torch.device("cpu"), tmp_path, seed=1)
+    session = RestoreSession(TINY, World(), torch.device("cpu"), tmp_path, seed=1)
     session.save([HOLDFAST, REFERENCE])
-    monkeypatch.setattr(CLASSES[REFERENCE], "load", lambda row: None)
+    monkeypatch.setattr(mode_class(REFERENCE), "load", lambda row: None)
     found = session.measure(Case(1, 1), [HOLDFAST, REFERENCE], repeats=1)
     (failure,) = found.failures
     assert failure.row == REFERENCE

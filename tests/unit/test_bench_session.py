@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-import bench.session
-import bench.window
-from bench.floors import Floors, state_tensors
-from bench.modes.base import Mode, Save
-from bench.modes.registry import load
-from bench.options import parse
-from bench.plan import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES
-from bench.session import Session
-from bench.summary import summarise
-from bench.training import Training, build_job
+from bench.cases.modes.base import Mode, Save
+from bench.cases.modes.registry import mode_class
+from bench.cases.save import session as save_session
+from bench.cases.save import window
+from bench.cases.save.figures import summarise
+from bench.cases.save.program import parse
+from bench.cases.save.session import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES, SaveSession
+from bench.harness.floors import Floors, state_tensors
+from bench.harness.training import Training, build_job
 from engine.run.config import TrainConfig
 from engine.run.job import build_job as build_trainer_job
 from engine.run.setup import World
@@ -114,16 +113,17 @@ def test_a_run_measures_every_mode_and_outlives_a_broken_one(
     def load_or_break(name: str) -> Any:
         if name == "torch_checkpointing":
             raise ImportError("there is no such module")
-        return Breaking if name == "torchsnapshot" else load(name)
+        return Breaking if name == "torchsnapshot" else mode_class(name)
 
-    monkeypatch.setattr(bench.session, "load", load_or_break)
+    monkeypatch.setattr(save_session, "mode_class", load_or_break)
     # It waits for whatever else writes to this disk, too.
-    monkeypatch.setattr(bench.window, "sync_file_system", lambda directory: None)
+    monkeypatch.setattr(window, "sync_file_system", lambda directory: None)
     modes = ["torch.save", "dcp.async_save", "torch_checkpointing", "torchsnapshot", "holdfast"]
     flags = ["--state", "1M", "--repeats", "2", "--steps", "2", "--step_secs", "0.001", "--growth_saves", "3"]
     options = parse([*flags, "--growth_state", "1M", "--modes", *modes])
-    session = Session(options, World(), CPU, tmp_path)
-    measured = session.run()
+    session = SaveSession(options, World(), CPU, tmp_path)
+    session.run()
+    measured = session.measured
 
     rows = ["torch.save", "torch.save + fsync", "dcp.async_save", "holdfast"]
     assert [row for row in session.facts if row in rows] == rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.sizes import batch_shape, config_of, fit_tokens, parameter_count, parse_state, share_of
+from bench.harness.sizes import batch_shape, config_of, fit_tokens, parameter_count, parse_state, share_of
 from model.config import PRESETS, GPT2Config
 from model.gpt2 import GPT2
 

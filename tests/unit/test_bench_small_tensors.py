@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.small_tensors import Result, main
+from bench.cases.small_tensors import SmallTensorsReport, main
 
 
 def test_the_bars() -> None:
-    result = Result(1000, 4096, {}, save_secs=[0.03, 0.05, 0.04], copy_secs=[0.015], look_secs=[0.0009])
-    assert result.limit_secs == pytest.approx(0.040)
-    assert result.text().count("reached") == 2
-    result.save_secs, result.look_secs = [0.041], [0.0011]
-    assert result.text().count("MISSED") == 2
+    secs = {"save_secs": [0.03, 0.05, 0.04], "copy_secs": [0.015], "look_secs": [0.0009]}
+    report = SmallTensorsReport({}, {"tensors": 1000, "bytes": 4096, "repeats": 3}, {}, secs)
+    assert report.limit_secs == pytest.approx(0.040)
+    assert report.text().count("reached") == 2
+    secs |= {"save_secs": [0.041], "look_secs": [0.0011]}
+    assert report.text().count("MISSED") == 2
 
 
 def test_a_small_run_measures_everything_and_leaves_nothing(
@@ -24,7 +25,7 @@ def test_a_small_run_measures_everything_and_leaves_nothing(
     out = tmp_path / "out.json"
     flags = ["--tensors", "20", "--bytes", "64", "--repeats", "3", "--dir", str(tmp_path / "runs")]
     assert main([*flags, "--json", str(out)]) == 0
-    assert "20 tensors of 64 bytes, medians of 3" in capsys.readouterr().out
+    assert "20 tensors of 64 bytes; medians (lowest - highest) of 3" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert [len(document[f"{name}_secs"]) for name in ("save", "copy", "look")] == [3, 3, 3]
     assert document["provenance"]["git"]["revision"]

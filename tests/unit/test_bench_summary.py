@@ -6,20 +6,10 @@ import dataclasses
 
 import pytest
 
-from bench.records import (
-    Floor,
-    Growth,
-    IdleSave,
-    Measurements,
-    Memory,
-    TrainingWindow,
-    hungriest,
-    merge_growth,
-    merge_idle,
-    merge_windows,
-    slowest_floor,
-)
-from bench.summary import Spread, balance, growth_share, inflation, lost_secs, none_steps, ratio, summarise
+from bench.cases.save.figures import baselines, inflation, lost_secs, summarise
+from bench.cases.save.records import Growth, IdleSave, Measurements, Memory, TrainingWindow
+from bench.harness.floors import Floor
+from bench.harness.records import Spread, merge, ratio
 
 
 def window(row: str, repeat: int, steps: list[float], **more: object) -> TrainingWindow:
@@ -46,7 +36,8 @@ MEASURED = Measurements(
 
 
 def test_the_reference_is_the_mean_step_of_the_same_repeat() -> None:
-    assert none_steps(MEASURED.windows) == pytest.approx({0: 1.1, 1: 2.0})
+    base = baselines(MEASURED.windows)
+    assert {repeat: step.secs for repeat, step in base.items()} == pytest.approx({0: 1.1, 1: 2.0})
 
 
 def test_figures_of_a_row() -> None:
@@ -120,7 +111,7 @@ def test_lost_time_scales_with_the_steps_of_the_window() -> None:
 def test_windows_of_ranks_become_one() -> None:
     first = window("x", 0, [1.0, 2.0], save_secs=0.1, stored_secs=3.0, cpu_secs=1.0, written_bytes=(5,))
     second = window("x", 0, [1.5, 1.0], save_secs=0.3, stored_secs=2.0, cpu_secs=2.0, written_bytes=(7,))
-    merged = merge_windows([first, dataclasses.replace(second, gate_secs=0.4)])
+    merged = merge([first, dataclasses.replace(second, gate_secs=0.4)])
     assert merged.step_secs == (1.5, 2.0)
     assert (merged.save_secs, merged.gate_secs, merged.stored_secs) == (0.3, 0.4, 3.0)
     assert merged.blocked_secs == pytest.approx(0.7)
@@ -128,20 +119,18 @@ def test_windows_of_ranks_become_one() -> None:
 
 
 def test_other_records_of_ranks_become_one() -> None:
-    idle = merge_idle([IdleSave("x", 0, 0.1, 0.9, 1.0), IdleSave("x", 0, 0.2, 0.5, 2.0)])
+    idle = merge([IdleSave("x", 0, 0.1, 0.9, 1.0), IdleSave("x", 0, 0.2, 0.5, 2.0)])
     assert (idle.save_secs, idle.stored_secs, idle.cpu_secs) == (0.2, 0.9, 3.0)
-    growth = merge_growth([Growth("x", 9, 1, 100, 3, (10,)), Growth("x", 9, 1, 100, 8, (30,))])
+    growth = merge([Growth("x", 9, 1, 100, 3, (10,)), Growth("x", 9, 1, 100, 8, (30,))])
     assert (growth.growth_bytes, growth.written_bytes) == (8, (10, 30))
-    assert slowest_floor([Floor("copy", 0, 0.1, 9, ""), Floor("copy", 0, 0.2, 8, "")]).secs == 0.2
-    assert hungriest([Memory("x", 100, 0, 50), Memory("x", 110, 0, 100)]).peak_bytes == 100
+    assert Memory("x", 100, 0, 50).share > Memory("x", 110, 0, 100).share
 
 
 @pytest.mark.parametrize(
     ("written", "expected"), [((10, 30), 1.5), ((20, 20), 1.0), ((20,), None), ((0, 0), None), ((40, 0), 2.0)]
 )
 def test_balance(written: tuple[int, ...], expected: float | None) -> None:
-    assert balance(Growth("x", 10, 2, 100, 0, written)) == expected
-    assert balance(None) is None
+    assert Growth("x", 10, 2, 100, 0, written).balance == expected
 
 
 def test_ratios_and_spreads() -> None:
@@ -150,4 +139,4 @@ def test_ratios_and_spreads() -> None:
     assert ratio(Spread.of([1.0]), Spread.of([4.0])) == 0.25
     assert ratio(Spread.of([1.0]), None) is None
     assert ratio(Spread.of([1.0]), Spread.of([0.0])) is None
-    assert growth_share(MEASURED.growth[0]) == 0.005
+    assert MEASURED.growth[0].share == 0.005

@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 
-from bench.records import Failure, Growth, Memory
-from bench.summary import RowSummary, Spread, Summary
-from bench.table import markdown, render, render_verdicts, times
-from bench.targets import Facts, Verdict, verdicts
+from bench.cases.save.bars import Facts, verdicts
+from bench.cases.save.figures import RowSummary, Summary
+from bench.cases.save.records import Growth, Memory
+from bench.cases.save.report import tables
+from bench.harness.records import Failure, Spread
+from bench.harness.report import Verdict, failure_list, markdown, times, verdict_table
 
 
 def one(value: float) -> Spread:
@@ -100,21 +102,25 @@ def test_bars_on_cuda(stream: float, copied_idle: float, lost: float, reached: l
 
 
 def test_tables_show_every_row_and_mark_what_is_not_flushed() -> None:
-    text = render(summary(), FACTS, [Failure("torchsnapshot", "opening it", "ImportError: no")])
+    text = tables(summary(), FACTS)
     assert text.count("| dcp.async_save ") == 2
     assert "| torch_checkpointing † " in text
     assert "| torch_checkpointing + fsync †" not in text
-    assert "- torchsnapshot, opening it: ImportError: no" in text
     assert "0.30 (0.30 - 0.30)" in text
 
 
+def test_failures_are_listed_with_their_error() -> None:
+    text = failure_list([Failure("torchsnapshot", "opening it", "ImportError: no")])
+    assert "- torchsnapshot, opening it: ImportError: no" in text
+
+
 def test_verdicts_are_told_apart() -> None:
-    text = render_verdicts(
+    text = verdict_table(
         [
             Verdict("a", 1.0, 2.0, "x", True),
             Verdict("b", 3.0, 2.0, "s", False, "dcp.save"),
             Verdict("c", None, 2.0, "x", None),
-            Verdict("d", 0.95, 0.9, "x", True, "at least"),
+            Verdict("d", 0.95, 0.9, "x", True, bound="at least"),
         ]
     )
     a, b, c, d = text.splitlines()[2:]

@@ -1,0 +1,1 @@
+"""The benchmarks: what each one runs, its figures and its bars."""

@@ -1,0 +1,1 @@
+"""How fast shards travel to an S3 store and back."""

@@ -1,0 +1,1 @@
+"""What a save costs a training loop."""

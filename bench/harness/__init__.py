@@ -1,0 +1,1 @@
+"""What the benchmarks share: command lines, ranks, floors, records, provenance, tables and pictures."""

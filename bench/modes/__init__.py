@@ -1,1 +1,0 @@
-"""The ways to save that are compared: one class each, behind one interface."""
