@@ -77,7 +77,7 @@ class RemoteReport(Report):
         best = self.best("obstore", row.verb)
         return [
             row.name,
-            f"{median(speeds):.0f}",
+            f"{row.mb_per_sec(self.shard_bytes):.0f}",
             f"{min(speeds):.0f}",
             f"{max(speeds):.0f}",
             f"{paired_ratio(best.secs, row.secs):.2f} x" if best else "-",
