@@ -8,27 +8,33 @@ import logging
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from engine import Checkpointer, Retention
 from engine.checkpoints.dispatch import main
-from engine.directory import marks
+from engine.directory import clean_up, marks
 from engine.directory.listing import committed, list_checkpoints, read_manifest
+from engine.directory.reaper import Reaped
 from engine.directory.record import CheckpointRecord
+from engine.directory.retention import Decision, best_first, roles, surplus, unfed
 from engine.directory.retention import Retention as Policy
-from engine.directory.retention import best_first, roles, surplus, unfed
 from engine.directory.selectors import choose, parse_selector
 from engine.errors import ConfigError, DamagedError, SelectorError
 from engine.format.best import DEFAULT, BestRule
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes
 from engine.format.manifest import Manifest
+from engine.lease.lease import Lease
 from engine.restore.choice import choose_checkpoint
+from engine.run import trainer
 from engine.run.config import TrainConfig
 from engine.run.schedule import BestLoss
 from engine.run.start import Restart, find_start
+from engine.storage.base import Storage
 from engine.storage.local import LocalStorage
 from tests.support.records import record
 from tests.support.tiny_checkpoint import rewrite_manifest, write_checkpoint
@@ -94,7 +100,9 @@ def test_the_selector_goes_by_what_the_newest_says_unless_told() -> None:
         choose(stored, parse_selector("best:bleu:max"))
 
 
-@pytest.mark.parametrize("text", ["best:", "best:accuracy", "best:accuracy:up", "best::max", "best:a\nb:max"])
+@pytest.mark.parametrize(
+    "text", ["best:", "best:accuracy", "best:accuracy:up", "best::max", "best:a\nb:max", "best:a\x1bb:max"]
+)
 def test_what_names_no_rule_is_no_selector(text: str) -> None:
     with pytest.raises(SelectorError, match="best:METRIC:max"):
         parse_selector(text)
@@ -118,6 +126,7 @@ def test_a_rule_that_is_none_is_refused(wrong: dict[str, object]) -> None:
         ([record(1, loss=2.0)], Policy(best=3), None),
         ([with_metrics(1, loss=2.0)], Policy(), "lowest 'val_loss'.*available metrics: loss"),
         ([record(1)], Policy(best=3), "lowest 'val_loss'.*no metrics are stored"),
+        ([record(1)], Policy(metric="accuracy"), "lowest 'accuracy'.*no metrics are stored"),
         ([record(1, loss=2.0)], Policy(metric="accuracy", mode="max"), "highest 'accuracy'.*s: val_loss"),
         ([with_metrics(1, accuracy=math.nan)], Policy(metric="accuracy"), "never finite: accuracy"),
         ([with_metrics(1, val_loss=math.nan)], Policy(), "never finite: val_loss"),
@@ -159,11 +168,12 @@ def test_a_rule_in_a_manifest_that_is_none_is_damage(best: object, tmp_path: Pat
 
 
 def accuracies(directory: Path, retention: Retention | None, *values: float) -> list[str]:
-    """One save a value."""
+    """One save a value; the validation loss has another order."""
     ids = []
     with Checkpointer(directory, {"values": {"t": torch.zeros(8)}}, retention=retention) as ckpt:
         for step, value in enumerate(values, start=1):
-            ids.append(ckpt.save(step, metrics={"accuracy": value, "val_loss": value}).result(60.0).id)  # type: ignore[union-attr]
+            metrics = {"accuracy": value, "val_loss": abs(value - 0.72)}
+            ids.append(ckpt.save(step, metrics=metrics).result(60.0).id)  # type: ignore[union-attr]
     return ids
 
 
@@ -190,18 +200,19 @@ def test_the_run_and_everything_outside_it_agree(tmp_path: Path, capsys: pytest.
     assert f"stays     {ids[1]}" in capsys.readouterr().out
     other = ["--best_metric", "val_loss", "--best_mode", "min"]
     assert main(["prune", str(tmp_path), "--rolling", "0", *other]) == 0
-    assert [item.id for item in list_checkpoints(LocalStorage(tmp_path))] == there[2:]
+    left = [item.id for item in list_checkpoints(LocalStorage(tmp_path))]
+    assert left == [ids[2], *there[2:]]
 
 
 def test_a_run_that_says_how_means_its_own_best(tmp_path: Path) -> None:
     """As `--best_metric` does for `--resume best`: what its retention would keep is what it restores."""
     ids = accuracies(tmp_path, Retention(), 0.5, 0.9, 0.7)
     own = Retention(metric="accuracy", mode="max")
-    for retention, best in ((own, ids[1]), (Retention(), ids[0]), (None, ids[0])):
+    for retention, best in ((own, ids[1]), (Retention(), ids[2]), (None, ids[2])):
         state = {"values": {"t": torch.zeros(8)}}
         with Checkpointer(tmp_path, state, retention=retention) as ckpt:
             assert ckpt.restore("best").id == best  # type: ignore[union-attr]
-            assert ckpt.restore("best:val_loss:min").id == ids[0]  # type: ignore[union-attr]
+            assert ckpt.restore("best:val_loss:min").id == ids[2]  # type: ignore[union-attr]
 
 
 def test_pruning_by_a_metric_that_nothing_has_is_said(
@@ -222,6 +233,23 @@ def test_a_metric_that_is_never_fed_is_said_once(tmp_path: Path, caplog: pytest.
     (said,) = [message for message in caplog.messages if "kept as best" in message]
     assert "highest 'f1'" in said
     assert "accuracy, val_loss" in said
+
+
+def test_it_is_said_before_the_first_one_is_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, deleted = LocalStorage(tmp_path), []
+    for n in (1, 2, 3):
+        write_checkpoint(storage, sequence=n, rows=2, metrics={"accuracy": 0.5})
+
+    def reap(storage: Storage, decisions: list[Decision], *, lease: Lease) -> Reaped:
+        deleted.append("kept as best" in caplog.text)
+        return Reaped()
+
+    monkeypatch.setattr(clean_up, "reap", reap)
+    with Lease.acquire(storage, run_id="run") as lease:
+        clean_up.remove_surplus(storage, lease, Retention(rolling=2, metric="f1", mode="max"))
+    assert deleted == [True]
 
 
 def test_and_at_the_end_where_nothing_was_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,3 +308,32 @@ def test_what_improves_goes_by_the_rule() -> None:
     assert not best.improves(0.6)
     best.settle(1, committed=True)
     assert best.committed == 0.7
+
+
+def test_the_trainer_asks_for_its_metric_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of its evaluations: the validation loss improves each time, the training loss does not."""
+    losses = iter([(9.0, 1.0), (8.0, 2.0), (7.0, 0.5)])
+    monkeypatch.setattr(trainer, "evaluate", lambda job, agreement: (loss[0], None))
+    found = []
+    loop: Any = object.__new__(trainer._Loop)
+    loop.job = SimpleNamespace(
+        world=SimpleNamespace(is_first=True), config=TrainConfig(best_metric="train_loss"), device="cpu"
+    )
+    loop.agreement = SimpleNamespace(vote=lambda verdict: SimpleNamespace(total=float(verdict)))
+    best = BestLoss(rule=loop.job.config.best_rule)
+    loop.recorder = SimpleNamespace(improves=best.improves, evaluated=lambda *_, **__: None)
+    for step, loss in enumerate(losses):
+        loop.step = step
+        found.append(loop._evaluate({"train_loss": loss[1]})[1])
+        best.promise(step, loss[1])
+        best.settle(step, committed=True)
+    assert found == [True, False, True]
+
+
+def test_the_trainers_policy_has_its_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(trainer, "Checkpointer", lambda *_, **options: given.update(options))
+    config = TrainConfig(best_metric="train_loss", best_mode="max", keep_checkpoints=3)
+    job: Any = SimpleNamespace(state=dict)
+    trainer._open_checkpointer(config, job, SimpleNamespace(on_event=None), Restart())  # type: ignore[arg-type]
+    assert given["retention"] == Retention(rolling=3, metric="train_loss", mode="max")

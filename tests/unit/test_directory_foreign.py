@@ -14,10 +14,11 @@ from engine import Checkpointer
 from engine.directory import marks
 from engine.directory.clean_up import delete_expired
 from engine.directory.listing import committed, exempt, list_checkpoints
-from engine.directory.reaper import reap, reap_abandoned
+from engine.directory.reaper import delete_attempt, reap, reap_abandoned
 from engine.directory.retention import Decision, Retention, surplus
 from engine.directory.verify import verify_checkpoint
 from engine.errors import NotOursError
+from engine.format.names import lease_name
 from engine.lease.arrivals import QUIET_SECS
 from engine.lease.attempts import is_attempt_of, new_attempt
 from engine.lease.lease import STALE_SECS, Lease
@@ -173,7 +174,10 @@ def test_a_link_of_any_name_to_one_checkpoint_is_read_and_not_marked(tmp_path: P
 def test_what_a_link_beside_it_leads_to_is_not_removed_either(tmp_path: Path) -> None:
     one, *_ = (write_checkpoint(tmp_path, sequence=n, rows=2) for n in (1, 2, 3))
     (tmp_path / "step-00000010-000000aa").symlink_to(one)
-    assert expire_all_but_two(LocalStorage(tmp_path)) == ()
+    storage = LocalStorage(tmp_path)
+    assert expire_all_but_two(storage) == ()
+    with Lease.acquire(storage, run_id="run") as lease:
+        assert not remove_surplus(storage, lease, Retention(rolling=0, best=0, epochs=False))
     (tmp_path / "step-00000010-000000aa").unlink()
     assert expire_all_but_two(LocalStorage(tmp_path)) == (one,)
 
@@ -202,11 +206,13 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     storage.make_dir(f"{one}/eval")
     for name in foreign:
         storage.write_file(f"{one}/{name}", b"precious")
-    caplog.set_level(logging.WARNING, "engine")
+    caplog.set_level(logging.INFO, "engine")
     assert expire_all_but_two(storage) == (one,)
     with Lease.acquire(storage, run_id="run") as lease:
-        for _ in range(2):
-            reap_abandoned(storage, lease=lease, failed_ids={one})
+        for failed in (set(), {one}):
+            reap_abandoned(storage, lease=lease, failed_ids=failed)
+            assert not delete_attempt(storage, one)
+    assert "may be a copy that is still arriving" not in caplog.text, "what is left is nobody's attempt"
     for name in foreign:
         assert storage.read_bytes(f"{one}/{name}", max_bytes=100) == b"precious"
     entries = [entry.name for entry in storage.list_dir(one)]
@@ -310,6 +316,37 @@ def test_a_copy_that_has_just_arrived_is_not_surplus_yet(rounds: int, tmp_path: 
         now[0] += QUIET_SECS
         assert delete_expired(storage, lease, keep)
     assert [record.sequence for record in committed(list_checkpoints(storage))] == [8, 9]
+
+
+def test_what_has_arrived_does_not_arrive_again(tmp_path: Path) -> None:
+    """Putting a mark in it changes the directory, not the checkpoint."""
+    storage, now = LocalStorage(tmp_path), [0.0]
+    with Lease.acquire(storage, run_id="run", clock=lambda: now[0], sleep=lambda _: None) as lease:
+
+        def arriving() -> set[str]:
+            ids = [record.id for record in committed(list_checkpoints(storage))]
+            return lease.arrivals.arriving(storage, ids, lease_name(lease.epoch))
+
+        assert arriving() == set()
+        id = write_checkpoint(storage, sequence=1, rows=2)
+        assert arriving() == {id}
+        now[0] += QUIET_SECS
+        assert arriving() == set()
+        marks.hold(storage, id)
+        assert arriving() == set()
+
+
+def test_one_that_was_deleted_and_is_copied_back_is_a_copy(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "run")
+    one, *_ = (write_checkpoint(storage, sequence=n, rows=2) for n in (1, 2, 3))
+    shutil.copytree(tmp_path / "run" / one, tmp_path / "kept")
+    with Lease.acquire(storage, run_id="run") as lease:
+        assert remove_surplus(storage, lease, Retention(rolling=0, best=0, epochs=False))
+        assert not reap_abandoned(storage, lease=lease).removed
+        (tmp_path / "run" / one).mkdir()
+        shutil.copy(tmp_path / "kept" / "shard-00000.json", tmp_path / "run" / one)
+        assert not reap_abandoned(storage, lease=lease).removed
+    assert (tmp_path / "run" / one / "shard-00000.json").exists()
 
 
 def test_nothing_goes_in_favour_of_copies_that_are_arriving(tmp_path: Path) -> None:

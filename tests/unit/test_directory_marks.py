@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from engine.format.names import DAMAGED, MANIFEST
 from engine.restore.choice import choose_checkpoint
 from engine.restore.restorer import Restorer
 from engine.storage.base import Storage
-from engine.storage.local import LocalStorage
+from engine.storage.local import LocalStorage, _version
 from engine.storage.open import open_storage
 from tests.support.damage import flip_byte
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -51,8 +52,11 @@ def test_a_mark_does_not_hold_for_other_bytes(file: str, storage: Storage) -> No
     marks.mark_damaged(storage, id, "block 3", seen=marks.seen(storage, id))
     assert statuses(storage) == {id: "damaged"}
     marks.hold(storage, id)
+    storage.write_file(f"{id}/manifest.json.0123abcd.tmp", b"half")
+    storage.write_file(f"{id}/NOTES.txt", b"looks bad")
+    assert statuses(storage) == {id: "damaged"}, "what lies beside the data changes nothing"
     marks.release(storage, id)
-    assert statuses(storage) == {id: "damaged"}, "what Holdfast puts beside the data changes nothing"
+    assert statuses(storage) == {id: "damaged"}
     rewrite(storage, f"{id}/{file}")
     assert statuses(storage) == {id: "committed"}
     assert choose_checkpoint(storage, "latest") is not None
@@ -69,6 +73,15 @@ def another_inode(shard: Path) -> None:
     os.replace(shard.with_suffix(".new"), shard)
 
 
+@pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns", "st_ino"])
+def test_each_of_these_alone_tells(field: str) -> None:
+    """Most changes change several of them; a network file system may show some of them late."""
+    before = SimpleNamespace(st_size=1, st_mtime_ns=1, st_ctime_ns=1, st_ino=1)
+    after = SimpleNamespace(**{**vars(before), field: 2})
+    one, two = (SimpleNamespace(stat=lambda follow_symlinks, found=found: found) for found in (before, after))
+    assert _version(one) != _version(two)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("change", [same_size_and_age, another_inode, lambda shard: os.utime(shard, (1, 1))])
 def test_what_tells_that_a_file_was_changed(change: Callable[[Path], None], tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
@@ -76,6 +89,11 @@ def test_what_tells_that_a_file_was_changed(change: Callable[[Path], None], tmp_
     marks.mark_damaged(storage, id, "block 3", seen=marks.seen(storage, id))
     change(tmp_path / id / SHARD)
     assert statuses(storage) == {id: "committed"}
+
+
+def test_a_mark_that_is_gone_does_not_hold(storage: Storage) -> None:
+    """Somebody has taken it away since the listing."""
+    assert not marks.read_mark(storage, write_checkpoint(storage, rows=2)).holds
 
 
 def test_a_mark_that_is_meant_to_hold_holds(storage: Storage) -> None:
@@ -149,6 +167,7 @@ def test_a_copy_that_arrives_after_it_was_tried_is_restored(
     with Checkpointer(tmp_path / "run", state(), read_only=read_only) as ckpt:
         assert ckpt.restore().step == 1  # type: ignore[union-attr]
         assert (tmp_path / "run" / record.id / DAMAGED).exists() is not read_only
+        assert "passing over" not in caplog.text, "it was just said"
         assert ckpt.restore().step == 1  # type: ignore[union-attr]
         shard.write_bytes(raw)
         assert ckpt.restore().step == 2  # type: ignore[union-attr]

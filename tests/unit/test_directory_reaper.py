@@ -98,6 +98,38 @@ def test_a_full_disk_does_not_keep_a_checkpoint_from_being_deleted(tmp_path: Pat
     assert names(tmp_path) == {two, three}
 
 
+def test_what_was_removed_by_halves_on_a_full_disk_goes_with_the_next_round(tmp_path: Path) -> None:
+    """It has no tombstone: who had begun to remove it remembers."""
+
+    class FullAndBusy(LocalStorage):
+        def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
+            raise StorageFullError("no space left")
+
+        def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
+            raise StorageUnavailableError("busy")
+
+    one, two, three = write_many(tmp_path, 3)
+    storage = LocalStorage(tmp_path)
+    lease = take_lease(storage)
+    assert reap(FullAndBusy(tmp_path), decide(storage, 2), lease=lease).failed == ((one, "busy"),)
+    assert reap_abandoned(storage, lease=lease).removed == (one,)
+    assert names(tmp_path) == {two, three}
+
+
+def test_the_second_name_of_a_manifest_goes(tmp_path: Path) -> None:
+    """Publishing leaves it where it is killed between giving the file its name and taking the old one."""
+    storage = LocalStorage(tmp_path)
+    whole = write_checkpoint(tmp_path, sequence=1)
+    left, theirs = (
+        tmp_path / whole / "manifest.json.0123abcd.tmp",
+        tmp_path / whole / "manifest.json.mine.tmp",
+    )
+    left.touch()
+    theirs.touch()
+    assert reap_abandoned(storage, lease=take_lease(storage)).removed == ()
+    assert (left.exists(), theirs.exists()) == (False, True)
+
+
 def test_a_crash_after_the_manifest_leaves_a_partial_one_that_is_cleared_later(tmp_path: Path) -> None:
     one, two, three = (written_by("r", tmp_path, sequence=n) for n in (1, 2, 3))
 
@@ -213,8 +245,10 @@ def test_an_attempt_committed_since_the_listing_stays(tmp_path: Path) -> None:
 
     (tmp_path / "elsewhere").mkdir()
     lease = take_lease(LocalStorage(tmp_path / "elsewhere"))
-    assert reap_abandoned(CommitsMeanwhile(tmp_path), lease=lease).removed == ()
+    storage = CommitsMeanwhile(tmp_path)
+    assert reap_abandoned(storage, lease=lease, failed_ids={attempt}).removed == ()
     assert attempt in names(tmp_path)
+    assert (tmp_path / attempt / "shard-00000.safetensors").exists()
 
 
 def test_a_failed_attempt_goes_unless_it_was_committed_after_all(tmp_path: Path) -> None:
