@@ -73,6 +73,7 @@ for argv in (("list",), ("show",), ("verify",), ("prune", "--dry_run"), ("selfte
 run("hold", again)
 run("release", again)
 run("copy", again, "copied")
+run("--checkpoint_dir", "saved", "--dry_run", program="engine.resume")
 run("--from", again, "--max_new_tokens", "2", "--device", "cpu", program="engine.generate")
 print("fine")
 """

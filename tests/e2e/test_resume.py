@@ -14,7 +14,7 @@ import pytest
 from data.loader import TokenLoader
 from demo.job import torchrun
 from engine.format.forms import without_order
-from engine.resume import FORWARDED
+from engine.resume.launcher import FORWARDED
 from tests.e2e.conftest import REFERENCE_STEPS
 from tests.e2e.harness import TINY, Run, flags
 

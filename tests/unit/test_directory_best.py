@@ -334,6 +334,6 @@ def test_the_trainers_policy_has_its_metric(monkeypatch: pytest.MonkeyPatch) -> 
     given: dict[str, Any] = {}
     monkeypatch.setattr(trainer, "Checkpointer", lambda *_, **options: given.update(options))
     config = TrainConfig(best_metric="train_loss", best_mode="max", keep_checkpoints=3)
-    job: Any = SimpleNamespace(state=dict)
+    job: Any = SimpleNamespace(state=dict, world=SimpleNamespace(is_first=False))
     trainer._open_checkpointer(config, job, SimpleNamespace(on_event=None), Restart())  # type: ignore[arg-type]
     assert given["retention"] == Retention(rolling=3, metric="train_loss", mode="max")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine import resume
 from engine.errors import ConfigError
-from engine.resume import FORWARDED, LAUNCHER_FLAGS, Request, launch_arguments, read_flags
+from engine.resume import launcher as resume
+from engine.resume.launcher import FORWARDED, LAUNCHER_FLAGS, Request, launch_arguments, read_flags
 from engine.run.config import TrainConfig, to_json
 from engine.run.start import Start
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -167,7 +167,7 @@ def test_a_dry_run_launches_nothing(
 
 def test_bad_input_is_answered_without_torch(saved: Path) -> None:
     code = (
-        "import sys\nfrom engine.resume import main\n"
+        "import sys\nfrom engine.resume.launcher import main\n"
         f"assert main(['--checkpoint_dir={saved}', '--reshard=5']) == 2\n"
         f"assert main(['--checkpoint_dir={saved}', '--reshard=3', '--dry_run']) == 0\n"
         "assert 'torch' not in sys.modules\n"

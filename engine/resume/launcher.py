@@ -199,5 +199,6 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Run the program to the end of the process."""
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""Carrying a run on, as a program."""
