@@ -248,7 +248,7 @@ def test_it_is_said_before_the_first_one_is_deleted(
 
     monkeypatch.setattr(clean_up, "reap", reap)
     with Lease.acquire(storage, run_id="run") as lease:
-        clean_up.remove_surplus(storage, lease, Retention(rolling=2, metric="f1", mode="max"))
+        clean_up.delete_expired(storage, lease, Retention(rolling=2, metric="f1", mode="max"))
     assert deleted == [True]
 
 

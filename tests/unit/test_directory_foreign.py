@@ -177,7 +177,7 @@ def test_what_a_link_beside_it_leads_to_is_not_removed_either(tmp_path: Path) ->
     storage = LocalStorage(tmp_path)
     assert expire_all_but_two(storage) == ()
     with Lease.acquire(storage, run_id="run") as lease:
-        assert not remove_surplus(storage, lease, Retention(rolling=0, best=0, epochs=False))
+        assert not delete_expired(storage, lease, Retention(rolling=0, best=0, epochs=False))
     (tmp_path / "step-00000010-000000aa").unlink()
     assert expire_all_but_two(LocalStorage(tmp_path)) == (one,)
 
@@ -341,7 +341,7 @@ def test_one_that_was_deleted_and_is_copied_back_is_a_copy(tmp_path: Path) -> No
     one, *_ = (write_checkpoint(storage, sequence=n, rows=2) for n in (1, 2, 3))
     shutil.copytree(tmp_path / "run" / one, tmp_path / "kept")
     with Lease.acquire(storage, run_id="run") as lease:
-        assert remove_surplus(storage, lease, Retention(rolling=0, best=0, epochs=False))
+        assert delete_expired(storage, lease, Retention(rolling=0, best=0, epochs=False))
         assert not reap_abandoned(storage, lease=lease).removed
         (tmp_path / "run" / one).mkdir()
         shutil.copy(tmp_path / "kept" / "shard-00000.json", tmp_path / "run" / one)
