@@ -211,6 +211,14 @@ def test_a_state_that_was_looked_at_is_as_good_as_none() -> None:
     assert differences(photograph(restored(saved_of(one), two)), photograph(one)) == []
 
 
+def test_an_optimizer_that_has_state_for_some_of_its_parameters() -> None:
+    one, two = made(KINDS["AdamW"], steps=2), made(KINDS["AdamW"], seed=4, steps=1)
+    del two["optimizer"].state[two["model"][0].weight]
+    two["optimizer"].state[two["model"][1].weight].clear()
+    del two["optimizer"].state[two["model"][1].bias]["exp_avg_sq"]
+    assert differences(photograph(restored(saved_of(one), two)), photograph(one)) == []
+
+
 def test_live_state_is_filled_in_place_where_it_fits() -> None:
     one, two = made(KINDS["AdamW"], steps=2), made(KINDS["AdamW"], seed=2, steps=1)
     moment = two["optimizer"].state[two["model"][0].weight]["exp_avg"]
@@ -670,7 +678,10 @@ def test_what_was_saved_for_a_parameter_that_is_not_stepped_here_is_refused() ->
 def test_what_is_excluded_keeps_its_live_value() -> None:
     one, two = made(KINDS["AdamW"], steps=3), made(KINDS["AdamW"], seed=1, steps=1)
     before = photograph(two)
-    restored(saved_of(one), two, exclude=("optimizer.state.0.*", "optimizer.param_groups.*"))
+    patterns = ("optimizer.state.0.*", "optimizer.param_groups.*", "model.1.bias")
+    restored(saved_of(one), two, exclude=patterns)
+    assert same_bits(two["model"][1].bias, before["model"]["1.bias"]), "its moments are restored, it is not"
+    assert same_bits(two["model"][1].weight, one["model"][1].weight)
     names = {parameter: name for name, parameter in two["model"].named_parameters()}
     for number, (parameter, entry) in enumerate(two["optimizer"].state.items()):
         other = one["optimizer"].state[one["model"].get_parameter(names[parameter])]
