@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import RestoreFailedError
 from engine.state.box_tensors import carries_boxes
+from engine.state.tensor_bytes import bytes_of
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 Span = tuple[int, int, str]
@@ -74,8 +75,6 @@ def may_overlap(tensor: torch.Tensor) -> bool:
         return False
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return False
         if size > 1:
             if stride < reach:
                 return True
@@ -126,4 +125,4 @@ def _write(live: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return _plain_copy(tensor).reshape(-1).view(torch.uint8)
+    return bytes_of(_plain_copy(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_any
 
 from engine.errors import RestoreFailedError
 from engine.state.metrics import UPDATE_COUNTS, set_update_counts
+from engine.state.own_state import first_difference
 from engine.state.state_dicts import (
     EXTRA_STATE,
     StateDict,
@@ -24,6 +26,8 @@ from engine.state.state_dicts import (
     read_state_dict,
 )
 from engine.state.wrappers import Place, places
+
+log = logging.getLogger(__name__)
 
 
 def hand_back(
@@ -51,9 +55,15 @@ def hand_back(
         with torch.no_grad():
             # What state_dict() hands out may be rounded, and loading it round the live tensors.
             exact = _copies(tree) if tree_any(_is_tensor, document) else {}
-            _load(module, _whole(key, module, tree, {**document, **loose}, strict=strict), strict=strict)
+            now = read_state_dict(key, module)
+            unused = _load(module, _whole(now, tree, {**document, **loose}), strict=strict)
+            if strict and (unknown := unused - set(now.spelled.values())):
+                raise ValueError(f"unexpected keys: {', '.join(sorted(unknown)[:5])}")
             _fill(places(module), {**exact, **loose})
             set_update_counts(tree, counts)
+            untaken = {name: value for name, value in document.items() if now.spelled.get(name) in unused}
+            if untaken:
+                _tell_untaken(key, module, untaken)
     except Exception as error:
         raise RestoreFailedError(
             f"{key}: load_state_dict() of {type(module).__qualname__} did not accept what was saved, and "
@@ -95,14 +105,11 @@ def _innermost(name: str, tree: Sequence[Place]) -> Place:
     )[2]
 
 
-def _whole(
-    key: str, module: nn.Module, tree: Sequence[Place], saved: Mapping[Any, Any], *, strict: bool
-) -> dict[Any, Any]:
+def _whole(now: StateDict, tree: Sequence[Place], saved: Mapping[Any, Any]) -> dict[Any, Any]:
     """The state dict to load: the live tensors, which are filled by now, and what was saved besides."""
-    now: StateDict = read_state_dict(key, module)
     whole: dict[Any, Any] = {now.spelled[name]: now.tensors[name] for name in now.standing}
-    if not strict:
-        whole |= {now.spelled[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
+    # What is left out keeps its live value.
+    whole |= {now.spelled[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
     for name, value in saved.items():
         spelled = now.spelled.get(name)
         if spelled is None and isinstance(name, str):
@@ -112,15 +119,30 @@ def _whole(
     return whole
 
 
-def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> None:
+def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> set[str]:
+    """Load a state dict. Returns the keys that nothing took."""
     if overrides_loading(module):
         takes_strict = "strict" in inspect.signature(module.load_state_dict).parameters
         module.load_state_dict(whole, **({} if strict or not takes_strict else {"strict": False}))
-        return
+        return set()
     # Missing keys are no harm: the live tensors have been filled.
-    unused = module.load_state_dict(whole, strict=False).unexpected_keys
-    if strict and unused:
-        raise ValueError(f"unexpected keys: {', '.join(sorted(unused)[:5])}")
+    return set(module.load_state_dict(whole, strict=False).unexpected_keys)
+
+
+def _tell_untaken(key: str, module: nn.Module, saved: Mapping[Any, Any]) -> None:
+    """Warn of values that a hook adds to state_dict() and no hook takes from it, if they differ now.
+
+    Most are made from the weights, for another program to read, and are equal.
+    """
+    live = read_state_dict(key, module).values
+    for name, value in saved.items():
+        difference = first_difference(f"{key}.{name}", value, live.get(name))
+        if difference:
+            log.warning(
+                "%s: nothing in load_state_dict() of %s takes it, so it was not restored",
+                difference,
+                type(module).__qualname__,
+            )
 
 
 def _copies(tree: Sequence[Place]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from engine.native import kernels
 from engine.native.kernels import Place
 from engine.restore.load_plan import Slice
 from engine.restore.pieces import Piece, Window, straight
+from engine.state.tensor_bytes import bytes_of
 from engine.storage.base import Reader, Storage
 
 
@@ -143,7 +144,7 @@ def copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:
 
 def _target(piece: Piece, item: Slice) -> torch.Tensor:
     """The bytes of the destination that a flat piece fills."""
-    return item.to.view(-1).view(torch.uint8)[piece.to_row : piece.to_row + piece.end - piece.begin]
+    return bytes_of(item.to)[piece.to_row : piece.to_row + piece.end - piece.begin]
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:

@@ -15,6 +15,7 @@ from engine.errors import TornSnapshotError
 from engine.format.digest import BLOCK_BYTES, block_digests, combine
 from engine.save.snapshot import Snapshot
 from engine.save.staging_buffer import FileSlot
+from engine.state.tensor_bytes import bytes_of
 from engine.storage.base import Reader, Storage
 
 READ_BYTES = 64 * BLOCK_BYTES
@@ -57,7 +58,7 @@ def _digest(tensor: torch.Tensor) -> str:
     if not tensor.numel():
         return combine(b"")
     plain = tensor.detach().resolve_conj().resolve_neg()
-    flat = plain.cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = bytes_of(plain.cpu().contiguous())
     return combine(block_digests(memoryview(flat.numpy())))  # type: ignore[arg-type]
 
 

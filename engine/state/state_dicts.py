@@ -23,6 +23,7 @@ from engine.errors import UnsavableValueError
 from engine.state import values
 from engine.state.metrics import metric_values
 from engine.state.savable import check_savable
+from engine.state.tensor_bytes import bytes_of
 from engine.state.wrappers import Place, places, wrapped_by
 
 EXTRA_STATE = "_extra_state"
@@ -310,7 +311,7 @@ def _spread(tensor: DTensor) -> Any:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     # NaN is not equal to itself, its bytes are.
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    return bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous())
 
 
 def _prefixes(tree: Iterable[Place]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.errors import RestoreFailedError, UnsavableValueError
+from engine.native import kernels
 from engine.restore.bounce_buffers import Staging, may_overlap, neighbours
 from tests.support.training import same_bits
 
@@ -35,9 +36,10 @@ ODD: dict[str, Make] = {
     "expanded in part": lambda v: (torch.arange(3.0) + v).unsqueeze(1).expand(3, 4),
     "overlapping windows": lambda v: (torch.arange(6.0) + v).unfold(0, 3, 1),
     "expanded bytes": lambda v: torch.tensor([int(v)], dtype=torch.float8_e4m3fn).expand(3),
-    "channels last": lambda v: (torch.arange(48.0) + v)
-    .view(1, 3, 4, 4)
-    .contiguous(memory_format=torch.channels_last),
+    "expanded words": lambda v: torch.tensor([int(v)], dtype=torch.uint16).expand(3),
+    "channels last": lambda v: (
+        (torch.arange(48.0) + v).view(1, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    ),
     "transposed": lambda v: (torch.arange(6.0) + v).view(2, 3).t(),
     "every other": lambda v: (torch.arange(12.0) + v)[::2],
     "large every other": lambda v: (torch.arange(60000.0) + v).view(2, -1)[:, ::2],
@@ -47,6 +49,9 @@ ODD: dict[str, Make] = {
     "conjugated": lambda v: (torch.arange(4.0) + v + 2j).conj(),
     "conjugated, expanded": lambda v: torch.tensor([v + 2j]).expand(3).conj(),
     "negated": lambda v: torch.complex(torch.ones(4), torch.arange(4.0) + v).conj().imag,
+    # Contiguous, as torch calls it, and yet no view of bytes.
+    "one of every other": lambda v: (torch.arange(12.0) + v)[::2][1:2],
+    "one negated": lambda v: torch.complex(torch.ones(1), torch.tensor([v])).conj().imag,
     "real part": lambda v: (torch.arange(4.0) + v + 2j).real,
 }
 
@@ -66,6 +71,19 @@ def test_values_are_exact_and_live_strides_stay(kind: str, holder: str, tmp_path
     assert tensor_of(entry) is live
     assert (live.stride(), live.data_ptr()) == (strides, address)
     assert same_bits(live.resolve_conj().resolve_neg(), make(5.0).resolve_conj().resolve_neg())
+
+
+def test_one_element_with_a_stride_is_read_without_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is into the memory of a device."""
+    monkeypatch.setattr(kernels, "library", None)
+    with Checkpointer(tmp_path, {"e": buffer(ODD["one of every other"](5.0))}) as checkpointer:
+        checkpointer.save(1).result()
+        live = buffer(ODD["one of every other"](1.0))
+    with Checkpointer(tmp_path, {"e": live}, read_only=True) as checkpointer:
+        checkpointer.restore()
+    assert live.x.tolist() == [7]
 
 
 def views(value: float) -> Any:

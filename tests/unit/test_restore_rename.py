@@ -132,6 +132,9 @@ def test_a_single_tensor_and_tied_weights_follow(tmp_path: Path) -> None:
     live["c"].weight = live["a"].weight
     restore(tmp_path, {"model": live}, {"model.b.weight": "model.c.weight"})
     assert torch.equal(live["a"].weight, tied["a"].weight)
+    apart = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "c": nn.Linear(2, 2, bias=False)})
+    restore(tmp_path, {"model": apart}, {"model.b.weight": "model.c.weight"})
+    assert torch.equal(apart["c"].weight, tied["a"].weight)
 
 
 def test_a_whole_submodule_becomes_an_entry_of_its_own(tmp_path: Path) -> None:
@@ -209,6 +212,16 @@ def test_a_loose_parameter_moves_into_a_module_and_out_of_it(tmp_path: Path) -> 
     with Checkpointer(tmp_path, again, read_only=True) as checkpointer:
         checkpointer.restore(rename={f"model.{name}": name for name in ("body", "head", "scale")})
     assert differences(photograph(again), photograph(loose)) == []
+
+
+def test_values_take_the_place_of_others(tmp_path: Path) -> None:
+    saved = {"a": {"n": 1}, "n": {"n": 2}, "model": Body(), "z": Body()}
+    saved["model"].calls, saved["z"].calls = 3, 4  # type: ignore[union-attr]
+    save(tmp_path, saved)
+    values, body = {"n": 0}, Body()
+    restore(tmp_path, {"n": values, "z": body}, {"a": "n", "model": "z"})
+    assert values == {"n": 1}
+    assert body.calls == 3
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -138,6 +138,13 @@ def test_a_pre_hook_may_put_a_value_into_a_buffer() -> None:
         assert capture.capture().tensors["model.num_batches_tracked"] >= expected
 
 
+def test_a_copy_of_one_element_with_a_stride_is_told_from_another_value() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("one", torch.arange(4.0)[::2][1:2])
+    model.register_state_dict_post_hook(lambda _, state, *__: state.update(one=state["one"].double()))
+    assert set(found(model)) == {"weight", "bias", "one"}
+
+
 class Nested(nn.Module):
     """state_dict() returns other things than tensors by name."""
 
@@ -192,9 +199,7 @@ def test_names_that_two_tensors_claim_are_refused() -> None:
     def take(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         state[prefix + "weight"] = state.pop(prefix + "bias")
 
-    with pytest.raises(
-        UnsavableValueError, match=r"model\.1\.weight: state_dict\(\) returns another tensor"
-    ):
+    with pytest.raises(UnsavableValueError, match=r"model\.1\.weight: state_dict\(\) returns another tensor"):
         found(hooked(take))
 
 

@@ -294,7 +294,7 @@ def test_what_has_no_form_is_refused_by_path(value: Any, path: str, kind: str) -
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
     assert kind in message
-    assert "; " in message, "says what to do"
+    assert message.rpartition("; ")[2], "says what to do"
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def deep(levels: int, wrap: Any) -> Any:
     ],
     ids=["list", "dict", "tuple", "items", "mapping", "deque", "set", "named"],
 )
-@pytest.mark.parametrize("levels", [10, 20, 48])
+@pytest.mark.parametrize("levels", [10, 20, 48, 66])
 def test_what_is_accepted_can_be_written(wrap: Any, levels: int) -> None:
     """Whatever `encode` lets through fits the canonical JSON of a manifest, where depth is bounded, too."""
     value = deep(levels, wrap)
@@ -472,6 +472,7 @@ def test_text_that_is_not_unicode_is_refused_at_capture() -> None:
         {"$mapping": {"kind": "defaultdict", "pairs": [], "factory": "eval"}},
         {"$scalar": ["O", "00"]},
         {"$scalar": ["<f8", "00"]},
+        {"$scalar": ["<f8", "00" * 16]},
         {"$scalar": ["<i4,<i4", "0000000000000000"]},
         {"$array": {"dtype": "<f8", "shape": [3], "order": "C", "data": {"$tensor": "a"}}},
         {"$array": {"dtype": "|O8", "shape": [1], "order": "C", "data": {"$tensor": "a"}}},
