@@ -153,8 +153,10 @@ def test_a_save_before_the_first_batch_changes_nothing(tmp_path: Path) -> None:
     assert all(map(torch.equal, unsaved.model.state_dict().values(), saved.model.state_dict().values()))
 
 
-def test_workers_end_when_they_are_told_to(tmp_path: Path) -> None:
+def test_workers_end_when_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an iterator that the collector finds in a reference cycle are killed, after 5 s each."""
+    # More than 5 s: on a busy machine a worker may take a while to end.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 30.0)
     before = set(multiprocessing.active_children())
     training = Training(tmp_path, shuffled(2), 1)
     training.run(2, save_at=1)
