@@ -189,6 +189,9 @@ def test_each_channel_is_a_connection_of_its_own() -> None:
     coordinator = Coordinator(0, 2, "run", connect)
     assert coordinator.channel().store is not coordinator.channel().store
     assert len(stores) == 2
+    coordinator.opened.extend(Channel(0, 2, connect()) for _ in range(2))
+    assert coordinator.channel().store is not coordinator.channel().store
+    assert len(stores) == 4, "those that are open are given out first"
 
 
 def test_the_real_store_behaves_like_the_one_of_these_tests() -> None:

@@ -168,14 +168,28 @@ def test_settling_waits_only_so_long() -> None:
 
 
 SCRIPT = """
-import sys, torch
+import sys, threading, torch
 from engine import Checkpointer
+from engine.storage.local import LocalStorage
+
+ending = threading.Event()
+make_dir = LocalStorage.make_dir
+
+def make_dir_late(storage, path=""):
+    if path:
+        ending.wait()
+    make_dir(storage, path)
+
+LocalStorage.make_dir = make_dir_late
 state = {"values": {"t": torch.ones(10)}}
 Checkpointer(sys.argv[1], state).save(1)
+# Last in, first out: called before the save is waited for, and before the thread pools go.
+threading._register_atexit(ending.set)
 """
 
 
 def test_the_end_of_the_program_waits_for_a_dropped_one(tmp_path: Path) -> None:
+    """Its save has written nothing by the time that the main thread ends."""
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
         cwd=ROOT,
