@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -51,8 +52,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def leases(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if parse_lease(path.name) is not None)
+def leases(folder: Path) -> list[tuple[str, bool]]:
+    """Each with whether it was released."""
+    files = [path for path in folder.iterdir() if parse_lease(path.name) is not None]
+    return sorted((path.name, json.loads(path.read_bytes())["released"]) for path in files)
 
 
 class Job:
@@ -205,7 +208,8 @@ def test_what_a_child_is_told(job: Job) -> None:
 
     assert run_child(ask) == 7
     lease.check()
-    assert not lease.info.released
+    with pytest.raises(DirectoryHeldError):
+        Lease.acquire(third, run_id="y")
     lease.release()
 
 
@@ -227,10 +231,15 @@ def test_a_child_has_a_run_of_its_own(job: Job, tmp_path: Path, monkeypatch: pyt
     assert steps_in(LocalStorage(tmp_path / "own")) == [5]
 
 
-def test_a_mirror_that_a_child_closes_goes_on(job: Job) -> None:
+def test_a_mirror_that_a_child_closes_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = job.checkpointer._directory.mirror
     assert isinstance(mirror, Mirror)
-    assert run_child(lambda: sys.exit(9 if mirror.close() else 1)) == 9
+
+    def close() -> None:
+        monkeypatch.setattr("engine.mirror.uploader.list_checkpoints", lambda *args: os._exit(5))
+        sys.exit(9 if mirror.close() else 1)
+
+    assert run_child(close) == 9
     job.save(1).result(DEADLINE_SECS)
     job.awaits_copy()
 
@@ -241,6 +250,7 @@ def test_the_exit_hook_forgets_what_the_parent_waits_for() -> None:
     try:
         with exit_module._lock:  # as a thread of the parent may hold it at the moment of the fork
             assert run_child(lambda: exit_module.call_at_exit(lambda: os._exit(4))) == 4
+            assert run_child(lambda: sys.exit(3)) == 3
     finally:
         forget()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from engine.errors import ConfigError
 from engine.resume import launcher as resume
 from engine.resume.launcher import FORWARDED, LAUNCHER_FLAGS, Request, launch_arguments, read_flags
 from engine.run.config import TrainConfig, to_json
+from engine.run.preemption import SIGNALS
 from engine.run.start import Start
+from tests.documents import GUIDE
 from tests.support.tiny_checkpoint import write_checkpoint
 
 CONFIG = to_json(TrainConfig(model="nano", seq_len=64, global_batch=12, max_steps=50))
@@ -203,11 +206,18 @@ def test_a_list_of_signals_that_is_given_wins() -> None:
     assert run.parse_args(arguments).signals_to_handle == FORWARDED
 
 
+def test_the_guide_has_torchrun_forward_the_same_signals() -> None:
+    """torchrun dies of a signal that is not in its list, and its workers with it."""
+    text = GUIDE.read_text()
+    for setting in ("--signals-to-handle=", "export PET_SIGNALS_TO_HANDLE="):
+        assert setting + FORWARDED in text
+    assert {signal.Signals[name] for name in FORWARDED.split(",")} >= set(SIGNALS)
+
+
 def test_the_status_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class is not torchrun's public API: this notices when it moves."""
     run = pytest.importorskip("torch.distributed.run")
     api = pytest.importorskip("torch.distributed.elastic.multiprocessing.api")
-    signal = pytest.importorskip("signal")
 
     def stop(argv: list[str]) -> None:
         raise api.SignalException("death", signal.SIGTERM)

@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError, PeerFailedError
+from engine.run import setup, trainer
+from engine.run.config import TrainConfig
+from engine.run.preemption import Preemption, Request
 from engine.run.setup import World, choose_device
 from engine.run.shared_stop import Agreement, Stopped
+from engine.run.start import Restart
 
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
 USR1, USR2 = int(signal.SIGUSR1), int(signal.SIGUSR2)
@@ -169,6 +173,37 @@ def test_the_highest_value_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     assert Agreement(0, 4, lambda: None).highest(0) == 2
     assert alone().highest(1) == 1
+
+
+def test_rank_0_takes_itself_for_restarted_when_another_nodes_agent_has_counted_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Restart] = []
+
+    def find_start(session: TrainConfig, *, directory_given: bool, restart: Restart) -> None:
+        seen.append(restart)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(trainer, "find_start", find_start)
+    monkeypatch.setattr(Agreement, "highest", lambda agreement, value: value + 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ConfigError, match="enough"):
+        trainer.train([], TrainConfig(), alone(), Preemption(Request(25.0)), World())
+    assert [restart.count for restart in seen] == [2]
+
+
+@pytest.mark.parametrize(("local_world_size", "key"), [(2, "restart-3/met"), (1, "met")])
+def test_restarted_ranks_of_one_node_have_a_store_of_their_own(
+    local_world_size: int, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of several nodes do not: their agents count restarts apart, and they would never meet."""
+    board = dist.HashStore()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    monkeypatch.setattr(setup, "rendezvous", lambda *args, **more: iter([(board, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, *, store, **more: store.set("met", "1"))
+    setup.join(World(world_size=2, local_world_size=local_world_size), cuda=False)
+    assert board.check([key])
 
 
 @pytest.mark.parametrize(
