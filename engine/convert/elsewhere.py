@@ -72,7 +72,7 @@ _TOOLS = (
     ),
     _Tool(
         "a NeMo checkpoint",
-        ("model_config.yaml",),
+        ("model_config.yaml", "context/io.json", "context/model.yaml"),
         "`nemo llm export -y path=IN output_path=OUT target=hf` converts it; then import OUT",
     ),
 )

@@ -226,6 +226,8 @@ def test_deepspeed_without_zero_has_its_optimizer(tmp_path: Path) -> None:
         (["_CHECKPOINT_METADATA"], "Orbax"),
         (["flax_model.msgpack"], "Flax.*from_flax=True"),
         (["tf_model.h5"], "TensorFlow.*from_tf=True"),
+        (["model_config.yaml", "model_weights.ckpt"], "NeMo.*nemo llm export"),
+        (["context/io.json", "weights/common.pt"], "NeMo.*nemo llm export"),
     ],
 )
 def test_what_its_tool_has_to_put_together_is_refused_by_name(
@@ -582,6 +584,16 @@ def test_a_file_that_an_index_names_and_nobody_has_is_named(tmp_path: Path, suff
         import_checkpoint(str(tmp_path), str(tmp_path / "new"))
 
 
+def test_what_of_an_optimizer_no_checkpoint_holds_is_named(tmp_path: Path) -> None:
+    module = net()
+    state = trained(module).state_dict()
+    state["param_groups"][0]["table"] = torch.ones(2)
+    state["averages"] = {"w": torch.ones(2)}
+    torch.save({"model": module.state_dict(), "optimizer": state}, tmp_path / "a.pt")
+    notes = take(tmp_path / "a.pt")[2]
+    assert notes.splitlines()[-1] == "left out: optimizer.param_groups.0.table, optimizer.averages"
+
+
 def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
     torch.save(trained(net()).state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(StateError, match="an optimizer's state and no model"):
@@ -626,7 +638,9 @@ def test_half_precision_moments_become_what_the_trainers_optimizer_has(tmp_path:
     step(model, optimizer)
     document = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": {"n_head": 2}}
     torch.save(document, tmp_path / "a.pt")
-    take(tmp_path / "a.pt")
+    _, manifest, notes = take(tmp_path / "a.pt")
+    assert {info.dtype for info in manifest.tensors.values() if info.dtype not in ("I64", "U8")} == {"F32"}
+    assert "so did its optimizer's moments" in notes
     other = new_model(seed=4)
     into = new_optimizer(other)
     with Checkpointer(tmp_path / "new", {"model": other, "optimizer": into}) as checkpointer:
