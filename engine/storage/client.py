@@ -21,7 +21,7 @@ from engine.storage.options import client_options
 from engine.storage.redact import Redactor, redact_uri
 from engine.storage.remote_failures import remote_error
 from engine.storage.retry import Retry
-from engine.storage.stores import multipart_for
+from engine.storage.stores import multipart_for, settings_check
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class StoreClient:
         self.fs: fsspec.AbstractFileSystem = fs
         self._root = str(root).rstrip("/")
         self.multipart: Multipart | None = multipart_for(self.scheme, fs)
+        self._check = settings_check(self.scheme, fs, self.uri)
         in_child(self._leave_to_parent)
 
     def _leave_to_parent(self) -> None:
@@ -106,6 +107,9 @@ class StoreClient:
     def once(self, doing: str, path: str, action: Callable[[], T]) -> T:
         """Run a client call with its errors mapped."""
         try:
+            if (check := self._check) is not None:
+                check()
+                self._check = None
             return action()
         except HoldfastError:
             raise

@@ -7,6 +7,7 @@ botocore, azure and google clients to name their exceptions would make them depe
 from __future__ import annotations
 
 import errno
+import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class NoBucketError(NotFoundError):
 
 class InvalidRangeError(StorageError):
     """A range of an object was asked for that begins at or after its end."""
+
+
+class UntrustedError(StorageError):
+    """The store showed a certificate that was not accepted."""
 
 
 _BY_CODE: dict[str, type[StorageError]] = {
@@ -60,6 +65,7 @@ _BY_STATUS: dict[int, type[StorageError]] = {
     401: StorageDeniedError,
     403: StorageDeniedError,
     404: NotFoundError,
+    407: StorageDeniedError,
     408: StorageUnavailableError,
     412: AlreadyExistsError,
     416: InvalidRangeError,
@@ -118,6 +124,10 @@ _ADVICE: dict[type[HoldfastError], str] = {
     NotFoundError: "there is no such object: check the path",
     AlreadyExistsError: "the name is taken already: choose another one",
     InvalidRangeError: "it ends before the range that is needed: it is truncated",
+    UntrustedError: (
+        "its certificate is not trusted: name the bundle of the authority that signed it, for S3 by "
+        "AWS_CA_BUNDLE or the storage option client_kwargs.verify"
+    ),
     StorageUnavailableError: "the store could not be reached or answered with an error: try again later",
     ConfigError: "its address or options do not suit the client: check them",
     StorageError: "the store refused: check its address and options",
@@ -151,6 +161,8 @@ def remote_error(
 def classify(error: BaseException) -> type[HoldfastError]:
     """Which error of Holdfast's it is. The most specific evidence wins: code, status, class, errno."""
     signals = list(_signals(error))
+    if any(isinstance(signal.error, ssl.SSLCertVerificationError) for signal in signals):
+        return UntrustedError  # which the clients wrap in what they raise for a connection that broke
     for signal in signals:
         if signal.code in _BY_CODE:
             return _BY_CODE[signal.code]

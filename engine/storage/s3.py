@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
-import ssl
 import threading
 import time
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from engine.storage.deadlines import call
 from engine.storage.multipart import DIRECT_AT_ONCE, SHARD, Multipart, Names
-from engine.storage.wire import CONNECT_SECS, STALL_SECS, RefusedError, Wire
+from engine.storage.s3_network import pool_manager
+from engine.storage.transport import CONNECT_SECS, STALL_SECS, RefusedError, Transport
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +26,15 @@ _MOST_ADDRESSES = 256
 
 
 class S3Multipart(Multipart):
-    """S3 through s3fs, its bulk data past it.
+    """S3 through s3fs, the bytes of shards past it.
 
-    s3fs and botocore do all that needs an account: they find credentials and regions, and sign. Bytes of
-    parts and ranges then travel by `Wire`. Where a store refuses signed addresses, or a proxy is in
-    between, the client carries them as well.
+    s3fs and botocore do all that needs an account: they find credentials and regions, and sign addresses.
+    `Transport` moves the bytes of parts and ranges. Where a store refuses signed addresses, s3fs moves them.
     """
 
-    def __init__(self, fs: Any, *, wire: Wire | None = None) -> None:
+    def __init__(self, fs: Any, *, transport: Transport | None = None) -> None:
         self._fs = fs
-        self._wire = wire
+        self._transport = transport
         self._direct: bool | None = None
         self._addresses: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -50,10 +47,10 @@ class S3Multipart(Multipart):
         self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
     ) -> str:
         names = {"UploadId": upload, "PartNumber": number}
-        if (wire := self._ready(full)) is None:
+        if (transport := self._ready(full)) is None:
             return self._put_by_client(full, view, names)
         try:
-            return wire.put(self._sign("upload_part", full, **names), view, stop)
+            return transport.put(self._sign("upload_part", full, **names), view, stop)
         except RefusedError as refusal:
             etag = self._put_by_client(full, view, names)  # or the error that explains it
             self._turn_off(full, refusal)
@@ -85,7 +82,7 @@ class S3Multipart(Multipart):
             more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def at_once(self, size: int) -> int:
-        # Without the wire the client reads a part a little at a time, so that this holds for any size.
+        # Without the transport the client reads a part a little at a time, so that this holds for any size.
         return DIRECT_AT_ONCE
 
     @property
@@ -93,10 +90,10 @@ class S3Multipart(Multipart):
         return DIRECT_AT_ONCE if self._direct is not False else 4
 
     def fetch(self, full: str, offset: int, view: memoryview) -> bool:
-        if (wire := self._ready(full)) is None:
+        if (transport := self._ready(full)) is None:
             return False
         try:
-            wire.get(self._address(full), offset, view)
+            transport.get(self._address(full), offset, view)
         except RefusedError as refusal:
             data = call(self._fs, "cat_file", full, start=offset, end=offset + len(view))
             if len(data) != len(view):
@@ -162,27 +159,24 @@ class S3Multipart(Multipart):
             self._addresses[full] = address, now + _ADDRESS_SECS
         return address
 
-    def _ready(self, full: str) -> Wire | None:
-        """The wire, if this store's bulk data may travel by it."""
+    def _ready(self, full: str) -> Transport | None:
+        """The transport, if it can serve this store."""
         with self._lock:
             if self._direct is None:
                 self._direct = self._prepare(full)
-            return self._wire if self._direct else None
+            return self._transport if self._direct else None
 
     def _prepare(self, full: str) -> bool:
         fs = self._fs
         if fs.requester_pays or any(name.startswith("SSECustomer") for name in fs.s3_additional_kwargs):
             return False  # these travel in signed headers, which an address cannot carry
-        if "proxies" in fs.config_kwargs or "client_cert" in fs.config_kwargs:
+        if "proxies_config" in fs.config_kwargs:
             return False
         call(fs, "connect")
         # botocore still signs addresses of old regions the old way, which encrypted buckets refuse.
         fs.s3.meta.events.register_first("choose-signer.s3", _modern, unique_id="holdfast-signer")
-        address = urlsplit(self._sign("get_object", full))
-        if address.scheme in getproxies() and not proxy_bypass(address.hostname or ""):
-            return False
-        self._wire = self._wire or Wire(
-            context=_context(fs) if address.scheme == "https" else None,
+        self._transport = self._transport or Transport(
+            pool_manager(fs, self._sign("get_object", full)),
             stall_secs=float(fs.config_kwargs.get("read_timeout", STALL_SECS)),
             connect_secs=float(fs.config_kwargs.get("connect_timeout", CONNECT_SECS)),
         )
@@ -230,17 +224,3 @@ class ViewReader(io.RawIOBase):
 def _modern(signature_version: object, **_: Any) -> str | None:
     """S3's own form of the present signature for addresses, where botocore would take that or the old one."""
     return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
-
-
-def _context(fs: Any) -> ssl.SSLContext:
-    """How the client verifies certificates."""
-    verify = fs.client_kwargs.get("verify")
-    if verify is None:
-        verify = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
-    from botocore.httpsession import get_cert_path
-
-    context = ssl.create_default_context(cafile=get_cert_path(True if verify is None else verify) or None)
-    if verify is False:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from engine.storage.multipart import Multipart
@@ -24,4 +26,13 @@ def multipart_for(scheme: str, fs: Any) -> Multipart | None:
         from engine.storage.azure import AzureMultipart
 
         return AzureMultipart(fs)
+    return None
+
+
+def settings_check(scheme: str, fs: Any, uri: str) -> Callable[[], None] | None:
+    """What to call before the first request: ConfigError if settings name what is not there."""
+    if scheme in ("s3", "s3a"):
+        from engine.storage.s3_network import check
+
+        return functools.partial(check, fs, uri)
     return None

@@ -21,7 +21,7 @@ from engine.storage.open import open_storage
 from engine.storage.remote import FsspecStorage
 from engine.storage.retry import Retry
 from engine.storage.s3 import S3Multipart
-from engine.storage.wire import RefusedError, Wire
+from engine.storage.transport import RefusedError, Transport
 from tests.services.moto import BUCKET, S3Server, moto_server
 from tests.storage.buffers import pattern, source
 from tests.storage.contract import SEVERAL_WINDOWS, StorageContract, read_all
@@ -104,8 +104,8 @@ def test_a_store_without_signed_addresses_is_served_by_the_client(
         refusals.append("refused")
         raise RefusedError("the store answered 403")
 
-    monkeypatch.setattr(Wire, "put", refuse)
-    monkeypatch.setattr(Wire, "get", refuse)
+    monkeypatch.setattr(Transport, "put", refuse)
+    monkeypatch.setattr(Transport, "get", refuse)
     data = pattern(SEVERAL_WINDOWS)
     with caplog.at_level("WARNING"):
         storage.write_shard("shard", source(data))
@@ -233,13 +233,13 @@ def test_one_listing_request_for_a_tree(s3_server: S3Server, storage: Storage) -
 
 
 def test_upload_is_completed_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    put, parts = Wire.put, []
+    put, parts = Transport.put, []
 
-    def counted(wire: Wire, url: str, view: memoryview, stop: threading.Event) -> str:
+    def counted(transport: Transport, url: str, view: memoryview, stop: threading.Event) -> str:
         parts.append(len(view))
-        return put(wire, url, view, stop)
+        return put(transport, url, view, stop)
 
-    monkeypatch.setattr(Wire, "put", counted)
+    monkeypatch.setattr(Transport, "put", counted)
     with counted_requests(storage) as requests:
         storage.write_shard("shard", source(pattern(SEVERAL_WINDOWS)))
     upload = [name for name in requests if name not in ("HeadObject", "ListObjectsV2")]

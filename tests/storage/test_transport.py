@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from engine.storage.wire import BusyError, RefusedError, StoppedError, Wire
+from engine.storage.transport import SEND_BYTES, BusyError, RefusedError, StoppedError, Transport
 from tests.storage.buffers import pattern
 
 SECRET = "X-Signature=hunter2"
@@ -79,42 +79,43 @@ def server() -> Iterator[Server]:
         thread.join()
 
 
-def put(wire: Wire, server: Server, data: bytes, stop: threading.Event = NEVER) -> str:
-    return wire.put(server.url, memoryview(data), stop)
+def put(transport: Transport, server: Server, data: bytes, stop: threading.Event = NEVER) -> str:
+    return transport.put(server.url, memoryview(data), stop)
 
 
 @pytest.mark.parametrize("size", [1, 4096, (3 << 20) + 17])
 def test_bytes_go_and_come(server: Server, size: int) -> None:
-    wire, data = Wire(), pattern(size)
-    assert put(wire, server, data) == '"tag"'
+    transport, data = Transport(), pattern(size)
+    assert put(transport, server, data) == '"tag"'
     target = bytearray(size)
-    wire.get(server.url, 0, memoryview(target))
+    transport.get(server.url, 0, memoryview(target))
     assert target == data
     part = bytearray(size // 2 + 1)
-    wire.get(server.url, size // 3, memoryview(part)[: size - size // 3])
+    transport.get(server.url, size // 3, memoryview(part)[: size - size // 3])
     assert part.startswith(data[size // 3 : size // 3 + min(len(part), size - size // 3)])
 
 
 def test_a_connection_is_used_again(server: Server) -> None:
-    wire = Wire()
+    transport = Transport()
     for _ in range(5):
-        put(wire, server, b"x")
+        put(transport, server, b"x")
+        transport.get(server.url, 0, memoryview(bytearray(1)))
     assert len(server.connections) == 1
 
 
 def test_a_connection_that_was_closed_while_idle_is_replaced(server: Server) -> None:
     """Servers close what is idle: the request has not failed, and is not counted as a try."""
-    wire, calls = Wire(), itertools.count(1)
-    put(wire, server, b"x")
+    transport, calls = Transport(), itertools.count(1)
+    put(transport, server, b"x")
     server.script = lambda handler: next(calls) == 1 and handler.hang_up()
-    assert put(wire, server, b"y") == '"tag"'
+    assert put(transport, server, b"y") == '"tag"'
     assert len(server.connections) == 2
 
 
 def test_a_new_connection_that_breaks_is_a_failure(server: Server) -> None:
     server.script = Handler.hang_up
     with pytest.raises(ConnectionError) as raised:
-        put(Wire(), server, b"x")
+        put(Transport(), server, b"x")
     assert "hunter2" not in str(raised.value)
 
 
@@ -126,12 +127,12 @@ def test_what_may_pass_is_told_apart(server: Server, status: int) -> None:
         return True
 
     server.script = busy
-    wire = Wire()
+    transport = Transport()
     with pytest.raises(BusyError) as raised:
-        put(wire, server, b"x")
+        put(transport, server, b"x")
     assert raised.value.status == status
     with pytest.raises(BusyError):
-        wire.get(server.url, 0, memoryview(bytearray(5)))
+        transport.get(server.url, 0, memoryview(bytearray(5)))
 
 
 @pytest.mark.parametrize("status", [301, 400, 403, 404])
@@ -142,11 +143,11 @@ def test_what_will_not_pass_is_told_apart(server: Server, status: int) -> None:
         return True
 
     server.script = refuse
-    wire = Wire()
+    transport = Transport()
     with pytest.raises(RefusedError, match=str(status)):
-        put(wire, server, b"x")
+        put(transport, server, b"x")
     with pytest.raises(RefusedError, match=str(status)):
-        wire.get(server.url, 0, memoryview(bytearray(5)))
+        transport.get(server.url, 0, memoryview(bytearray(5)))
 
 
 def test_an_answer_that_came_before_the_end_of_the_request_counts(server: Server) -> None:
@@ -160,7 +161,7 @@ def test_an_answer_that_came_before_the_end_of_the_request_counts(server: Server
 
     server.script = refuse_early
     with pytest.raises((RefusedError, ConnectionError)):  # a reset may overtake the answer
-        put(Wire(), server, pattern(8 << 20))
+        put(Transport(), server, pattern(8 << 20))
 
 
 @pytest.mark.parametrize("body", [b"", b"1234", b"123456"])
@@ -171,7 +172,7 @@ def test_an_answer_of_another_length_is_refused(server: Server, body: bytes) -> 
 
     server.script = short
     with pytest.raises(RefusedError):
-        Wire().get(server.url, 0, memoryview(bytearray(5)))
+        Transport().get(server.url, 0, memoryview(bytearray(5)))
 
 
 def test_an_answer_that_ends_early_is_a_broken_connection(server: Server) -> None:
@@ -185,14 +186,14 @@ def test_an_answer_that_ends_early_is_a_broken_connection(server: Server) -> Non
 
     server.script = cut
     with pytest.raises(ConnectionError, match=r"3 of 5|broke"):
-        Wire().get(server.url, 0, memoryview(bytearray(5)))
+        Transport().get(server.url, 0, memoryview(bytearray(5)))
 
 
 def test_a_server_that_does_not_read_is_a_stall(server: Server) -> None:
     done = threading.Event()
     server.script = lambda handler: done.wait() and handler.hang_up()
     with pytest.raises(TimeoutError, match="no data moved"):
-        put(Wire(stall_secs=0.05), server, pattern(64 << 20))
+        put(Transport(stall_secs=0.05), server, pattern(64 << 20))
     done.set()
 
 
@@ -200,8 +201,8 @@ def test_a_server_that_does_not_answer_is_a_stall(server: Server) -> None:
     done = threading.Event()
     server.script = lambda handler: done.wait() and handler.hang_up()
     for ask in (
-        lambda: put(Wire(stall_secs=0.05), server, b"x"),
-        lambda: Wire(stall_secs=0.05).get(server.url, 0, memoryview(bytearray(5))),
+        lambda: put(Transport(stall_secs=0.05), server, b"x"),
+        lambda: Transport(stall_secs=0.05).get(server.url, 0, memoryview(bytearray(5))),
     ):
         with pytest.raises(TimeoutError, match="no data moved"):
             ask()
@@ -212,31 +213,31 @@ def test_a_server_that_does_not_answer_is_a_stall(server: Server) -> None:
 def test_what_the_kernel_still_sends_is_movement(server: Server, queued: list[int], fails: bool) -> None:
     """On a slow line, minutes can pass between the last byte handed over and the answer."""
     left = iter(queued)
-    wire = Wire(readable=lambda sock, secs: False, unsent=lambda sock: next(left))
+    transport = Transport(readable=lambda sock, secs: False, unsent=lambda sock: next(left))
     if fails:
         with pytest.raises(TimeoutError):
-            put(wire, server, b"x")
+            put(transport, server, b"x")
     else:
-        assert put(wire, server, b"x") == '"tag"'
+        assert put(transport, server, b"x") == '"tag"'
 
 
 def test_slow_is_no_stall_and_dripping_is(server: Server) -> None:
     size = 8 << 20
-    for secs_a_look, fails in ((100.0, False), (1000.0, True)):
-        ticks = itertools.count()
-        wire = Wire(stall_secs=60.0, clock=lambda ticks=ticks, step=secs_a_look: next(ticks) * step)  # type: ignore[misc]
+    for secs_a_mib, fails in ((100.0, False), (1000.0, True)):
+        ticks, step = itertools.count(), secs_a_mib * SEND_BYTES / (1 << 20)
+        transport = Transport(stall_secs=60.0, clock=lambda ticks=ticks, step=step: next(ticks) * step)  # type: ignore[misc]
         if fails:
             with pytest.raises(TimeoutError):
-                put(wire, server, pattern(size))
+                put(transport, server, pattern(size))
         else:
-            assert put(wire, server, pattern(size)) == '"tag"'
+            assert put(transport, server, pattern(size)) == '"tag"'
 
 
 def test_a_put_can_be_stopped(server: Server) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(StoppedError):
-        put(Wire(), server, b"x", stop)
+        put(Transport(), server, b"x", stop)
 
 
 def test_nobody_there() -> None:
@@ -244,5 +245,5 @@ def test_nobody_there() -> None:
         taken.bind(("127.0.0.1", 0))  # bound, not listening
         port = taken.getsockname()[1]
         with pytest.raises(ConnectionError) as raised:
-            Wire().get(f"http://127.0.0.1:{port}/k?{SECRET}", 0, memoryview(bytearray(1)))
+            Transport().get(f"http://127.0.0.1:{port}/k?{SECRET}", 0, memoryview(bytearray(1)))
     assert "hunter2" not in str(raised.value)
