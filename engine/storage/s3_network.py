@@ -19,7 +19,7 @@ from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.utils import get_environ_proxies
 
 from engine.errors import ConfigError
-from engine.storage.calls import call
+from engine.storage.deadlines import call
 from engine.storage.redact import redact_uri
 from engine.storage.transport import CONNECT_SECS, MOST_IDLE
 

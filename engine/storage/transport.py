@@ -133,8 +133,7 @@ class Transport:
             headers=headers,
             body=body,
             timeout=self._timeout,
-            retries=False,
-            redirect=False,
+            retries=False,  # nor are redirects followed
             preload_content=False,
             decode_content=False,
         )

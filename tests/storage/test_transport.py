@@ -139,7 +139,7 @@ def test_what_may_pass_is_told_apart(server: Server, status: int) -> None:
 def test_what_will_not_pass_is_told_apart(server: Server, status: int) -> None:
     def refuse(handler: Handler) -> bool:
         handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
-        handler.answer(status, {}, b"<Error/>")
+        handler.answer(status, {"Location": "/elsewhere"}, b"<Error/>")
         return True
 
     server.script = refuse
@@ -193,7 +193,7 @@ def test_a_server_that_does_not_read_is_a_stall(server: Server) -> None:
     done = threading.Event()
     server.script = lambda handler: done.wait() and handler.hang_up()
     with pytest.raises(TimeoutError, match="no data moved"):
-        put(Transport(stall_secs=0.05), server, pattern(64 << 20))
+        put(Transport(stall_secs=0.05, connect_secs=300.0), server, pattern(64 << 20))
     done.set()
 
 
