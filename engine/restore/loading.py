@@ -25,7 +25,7 @@ from engine.state.state_dicts import (
     overrides_loading,
     read_state_dict,
 )
-from engine.state.wrappers import Place, places
+from engine.state.wrappers import Place, places, spelled_as
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> set[s
         module.load_state_dict(whole, **({} if strict or not takes_strict else {"strict": False}))
         return set()
     # Missing keys are no harm: the live tensors have been filled.
-    return set(module.load_state_dict(whole, strict=False).unexpected_keys)
+    return {spelled_as(module, name) for name in module.load_state_dict(whole, strict=False).unexpected_keys}
 
 
 def _tell_untaken(key: str, module: nn.Module, saved: Mapping[Any, Any]) -> None:

@@ -70,6 +70,18 @@ def wrapped_by(module: nn.Module) -> nn.Module | None:
     return None
 
 
+def spelled_as(root: nn.Module, key: str) -> str:
+    """A key of load_state_dict() as state_dict() spells it: the hooks of some wrappers take them out."""
+    module: nn.Module | None = root
+    parts = []
+    for part in key.split("."):
+        inside = next((found for kind, found in _wrappers() if isinstance(module, kind)), {})
+        if inside.get(part, part):
+            parts.append(part)
+        module = module._modules.get(part) if module is not None else None
+    return ".".join(parts)
+
+
 def _wrappers() -> list[tuple[type, dict[str, str]]]:
     return [
         (found, attributes)

@@ -160,6 +160,17 @@ def test_a_module_with_hooks_or_overrides_comes_back_bit_for_bit(
     assert not same(bits(fresh), bits(model)), "the live weights, not copies, were compared"
 
 
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, checkpoint_wrapper, lambda m: checkpoint_wrapper(compile_eagerly(m))]
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "child"])
+def test_keys_that_nothing_takes_are_known_below_wrappers(tmp_path: Path, wrap: Any, inside: bool) -> None:
+    model, fresh = (nn.Sequential(wrap(Exports())) if inside else wrap(Exports()) for _ in range(2))
+    save(tmp_path, model)
+    restore(tmp_path, fresh)
+    assert same(bits(fresh), bits(model))
+
+
 def test_a_value_that_a_hook_adds_and_nothing_takes_is_told_if_it_differs(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,11 +279,13 @@ def test_values_that_an_override_adds_come_back_wrapped_or_not(tmp_path: Path, w
     counts = next(m for m in model.modules() if isinstance(m, Counts))
     counts.count, counts.best = 4, torch.tensor([1.0, 2.0])
     save(tmp_path, wrap(model))
-    fresh = nn.Sequential(Counts())
-    restore(tmp_path, fresh)
-    assert fresh[0].count == 4
-    assert fresh[0].best.tolist() == [1, 2]
-    assert same(bits(fresh), bits(model))
+    for fresh in (nn.Sequential(Counts()), nn.Sequential(wrap(Counts()))):
+        restore(tmp_path, fresh)
+        (live,) = (m for m in fresh.modules() if isinstance(m, Counts))
+        assert live.count == 4
+        assert live.best is not None
+        assert live.best.tolist() == [1, 2]
+        assert same(bits(fresh), bits(model))
 
 
 def test_values_that_the_live_module_does_not_take_are_refused_before_anything_changes(
