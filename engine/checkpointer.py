@@ -17,6 +17,7 @@ from engine.directory.retention import Retention
 from engine.directory.selectors import by_policy
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
+from engine.format.best import DEFAULT
 from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
 from engine.options import (
     Checks,
@@ -173,7 +174,7 @@ class Checkpointer:
             self._storage, capture, calls, seed, timeout_secs, store.client, listener, read_only, second
         )
         self._saver: Saver | None = None
-        self._retention = retention
+        self._best_rule = DEFAULT if retention is None else retention.rule
         self._directory = RunDirectory(self._storage, second, ranks.run_id, retention, listener)
         if not read_only:
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
@@ -260,7 +261,7 @@ class Checkpointer:
             RestoreFailedError.
         """
         self._require_home()
-        selector = by_policy(check_selector(selector), self._retention)
+        selector = by_policy(check_selector(selector), self._best_rule)
         check_names(include=include, exclude=exclude)
         check_switches(model_only=model_only, strict=strict)
         if self._saver is not None:
@@ -288,7 +289,7 @@ class Checkpointer:
         Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
         """
         check_names(include=include)
-        return self._restorer.read(by_policy(check_selector(selector), self._retention), include)
+        return self._restorer.read(by_policy(check_selector(selector), self._best_rule), include)
 
     def poll(self) -> None:
         """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.

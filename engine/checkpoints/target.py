@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from engine.directory.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
 from engine.directory.record import CheckpointRecord
+from engine.directory.resolve import resolve, say_passed_over
 from engine.directory.retention import Retention, by_sequence, rule_of
-from engine.directory.selectors import choose, describe, parse_selector
+from engine.directory.selectors import describe, parse_selector
 from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorError
 from engine.format.names import DEAD_PREFIX, MANIFEST, parse_attempt_name
 from engine.storage.base import Storage
@@ -70,16 +71,10 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Storage, str]:
 
 
 def select(storage: Storage, listed: list[Listed], text: str) -> CheckpointRecord:
-    """The committed record that a selector means. SelectorError also counts what cannot be used."""
-    try:
-        return choose(committed(listed), parse_selector(text))
-    except SelectorError as error:
-        unusable = [item for item in listed if item.status != "committed"]
-        if not unusable:
-            raise
-        damaged = sum(item.status == "damaged" for item in unusable)
-        counts = f"{damaged} damaged and {len(unusable) - damaged} partial"
-        raise SelectorError(f"{error}. Besides, {storage.uri} holds {counts}") from None
+    """The committed record that a selector means; damaged ones that it would have meant are logged."""
+    found = resolve(listed, parse_selector(text), storage.uri)
+    say_passed_over(found.passed_over)
+    return found.record
 
 
 def find(listed: list[Listed], name: str) -> Listed:

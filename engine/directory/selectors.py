@@ -12,7 +12,6 @@ from typing import Literal
 
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import (
-    Retention,
     best_first,
     by_sequence,
     closes_epoch,
@@ -69,10 +68,12 @@ def parse_selector(text: str) -> Selector:
     raise SelectorError(f"{text!r} selects no checkpoint: use {FORMS}")
 
 
-def by_policy(text: str, retention: Retention | None) -> str:
-    """`best` by a run's own policy, where that says how; every other selector as it is."""
-    own = retention is not None and retention.rule != DEFAULT and text.strip() == "best"
-    return retention.rule.selector if own and retention is not None else text
+def by_policy(text: str, rule: BestRule) -> str:
+    """`best` by a run's own rule where it has one that is not the default; every other selector as it is.
+
+    By default the rule that the checkpoints' run has stored decides.
+    """
+    return rule.selector if rule != DEFAULT and text.strip() == "best" else text
 
 
 def choose(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from engine.directory.listing import Directory, Listed, committed, read_manifest
+from engine.directory.listing import Directory, Listed, committed
 from engine.directory.record import CheckpointRecord, from_manifest
-from engine.directory.retention import best_first, by_sequence, rule_of
+from engine.directory.resolve import checkpoint_at, resolve, say_passed_over
 from engine.directory.selectors import Selector, choose, parse_selector
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
 from engine.format.names import parse_attempt_name
 from engine.mirror.tiers import Tier, Tiers, both_tiers
 from engine.storage.base import Storage
-from engine.storage.open import open_storage
-from engine.storage.redact import redact_uri
-from engine.storage.uris import split_uri
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +58,23 @@ def choose_checkpoint(
     """
     selector = parse_selector(selector_text)
     if selector.kind == "path":
-        return _at_path(selector_text, options)
+        return _at_path(selector.text, options)
+    where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
     view = _View(storage, mirror, selector, frozenset(passed_over))
     tiers = view.what_may_answer()
     tiers = _without_void_marks(view, tiers, selector)
     try:
-        record = choose(committed(tiers.listed), selector)
+        found = resolve(tiers.listed, selector, where)
     except SelectorError:
         tiers = view.everything()  # to say what there is
         if selector.kind == "latest" and not committed(tiers.listed):
             if not tiers.listed:
                 return None
-            where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
             raise DamagedError(_nothing_whole(where, list(tiers.listed))) from None
-        record = choose(committed(tiers.listed), selector)
-    if selector.kind in ("latest", "best"):
-        _tell_passed_over(view, tiers, record, selector)
+        found = resolve(tiers.listed, selector, where)
+    record = found.record
+    untold = [item for item in found.passed_over if item.id not in view.passed_over]
+    say_passed_over([view.directory(tiers, item.id).explained(item) for item in untold])
     tier: Tier = "mirror" if record.id in tiers.from_mirror else "local"
     return Choice("", record.id, record, view.directory(tiers, record.id).manifest(record.id), tier)
 
@@ -165,16 +159,9 @@ def _unless_passed_over(item: Listed, passed_over: bool) -> Listed:
 
 
 def _at_path(text: str, options: Mapping[str, str] | None) -> Choice:
-    parent, name = split_uri(text)
-    storage = open_storage(parent, options)
-    try:
-        manifest = read_manifest(storage, name)
-    except NotFoundError as error:
-        raise SelectorError(
-            f"{redact_uri(text)} is not a checkpoint: it has no manifest.json. Give the directory of one "
-            "checkpoint (…/step-00000250-1f0c9a3e), or a selector such as latest"
-        ) from error
-    return Choice(os.fspath(parent), name, from_manifest(manifest, storage.uri, name=name), manifest)
+    found = checkpoint_at(text, options)
+    record = from_manifest(found.manifest, found.storage.uri, name=found.name)
+    return Choice(found.parent, found.name, record, found.manifest)
 
 
 def _nothing_whole(where: str, listed: list[Listed]) -> str:
@@ -204,16 +191,3 @@ def _answer(records: list[CheckpointRecord], selector: Selector) -> str | None:
         return choose(records, selector).id
     except SelectorError:
         return None
-
-
-def _tell_passed_over(view: _View, tiers: Tiers, record: CheckpointRecord, selector: Selector) -> None:
-    """Say which damaged ones would have been chosen instead."""
-    rule = selector.rule or rule_of(committed(tiers.listed))
-    for item in tiers.listed:
-        if item.status != "damaged" or item.record is None or item.id in view.passed_over:
-            continue
-        both = [item.record, record]
-        first = by_sequence(both)[-1] if selector.kind == "latest" else best_first(both, rule)[0]
-        if first is item.record:
-            reason = view.directory(tiers, item.id).explained(item).reason
-            log.warning("passing over %s, which is damaged: %s", item.id, reason)

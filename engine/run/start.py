@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from engine.directory.listing import Directory, Listed, committed, read_manifest
+from engine.directory.listing import Directory, Listed, committed
 from engine.directory.record import CheckpointRecord
+from engine.directory.resolve import checkpoint_at, resolve
 from engine.directory.retention import best_first, by_sequence
-from engine.directory.selectors import Selector, choose, parse_selector
+from engine.directory.selectors import Selector, by_policy, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
 from engine.format.best import DEFAULT, BestRule, Mode
 from engine.format.forms import without_order
@@ -26,8 +27,6 @@ from engine.storage.uris import split_uri
 
 LAUNCH_KEY = "launch"
 """In a stored configuration: the torchrun that wrote it, so that its restarted workers know their own."""
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
         StorageError: the directory could not be listed, which is not the same as an empty one.
     """
-    selector = None if config.resume is None else parse_selector(_resume(config))
+    selector = None if config.resume is None else parse_selector(by_policy(config.resume, config.best_rule))
     path = selector.text if selector is not None and selector.kind == "path" else None
     if path is not None and not directory_given:
         config = replace(config, checkpoint_dir=split_uri(path)[0])
@@ -136,13 +135,6 @@ def _best_values(records: Sequence[CheckpointRecord]) -> dict[str, float]:
     return found
 
 
-def _resume(config: TrainConfig) -> str:
-    """What to carry on from. "best" goes by the flags where they say how; else by what its run has stored."""
-    assert config.resume is not None
-    own = config.best_rule != DEFAULT and config.resume.strip() == "best"
-    return config.best_rule.selector if own else config.resume
-
-
 def look(storage: Storage) -> Directory | None:
     """The directory as it is listed now; None when there is none yet. An outage raises StorageError."""
     try:
@@ -152,18 +144,15 @@ def look(storage: Storage) -> Directory | None:
 
 
 def pick(listed: Sequence[Listed], selector: Selector, uri: str) -> CheckpointRecord:
-    """The committed checkpoint that is meant; SelectorError says what else lies there, and why not that."""
+    """The committed checkpoint that is meant. SelectorError says why nothing else can be used."""
     try:
-        return choose(committed(listed), selector)
+        return resolve(listed, selector, uri).record  # the restore will log what is passed over
     except SelectorError as error:
-        unusable = [
-            f"{item.id} is {item.status} ({item.reason})" for item in listed if item.status != "committed"
-        ]
-        more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
-        where = f" In {uri}"
-        rest = f", {'; '.join(unusable[:_SHOWN])}{more}" if unusable else " nothing else lies"
-        anew = ". Nothing was deleted: begin anew beside it with --new_run"
-        raise SelectorError(f"{error}.{where}{rest}{anew * (selector.kind == 'latest')}") from None
+        if selector.kind != "latest":
+            raise
+        raise SelectorError(
+            f"{error}. Nothing was deleted: start a new run beside it with --new_run"
+        ) from None
 
 
 def refuse_to_mix(listed: Sequence[Listed], uri: str) -> None:
@@ -193,27 +182,24 @@ def _is_own(manifest: Manifest, restart: Restart) -> bool:
 
 
 def _start_at_path(path: str, config: TrainConfig, records: Sequence[CheckpointRecord]) -> Start:
-    parent, name = split_uri(path)
-    storage = open_storage(parent, config.storage_mapping)
     try:
-        manifest = read_manifest(storage, name)
-    except NotFoundError as error:
-        raise _no_checkpoint_at(path, config) from error
-    sentence = f"resuming step {manifest.step} from {storage.uri}/{name}"
-    return replace(_resumed(config, path, sentence, manifest, records), home=parent, name=name)
+        found = checkpoint_at(path, config.storage_mapping)
+    except SelectorError as error:
+        _refuse_directory(path, config, error)
+        raise
+    sentence = f"resuming step {found.manifest.step} from {found.storage.uri}/{found.name}"
+    start = _resumed(config, path, sentence, found.manifest, records)
+    return replace(start, home=found.parent, name=found.name)
 
 
-def _no_checkpoint_at(path: str, config: TrainConfig) -> SelectorError:
+def _refuse_directory(path: str, config: TrainConfig, cause: SelectorError) -> None:
+    """SelectorError that says what to type when the path is that of a directory of checkpoints."""
     inside = open_storage(path, config.storage_mapping)
     if (found := look(inside)) is not None and found.names + found.others:
-        return SelectorError(
+        raise SelectorError(
             f"{inside.uri} is a directory of checkpoints, not one of them: "
             f"give --checkpoint_dir {inside.uri} --resume latest"
-        )
-    return SelectorError(
-        f"no checkpoint lies at {inside.uri}: it has no manifest; "
-        "`python -m engine.checkpoints list DIR` shows what there is"
-    )
+        ) from cause
 
 
 def _resumed(

@@ -214,11 +214,21 @@ def test_a_selector_without_an_answer_lists_what_there_is(
     ran.refused(selector, "There is: step:60 (latest); step:50 (backup)", "0 damaged and 1 partial")
 
 
+@pytest.mark.parametrize("selector", ["latest", "best"])
+def test_a_damaged_checkpoint_that_was_meant_is_named(run: Program, directory: Path, selector: str) -> None:
+    """Otherwise an older one is shown, exported or copied in its place, and nobody notices."""
+    meant = id_of(6 if selector == "latest" else 2)
+    marks.mark_damaged(LocalStorage(directory), meant, "block 3 is bad")
+    ran = run("show", directory, "--select", selector)
+    assert ran.code == 0
+    assert ran.err == f"passing over {meant}, which is damaged: block 3 is bad\n"
+
+
 def test_what_cannot_be_used_is_counted_only_where_there_is_some(run: Program, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     ran = run("show", tmp_path, "--select", "backup")
     ran.refused("There is: step:10 (latest)")
-    assert "Besides" not in ran.err
+    assert "also holds" not in ran.err
 
 
 def test_a_selector_that_is_none(run: Program, directory: Path) -> None:
