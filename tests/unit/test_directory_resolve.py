@@ -40,7 +40,8 @@ def listed(*, damaged: tuple[int, ...] = (), partial: tuple[str, ...] = ()) -> l
         ("best", (2, 3), 1, [2, 3]),
         ("best:val_loss:max", (4, 2), 1, [4]),
         ("backup", (4,), 2, []),
-        ("step:1", (4,), 1, []),
+        ("backup", (3,), 2, []),
+        ("step:1", (2, 4), 1, []),
     ],
 )
 def test_the_choice_and_what_was_passed_over(
@@ -65,8 +66,9 @@ def test_the_error_lists_what_is_whole_and_says_why_the_rest_cannot_be_used() ->
 
 
 def test_of_many_that_cannot_be_used_three_are_named() -> None:
-    with pytest.raises(SelectorError, match=r"also holds 4 damaged and 0 partial: .*; and 1 more$"):
+    with pytest.raises(SelectorError, match=r"also holds 4 damaged and 0 partial: .*; and 1 more$") as caught:
         resolve(listed(damaged=(1, 2, 3, 4)), parse_selector("latest"), "/runs/a")
+    assert str(caught.value).count("is damaged (") == 3
 
 
 def test_where_all_are_whole_the_error_ends_with_them() -> None:
