@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import Checkpointer
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention, surplus
 from engine.errors import ConfigError
+from tests.documents import ROOT
 from tests.support.records import record
 
 
@@ -117,3 +119,13 @@ def test_a_policy_that_cannot_work_is_refused_with_its_number(bad: dict) -> None
     ((name, value),) = bad.items()
     with pytest.raises(ConfigError, match=f"{name}={value}"):
         Retention(**bad)
+
+
+def test_the_documents_say_what_the_default_deletes() -> None:
+    default = Retention()
+    assert (default.best, default.epochs, default.metric, default.mode) == (1, True, "val_loss", "min")
+    for text in ((ROOT / "README.md").read_text(), str(Checkpointer.__doc__)):
+        said = " ".join(text.split()).replace("`", '"')
+        assert f'newest {default.rolling}, the one with the lowest "val_loss"' in said
+        assert "after each commit" in said.lower()
+    assert "is deleted after the next commit" in (ROOT / "docs" / "guide.md").read_text()

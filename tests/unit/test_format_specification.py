@@ -52,7 +52,14 @@ def test_it_names_the_manifests_keys_and_no_others(tmp_path: Path) -> None:
 
 def test_it_names_every_file_that_is_holdfasts() -> None:
     text = section("7. Files beside the data") + section("1. Names") + PAGE[: PAGE.index("## 1.")]
-    for name in (names.MANIFEST, names.HELD, names.DAMAGED, names.DEAD_PREFIX, names.TMP_SUFFIX):
+    for name in (
+        names.MANIFEST,
+        names.HELD,
+        names.DAMAGED,
+        names.TOMBSTONE,
+        names.DEAD_PREFIX,
+        names.TMP_SUFFIX,
+    ):
         assert name in text
 
 

@@ -569,6 +569,9 @@ def test_a_trainers_account_may_have_numbers_that_json_does_not_know(tmp_path: P
     assert "of trainer_state.json, step, epoch and eval_loss were taken" in notes
     assert manifest.config == {"a": 1}
     assert "config.time_step_limit" in notes
+    log = [{"step": 3, "eval_loss": 0.5}, {"step": 7, "loss": 2.0}]
+    state.write_text(json.dumps({"global_step": 7, "log_history": log}))
+    assert take(tmp_path)[0].metrics == {}, "that was the loss of another step"
     state.write_text(json.dumps({"global_step": "7", "epoch": None}))
     assert "of trainer_state.json, nothing was taken" in take(tmp_path)[2]
 
