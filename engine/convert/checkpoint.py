@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import resource
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -15,6 +14,7 @@ from engine.directory.listing import read_manifest
 from engine.errors import NotFoundError
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
+from engine.geometry import Box, cut, intersect, whole, within
 from engine.restore.load_plan import Slice
 from engine.restore.places import Indexes, Places, chunk_places
 from engine.restore.read import read_slices
@@ -86,14 +86,13 @@ class CheckpointTensors:
     def _read(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, begin: int, end: int
     ) -> torch.Tensor:
-        sizes = (end - begin, *shape[1:]) if shape else ()
-        offsets = (begin, *(0 for _ in shape[1:])) if shape else ()
-        out = torch.empty(sizes, dtype=dtype)
+        rows = cut(whole(shape), 0, begin, end - begin) if shape else whole(shape)
+        out = torch.empty(rows.sizes, dtype=dtype)
         if not out.numel():
             return out
         slices = []
         for number, (_, placed) in enumerate(self.places[name]):
-            piece = _slice(number, placed.chunk, offsets, sizes, out)
+            piece = _slice(number, placed.chunk, rows, out)
             if piece is not None:
                 slices.append(piece)
         with self._explained():
@@ -150,15 +149,11 @@ def _allow_open_files(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
-def _slice(
-    number: int, chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...], out: torch.Tensor
-) -> Slice | None:
-    """What of the box at `offsets` lies in the chunk, and where in `out`, which is that box; or None."""
-    begins = [max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True)]
-    ends = [min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
-    lengths = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
-    if any(length <= 0 for length in lengths) or not math.prod(chunk.sizes):
+def _slice(number: int, chunk: Chunk, rows: Box, out: torch.Tensor) -> Slice | None:
+    """The part of a chunk that lies in `rows`, whose elements `out` holds; None if there is none."""
+    shared = intersect(chunk, rows)
+    if shared is None:
         return None
-    within = tuple(begin - origin for begin, origin in zip(begins, chunk.offsets, strict=True))
-    box: Any = tuple(slice(b - o, e - o) for b, e, o in zip(begins, ends, offsets, strict=True))
-    return Slice(chunk.name, number, within, lengths, out[box] if box else out)
+    spans = zip(within(shared, rows), shared.sizes, strict=True)
+    part: Any = tuple(slice(begin, begin + length) for begin, length in spans)
+    return Slice(chunk.name, number, within(shared, chunk), shared.sizes, out[part] if part else out)

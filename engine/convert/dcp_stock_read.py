@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from engine.directory.coverage import overlapping
 from engine.errors import DamagedError, StateError
 from engine.format.layout import Chunk
 from engine.format.names import safe_relative
+from engine.geometry import cover
 
 METADATA = ".metadata"
 
@@ -203,11 +203,9 @@ def _tensor(item: TensorStorageMetadata, name: str, path: Path) -> StockTensor:
     chunks = tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks)
     try:
         # Only the geometry matters here, so any element type will do.
-        boxes = [(METADATA, Chunk(name, "U8", shape, offsets, sizes)) for offsets, sizes in chunks]
+        boxes = [Chunk(name, "U8", shape, offsets, sizes) for offsets, sizes in chunks]
     except ValueError as error:
         raise DamagedError(f"{path}: {error}") from error
-    filled = [(file, box) for file, box in boxes if math.prod(box.sizes)]
-    stored = sum(math.prod(box.sizes) for _, box in filled)
-    if overlapping(filled) is not None or stored != math.prod(shape):
+    if not cover(shape, boxes):
         raise DamagedError(f"{path}: the boxes of {name} do not make up its shape {list(shape)}")
     return StockTensor(item.properties.dtype, shape, chunks)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
+from engine.geometry import intersect, within
 from engine.state.box_tensors import boxes_of, carries_boxes, global_shape
 from engine.state.torch_dtypes import to_torch
 
@@ -132,20 +133,14 @@ def _overlap(
     name: str, number: int, chunk: Chunk, box: ChunkStorageMetadata, local: torch.Tensor
 ) -> Slice | None:
     """The part of a saved chunk that lies in this rank's box, whose elements are `local`, if there is any."""
-    offsets, lengths = [], []
+    shared = intersect(chunk, box)
+    if shared is None:
+        return None
     to = local
-    for dim, (at, size, mine, own) in enumerate(
-        zip(chunk.offsets, chunk.sizes, box.offsets, box.sizes, strict=True)
-    ):
-        begin = max(at, mine)
-        length = min(at + size, mine + own) - begin
-        if length <= 0:
-            return None
-        if length != own:
-            to = to.narrow(dim, begin - mine, length)
-        offsets.append(begin - at)
-        lengths.append(length)
-    return Slice(name, number, tuple(offsets), tuple(lengths), to)
+    for dim, (begin, length) in enumerate(zip(within(shared, box), shared.sizes, strict=True)):
+        if length != box.sizes[dim]:
+            to = to.narrow(dim, begin, length)
+    return Slice(name, number, within(shared, chunk), shared.sizes, to)
 
 
 def _slices_of_boxes(name: str, tensor: torch.Tensor, saved: TensorStorageMetadata) -> list[Slice]:

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from engine.format.element_types import itemsize
 from engine.format.index import ShardFile, ShardIndex
 from engine.format.layout import Chunk, PlacedChunk
+from engine.geometry import Box, chunk_rows, cut, intersect, whole, within
 from engine.restore.pieces import WINDOW_BYTES, Piece, cut_slice, group
 from engine.run.mesh import MeshShape
 
 SHARDED_KEYS = ("model", "optimizer")
 PER_RANK_PREFIX = "per_rank."
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offsets, sizes) of a part of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +39,17 @@ def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> lis
     shards: dict[str, ShardFile] = {}
     for shard, placed in _chunks(indexes):
         box = wanted_box(placed.chunk, mesh, rank, same_world=same_world)
-        cut = None if box is None else overlap(placed.chunk, box)
-        if cut is None:
+        shared = None if box is None else intersect(placed.chunk, box)
+        if shared is None:
             continue
-        offsets, sizes = cut
-        within = tuple(begin - origin for begin, origin in zip(offsets, placed.chunk.offsets, strict=True))
         shards[shard.file] = shard
-        wanted[shard.file] += math.prod(sizes) * itemsize(placed.chunk.dtype)
+        wanted[shard.file] += math.prod(shared.sizes) * itemsize(placed.chunk.dtype)
         pieces[shard.file] += cut_slice(
             0,
             placed.begin,
             placed.chunk.sizes,
-            within,
-            sizes,
+            within(shared, placed.chunk),
+            shared.sizes,
             itemsize(placed.chunk.dtype),
             contiguous=True,
             most_bytes=WINDOW_BYTES,
@@ -67,31 +63,13 @@ def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> lis
 
 def wanted_box(chunk: Chunk, mesh: MeshShape, rank: int, *, same_world: bool) -> Box | None:
     """The part of the chunk's tensor that `rank` holds in the new mesh; None for nothing of it."""
-    whole = (0,) * len(chunk.shape), chunk.shape
+    everything = whole(chunk.shape)
     if chunk.name.startswith(PER_RANK_PREFIX):
-        return whole if same_world and chunk.name.split(".")[1] == f"{rank:05d}" else None
+        return everything if same_world and chunk.name.split(".")[1] == f"{rank:05d}" else None
     if mesh.dp_shard == 1 or not chunk.shape or chunk.name.partition(".")[0] not in SHARDED_KEYS:
-        return whole
+        return everything
     begin, end = chunk_rows(chunk.shape[0], mesh.dp_shard, rank % mesh.dp_shard)
-    return (begin, *whole[0][1:]), (end - begin, *chunk.shape[1:])
-
-
-def chunk_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
-    """The rows [begin, end) of one part, as `torch.chunk` cuts them: every part but the last ones is full."""
-    size = -(-rows // parts)
-    return min(rows, part * size), min(rows, (part + 1) * size)
-
-
-def overlap(chunk: Chunk, box: Box) -> Box | None:
-    """What of `box` lies in the chunk, in the tensor's coordinates; None when there is nothing."""
-    begins = tuple(max(a, b) for a, b in zip(chunk.offsets, box[0], strict=True))
-    ends = tuple(
-        min(a + a_size, b + b_size)
-        for a, a_size, b, b_size in zip(chunk.offsets, chunk.sizes, *box, strict=True)
-    )
-    if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
-        return None
-    return begins, tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+    return cut(everything, 0, begin, end - begin)
 
 
 def _chunks(indexes: Iterable[ShardIndex]) -> Iterable[tuple[ShardFile, PlacedChunk]]:

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from engine.directory.coverage import overlapping
 from engine.errors import StateError
 from engine.format.layout import Chunk
+from engine.geometry import cover, cut, row_dimension
 from engine.state.captured import per_rank_name
 from engine.state.sharing import SharedBox
 
@@ -132,11 +132,10 @@ def _fill(ranks: tuple[int, ...], loads: list[int], total_bytes: int) -> dict[in
 
 def _rows(chunk: Chunk) -> tuple[int, int, int]:
     """(dimension, rows, bytes a row) along which a box can be cut and its parts stay contiguous."""
-    if chunk.chunk_bytes:
-        for dim, size in enumerate(chunk.sizes):
-            if size != 1:
-                return dim, size, chunk.chunk_bytes // size
-    return 0, 1, chunk.chunk_bytes
+    dim = row_dimension(chunk.sizes)
+    if dim is None:
+        return 0, 1, chunk.chunk_bytes
+    return dim, chunk.sizes[dim], chunk.chunk_bytes // chunk.sizes[dim]
 
 
 def _whole(chunk: Chunk, position: int) -> Part:
@@ -146,16 +145,8 @@ def _whole(chunk: Chunk, position: int) -> Part:
 def _part(chunk: Chunk, position: int, dim: int, start: int, length: int) -> Part:
     if not chunk.sizes or not chunk.chunk_bytes or length == chunk.sizes[dim]:
         return Part(position, dim, 0, chunk.sizes[dim] if chunk.sizes else 1, chunk)
-    offsets, sizes = list(chunk.offsets), list(chunk.sizes)
-    offsets[dim] += start
-    sizes[dim] = length
-    return Part(
-        position,
-        dim,
-        start,
-        length,
-        Chunk(chunk.name, chunk.dtype, chunk.shape, tuple(offsets), tuple(sizes)),
-    )
+    rows = cut(chunk, dim, start, length)
+    return Part(position, dim, start, length, Chunk(chunk.name, chunk.dtype, chunk.shape, *rows))
 
 
 def _check_coverage(holders: dict[Chunk, list[tuple[int, int]]]) -> None:
@@ -172,8 +163,8 @@ def _check_coverage(holders: dict[Chunk, list[tuple[int, int]]]) -> None:
                     f"{chunk.dtype} {list(chunk.shape)}; a tensor that differs between ranks must be "
                     "declared in per_rank"
                 )
-        volume = sum(prod(chunk.sizes) for chunk in chunks)
-        if volume != prod(first.shape) or overlapping([("", c) for c in chunks if prod(c.sizes)]):
+        if not cover(first.shape, chunks):
+            volume = sum(prod(chunk.sizes) for chunk in chunks)
             raise StateError(
                 f"{name}: the ranks hold {volume} elements of {prod(first.shape)} in {len(chunks)} boxes "
                 "that overlap or leave a hole; redistribute() a DTensor with interleaved shards to Shard"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.directory.coverage import coverage_damage, overlapping
+from engine.directory.coverage import coverage_damage
 from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
 from engine.format.manifest import Manifest, TensorInfo
@@ -121,17 +121,3 @@ def test_any_cut_is_whole_and_one_chunk_twice_or_missing_is_not(
     chosen = rng.choice(full)
     assert len(damage(chunks, [chosen], tensors=tensors)) == 1
     assert len(damage([c for c in chunks if c is not chosen], tensors=tensors)) == 1
-
-
-@given(st.lists(st.tuples(*[st.tuples(st.integers(0, 4), st.integers(1, 3)) for _ in range(2)]), max_size=6))
-def test_overlaps_are_found_exactly_as_by_comparing_all_pairs(boxes: list[Any]) -> None:
-    held = [("f", chunk(*[(a, a + n) for a, n in box], shape=(9, 9))) for box in boxes]
-
-    def elements(c: Chunk) -> set[tuple[int, int]]:
-        (a, b), (n, m) = c.offsets, c.sizes
-        return {(i, j) for i in range(a, a + n) for j in range(b, b + m)}
-
-    expected = any(
-        elements(one) & elements(two) for position, (_, one) in enumerate(held) for _, two in held[:position]
-    )
-    assert (overlapping(held) is not None) == expected

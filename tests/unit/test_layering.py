@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = (
     "errors",
+    "geometry",
     "entry",
     "text",
     "forks",
@@ -46,6 +47,7 @@ EXAMPLE = ("gpt2", "run", "train", "resume", "generate")
 """The GPT-2 trainer, an example beside the library: every other room has to do without it."""
 TORCHLESS = (
     "errors",
+    "geometry",
     "entry",
     "text",
     "forks",

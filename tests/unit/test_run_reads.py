@@ -9,8 +9,9 @@ import pytest
 from engine.directory.listing import read_index, read_manifest
 from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
+from engine.geometry import Box, chunk_rows, intersect
 from engine.run.mesh import MeshShape
-from engine.run.reads import chunk_rows, overlap, plan_reads, wanted_box
+from engine.run.reads import plan_reads, wanted_box
 from engine.storage.local import LocalStorage
 from tests.support.tiny_checkpoint import BIAS, COLUMNS, write_checkpoint
 
@@ -85,7 +86,7 @@ def test_what_a_rank_wants_of_a_tensor(
 def test_overlap_with_a_chunk_of_rows_two_to_five(
     box: tuple[tuple[int, ...], tuple[int, ...]], expected: tuple[tuple[int, ...], tuple[int, ...]] | None
 ) -> None:
-    assert overlap(Chunk("model.w", "F32", (10, 4), (2, 0), (3, 4)), box) == expected
+    assert intersect(Chunk("model.w", "F32", (10, 4), (2, 0), (3, 4)), Box(*box)) == expected
 
 
 def indexes_of(folder: Path, world_size: int) -> list[ShardIndex]:
