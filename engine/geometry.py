@@ -80,7 +80,7 @@ def first_overlap(boxes: Sequence[Boxed]) -> tuple[int, int] | None:
 
 def cover(shape: Sequence[int], boxes: Sequence[Boxed]) -> bool:
     """Whether the boxes make up a tensor of this shape: every element once. They have to lie inside it."""
-    return sum(prod(box.sizes) for box in boxes) == prod(shape)
+    return sum(prod(box.sizes) for box in boxes) == prod(shape) and first_overlap(boxes) is None
 
 
 def row_dimension(sizes: Sequence[int]) -> int | None:
