@@ -9,10 +9,11 @@ import threading
 import time
 from typing import Any
 
+from engine.storage.connections import Limits
 from engine.storage.deadlines import call
 from engine.storage.multipart import DIRECT_AT_ONCE, SHARD, Multipart, Names
 from engine.storage.s3_network import pool_manager
-from engine.storage.transport import CONNECT_SECS, STALL_SECS, RefusedError, Transport
+from engine.storage.transport import RefusedError, Transport
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +33,9 @@ class S3Multipart(Multipart):
     `Transport` moves the bytes of parts and ranges. Where a store refuses signed addresses, s3fs moves them.
     """
 
-    def __init__(self, fs: Any, *, transport: Transport | None = None) -> None:
+    def __init__(self, fs: Any) -> None:
         self._fs = fs
-        self._transport = transport
+        self._transport: Transport | None = None
         self._direct: bool | None = None
         self._addresses: dict[str, tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -175,11 +176,9 @@ class S3Multipart(Multipart):
         call(fs, "connect")
         # botocore still signs addresses of old regions the old way, which encrypted buckets refuse.
         fs.s3.meta.events.register_first("choose-signer.s3", _modern, unique_id="holdfast-signer")
-        self._transport = self._transport or Transport(
-            pool_manager(fs, self._sign("get_object", full)),
-            stall_secs=float(fs.config_kwargs.get("read_timeout", STALL_SECS)),
-            connect_secs=float(fs.config_kwargs.get("connect_timeout", CONNECT_SECS)),
-        )
+        config = fs.s3.meta.config
+        limits = Limits(float(config.read_timeout), float(config.connect_timeout))
+        self._transport = Transport(pool_manager(fs, self._sign("get_object", full)), limits)
         return True
 
     def _turn_off(self, full: str, refusal: RefusedError) -> None:

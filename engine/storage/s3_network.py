@@ -21,7 +21,7 @@ from botocore.utils import get_environ_proxies
 from engine.errors import ConfigError
 from engine.storage.deadlines import call
 from engine.storage.redact import redact_uri
-from engine.storage.transport import CONNECT_SECS, MOST_IDLE
+from engine.storage.transport import MOST_IDLE
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -43,8 +43,9 @@ def check(fs: Any, uri: str) -> None:
             f"{uri} cannot be opened: {verify.source} names the CA bundle {verify.value}, {reason}; "
             "correct the path or remove the setting"
         )
-    proxy = proxy_setting(fs.s3.meta.config.proxies, fs.s3.meta.endpoint_url, os.environ)
-    if proxy is not None and (reason := unreachable(proxy.value)):
+    config = fs.s3.meta.config
+    proxy = proxy_setting(config.proxies, fs.s3.meta.endpoint_url, os.environ)
+    if proxy is not None and (reason := unreachable(proxy.value, config.connect_timeout)):
         raise ConfigError(
             f"{uri} cannot be opened: {proxy.source} names the proxy {redact_uri(proxy.value)}, {reason}; "
             "correct it, or list the store's host in NO_PROXY"
@@ -120,7 +121,7 @@ def unusable(bundle: str) -> str:
     return ""
 
 
-def unreachable(proxy: str) -> str:
+def unreachable(proxy: str, connect_secs: float) -> str:
     """Why no request can go through a proxy; empty if something listens there."""
     try:
         parts = urlsplit(proxy if "//" in proxy else f"//{proxy}", scheme="http")
@@ -130,7 +131,7 @@ def unreachable(proxy: str) -> str:
     if host is None or port is None or parts.scheme not in _PORTS:
         return "which is not an address like http://host:port"
     try:
-        socket.create_connection((host, port), timeout=CONNECT_SECS).close()
+        socket.create_connection((host, port), timeout=connect_secs).close()
     except OSError as error:
         return f"where nothing answers ({error.strerror or error})"
     return ""

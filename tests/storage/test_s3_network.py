@@ -22,7 +22,7 @@ from engine.storage.remote_failures import UntrustedError
 from engine.storage.retry import Retry
 from tests.services.certificates import certificate
 from tests.services.moto import BUCKET, S3Server
-from tests.storage.buffers import padded, pattern
+from tests.storage.buffers import pattern, source
 from tests.storage.contract import SEVERAL_WINDOWS, read_all
 
 pytest.importorskip("botocore")
@@ -248,7 +248,7 @@ def test_everything_goes_through_the_proxy(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy.address)
     storage, data = opened(), pattern(SEVERAL_WINDOWS)
-    storage.write_shard("shard", padded(data), len(data))
+    storage.write_shard("shard", source(data))
     assert read_all(storage, "shard") == data
     where = f"{s3_server.endpoint}/{BUCKET}/network/shard"
     signed = [seen for seen in proxy.seen if "Signature=" in seen]
@@ -265,7 +265,7 @@ def test_no_proxy_is_honoured(
     monkeypatch.setenv("HTTP_PROXY", proxy.address)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     storage, data = opened(), pattern(SEVERAL_WINDOWS)
-    storage.write_shard("direct", padded(data), len(data))
+    storage.write_shard("direct", source(data))
     assert read_all(storage, "direct") == data
     assert proxy.seen == []
 
@@ -383,4 +383,4 @@ def test_which_proxy_is_used(
 
 @pytest.mark.parametrize("proxy", ["http://", "http://:3128", "http://h:port", "socks5://h:1", "http://[::1"])
 def test_what_is_no_proxy(proxy: str) -> None:
-    assert "which is not an address" in unreachable(proxy)
+    assert "which is not an address" in unreachable(proxy, 10.0)
