@@ -122,7 +122,9 @@ def test_lightning_fabrics_objects_go_in_as_they_are() -> None:
         optimizer.load_state_dict(optimizer.state_dict())
         fabric.backward(wrapped(torch.randn(5, 4)).sum())
         optimizer.step()
-        assert "optimizer.state.first.weight.exp_avg" in capture.capture().tensors
+        found = capture.capture()
+        assert "optimizer.state.first.weight.exp_avg" in found.tensors
+        assert found.shared["optimizer"]["class"] == "AdamW"
 
 
 def test_accelerates_objects_go_in_as_they_are() -> None:
@@ -140,6 +142,7 @@ def test_accelerates_objects_go_in_as_they_are() -> None:
     schedule.step()
     found = capture.capture()
     assert "optimizer.state.first.weight.exp_avg" in found.tensors
+    assert found.shared["optimizer"]["class"] == "AdamW"
     assert values.decode(found.shared["schedule"], found.tensors.__getitem__)["last_epoch"] == 1
 
 
