@@ -71,7 +71,17 @@ def test_a_class_that_is_not_here_is_said_before_anything_is_read() -> None:
         values.decode(document, tensors.__getitem__)
 
 
-@pytest.mark.parametrize("kind", ["builtins:dict", "os:system", "torch:Tensor", "torch.nn:Linear"])
+class Trap:
+    """What a forged checkpoint might name: no tensor, and yet it has the method."""
+
+    @staticmethod
+    def __tensor_unflatten__(*_: Any) -> torch.Tensor:
+        pytest.fail("it was called")
+
+
+@pytest.mark.parametrize(
+    "kind", ["builtins:dict", "os:system", "torch:Tensor", "torch.nn:Linear", f"{__name__}:Trap"]
+)
 def test_only_tensor_classes_are_ever_called(kind: str) -> None:
     document, tensors = stored()
     document["moment"]["$composite"]["type"] = kind

@@ -271,4 +271,9 @@ def test_memory_that_is_read_conjugated_or_negated_is_not_the_same() -> None:
         def state_dict(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]
             return {"conjugate": self.wave.conj(), "wave": self.wave}
 
+    class Turned(Views):
+        def state_dict(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+            return {"wave": self.wave.conj()}
+
     assert set(found(Views())) == {"wave", "conjugate"}
+    assert set(found(Turned())) == {"wave", "$state_dict.wave"}
