@@ -81,11 +81,11 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     axes.set_xlim(0, widest * 1.16)
     axes.set_ylim(len(panel.bars) - 0.4, -1.0)
     axes.set_yticks(range(len(panel.bars)), [bar.name for bar in panel.bars], fontsize=10)
+    axes.tick_params(length=0, colors=_INK)
+    axes.tick_params(axis="x", labelsize=9, labelcolor=_FAINT)
     for label, bar in zip(axes.get_yticklabels(), panel.bars, strict=True):
         if bar.style == "holdfast":
             label.set(fontweight="bold", color=_OURS)
-    axes.tick_params(length=0, colors=_INK)
-    axes.tick_params(axis="x", labelsize=9, labelcolor=_FAINT)
     axes.grid(axis="x", color="#e8ebef", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in axes.spines.values():

@@ -13,17 +13,11 @@ import torch
 from bench.harness.sizes import batch_shape, fit_tokens
 from data.batch import BatchSplit
 from engine.run.config import TrainConfig
-from engine.run.job import Job
-from engine.run.lr import LrSchedule, LrShape
-from engine.run.mesh import build_mesh
-from engine.run.parallelize import build_model
+from engine.run.job import Job, build_job
 from engine.run.setup import World
 from engine.run.shared_stop import Agreement
 from engine.run.step import train_step
 from model.config import GPT2Config
-from model.gpt2 import GPT2
-from model.init import init_weights
-from model.optim import decay_groups
 
 _BATCHES = 8
 _MOST_TOKENS = 16384
@@ -35,7 +29,7 @@ class RandomTokens:
 
     def __init__(self, vocab_size: int, rows: int, seq_len: int, seed: int) -> None:
         generator = np.random.default_rng(seed)
-        self.seq_len = seq_len
+        self.vocab_size, self.seq_len, self.steps_per_epoch = vocab_size, seq_len, 1
         self._batches = generator.integers(0, vocab_size, (_BATCHES, rows, seq_len + 1), dtype=np.int64)
         self._next = 0
 
@@ -132,7 +126,7 @@ class Training:
         self._seed, self._vocab_size = seed, model.vocab_size
         self._agreement = Agreement(world.rank, world.world_size, lambda: None)
         self.longest = min(model.block_size, 1024)
-        self.job = build_job(model, world, device, dp_replicate=dp_replicate, seed=seed)
+        self.job = random_job(model, world, device, dp_replicate=dp_replicate, seed=seed)
         self.set_tokens(tokens)
         self.gate = Gate(self.job.optimizer, device)
 
@@ -170,28 +164,10 @@ class Training:
         return box[0]
 
 
-def build_job(model: GPT2Config, world: World, device: torch.device, *, dp_replicate: int, seed: int) -> Job:
-    """The trainer's job with random tokens for data: its model, sharding, AdamW and schedule. Collective."""
-    config = TrainConfig(seed=seed, dp_replicate=dp_replicate)
-    built = build_model(
-        lambda: GPT2(model),
-        lambda module: init_weights(module, seed),
-        device=device,
-        mesh=build_mesh(device.type, world.world_size, dp_replicate),
+def random_job(model: GPT2Config, world: World, device: torch.device, *, dp_replicate: int, seed: int) -> Job:
+    """The trainer's job for a model of any shape, on random tokens. Collective."""
+    config = TrainConfig(
+        seed=seed, dp_replicate=dp_replicate, global_batch=world.world_size, micro_batch=1, max_steps=10**6
     )
-    groups = decay_groups(built, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     loader: Any = RandomTokens(model.vocab_size, 1, 8, seed)
-    return Job(
-        config=config,
-        world=world,
-        device=device,
-        split=BatchSplit(1, 1, 1),
-        loader=loader,
-        val_loader=None,
-        model=built,
-        parameters=[parameter for group in groups for parameter in group["params"]],
-        optimizer=optimizer,
-        schedule=LrSchedule(optimizer, LrShape(config.lr, config.final_lr, config.warmup_steps, 10**6)),
-        last_step=10**6,
-    )
+    return build_job(config, world, device, (loader, None), model_shape=model)

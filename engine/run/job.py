@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,15 +114,23 @@ def build_job(
     world: World,
     device: torch.device,
     loaders: tuple[TokenLoader, TokenLoader | None],
+    *,
+    model_shape: GPT2Config | None = None,
 ) -> Job:
-    """Build model, optimizer and schedule. Collective. ConfigError for numbers that do not fit together."""
+    """Build model, optimizer and schedule. Collective. ConfigError for numbers that do not fit together.
+
+    `model_shape`: in place of the preset that the config names.
+    """
     loader, val_loader = loaders
     rows = split_batch(config.global_batch, world.world_size).rows
     split = split_batch(config.global_batch, world.world_size, fit_micro_batch(rows, config.micro_batch))
     last = last_step(config.max_steps, config.num_epochs, loader.steps_per_epoch)
     shape = LrShape(config.lr, config.final_lr, config.warmup_steps, config.lr_decay_steps or last)
+    model_shape = model_shape or GPT2Config.preset(
+        config.model, vocab_size=loader.vocab_size, dropout=config.dropout
+    )
     model = build_model(
-        _model_maker(config, loader.vocab_size),
+        lambda: GPT2(model_shape),
         lambda module: init_weights(module, config.seed),
         device=device,
         mesh=build_mesh(device.type, world.world_size, config.dp_replicate),
@@ -145,11 +152,6 @@ def build_job(
         schedule=LrSchedule(optimizer, shape),
         last_step=last,
     )
-
-
-def _model_maker(config: TrainConfig, vocab_size: int) -> Callable[[], nn.Module]:
-    shape = GPT2Config.preset(config.model, vocab_size=vocab_size, dropout=config.dropout)
-    return lambda: GPT2(shape)
 
 
 def _hyperparameters(config: TrainConfig) -> list[dict[str, Any]]:

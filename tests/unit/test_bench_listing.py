@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases.listing import ListingReport, main
+from bench.cases.listing import main, verdicts
 
 
 def test_the_bar() -> None:
     secs = {"list_secs": [0.2, 0.5, 0.33], "bare_secs": [0.04, 0.05, 0.03]}
-    report = ListingReport({}, {"checkpoints": 20, "tensors": 592, "repeats": 3}, {}, secs)
-    assert report.more_secs == pytest.approx(0.29)
-    assert "reached" in report.text()
-    secs["list_secs"] = [0.35]
-    assert "MISSED" in report.text()
+    (verdict,) = verdicts({}, secs)
+    assert verdict.value == pytest.approx(0.29)
+    assert verdict.reached
+    (verdict,) = verdicts({}, {**secs, "list_secs": [0.35]})
+    assert verdict.reached is False
 
 
 def test_a_small_run_lists_every_checkpoint_and_leaves_nothing(
@@ -28,5 +28,5 @@ def test_a_small_run_lists_every_checkpoint_and_leaves_nothing(
     assert "12 checkpoints, each 3 tensors; medians (lowest - highest) of 2" in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert [len(document[f"{name}_secs"]) for name in ("list", "bare")] == [2, 2]
-    assert document["listed"] == 12
+    assert document["options"]["checkpoints"] == 12
     assert not any((tmp_path / "runs").iterdir())

@@ -1,4 +1,4 @@
-"""The whole measurement in one process on a tiny model, and that it trains as the trainer does."""
+"""The whole measurement in one process on a tiny model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from bench.cases.save.figures import summarise
 from bench.cases.save.program import parse
 from bench.cases.save.session import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES, SaveSession
 from bench.harness.floors import Floors, state_tensors
-from bench.harness.training import Training, build_job
-from engine.run.config import TrainConfig
-from engine.run.job import build_job as build_trainer_job
+from bench.harness.training import Training
 from engine.run.setup import World
 from model.config import GPT2Config
 
@@ -35,19 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def test_it_trains_with_the_trainers_optimizer() -> None:
-    loader: Any = SimpleNamespace(vocab_size=64, steps_per_epoch=10, seq_len=8)
-    config = TrainConfig(model="nano", seq_len=8, num_epochs=1)
-    trainers = build_trainer_job(config, World(), CPU, (loader, None)).optimizer
-    ours = build_job(TINY, World(), CPU, dp_replicate=1, seed=1).optimizer
-    assert type(ours) is type(trainers)
-
-    def settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-        return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-
-    assert settings(ours) == settings(trainers)
 
 
 def test_the_gate_lets_a_mode_hold_the_optimizer_back() -> None:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases.small_tensors import SmallTensorsReport, main
+from bench.cases.small_tensors import main, verdicts
 
 
 def test_the_bars() -> None:
     secs = {"save_secs": [0.03, 0.05, 0.04], "copy_secs": [0.015], "look_secs": [0.0009]}
-    report = SmallTensorsReport({}, {"tensors": 1000, "bytes": 4096, "repeats": 3}, {}, secs)
-    assert report.limit_secs == pytest.approx(0.040)
-    assert report.text().count("reached") == 2
-    secs |= {"save_secs": [0.041], "look_secs": [0.0011]}
-    assert report.text().count("MISSED") == 2
+    found = verdicts({"tensors": 1000}, secs)
+    assert found[0].limit == pytest.approx(40.0), "ms"
+    assert [verdict.reached for verdict in found] == [True, True]
+    found = verdicts({"tensors": 1000}, {**secs, "save_secs": [0.041], "look_secs": [0.0011]})
+    assert [verdict.reached for verdict in found] == [False, False]
 
 
 def test_a_small_run_measures_everything_and_leaves_nothing(

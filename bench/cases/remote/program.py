@@ -10,16 +10,17 @@ Exit status: 0 after a run, whatever the figures; 1 when no row could be measure
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import secrets
 import sys
-from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+from bench.cases.remote import worker
 from bench.cases.remote.report import Figures, RemoteReport, read
 from bench.cases.remote.rows import ROWS
-from bench.cases.remote.worker import serve
 from bench.harness.options import add_load_flag, at_least, base_parser
 from bench.harness.records import shuffled
 from bench.harness.report import finish
@@ -49,69 +50,37 @@ def measure(options: argparse.Namespace) -> RemoteReport:
     provenance["versions"] |= versions_of(_PACKAGES)
     provenance["server"] = options.server
     recorded = {name: getattr(options, name) for name in ("shard_mb", "repeats", "seed")}
-    rows = [Figures(row.name, row.verb, row.peer) for row in ROWS]
-    workers = _Workers(rows)
+    figures = [Figures(row.name, row.verb, row.peer) for row in ROWS]
+    report = RemoteReport(provenance, recorded, shard_bytes, figures)
+    # Uploads come first in ROWS: they write the warm-up's object, which downloads read.
+    pools = [ProcessPoolExecutor(1, get_context("spawn")) for _ in ROWS]
+
+    def run(number: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in a row's process; its error is the row's failure, and ends its part."""
+        if not figures[number].failure:
+            try:
+                return pools[number].submit(function, *arguments).result()
+            except Exception as error:
+                figures[number].failure = f"{type(error).__name__}: {error}"[:300]
+        return None
+
     try:
-        workers.start(uri, storage_options, shard_bytes)
-        workers.ask(0, "shard")  # what downloads read; it is no sample
-        rows[0].secs.clear()
+        given = secrets.token_bytes(1 << 20)
+        for number in range(len(ROWS)):
+            run(number, worker.start, number, uri, storage_options, shard_bytes, given)
+        run(0, worker.move, "shard")  # what downloads read; no sample
         turns = [number for number, row in enumerate(ROWS) for _ in range(_SAMPLES[row.verb])]
         for repeat in range(options.repeats):
             for number in shuffled(turns, options.seed, repeat):
-                workers.ask(number, "shard" if ROWS[number].verb == "download" else f"upload-{number}")
+                name = "shard" if ROWS[number].verb == "download" else f"upload-{number}"
+                if moved := run(number, worker.move, name):
+                    figures[number].add(*moved)
             print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
     finally:
-        workers.stop()
+        for pool in pools:
+            pool.shutdown()
         _clear(options.uri, uri, storage_options)
-    return RemoteReport(provenance, recorded, shard_bytes, rows)
-
-
-class _Workers:
-    """A process per row, and its pipe; what they answer goes into `figures`."""
-
-    def __init__(self, figures: Sequence[Figures]) -> None:
-        self._figures = figures
-        self._pipes: list[Connection] = []
-        self._processes: list[multiprocessing.process.BaseProcess] = []
-
-    def start(self, uri: str, storage_options: dict[str, str], shard_bytes: int) -> None:
-        """Uploads come first in ROWS: they write the object of the warm-up that downloads read."""
-        context = multiprocessing.get_context("spawn")
-        given = secrets.token_bytes(1 << 20)
-        for number in range(len(ROWS)):
-            pipe, theirs = context.Pipe()
-            arguments = (theirs, number, uri, storage_options, shard_bytes, given)
-            process = context.Process(target=serve, args=arguments)
-            process.start()
-            self._processes.append(process)
-            theirs.close()
-            self._pipes.append(pipe)
-            self._receive(number)
-
-    def ask(self, number: int, name: str) -> None:
-        """Have a row move the object of that name, unless the row has failed."""
-        if not self._figures[number].failure:
-            self._pipes[number].send(name)
-            self._receive(number)
-
-    def stop(self) -> None:
-        """End all processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join()
-
-    def _receive(self, number: int) -> None:
-        row = self._figures[number]
-        try:
-            answer = self._pipes[number].recv()
-        except EOFError:
-            answer = "the process ended"
-        if isinstance(answer, tuple):
-            row.secs.append(answer[0])
-            row.above_bytes = max(row.above_bytes, answer[1])
-        elif answer != "ready":
-            row.failure = str(answer)
+    return report
 
 
 def _clear(parent: str, uri: str, storage_options: dict[str, str]) -> None:

@@ -27,6 +27,11 @@ class Figures:
     above_bytes: int = 0
     failure: str = ""
 
+    def add(self, secs: float, above_bytes: int) -> None:
+        """Add a sample."""
+        self.secs.append(secs)
+        self.above_bytes = max(self.above_bytes, above_bytes)
+
     def mb_per_sec(self, shard_bytes: int) -> float:
         """Median speed."""
         return shard_bytes / 1e6 / median(self.secs)

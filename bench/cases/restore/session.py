@@ -26,7 +26,7 @@ from bench.harness.resources import (
     sync_file_system,
 )
 from bench.harness.session import Session
-from bench.harness.training import build_job
+from bench.harness.training import random_job
 from engine.run.job import Job
 from engine.run.setup import World
 from engine.text import readable_bytes
@@ -44,7 +44,7 @@ class RestoreSession(Session[Mode]):
     ) -> None:
         super().__init__(world, device, directory, _TIMEOUT_SECS)
         self._seed = seed
-        self._job: Job = build_job(model, world, device, dp_replicate=1, seed=seed)
+        self._job: Job = random_job(model, world, device, dp_replicate=1, seed=seed)
         for parameter in self._job.parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
         self._job.optimizer.step()
