@@ -41,7 +41,7 @@ def add_load_flag(parser: Any) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, rows_flag: str, rows: Sequence[str], *also: str) -> None:
-    """The flags of a benchmark that compares `rows` on a GPT-2. `also`: names that may be given in vain."""
+    """The flags of a benchmark that compares `rows` on a GPT-2. `also`: names that add nothing."""
     parser.add_argument(
         "--state",
         type=state,

@@ -126,6 +126,7 @@ def test_a_run_measures_every_mode_and_outlives_a_broken_one(
         "torch_checkpointing": "ImportError: there is no such module",
         "torchsnapshot": "OSError: the third save",
     }
+    assert len(measured.failures) == 2, "a row that failed is left out"
 
     holdfast = [window for window in measured.windows if window.row == "holdfast"]
     assert all(0 < window.save_secs < window.window_secs for window in holdfast)
