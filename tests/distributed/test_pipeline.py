@@ -169,6 +169,7 @@ def test_names_that_no_rank_has_are_still_refused_on_all(world: World, tmp_path:
         assert answer.startswith("StateMismatchError")
         assert "model.layers.3.linear.weight" in answer
         assert "model.layers.0" not in answer, "another rank has that one"
+        assert "model.layers.2" not in answer
         assert changed == []
 
 

@@ -470,8 +470,12 @@ def test_an_unsavable_value_is_named_by_key_path() -> None:
 
 def test_modules_and_optimizers_that_are_declared_per_rank_carry_the_ranks_names() -> None:
     model, optimizer = trained()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
     state = {"model": model, "optimizer": optimizer, "other": nn.Linear(1, 1)}
     captured = StateCapture(state, ("model", "optimizer"), 3).capture()
+    lr = captured.local["optimizer"]["param_groups"][0]["lr"]
+    assert lr == {"$tensor": "per_rank.00003.optimizer.param_groups.0.lr"}
+    assert lr["$tensor"] in captured.tensors
     own = {name for name in captured.tensors if not name.startswith("per_rank.00003.")}
     assert own == {"other.weight", "other.bias"}
     assert captured.fixed <= captured.tensors.keys()
