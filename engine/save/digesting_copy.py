@@ -17,7 +17,7 @@ from engine.format.digest import BLOCK_BYTES
 from engine.native import kernels
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""(destination in the arena, source) of equal shape and dtype."""
+"""(destination in the staging buffer, source) of equal shape and dtype."""
 
 LEAST_BYTES = 64 << 10
 """Smaller tensors stay in one call of torch: naming each would cost more than its copy."""

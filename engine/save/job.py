@@ -1,4 +1,4 @@
-"""One save on its background thread, from a filled arena to the outcome that every rank learns.
+"""One save on its background thread, from a staged snapshot to the outcome that every rank learns.
 
     every rank   write shards, index, directory -> receipt
     rank 0       all receipts in and confirmed -> manifest = the commit -> outcome to all
@@ -34,15 +34,13 @@ from engine.ranks.calls import Call, end_call
 from engine.ranks.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
-from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.outcomes import Outcomes, may_pass
 from engine.save.receipt import Receipt, failures, lacked_space
 from engine.save.replicas import Comparison
 from engine.save.run_directory import RunDirectory
 from engine.save.snapshot_check import Digests, check_written
-from engine.save.staged import staged_files
-from engine.save.staging_buffer import Arena
+from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.write import write_rank
 from engine.state.optimizer_document import merge_documents
 from engine.storage.base import Storage
@@ -61,7 +59,7 @@ class Job:
 
     call: the call of all ranks that this save is; its key is the prefix of this save's in the store.
     problem: what already failed on this rank in the training thread; its receipt carries it.
-    filling: how far the arena holds the snapshot; writing follows it.
+    staged: what this rank writes, while it is still being copied.
     kinds: what kind of entry each key of `objects` is.
     comparison: what this save compares of what several ranks hold.
     live_digests: what has to be found when the files are read back; empty when that is not asked for.
@@ -70,8 +68,7 @@ class Job:
     call: Call
     info: SaveInfo
     handle: SaveHandle
-    arena: Arena | None
-    filling: Filling
+    staged: StagedSnapshot
     local: Mapping[str, Any]
     objects: Mapping[str, Any]
     aliases: Mapping[str, str]
@@ -223,7 +220,7 @@ class JobRunner:
             shard = write_rank(
                 self.storage,
                 job.info.attempt,
-                staged_files(job.arena, job.filling, clock=self.clock),
+                job.staged.files(clock=self.clock),
                 rank=rank,
                 world_size=self.channel.world_size,
                 local=job.local,
@@ -231,8 +228,8 @@ class JobRunner:
                 clock=self.clock,
             )
             replicas = job.comparison.texts()
-            if job.live_digests and job.arena is not None:
-                check_written(self.storage, job.info.attempt, job.arena.slots, job.live_digests)
+            if job.live_digests:
+                check_written(self.storage, job.info.attempt, job.staged.slots, job.live_digests)
         except Exception as error:
             return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
         return Receipt(rank, job.info.attempt, shard, job.shared_digests, replicas, dict(job.secs))
@@ -286,7 +283,7 @@ class JobRunner:
             "secs": self.clock() - job.started,
             "reasons": list(job.info.reasons),
             "secs_by_cause": {cause: round(value, 6) for cause, value in job.secs.items()},
-            "bytes": job.arena.file_bytes if job.arena else 0,
+            "bytes": job.staged.file_bytes,
             **more,
         }
         try:

@@ -29,7 +29,6 @@ from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.save import documents
 from engine.save.commit import SaveInfo
-from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.in_flight import Flight
 from engine.save.job import Job, JobRunner
@@ -39,6 +38,7 @@ from engine.save.outcomes import Outcomes, may_pass
 from engine.save.replicas import Comparison, Replicas, buffer_digests
 from engine.save.snapshot import Snapshot
 from engine.save.snapshot_check import live_digests
+from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_copy import Copier
 from engine.save.write_plan import agree_on_plan
 from engine.state.capture import StateCapture
@@ -126,7 +126,7 @@ class Saver:
         info = replace(info, attempt=attempt, world_size=self.channel.world_size, mesh=mesh)
         job = self._job(call, info, moment, started)
         job.secs.update(wait=waited - started, capture=planned - waited, copy=0.0)
-        # Started before the copy: it writes each part of the arena as soon as that is filled.
+        # Started before the copy: it writes each part of the staging buffer as soon as that is filled.
         self.flight.start(job)
         if moment.problem is None:
             self._copy(moment, job)
@@ -141,7 +141,7 @@ class Saver:
         return job.handle
 
     def prepare(self) -> None:
-        """Plan and take the arena now, so that the first save need not. Every rank calls it.
+        """Plan and take the staging buffer now, so that the first save need not. Every rank calls it.
 
         Raises: what `save` would raise for this state; every rank then raises.
         """
@@ -317,8 +317,8 @@ class Saver:
         started = self.clock()
         guarded = moment.captured.guarded
         try:
-            if self.snapshot.arena is not None:
-                self.snapshot.arena.wait_ready()
+            if self.snapshot.staging is not None:
+                self.snapshot.staging.wait_ready()
             if self.checks.snapshots:
                 job.live_digests = live_digests(self.snapshot)
             eager, overlapped = self.snapshot.copies(
@@ -326,11 +326,11 @@ class Saver:
                 if self.copier.overlaps
                 else None
             )
-            self.copier.copy(eager, overlapped, job.filling)
+            self.copier.copy(eager, overlapped, job.staged)
             job.secs["copy"] = self.clock() - started
         except BaseException as error:
-            # The background thread waits for the copy: it must hear of this whatever it is.
-            job.filling.fail(error)
+            # The background thread waits for the copy: it has to learn of every error.
+            job.staged.fail(error)
             if not isinstance(error, Exception):
                 raise
             moment.problem = error
@@ -352,8 +352,7 @@ class Saver:
             call=call,
             info=info,
             handle=SaveHandle(info.step, most_secs=self._most_secs),
-            arena=self.snapshot.arena,
-            filling=Filling(self.copier.finish),
+            staged=StagedSnapshot(self.snapshot.staging, self.copier.finish),
             local=local,
             objects=captured.shared,
             aliases=self._aliases,
@@ -373,7 +372,7 @@ class Saver:
                 "event": "save_snapshotted",
                 "step": job.info.step,
                 "blocked_secs": job.blocked_secs,
-                "bytes": job.arena.file_bytes if job.arena else 0,
+                "bytes": job.staged.file_bytes,
                 "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in causes},
             }
         )

@@ -1,4 +1,4 @@
-"""One rank's snapshot: which parts of its state it writes, and their copy in the arena.
+"""One rank's snapshot: which parts of its state it writes, and their copy in the staging buffer.
 
 The plan (who writes what) is made once per structure and shared by all ranks; a save whose structure has
 not changed costs one identity check and one batched copy.
@@ -18,7 +18,7 @@ from engine.format.json import canonical_bytes
 from engine.format.layout import Chunk, PlacedChunk, ShardLayout, plan_files
 from engine.save.digesting_copy import Pair, Span
 from engine.save.division import Part
-from engine.save.staging_buffer import Arena, FileSlot
+from engine.save.staging_buffer import FileSlot, StagingBuffer
 from engine.save.staging_copy import Batch
 from engine.state.box_tensors import carries_boxes
 from engine.state.captured import Captured
@@ -33,7 +33,7 @@ BATCH_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class _Copy:
-    """One standing order: a held box, or some of its rows, into a view of the arena.
+    """One standing order: a held box, or some of its rows, into a view of the staging buffer.
 
     rows: (dim, start, length); None for the whole box.
     """
@@ -46,11 +46,11 @@ class _Copy:
 
 
 class Snapshot:
-    """The arena and the standing orders that fill it. One thread; one snapshot at a time.
+    """The staging buffer and the standing orders that fill it. One thread; one snapshot at a time.
 
     Args:
         rank: this rank, which names its files.
-        pin: whether the arena is pinned for CUDA.
+        pin: whether the staging buffer is pinned for CUDA.
         budget_bytes: most host memory to take, or None.
     """
 
@@ -64,7 +64,7 @@ class Snapshot:
         self._held_digest = ""
         self._planned_digest = ""
         self._orders: list[_Copy] = []
-        self.arena: Arena | None = None
+        self.staging: StagingBuffer | None = None
         self.layouts: tuple[ShardLayout, ...] = ()
 
     @property
@@ -95,25 +95,25 @@ class Snapshot:
         return self._held_digest != self._planned_digest
 
     def adopt(self, parts: Sequence[Part]) -> None:
-        """Take a new plan: lay out the files and the arena for the parts that this rank writes.
+        """Take a new plan: lay out the files and the staging buffer for the parts that this rank writes.
 
-        Raises: MemoryBudgetError when the arena would exceed its budget; there is no plan then.
+        Raises: MemoryBudgetError when the staging buffer would exceed its budget; there is no plan then.
         """
         layouts = plan_files(self._rank, [part.chunk for part in parts])
-        if self.arena is None or layouts != self.layouts:
+        if self.staging is None or layouts != self.layouts:
             self.forget_plan()
             self.layouts = layouts
-            self.arena = Arena(layouts, pin=self._pin, budget_bytes=self._budget_bytes)
+            self.staging = StagingBuffer(layouts, pin=self._pin, budget_bytes=self._budget_bytes)
         self._orders = []
         by_box = {(part.chunk.name, part.chunk.offsets): part for part in parts}
-        for slot in self.arena.slots:
+        for slot in self.staging.slots:
             for placed in slot.layout.chunks:
                 part = by_box[placed.chunk.name, placed.chunk.offsets]
                 sizes = self._held[part.held].chunk.sizes
                 whole = not sizes or sizes[part.dim] == part.length
                 self._orders.append(
                     _Copy(
-                        to=self.arena.view(slot, placed),
+                        to=self.staging.view(slot, placed),
                         held=part.held,
                         rows=None if whole else (part.dim, part.start, part.length),
                         file=slot.layout.file,
@@ -123,26 +123,27 @@ class Snapshot:
         self._planned_digest = self._held_digest
 
     def forget_plan(self) -> None:
-        """Give the arena back; the next save plans anew."""
+        """Release the staging buffer; the next save plans anew."""
         self._orders = []
         self.layouts = ()
         self._planned_digest = ""
-        if self.arena is not None:
-            self.arena.release()
-            self.arena = None
+        if self.staging is not None:
+            self.staging.release()
+            self.staging = None
 
     def copies(self, overlaps: Callable[[str, torch.Tensor], bool] | None) -> tuple[list[Batch], list[Pair]]:
         """The copies of this snapshot: (to make before `save` returns, may overlap with training).
 
         `overlaps` says which may, by name and source; None: none of them.
 
-        The first are in arena order, in batches, so that writing can begin before all of them are made. With
-        10,000 small tensors every call for each of them shows: hence no narrowing, and no question, in vain.
+        The first are in the order of the buffer, in batches, so that writing can begin before all are made.
+        With 10,000 small tensors every call for each of them shows: so none is narrowed or asked about
+        without need.
         """
         batches: list[Batch] = []
         overlapped: list[Pair] = []
         orders = iter(self._orders)
-        for slot in self.arena.slots if self.arena else ():
+        for slot in self.staging.slots if self.staging else ():
             pairs: list[Pair] = []
             begin = 0
             for order in itertools.islice(orders, len(slot.layout.chunks)):
@@ -160,8 +161,8 @@ class Snapshot:
 
     def _batch(self, slot: FileSlot, pairs: Sequence[Pair], begin: int, end: int) -> Batch:
         """The copies that fill bytes [begin, end) of a file."""
-        assert self.arena is not None
-        address = self.arena.buffer.data_ptr() + slot.begin
+        assert self.staging is not None
+        address = self.staging.buffer.data_ptr() + slot.begin
         span = Span(slot.layout.file, address, slot.layout.file_bytes, begin, end)
         return Batch(tuple(pairs), slot.begin + end, span)
 

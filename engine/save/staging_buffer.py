@@ -1,7 +1,7 @@
 """One host buffer per rank, laid out as the shard files themselves.
 
 A fresh allocation costs more in page faults (0.4 to 1 s for 1.5 GB) than the copy into it (0.1 s), so the
-arena is taken once, prefaulted, and reused by every save. Its pages are made for direct I/O
+buffer is taken once, prefaulted, and reused by every save. Its pages are made for direct I/O
 (`storage/aligned_memory.py`), and pinned on CUDA, so that the device copies without a bounce buffer.
 
 Each file starts on a 4 KiB boundary and is followed by zeros up to the next one, so that aligned writes
@@ -34,7 +34,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it.
 
 @dataclass(frozen=True, slots=True)
 class FileSlot:
-    """Where one shard file lies in the arena: bytes [begin, begin + layout.file_bytes)."""
+    """Where one shard file lies in the staging buffer: bytes [begin, begin + layout.file_bytes)."""
 
     layout: ShardLayout
     begin: int
@@ -55,7 +55,7 @@ def place_files(layouts: Sequence[ShardLayout]) -> tuple[FileSlot, ...]:
     return tuple(slots)
 
 
-class Arena:
+class StagingBuffer:
     """A page-aligned host buffer that holds this rank's shard files.
 
     Its pages are brought in by a background thread, because that can take seconds where the kernel first has
@@ -99,7 +99,7 @@ class Arena:
         return self._pinned
 
     def view(self, slot: FileSlot, placed: PlacedChunk) -> torch.Tensor:
-        """The arena's bytes of one chunk as a tensor of the chunk's dtype and sizes."""
+        """The buffer's bytes of one chunk as a tensor of the chunk's dtype and sizes."""
         begin, end = slot.begin + placed.begin, slot.begin + placed.end
         return self.buffer[begin:end].view(to_torch(placed.chunk.dtype)).view(placed.chunk.sizes)
 

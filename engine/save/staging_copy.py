@@ -1,4 +1,4 @@
-"""The copy into the arena: at once on CPU, overlapped with training on CUDA.
+"""The copy into the staging buffer: at once on CPU, overlapped with training on CUDA.
 
 On CUDA the copy runs on a stream of its own and training goes on; only what would change the copied memory
 has to wait for it. Parameters and optimizer state change in `optimizer.step()` alone, so a step pre-hook
@@ -19,14 +19,14 @@ from torch.optim import Optimizer
 from engine.format.digest import DIGEST_BYTES, block_count
 from engine.native import kernels
 from engine.save.digesting_copy import Pair, Span, fill_span, plain_runs
-from engine.save.filling import Filling
+from engine.save.staged_snapshot import StagedSnapshot
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Copies that belong together; when they are made, the arena is filled up to byte `end`.
+    """Copies that belong together; when they are made, the staging buffer is filled up to byte `end`.
 
     span: the bytes of the shard file that they fill; None where they fill none.
     """
@@ -113,10 +113,10 @@ class Copier:
         """Whether there is a side stream to copy on."""
         return self._stream is not None
 
-    def copy(self, eager: Sequence[Batch], overlapped: Sequence[Pair], filling: Filling) -> None:
+    def copy(self, eager: Sequence[Batch], overlapped: Sequence[Pair], staged: StagedSnapshot) -> None:
         """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
 
-        Without overlapped copies `filling` advances batch by batch, so that writing starts meanwhile.
+        Without overlapped copies `staged` advances batch by batch, so that writing starts meanwhile.
         It gets the digests of files that were digested on the way.
         """
         if overlapped:
@@ -126,20 +126,20 @@ class Copier:
             else:
                 self._stream.copy(overlapped)
                 self._in_flight = True
-            filling.advance(eager[-1].end)
+            staged.advance(eager[-1].end)
             return
         digests: dict[str, bytearray] = {}
         for batch in eager:
             if self._digest and batch.span is not None:
                 copy_digesting(batch.pairs, batch.span, digests)
                 if batch.span.ends_file:
-                    filling.note_digests(batch.span.file, bytes(digests[batch.span.file]))
+                    staged.note_digests(batch.span.file, bytes(digests[batch.span.file]))
             else:
                 copy_pairs(batch.pairs, non_blocking=False)
-            filling.advance(batch.end)
+            staged.advance(batch.end)
 
     def finish(self) -> None:
-        """Wait, on the CPU, until everything has been copied. For the thread that writes the arena."""
+        """Wait, on the CPU, until everything has been copied. For the thread that writes the snapshot."""
         if self._stream is not None and self._in_flight:
             self._stream.finish()
 

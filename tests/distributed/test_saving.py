@@ -373,7 +373,7 @@ class Rows(Dataset[torch.Tensor]):
 
 
 def with_workers(rank: int, world_size: int, directory: str) -> Any:
-    """Data workers are forked while the arena is being written."""
+    """Data workers are forked while the staging buffer is being written."""
     storage = ControlledStorage(directory)
     restore = with_storage(directory, storage)
     values = {"t": torch.full((500_000,), 3.0)}

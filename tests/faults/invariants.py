@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.directory.listing import list_checkpoints
 from engine.directory.verify import verify_checkpoint
-from engine.save.staging_buffer import Arena
+from engine.save.staging_buffer import StagingBuffer
 from engine.storage.local import LocalStorage
 
 
@@ -51,10 +51,10 @@ def engine_threads(but: Collection[str] = ("holdfast-lease",)) -> list[str]:
     return [name for name in names if name.startswith("holdfast") and name not in but]
 
 
-def living_arenas() -> int:
+def living_staging_buffers() -> int:
     """How many snapshot buffers this process holds: one a saving rank, whatever has failed before (I6)."""
     gc.collect()
-    return sum(isinstance(thing, Arena) for thing in gc.get_objects())
+    return sum(isinstance(thing, StagingBuffer) for thing in gc.get_objects())
 
 
 def resident_bytes() -> int:

@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from engine.errors import HoldfastError, SaveFailedError
-from tests.faults.invariants import committed_steps, engine_threads, leftovers, living_arenas, open_files
+from tests.faults.invariants import (
+    committed_steps,
+    engine_threads,
+    leftovers,
+    living_staging_buffers,
+    open_files,
+)
 from tests.faults.layer import STORAGE_FAULTS, SYSTEM_FAULTS, Act, Trigger
 from tests.faults.world import Rank, World, job
 
@@ -40,7 +46,7 @@ def sweep(world: World, trigger: Callable[[Rank], Trigger], faulty: int, act: Ac
     good_save(2)
     good_save(3)
     files, step, k = 0, 3, 0
-    arenas = living_arenas()
+    buffers = living_staging_buffers()
     while True:
         step += 1
         target.arm(k, act)
@@ -48,7 +54,7 @@ def sweep(world: World, trigger: Callable[[Rank], Trigger], faulty: int, act: Ac
         world.settle()
         target.disarm()
         if not target.fired:
-            assert living_arenas() <= arenas, "I6: snapshots of failed saves are still in memory"
+            assert living_staging_buffers() <= buffers, "I6: snapshots of failed saves are still in memory"
             return k
         where = f"operation {k} ({target.fired[0]}) on rank {faulty}"
         failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]

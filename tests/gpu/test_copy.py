@@ -1,4 +1,4 @@
-"""On a CUDA device: the copy into the arena is as fast as a plain one, and nothing waits for it in vain.
+"""On a CUDA device: staging is as fast as a plain copy, and nothing waits for it longer than it has to.
 
 Times of one run are compared with each other; they are those of the device, on the stream that is asked.
 """
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engine.format.layout import Chunk, plan_files
-from engine.save.staging_buffer import Arena
+from engine.save.staging_buffer import StagingBuffer
 from engine.save.staging_copy import CudaStream, Pair
 
 pytestmark = [
@@ -29,10 +29,10 @@ COUNT = 128
 def pairs() -> list[Pair]:
     shape = (SIDE, SIDE)
     chunks = [Chunk(f"t{number:03d}", "F32", shape, (0, 0), shape) for number in range(COUNT)]
-    arena = Arena(plan_files(0, chunks), pin=True)
-    arena.wait_ready()
-    assert arena.pinned
-    views = [arena.view(slot, placed) for slot in arena.slots for placed in slot.layout.chunks]
+    staging = StagingBuffer(plan_files(0, chunks), pin=True)
+    staging.wait_ready()
+    assert staging.pinned
+    views = [staging.view(slot, placed) for slot in staging.slots for placed in slot.layout.chunks]
     return [(view, torch.randn(SIDE, SIDE, device="cuda")) for view in views]
 
 

@@ -1,4 +1,4 @@
-"""Buffers as the arena hands them over, with contents that show where every byte came from."""
+"""Buffers as the staging buffer hands them over, with contents that show where every byte came from."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def pattern(size: int) -> bytes:
 def padded(data: bytes) -> memoryview:
     """`data` at a page boundary, followed by 0xEE up to the next one: padding must not reach a file."""
     rounded = max(-(-len(data) // PAGE), 1) * PAGE
-    arena = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    arena[:] = data + b"\xee" * (rounded - len(data))
-    return memoryview(arena)[: -(-len(data) // PAGE) * PAGE]
+    staging = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    staging[:] = data + b"\xee" * (rounded - len(data))
+    return memoryview(staging)[: -(-len(data) // PAGE) * PAGE]
 
 
 def source(data: bytes, before: Hook | None = None) -> Source:

@@ -171,7 +171,7 @@ def test_after_a_failure_no_further_part_is_begun(
     with pytest.raises(StorageDeniedError):
         storage.write_shard("shard", source(pattern(SIZE), lambda begin, end: prepared.append(begin)))
     assert "part 5" not in parts.calls
-    assert len(prepared) <= 3, "it waited for parts of the arena that nobody will send"
+    assert len(prepared) <= 3, "it waited for parts of the staging buffer that nobody will send"
 
 
 def test_after_a_failure_other_parts_are_not_tried_again(

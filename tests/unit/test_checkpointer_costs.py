@@ -20,8 +20,8 @@ from engine.directory import listing
 from engine.directory.retention import Retention
 from engine.lease.lease import Lease
 from engine.native import kernels
-from engine.save import write
-from engine.save.staging_buffer import Arena
+from engine.save import staged_snapshot
+from engine.save.staging_buffer import StagingBuffer
 from engine.state import held_boxes as held_module
 from engine.state import modules
 from engine.storage.base import WINDOW_BYTES
@@ -105,16 +105,16 @@ def test_clean_up_reads_no_manifest_twice(
 
 
 def test_the_arena_is_taken_once(storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = counted(monkeypatch, Arena, "__init__")
+    taken = counted(monkeypatch, StagingBuffer, "__init__")
     state = training_state()
     with Checkpointer("ignored", state) as checkpointer:
         addresses = set()
         for step in range(1, 4):
             checkpointer.save(step).result(DEADLINE_SECS)
             assert checkpointer._saver is not None
-            arena = checkpointer._saver.snapshot.arena
-            assert arena is not None
-            addresses.add(arena.buffer.data_ptr())
+            staging = checkpointer._saver.snapshot.staging
+            assert staging is not None
+            addresses.add(staging.buffer.data_ptr())
             train(*state.values())
     assert len(addresses) == len(taken) == 1
 
@@ -287,13 +287,13 @@ def test_digests_stand_back_behind_training_and_nothing_else_does(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     levels: list[int] = []
-    real = write.block_digests
+    real = staged_snapshot.block_digests
 
     def spied(view: memoryview) -> bytes:
         levels.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return real(view)
 
-    monkeypatch.setattr(write, "block_digests", spied)
+    monkeypatch.setattr(staged_snapshot, "block_digests", spied)
     monkeypatch.setattr(kernels, "library", None)  # with it the copy leaves none to make
     before = os.getpriority(os.PRIO_PROCESS, 0)
     with Checkpointer("ignored", training_state()) as checkpointer:
@@ -301,7 +301,7 @@ def test_digests_stand_back_behind_training_and_nothing_else_does(
             checkpointer.save(step).result(DEADLINE_SECS)
         threads = [int(name) for name in os.listdir("/proc/self/task")]
         assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {before}
-    assert set(levels) == {min(19, before + write.DIGEST_NICENESS)}
+    assert set(levels) == {min(19, before + staged_snapshot.DIGEST_NICENESS)}
 
 
 @pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
@@ -309,7 +309,7 @@ def test_digests_are_made_by_the_copy_and_not_once_more(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Afterwards they would take the cores that training computes on."""
-    monkeypatch.setattr(write, "block_digests", lambda view: pytest.fail("digested again"))
+    monkeypatch.setattr(staged_snapshot, "block_digests", lambda view: pytest.fail("digested again"))
     monkeypatch.setattr(kernels, "block_digests", lambda *args: pytest.fail("digested again"))
     with Checkpointer("ignored", training_state()) as checkpointer:
         for step in (1, 2):

@@ -23,13 +23,13 @@ def state() -> dict[str, object]:
 
 def test_the_first_save_takes_no_memory_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    real = snapshot_module.Arena
+    real = snapshot_module.StagingBuffer
 
     def counted(*args: object, **kwargs: object) -> object:
         taken.append(1)
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(snapshot_module, "Arena", counted)
+    monkeypatch.setattr(snapshot_module, "StagingBuffer", counted)
     with Checkpointer(tmp_path, state()) as ckpt:
         ckpt.prepare()
         assert len(taken) == 1

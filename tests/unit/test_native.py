@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from engine.format import digest
 from engine.native import kernels
 from engine.save import digesting_copy
-from engine.save.filling import Filling
+from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_copy import Batch, Copier, copy_digesting
 
 DATA = np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8)
@@ -76,7 +76,7 @@ def test_the_wide_build_is_chosen_where_the_processor_runs_it(
 
 
 def page_aligned(size: int) -> np.ndarray:
-    """A file as it lies in the arena: on a page boundary, with bytes of its own."""
+    """A file as it lies in the staging buffer: on a page boundary, with bytes of its own."""
     whole = np.zeros(size + 4096, np.uint8)
     file = whole[-whole.ctypes.data % 4096 :][:size]
     file[:] = np.resize(DATA[::-1], size)
@@ -227,11 +227,11 @@ def test_without_them_nothing_is_digested_by_copying_and_the_log_says_so(
     with caplog.at_level("INFO"):
         copier = Copier(None, [], digest=True)
     assert "slower way, without the loops in C: there is no compiler" in caplog.text
-    to, source, filling = torch.zeros(LEAST), torch.rand(LEAST), Filling()
+    to, source, staged = torch.zeros(LEAST), torch.rand(LEAST), StagedSnapshot()
     span = digesting_copy.Span("f", to.data_ptr(), to.nbytes, 0, to.nbytes)
-    copier.copy([Batch(((to, source),), to.nbytes, span)], [], filling)
+    copier.copy([Batch(((to, source),), to.nbytes, span)], [], staged)
     assert torch.equal(to, source)
-    assert filling.digests_of("f") is None
+    assert staged.digests_of("f") is None
 
 
 def test_nothing_built_is_said_with_what_to_do(tmp_path: Path) -> None:

@@ -24,13 +24,13 @@ from engine.ranks.calls import SAVE, Call, Request
 from engine.ranks.coordination import Channel
 from engine.save import job as job_module
 from engine.save.commit import SaveInfo, commit, confirm_files
-from engine.save.filling import Filling
 from engine.save.handle import SaveHandle
 from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
 from engine.save.outcomes import Outcomes
 from engine.save.receipt import Receipt
 from engine.save.run_directory import RunDirectory
-from engine.save.staging_buffer import Arena
+from engine.save.staged_snapshot import StagedSnapshot
+from engine.save.staging_buffer import StagingBuffer
 from engine.storage.local import LocalStorage
 from tests.support.boxes import shards
 from tests.support.channels import DEADLINE_SECS, BrokenStore, ImpatientStore, MemoryStore, on_ranks
@@ -59,17 +59,18 @@ class Rig:
     def _publish(self, *given: Any) -> CheckpointRecord:
         return commit(self.storage, None, *given, sequence=1, parent=None)
 
-    def job(self, rank: int) -> Job:
+    def staged(self, rank: int) -> StagedSnapshot:
         chunk = shards("t", (ROWS, 3), self.world_size)[rank]
-        arena = Arena(plan_files(rank, [chunk]), pin=False)
-        filling = Filling()
-        filling.advance(arena.size_bytes)
+        return StagedSnapshot(StagingBuffer(plan_files(rank, [chunk]), pin=False))
+
+    def job(self, rank: int) -> Job:
+        staged = self.staged(rank)
+        staged.advance(staged.slots[-1].begin + staged.slots[-1].padded_bytes)
         fields: dict[str, Any] = {
             "call": Call(1, Request(SAVE, 7), {}),
             "info": self.info,
             "handle": SaveHandle(7),
-            "arena": arena,
-            "filling": filling,
+            "staged": staged,
             "local": {"mine": rank},
             "objects": {"n": 1},
             "aliases": {},
@@ -187,9 +188,9 @@ def test_a_rank_whose_state_could_not_be_saved(rank: int, rig: Rig) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_copy_that_failed_in_the_training_thread(rank: int, rig: Rig) -> None:
-    filling = Filling()
-    filling.fail(RuntimeError("device lost"))
-    rig.more = lambda r: {"filling": filling} if r == rank else {}
+    staged = rig.staged(rank)
+    staged.fail(RuntimeError("device lost"))
+    rig.more = lambda r: {"staged": staged} if r == rank else {}
     rig.check_failed(f"rank {rank}: RuntimeError: device lost")
 
 

@@ -1,4 +1,4 @@
-"""One snapshot after another: planned once, one arena, standing orders that follow the live memory."""
+"""One snapshot after another: planned once, one buffer, standing orders that follow the live memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from engine.format.digest import block_digests
 from engine.native import kernels
 from engine.save import snapshot as snapshot_module
 from engine.save.division import divide
-from engine.save.filling import Filling
 from engine.save.snapshot import Snapshot, plan_digest, state_bytes
-from engine.save.staging_buffer import Arena
+from engine.save.staged_snapshot import StagedSnapshot
+from engine.save.staging_buffer import StagingBuffer
 from engine.save.staging_copy import Copier, copy_pairs
 from engine.state.capture import StateCapture
 from tests.support.boxes import shards, whole
@@ -33,10 +33,10 @@ def taken(snapshot: Snapshot, capture: StateCapture, folder: Path) -> dict[str, 
     assert not overlapped
     copy_pairs([pair for batch in batches for pair in batch.pairs], non_blocking=False)
     found: dict[str, torch.Tensor] = {}
-    assert snapshot.arena is not None
-    for slot in snapshot.arena.slots:
+    assert snapshot.staging is not None
+    for slot in snapshot.staging.slots:
         path = folder / slot.layout.file
-        path.write_bytes(snapshot.arena.padded(slot)[: slot.layout.file_bytes])
+        path.write_bytes(snapshot.staging.padded(slot)[: slot.layout.file_bytes])
         found |= load_file(path)
     return found
 
@@ -62,18 +62,18 @@ def test_each_snapshot_holds_the_values_of_its_moment(tmp_path: Path) -> None:
     model, optimizer = trained()
     values = {"n": torch.arange(3)}
     snapshot, capture = fresh({"model": model, "optimizer": optimizer, "values": values})
-    arenas = set()
+    buffers = set()
     for number in range(3):
         found = taken(snapshot, capture, tmp_path)
-        assert snapshot.arena is not None
-        arenas.add(snapshot.arena.buffer.data_ptr())
+        assert snapshot.staging is not None
+        buffers.add(snapshot.staging.buffer.data_ptr())
         assert torch.equal(found["model.weight"], model.weight)
         assert torch.equal(found["optimizer.state.bias.exp_avg"], optimizer.state[model.bias]["exp_avg"])
         assert found["optimizer.state.bias.step"].item() == number + 1
         assert found["values.n"].tolist() == [number, 1 + number, 2 + number]
         step(model, optimizer)
         values["n"] = values["n"] + 1  # another tensor object each time
-    assert len(arenas) == 1, "the arena is taken once"
+    assert len(buffers) == 1, "the staging buffer is taken once"
 
 
 def test_the_planner_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,18 +195,18 @@ def test_batches_fill_the_arena_from_its_beginning_on(monkeypatch: pytest.Monkey
     snapshot, capture = fresh({"values": [torch.ones(100 + n) for n in range(12)]})
     snapshot.prepare(capture.capture())
     snapshot.adopt(divide([snapshot.held])[0])
-    assert snapshot.arena is not None
+    assert snapshot.staging is not None
     batches, _ = snapshot.copies(lambda name, source: False)
     assert len(batches) > 4
-    assert batches[-1].end == snapshot.arena.slots[-1].layout.file_bytes
-    base, reached = snapshot.arena.buffer.data_ptr(), 0
+    assert batches[-1].end == snapshot.staging.slots[-1].layout.file_bytes
+    base, reached = snapshot.staging.buffer.data_ptr(), 0
     for batch in batches:
         ends = [to.data_ptr() + to.nbytes - base for to, _ in batch.pairs]
         assert all(to.data_ptr() - base >= reached for to, _ in batch.pairs)
         assert max(ends, default=0) <= batch.end
         reached = batch.end
     filled = sorted((to.data_ptr() - base, to.nbytes) for batch in batches for to, _ in batch.pairs)
-    (slot,) = snapshot.arena.slots
+    (slot,) = snapshot.staging.slots
     assert filled == [(p.begin, p.end - p.begin) for p in slot.layout.chunks]
 
 
@@ -218,16 +218,16 @@ def test_files_are_digested_while_they_are_copied(monkeypatch: pytest.MonkeyPatc
     snapshot, capture = fresh({"values": [cards, *(torch.rand(40_001 + n) for n in range(12))]})
     snapshot.prepare(capture.capture())
     snapshot.adopt(divide([snapshot.held])[0])
-    assert snapshot.arena is not None
-    assert len(snapshot.arena.slots) == 3
+    assert snapshot.staging is not None
+    assert len(snapshot.staging.slots) == 3
     for _ in range(2):
         batches, overlapped = snapshot.copies(None)
-        assert len(batches) > len(snapshot.arena.slots) + 4
-        filling = Filling()
-        Copier(None, [], digest=True).copy(batches, overlapped, filling)
-        for slot in snapshot.arena.slots:
-            file = snapshot.arena.padded(slot)[: slot.layout.file_bytes]
-            assert filling.digests_of(slot.layout.file) == block_digests(file)
+        assert len(batches) > len(snapshot.staging.slots) + 4
+        staged = StagedSnapshot()
+        Copier(None, [], digest=True).copy(batches, overlapped, staged)
+        for slot in snapshot.staging.slots:
+            file = snapshot.staging.padded(slot)[: slot.layout.file_bytes]
+            assert staged.digests_of(slot.layout.file) == block_digests(file)
 
 
 def test_over_budget_there_is_no_plan_and_no_memory_taken() -> None:
@@ -236,7 +236,7 @@ def test_over_budget_there_is_no_plan_and_no_memory_taken() -> None:
     assert snapshot.prepare(capture.capture())
     with pytest.raises(MemoryBudgetError):
         snapshot.adopt(divide([snapshot.held])[0])
-    assert snapshot.arena is None
+    assert snapshot.staging is None
     assert snapshot.prepare(capture.capture()), "the next save plans again"
 
 
@@ -245,7 +245,7 @@ def test_a_forgotten_plan_gives_the_arena_back_and_is_made_anew(tmp_path: Path) 
     snapshot, capture = fresh({"model": model, "optimizer": optimizer})
     taken(snapshot, capture, tmp_path)
     snapshot.forget_plan()
-    assert snapshot.arena is None
+    assert snapshot.staging is None
     assert snapshot.layouts == ()
     assert torch.equal(taken(snapshot, capture, tmp_path)["model.weight"], model.weight)
 
@@ -264,12 +264,12 @@ def test_a_structure_that_was_never_planned_is_still_new_at_the_next_look() -> N
 
 
 def test_a_second_snapshot_allocates_nothing_of_the_datas_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second copy: neither by Python's allocators, nor by torch's, nor by another arena."""
+    """No second copy: neither by Python's allocators, nor by torch's, nor by another staging buffer."""
     model = nn.Linear(1000, 1000, bias=False)
     snapshot, capture = fresh({"model": model})
     snapshot.prepare(capture.capture())
     snapshot.adopt(divide([snapshot.held])[0])
-    monkeypatch.setattr(Arena, "__init__", lambda *a, **k: pytest.fail("another arena"))
+    monkeypatch.setattr(StagingBuffer, "__init__", lambda *a, **k: pytest.fail("another staging buffer"))
     with torch.profiler.profile(profile_memory=True) as profiler:
         tracemalloc.start()
         assert snapshot.prepare(capture.capture()) is False

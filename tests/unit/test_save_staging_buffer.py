@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from engine.errors import MemoryBudgetError
 from engine.format.layout import ShardLayout, plan_files
-from engine.save import staging_buffer as arena_module
-from engine.save.staging_buffer import Arena, check_budget, place_files
+from engine.save import staging_buffer as staging_module
+from engine.save.staging_buffer import StagingBuffer, check_budget, place_files
 from engine.storage.aligned_memory import HUGE_PAGE_BYTES, PAGE_BYTES
 from tests.support.boxes import box, shards, whole
 
@@ -43,19 +43,19 @@ def test_files_lie_one_after_the_other_on_page_boundaries() -> None:
 
 
 def test_what_is_copied_in_is_the_file(tmp_path: Path) -> None:
-    arena = Arena(layouts(), pin=False)
+    staging = StagingBuffer(layouts(), pin=False)
     values = {
         "a": torch.arange(9.0).view(3, 3),
         "b": torch.arange(7).to(torch.bfloat16),
         "s": torch.tensor(2.5),
         "flag": torch.tensor(True),
     }
-    for placed in arena.slots[0].layout.chunks:
-        arena.view(arena.slots[0], placed).copy_(values[placed.chunk.name])
-    (rest,) = arena.slots[1].layout.chunks
-    arena.view(arena.slots[1], rest).copy_(torch.full((2, 3), 7.0))
-    for slot in arena.slots:
-        (tmp_path / slot.layout.file).write_bytes(arena.padded(slot)[: slot.layout.file_bytes])
+    for placed in staging.slots[0].layout.chunks:
+        staging.view(staging.slots[0], placed).copy_(values[placed.chunk.name])
+    (rest,) = staging.slots[1].layout.chunks
+    staging.view(staging.slots[1], rest).copy_(torch.full((2, 3), 7.0))
+    for slot in staging.slots:
+        (tmp_path / slot.layout.file).write_bytes(staging.padded(slot)[: slot.layout.file_bytes])
     loaded = load_file(tmp_path / "shard-00000.safetensors")
     assert loaded.keys() == values.keys()
     for name, value in values.items():
@@ -65,17 +65,17 @@ def test_what_is_copied_in_is_the_file(tmp_path: Path) -> None:
 
 
 def test_windows_are_aligned_and_padded_with_zeros() -> None:
-    arena = Arena(layouts(), pin=False)
-    base = arena.buffer.data_ptr()
+    staging = StagingBuffer(layouts(), pin=False)
+    base = staging.buffer.data_ptr()
     assert base % PAGE_BYTES == 0
-    for slot in arena.slots:
-        padded = arena.padded(slot)
+    for slot in staging.slots:
+        padded = staging.padded(slot)
         assert len(padded) % PAGE_BYTES == 0
         assert ctypes.addressof(ctypes.c_char.from_buffer(padded)) == base + slot.begin
         assert bytes(padded[slot.layout.file_bytes :]).count(0) == len(padded) - slot.layout.file_bytes
-    assert (arena.file_bytes, arena.size_bytes) == (
+    assert (staging.file_bytes, staging.size_bytes) == (
         sum(layout.file_bytes for layout in layouts()),
-        sum(slot.padded_bytes for slot in arena.slots),
+        sum(slot.padded_bytes for slot in staging.slots),
     )
 
 
@@ -95,12 +95,12 @@ def mapping_of(address: int) -> tuple[str, set[str]]:
 
 @pytest.mark.parametrize("elements", [1000, HUGE_PAGE_BYTES], ids=["small", "huge"])
 def test_pages_are_private_present_and_not_inherited_by_forks(elements: int) -> None:
-    arena = Arena(plan_files(0, [whole("w", elements)]), pin=False)
-    permissions, flags = mapping_of(arena.buffer.data_ptr())
+    staging = StagingBuffer(plan_files(0, [whole("w", elements)]), pin=False)
+    permissions, flags = mapping_of(staging.buffer.data_ptr())
     assert permissions == "rw-p", "a shared mapping gets no huge pages"
     assert "wf" in flags, "forked data workers must not share the pages: MADV_WIPEONFORK"
     if elements == HUGE_PAGE_BYTES:
-        assert arena.buffer.data_ptr() % HUGE_PAGE_BYTES == 0
+        assert staging.buffer.data_ptr() % HUGE_PAGE_BYTES == 0
         if Path("/sys/kernel/mm/transparent_hugepage").exists():
             assert "hg" in flags, "MADV_HUGEPAGE"
 
@@ -117,36 +117,36 @@ def resident_pages(address: int, length: int) -> int:
 @pytest.mark.parametrize("populate", [True, False], ids=["madvise", "touching"])
 def test_every_page_is_present_before_the_first_copy(populate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not populate:
-        monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", -1)  # an older kernel refuses it
-    arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
-    arena.wait_ready()
-    assert resident_pages(arena.buffer.data_ptr(), arena.size_bytes) == arena.size_bytes // PAGE_BYTES
+        monkeypatch.setattr(staging_module, "_MADV_POPULATE_WRITE", -1)  # an older kernel refuses it
+    staging = StagingBuffer(plan_files(0, [whole("w", 300_000)]), pin=False)
+    staging.wait_ready()
+    assert resident_pages(staging.buffer.data_ptr(), staging.size_bytes) == staging.size_bytes // PAGE_BYTES
 
 
 def test_prefaulting_keeps_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", -1)
-    arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
-    arena.wait_ready()
-    slot = arena.slots[0]
-    assert bytes(arena.padded(slot)[: len(slot.layout.header)]) == slot.layout.header
+    monkeypatch.setattr(staging_module, "_MADV_POPULATE_WRITE", -1)
+    staging = StagingBuffer(plan_files(0, [whole("w", 300_000)]), pin=False)
+    staging.wait_ready()
+    slot = staging.slots[0]
+    assert bytes(staging.padded(slot)[: len(slot.layout.header)]) == slot.layout.header
 
 
 def test_no_huge_pages_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)
-    arena = Arena(plan_files(0, [whole("w", HUGE_PAGE_BYTES)]), pin=False)
-    assert arena.size_bytes > HUGE_PAGE_BYTES
+    staging = StagingBuffer(plan_files(0, [whole("w", HUGE_PAGE_BYTES)]), pin=False)
+    assert staging.size_bytes > HUGE_PAGE_BYTES
 
 
 def test_a_forked_child_has_an_empty_range_in_its_place() -> None:
     """The fork does not mark the parent's pages copy-on-write, which direct I/O would trip over. Nor is the
     range free in the child: what it put there would be unmapped with the parent's object."""
-    arena = Arena(plan_files(0, [whole("w", 1000)]), pin=False)
-    arena.buffer.fill_(7)
+    staging = StagingBuffer(plan_files(0, [whole("w", 1000)]), pin=False)
+    staging.buffer.fill_(7)
     child = os.fork()
     if child == 0:
-        os._exit(1 if bool(arena.buffer.any()) else 0)
+        os._exit(1 if bool(staging.buffer.any()) else 0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert int(arena.buffer[-1]) == 7
+    assert int(staging.buffer[-1]) == 7
 
 
 @pytest.mark.parametrize(
@@ -169,39 +169,39 @@ def test_the_budget(need: int, budget: int | None, available: int, figures: tupl
 
 
 def test_the_budget_is_checked_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "map_pages", lambda size_bytes: pytest.fail("memory was taken"))
+    monkeypatch.setattr(staging_module, "map_pages", lambda size_bytes: pytest.fail("memory was taken"))
     with pytest.raises(MemoryBudgetError, match="above the budget of 4,096 bytes"):
-        Arena(plan_files(0, [whole("w", 3000)]), pin=False, budget_bytes=4096)
+        StagingBuffer(plan_files(0, [whole("w", 3000)]), pin=False, budget_bytes=4096)
 
 
 def test_releasing_gives_the_memory_back() -> None:
-    arena = Arena(plan_files(0, [whole("w", 1000)]), pin=False)
-    address = arena.buffer.data_ptr()
-    arena.release()
+    staging = StagingBuffer(plan_files(0, [whole("w", 1000)]), pin=False)
+    address = staging.buffer.data_ptr()
+    staging.release()
     with pytest.raises(AssertionError, match="not mapped"):
         mapping_of(address)
 
 
 def test_a_view_has_the_chunks_own_sizes() -> None:
     part = box("w", (10, 4), (6, 0), (3, 4), "I64")
-    arena = Arena(plan_files(3, [part]), pin=False)
-    (slot,) = arena.slots
-    view = arena.view(slot, slot.layout.chunks[0])
+    staging = StagingBuffer(plan_files(3, [part]), pin=False)
+    (slot,) = staging.slots
+    view = staging.view(slot, slot.layout.chunks[0])
     assert (view.shape, view.dtype) == ((3, 4), torch.int64)
     assert view.is_contiguous()
-    assert view.data_ptr() == arena.buffer.data_ptr() + slot.layout.chunks[0].begin
+    assert view.data_ptr() == staging.buffer.data_ptr() + slot.layout.chunks[0].begin
 
 
 def test_a_forked_child_may_free_the_arena() -> None:
-    """Its collector does, for an arena that the parent has left in a cycle. Nothing of the child's may go."""
-    arena = Arena(plan_files(0, [whole("w", 300_000)]), pin=False)
-    arena.wait_ready()
-    length = len(arena._map)
+    """Its collector does, if the parent has left the buffer in a cycle. Nothing of the child's may go."""
+    staging = StagingBuffer(plan_files(0, [whole("w", 300_000)]), pin=False)
+    staging.wait_ready()
+    length = len(staging._map)
     child = os.fork()
     if child == 0:
-        # One of these lies where the arena was, if that range was free.
+        # One of these lies where the staging buffer was, if that range was free.
         own = [mmap.mmap(-1, length) for _ in range(8)]
-        del arena
+        del staging
         gc.collect()
         for pages in own:
             pages[:] = bytes(length)
@@ -226,8 +226,8 @@ def test_memory_is_pinned_from_the_device_of_the_training_thread(monkeypatch: py
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(arena_module, "_pin", pin)
-    arena = Arena(plan_files(0, [whole("w", 10)]), pin=True)
-    arena.wait_ready()
+    monkeypatch.setattr(staging_module, "_pin", pin)
+    staging = StagingBuffer(plan_files(0, [whole("w", 10)]), pin=True)
+    staging.wait_ready()
     assert found == [[3]]
-    arena.release()
+    staging.release()

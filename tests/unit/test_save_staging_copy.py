@@ -1,4 +1,4 @@
-"""The copy into the arena, and what waits for it. The device stream is a fake: no device is needed."""
+"""The copy into the staging buffer, and what waits for it. The device stream is a fake."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from engine.save import staging_copy as copy_module
-from engine.save.filling import Filling
 from engine.save.overlap_guard import methods_beside_step, state_device, why_unguarded
+from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_copy import Batch, Copier, Pair, copy_pairs, overlap_stream
 
 CPU = torch.device("cpu")
@@ -104,49 +104,49 @@ def test_without_a_stream_everything_is_copied_at_once() -> None:
     one, two = torch.zeros(2), torch.zeros(2)
     owner = optimizer()
     copier = Copier(None, [owner])
-    copier.copy(batch((one, torch.ones(2))), [(two, torch.ones(2))], Filling())
+    copier.copy(batch((one, torch.ones(2))), [(two, torch.ones(2))], StagedSnapshot())
     assert one.tolist() == two.tolist() == [1, 1]
     copier.finish()
     copier.guard()
     assert not owner._optimizer_step_pre_hooks
 
 
-class Noting(Filling):
-    """Notes how far the arena was said to be filled, and what it really held then."""
+class Noting(StagedSnapshot):
+    """Notes how far the staging buffer was said to be filled, and what it really held then."""
 
-    def __init__(self, arena: torch.Tensor) -> None:
+    def __init__(self, staging: torch.Tensor) -> None:
         super().__init__()
-        self._arena = arena
+        self._staging = staging
         self.seen: list[tuple[int, list[float]]] = []
 
     def advance(self, reached_bytes: int) -> None:
-        self.seen.append((reached_bytes, self._arena.tolist()))
+        self.seen.append((reached_bytes, self._staging.tolist()))
         super().advance(reached_bytes)
 
 
 def test_the_writer_hears_of_each_batch_after_it_was_copied() -> None:
-    arena = torch.zeros(3)
-    filling = Noting(arena)
-    batches = [Batch(((arena[n : n + 1], torch.ones(1)),), 4 * n + 4) for n in range(3)]
-    Copier(None, []).copy(batches, [], filling)
-    assert filling.seen == [(4, [1, 0, 0]), (8, [1, 1, 0]), (12, [1, 1, 1])]
+    staging = torch.zeros(3)
+    staged = Noting(staging)
+    batches = [Batch(((staging[n : n + 1], torch.ones(1)),), 4 * n + 4) for n in range(3)]
+    Copier(None, []).copy(batches, [], staged)
+    assert staged.seen == [(4, [1, 0, 0]), (8, [1, 1, 0]), (12, [1, 1, 1])]
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_with_overlapped_copies_the_writer_starts_when_all_have_been_started(streamed: bool) -> None:
-    """They lie between the eager ones: nothing before the end of the arena is whole until then."""
-    arena = torch.zeros(2)
+    """They lie between the eager ones: nothing before the end of the staging buffer is whole until then."""
+    staging = torch.zeros(2)
     stream = FakeStream() if streamed else None
-    filling = Noting(arena)
+    staged = Noting(staging)
     copier = Copier(stream, [])
-    copier.copy([Batch(((arena[:1], torch.ones(1)),), 8)], [(arena[1:], torch.ones(1))], filling)
-    assert filling.seen == [(8, [1, 0 if streamed else 1])]
+    copier.copy([Batch(((staging[:1], torch.ones(1)),), 8)], [(staging[1:], torch.ones(1))], staged)
+    assert staged.seen == [(8, [1, 0 if streamed else 1])]
 
 
 def test_eager_pairs_are_copied_before_copy_returns() -> None:
     stream = FakeStream()
     buffer, weight = torch.zeros(1), torch.zeros(1)
-    Copier(stream, []).copy(batch((buffer, torch.ones(1))), [(weight, torch.ones(1))], Filling())
+    Copier(stream, []).copy(batch((buffer, torch.ones(1))), [(weight, torch.ones(1))], StagedSnapshot())
     assert buffer.item() == 1
     assert weight.item() == 0
     assert stream.calls == ["copy"]
@@ -157,7 +157,7 @@ def test_a_step_waits_for_the_copy_on_the_device_only() -> None:
     copier = Copier(stream, [owner])
     owner.step()
     assert stream.calls == [], "no snapshot, nothing to wait for"
-    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], StagedSnapshot())
     owner.step()
     assert stream.calls == ["copy", "guard"]
     owner.step()
@@ -172,7 +172,7 @@ def test_guard_is_for_changes_outside_the_optimizer() -> None:
     stream = FakeStream()
     copier = Copier(stream, [])
     copier.guard()
-    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], StagedSnapshot())
     copier.guard()
     assert stream.calls == ["copy", "guard"]
 
@@ -181,7 +181,7 @@ def test_the_writer_waits_until_the_arena_is_filled() -> None:
     stream = FakeStream()
     to = torch.zeros(1)
     copier = Copier(stream, [])
-    copier.copy(batch(), [(to, torch.ones(1))], Filling())
+    copier.copy(batch(), [(to, torch.ones(1))], StagedSnapshot())
     copier.finish()
     assert to.item() == 1
     assert stream.calls == ["copy", "finish"]
@@ -191,7 +191,7 @@ def test_the_writer_still_waits_after_a_step_has_been_held_back() -> None:
     """A guard that finds the copy unfinished must not make `finish` return at once."""
     stream, owner, to = FakeStream(), optimizer(), torch.zeros(1)
     copier = Copier(stream, [owner])
-    copier.copy(batch(), [(to, torch.ones(1))], Filling())
+    copier.copy(batch(), [(to, torch.ones(1))], StagedSnapshot())
     owner.step()
     copier.finish()
     assert to.item() == 1
@@ -200,7 +200,7 @@ def test_the_writer_still_waits_after_a_step_has_been_held_back() -> None:
 def test_writing_may_begin_before_the_last_batch_is_copied() -> None:
     reached = []
 
-    class Noting(Filling):
+    class Noting(StagedSnapshot):
         def advance(self, reached_bytes: int) -> None:
             super().advance(reached_bytes)
             reached.append((reached_bytes, first.item(), second.item()))
@@ -214,25 +214,25 @@ def test_writing_may_begin_before_the_last_batch_is_copied() -> None:
 def test_with_overlapped_copies_the_writer_waits_for_the_device() -> None:
     stream, to = FakeStream(), torch.zeros(1)
     copier = Copier(stream, [])
-    filling = Filling(copier.finish)
-    copier.copy(batch(), [(to, torch.ones(1))], filling)
-    filling.wait_until(8)
+    staged = StagedSnapshot(settle=copier.finish)
+    copier.copy(batch(), [(to, torch.ones(1))], staged)
+    staged.wait_until(8)
     assert to.item() == 1
 
 
 def test_a_copy_that_fails_reaches_the_writer() -> None:
-    filling = Filling()
-    filling.advance(4)
-    filling.wait_until(4)
-    filling.fail(RuntimeError("no more"))
+    staged = StagedSnapshot()
+    staged.advance(4)
+    staged.wait_until(4)
+    staged.fail(RuntimeError("no more"))
     with pytest.raises(RuntimeError, match="no more"):
-        filling.wait_until(8)
+        staged.wait_until(8)
 
 
 def test_removed_hooks_are_gone() -> None:
     stream, owner = FakeStream(), optimizer()
     copier = Copier(stream, [owner])
-    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], Filling())
+    copier.copy(batch(), [(torch.zeros(1), torch.ones(1))], StagedSnapshot())
     copier.remove()
     owner.step()
     assert stream.calls == ["copy"]

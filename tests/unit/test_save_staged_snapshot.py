@@ -7,61 +7,61 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from engine.save.filling import Filling
+from engine.save.staged_snapshot import StagedSnapshot
 
 
 def test_what_is_there_is_not_waited_for() -> None:
-    filling = Filling()
-    filling.wait_until(0)
-    filling.advance(100)
-    filling.wait_until(100)
-    filling.advance(50)
-    filling.wait_until(100)
+    staged = StagedSnapshot()
+    staged.wait_until(0)
+    staged.advance(100)
+    staged.wait_until(100)
+    staged.advance(50)
+    staged.wait_until(100)
 
 
 def test_a_waiter_goes_on_when_its_bytes_are_there() -> None:
-    filling, waiting = Filling(), threading.Event()
+    staged, waiting = StagedSnapshot(), threading.Event()
     reached = []
 
     def write() -> None:
         waiting.set()
-        filling.wait_until(10)
+        staged.wait_until(10)
         reached.append(1)
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(write)
         waiting.wait()
-        filling.advance(9)
+        staged.advance(9)
         assert not future.done()
         assert reached == []
-        filling.advance(10)
+        staged.advance(10)
         future.result(30)
 
 
 def test_the_devices_copies_are_settled_before_the_writer_goes_on() -> None:
     settled: list[int] = []
-    filling = Filling(lambda: settled.append(1))
-    filling.advance(5)
+    staged = StagedSnapshot(settle=lambda: settled.append(1))
+    staged.advance(5)
     assert settled == []
-    filling.wait_until(5)
+    staged.wait_until(5)
     assert settled == [1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=repr)
 def test_a_failed_copy_reaches_every_waiter(error: BaseException) -> None:
-    filling = Filling()
+    staged = StagedSnapshot()
 
     def write() -> BaseException | None:
         try:
-            filling.wait_until(10)
+            staged.wait_until(10)
         except BaseException as caught:
             return caught
         return None
 
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(write) for _ in range(2)]
-        filling.advance(9)
-        filling.fail(error)
+        staged.advance(9)
+        staged.fail(error)
         assert [future.result(30) for future in futures] == [error, error]
     with pytest.raises(type(error)):
-        filling.wait_until(1)  # also what was there already: the snapshot is void
+        staged.wait_until(1)  # also what was there already: the snapshot is void
