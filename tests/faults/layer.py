@@ -59,6 +59,7 @@ class Trigger:
 
 SYSTEM_CALLS = (
     "create",
+    "reopen",
     "close",
     "pwrite",
     "set_direct",

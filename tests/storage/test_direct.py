@@ -83,6 +83,19 @@ def test_fallback_where_the_first_direct_write_is_refused(tmp_path: Path, refuse
     assert (system.direct_bytes, system.buffered_bytes) == (refuse_at, SIZE - refuse_at)
 
 
+def test_a_file_system_that_refuses_direct_writes_is_not_asked_for_each_window(tmp_path: Path) -> None:
+    refused = []
+
+    class Refusing(StrictDirect):
+        def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
+            if fd in self.direct:
+                refused.append(offset)
+            return super().pwrite(fd, view, offset)
+
+    assert write(tmp_path, Refusing(refuse_at=0), pattern(7 * WINDOW_BYTES)) == "buffered"
+    assert len(refused) <= System.write_threads + 1, "those that were under way"
+
+
 def test_tail_without_padding_is_written_buffered(tmp_path: Path) -> None:
     system = StrictDirect()
     whole = BufferSource(padded(DATA)[:SIZE])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.directory import marks
-from engine.directory.listing import list_checkpoints
+from engine.directory.listing import list_checkpoints, read_index, read_manifest
 from engine.errors import (
     AlreadyExistsError,
     DamagedError,
@@ -261,6 +261,14 @@ def test_damage_at_the_source_is_never_copied(
         copy_checkpoint(local, id, second)
     assert steps_in(second) == []
     assert not second.exists(f"{id}/{SHARDS[0]}")
+
+
+def test_a_verified_file_can_be_sent_again_from_its_beginning(local: LocalStorage, id: str) -> None:
+    """Its blocks are compared anew, also after a send that was broken off in the middle of one."""
+    (file,) = read_index(local, read_manifest(local, id), 0, name=id).files
+    with verified.verified(local, f"{id}/{file.file}", file, lambda count: None) as source:
+        next(source.windows(100_000))
+        assert sum(window.end - window.begin for window in source.windows(100_000)) == file.file_bytes
 
 
 def test_a_source_that_was_never_committed(local: LocalStorage, second: Storage) -> None:
