@@ -205,6 +205,14 @@ def test_a_pickle_that_cannot_be_read_to_its_end_is_damaged(tmp_path: Path) -> N
         import_checkpoint(str(tmp_path / "a.pt"), str(tmp_path / "new"))
 
 
+def test_a_pickle_of_a_newer_protocol_is_a_question_of_trust_and_not_damaged(tmp_path: Path) -> None:
+    """torch's own safe loader knows protocol 2 only."""
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(StateError, match="--trust_pickle"):
+        import_checkpoint(str(tmp_path / "a.pt"), str(tmp_path / "new"))
+    assert imported(tmp_path / "a.pt", trust_pickle=True)[1]["model.w"].tolist() == [1.0, 1.0]
+
+
 @pytest.fixture
 def their_module() -> Iterator[types.ModuleType]:
     """A project's module that is there when its checkpoint is written and away when it is imported."""
