@@ -130,6 +130,11 @@ def test_groups_of_equal_shapes_could_be_any_part_of_the_model() -> None:
     assert names(saved(*four, groups=(4,)), EQUAL) == [["a", "b", "c", "d"]]
 
 
+def test_one_number_that_could_be_any_of_several_is_not_given_to_the_first() -> None:
+    with pytest.raises(StateError, match="do not fit the model's 4"):
+        names(saved((3, 3), groups=(1,)), EQUAL)
+
+
 def test_a_group_order_that_only_one_way_fits_is_found() -> None:
     parts: Parameters = {"body": Parameter((4, 4), (4, 4)), "head": Parameter((2, 4), (2, 4))}
     assert names(saved((2, 4), (4, 4), groups=(1, 1)), parts) == [["head"], ["body"]]
