@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from engine import generate, resume
+from engine import generate
 from engine.checkpoints.arguments import _parser
 from engine.restore.choice import choose_checkpoint
+from engine.resume import launcher
 from engine.run.config import TrainConfig
 from engine.run.start import Restart, find_start
 from engine.storage import selftest
@@ -78,7 +79,7 @@ def test_options_reach_every_command(
         ran = run(command, *arguments, *given)
         assert ran.code == (1 if command == "diff" else 0), (command, ran)
     assert generate.main([f"--checkpoint_dir={root}", "--max_new_tokens=1", *given]) == 0
-    assert resume.main([f"--checkpoint_dir={root}", "--dry_run", "--reshard=2", *given]) == 0
+    assert launcher.main([f"--checkpoint_dir={root}", "--dry_run", "--reshard=2", *given]) == 0
     pairs = tuple(option.partition("=")[2] for option in given)
     mirror = f"{beside}/mirror"
     config = TrainConfig(checkpoint_dir=root, mirror=mirror, resume="latest", storage_options=pairs)
