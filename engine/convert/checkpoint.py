@@ -15,10 +15,10 @@ from engine.errors import NotFoundError
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
 from engine.geometry import Box, cut, intersect, whole, within
+from engine.restore.chunk_locations import Indexes, Places, chunk_places
 from engine.restore.load_plan import Slice
-from engine.restore.places import Indexes, Places, chunk_places
 from engine.restore.read import read_slices
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 from engine.storage.base import Reader, Storage
 
 _SPARE_FILES = 64

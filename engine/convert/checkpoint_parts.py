@@ -12,9 +12,8 @@ from typing import Any
 
 from engine.errors import StateError
 from engine.format.manifest import Manifest
-from engine.restore.optimizer_names import split_path
 from engine.state.captured import PER_RANK_PREFIX
-from engine.state.optimizer_document import is_optimizer, value_tensors
+from engine.state.optimizer_document import is_optimizer, split_path, value_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.dcp_stock import write_stock
 from engine.convert.state_tree import TensorRef, dcp_tree, map_refs
 from engine.convert.tensors import Progress, fill, ignore_progress
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 
 METADATA = ".metadata"
 """The file that makes a directory a DCP checkpoint."""

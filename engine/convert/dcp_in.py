@@ -16,7 +16,7 @@ from engine.convert.tensors import windows_of
 from engine.convert.unpickling import Unknown, load_bytes
 from engine.errors import UnsavableValueError
 from engine.format.manifest import TensorInfo
-from engine.state.torch_dtypes import from_torch
+from engine.state.tensor_format import from_torch
 
 _MODEL = "model."
 

@@ -17,7 +17,7 @@ from engine.convert.tensors import windows_of
 from engine.convert.unpickling import Unknown, load
 from engine.errors import StateError, UnsavableValueError
 from engine.format.manifest import TensorInfo
-from engine.state.torch_dtypes import from_torch
+from engine.state.tensor_format import from_torch
 
 _MAX_DEPTH = 48
 

@@ -19,7 +19,7 @@ from engine.format.json import parse_bounded
 from engine.format.layout import HeaderEntry, header_bytes, parse_header
 from engine.format.manifest import TensorInfo
 from engine.format.names import safe_name
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 
 _FIRST_BYTES = 8
 _MAX_JSON_BYTES = 64 << 20

@@ -19,8 +19,8 @@ from engine.directory.record import VAL_LOSS
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, encode_metric
 from engine.format.manifest import Manifest, TensorInfo
-from engine.restore.optimizer_names import split_path
 from engine.state.captured import RNG_KEY
+from engine.state.optimizer_document import split_path
 from engine.state.values import decode, tensor_names
 
 MARKER = "holdfast"

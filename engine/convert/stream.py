@@ -14,7 +14,7 @@ from engine.convert.tensors import Progress, raw_bytes
 from engine.errors import DamagedError
 from engine.format.digest import BlockDigests
 from engine.format.layout import PlacedChunk, ShardLayout
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 from engine.storage.reader_source import Buffers
 from engine.storage.source import Window, spans
 

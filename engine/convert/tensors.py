@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.format.manifest import TensorInfo
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 
 WINDOW_BYTES = 32 << 20
 """Most bytes of a tensor that are in memory at a time, but for a single row that is longer."""

@@ -23,7 +23,7 @@ import torch
 from engine.convert.checkpoint import CheckpointTensors
 from engine.convert.state_tree import TensorRef, refs_in, torch_tree
 from engine.convert.tensors import Progress, cast, ignore_progress, raw_bytes
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 
 FILE = "checkpoint.pt"
 """Name of the file inside a directory that is given as the target."""

@@ -18,7 +18,7 @@ from engine.convert.tensors import TensorSource, same_bytes, whole
 from engine.errors import StateError
 from engine.format.manifest import TensorInfo
 from engine.gpt2.settings import dropout, own_names, refuse_settings, refuse_shape
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 from model.config import PRESETS, GPT2Config
 from model.gpt2 import GPT2
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from engine.errors import RestoreFailedError
-from engine.state.box_tensors import carries_boxes
-from engine.state.tensor_bytes import bytes_of
+from engine.state.local_boxes import carries_boxes
+from engine.state.tensor_format import bytes_of
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 Span = tuple[int, int, str]

@@ -22,15 +22,13 @@ from engine.restore.filters import Wanted
 from engine.restore.matching import Fit, match, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
-from engine.restore.per_rank import own_view
-from engine.restore.rename import rename_checkpoint
+from engine.restore.rename import own_view, rename_checkpoint
 from engine.restore.saved import Saved
 from engine.state import values
-from engine.state.box_tensors import global_shape
 from engine.state.capture import StateCapture
-from engine.state.captured import PER_RANK_PREFIX, RNG_KEY
-from engine.state.per_rank import OwnNames
-from engine.state.torch_dtypes import from_torch
+from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, OwnNames
+from engine.state.local_boxes import global_shape
+from engine.state.tensor_format import from_torch
 
 log = logging.getLogger(__name__)
 

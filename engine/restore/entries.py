@@ -13,20 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from engine.errors import HoldfastError, RestoreFailedError, StateError
 from engine.format.forms import without_order
 from engine.format.manifest import Manifest, TensorInfo
 from engine.loaders import make_iterator
 from engine.restore import trial
-from engine.restore.held_optimizers import put_back
 from engine.restore.saved import Saved
 from engine.state import rng, values
-from engine.state.box_tensors import global_shape
 from engine.state.capture import encoded_entry
 from engine.state.captured import RNG_KEY, per_rank_name
-from engine.state.in_place import GENERATOR, generator_kind, kind_of, reseed
-from engine.state.torch_dtypes import from_torch
+from engine.state.entry_kinds import GENERATOR, generator_kind, kind_of, reseed
+from engine.state.local_boxes import global_shape
+from engine.state.optimizer_kinds import keeps_optimizers
+from engine.state.tensor_format import from_torch
 
 log = logging.getLogger(__name__)
 
@@ -246,3 +247,30 @@ def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Excepti
         f"({type(error).__name__}: {error}). Restored: {restored}. Not restored: {lost}. Leave {failed} out "
         f"with exclude=({failed!r},), or build it as it was when it was saved"
     )
+
+
+def put_back(entry: Any, saved: Any) -> None:
+    """Give the optimizers inside of an object the saved tensors where torch has cast them."""
+    if keeps_optimizers(entry):
+        _walk(saved, entry.state_dict(), inside=False)
+
+
+def _walk(saved: Any, live: Any, *, inside: bool) -> None:
+    """inside: below the state dict of an optimizer, whose state is the live one and no copy of it."""
+    if isinstance(saved, Mapping) and isinstance(live, Mapping):
+        inside = inside or {"state", "param_groups"} <= saved.keys()
+        for key, value in saved.items():
+            now = live.get(key)
+            if inside and isinstance(live, dict) and isinstance(now, torch.Tensor) and _was_cast(value, now):
+                live[key] = value.to(now.device)
+            else:
+                _walk(value, now, inside=inside)
+    elif isinstance(saved, list | tuple) and isinstance(live, list | tuple) and len(saved) == len(live):
+        for value, now in zip(saved, live, strict=True):
+            _walk(value, now, inside=inside)
+
+
+def _was_cast(saved: Any, live: torch.Tensor) -> bool:
+    if not isinstance(saved, torch.Tensor):
+        return False
+    return saved.dtype != live.dtype and saved.shape == live.shape and not isinstance(live, DTensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,16 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
-from engine.format.layout import Chunk
-from engine.format.manifest import TensorInfo
+from engine.format.index import ShardFile
+from engine.format.layout import Chunk, PlacedChunk
+from engine.format.manifest import Manifest, TensorInfo
 from engine.geometry import intersect, within
-from engine.state.box_tensors import boxes_of, carries_boxes, global_shape
-from engine.state.torch_dtypes import to_torch
+from engine.restore.chunk_locations import ChunkLocation, Indexes
+from engine.state.local_boxes import boxes_of, carries_boxes, global_shape
+from engine.state.tensor_format import to_torch
+
+Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tuple[ShardFile, PlacedChunk]]]
+"""By tensor name, each saved chunk and its file, by the chunk's number when the reads were planned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +170,32 @@ def _slice(item: ReadItem, to: torch.Tensor) -> Slice:
 
 def _storage_metadata(offsets: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def plan_reads(
+    tensors: Mapping[str, torch.Tensor],
+    sources: Mapping[str, str],
+    manifest: Manifest,
+    places: Mapping[str, list[ChunkLocation]],
+    indexes: Indexes,
+) -> tuple[list[Slice], Located]:
+    """What to read, and where it lies with the digests to check it by; reads the indexes that takes.
+
+    Args:
+        tensors: what to fill, by a name of the destination.
+        sources: the saved name of each.
+        places: where every saved chunk lies.
+    """
+    held = {name: places[saved] for name, saved in sources.items()}
+    slices = plan_slices(
+        tensors,
+        {name: manifest.tensors[saved] for name, saved in sources.items()},
+        {name: [place.placed.chunk for place in found] for name, found in held.items()},
+    )
+    used = {(item.name, item.chunk): held[item.name][item.chunk] for item in slices}
+    read = indexes.fetch({place.rank for place in used.values()})
+    shards = {shard.file: shard for index in read for shard in index.files}
+    found: dict[str, dict[int, tuple[ShardFile, PlacedChunk]]] = defaultdict(dict)
+    for (name, number), place in used.items():
+        found[name][number] = (shards[place.file], place.placed)
+    return slices, found

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_any
 
 from engine.errors import RestoreFailedError
 from engine.state.metrics import UPDATE_COUNTS, set_update_counts
-from engine.state.own_state import first_difference
+from engine.state.optimizer_state_dicts import first_difference
 from engine.state.state_dicts import (
     EXTRA_STATE,
     StateDict,
@@ -25,7 +25,7 @@ from engine.state.state_dicts import (
     overrides_loading,
     read_state_dict,
 )
-from engine.state.wrappers import Place, places, spelled_as
+from engine.state.wrappers import NamedModule, named_modules, spelled_as
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ def hand_back(
     Raises: RestoreFailedError naming the module when it does not take them.
     """
     module = asked(module)
-    tree = places(module)
+    tree = named_modules(module)
     document = dict(document)
     counts = document.pop(UPDATE_COUNTS, {})
     only_extra = all(is_extra_state(name) for name in document) and not loose
     try:
-        if only_extra and not any(loads_by_itself(place.module) for place in tree):
+        if only_extra and not any(loads_by_itself(named.module) for named in tree):
             _set_extra_state(tree, document)
             return
         with torch.no_grad():
@@ -59,7 +59,7 @@ def hand_back(
             unused = _load(module, _whole(now, tree, {**document, **loose}), strict=strict)
             if strict and (unknown := unused - set(now.spelled.values())):
                 raise ValueError(f"unexpected keys: {', '.join(sorted(unknown)[:5])}")
-            _fill(places(module), {**exact, **loose})
+            _fill(named_modules(module), {**exact, **loose})
             set_update_counts(tree, counts)
             untaken = {name: value for name, value in document.items() if now.spelled.get(name) in unused}
             if untaken:
@@ -87,25 +87,25 @@ def load_optimizer(key: str, optimizer: Optimizer, told: dict[Any, Any]) -> None
 
 def take_out(module: nn.Module, names: set[str]) -> None:
     """Set buffers to None that were None when saved."""
-    for place in places(module) if names else ():
-        for name in place.module._buffers:
-            if place.name + name in names:
-                place.module._buffers[name] = None
+    for named in named_modules(module) if names else ():
+        for name in named.module._buffers:
+            if named.name + name in names:
+                named.module._buffers[name] = None
 
 
-def takes_by_itself(name: str, tree: Sequence[Place]) -> bool:
+def takes_by_itself(name: str, tree: Sequence[NamedModule]) -> bool:
     """Whether code that is not torch's may take what was saved under a canonical name."""
     return overrides_loading(tree[0].module) or loads_by_itself(_innermost(name, tree).module)
 
 
-def _innermost(name: str, tree: Sequence[Place]) -> Place:
+def _innermost(name: str, tree: Sequence[NamedModule]) -> NamedModule:
     # The last of the longest: a wrapper has the name of what it wraps and comes before it.
     return max(
-        (len(place.name), number, place) for number, place in enumerate(tree) if name.startswith(place.name)
+        (len(named.name), number, named) for number, named in enumerate(tree) if name.startswith(named.name)
     )[2]
 
 
-def _whole(now: StateDict, tree: Sequence[Place], saved: Mapping[Any, Any]) -> dict[Any, Any]:
+def _whole(now: StateDict, tree: Sequence[NamedModule], saved: Mapping[Any, Any]) -> dict[Any, Any]:
     """The state dict to load: the live tensors, which are filled by now, and what was saved besides."""
     whole: dict[Any, Any] = {now.spelled[name]: now.tensors[name] for name in now.standing}
     # What is left out keeps its live value.
@@ -113,8 +113,8 @@ def _whole(now: StateDict, tree: Sequence[Place], saved: Mapping[Any, Any]) -> d
     for name, value in saved.items():
         spelled = now.spelled.get(name)
         if spelled is None and isinstance(name, str):
-            place = _innermost(name, tree)
-            spelled = place.spelled + name[len(place.name) :]
+            named = _innermost(name, tree)
+            spelled = named.spelled + name[len(named.name) :]
         whole[name if spelled is None else spelled] = value
     return whole
 
@@ -145,24 +145,24 @@ def _tell_untaken(key: str, module: nn.Module, saved: Mapping[Any, Any]) -> None
             )
 
 
-def _copies(tree: Sequence[Place]) -> dict[str, torch.Tensor]:
+def _copies(tree: Sequence[NamedModule]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in live_tensors(tree).items()}
 
 
-def _fill(tree: Sequence[Place], exact: Mapping[str, torch.Tensor]) -> None:
+def _fill(tree: Sequence[NamedModule], exact: Mapping[str, torch.Tensor]) -> None:
     live = live_tensors(tree)
     for name, value in exact.items():
         if name in live and live[name].shape == value.shape:
             live[name].detach().copy_(value)
 
 
-def _set_extra_state(tree: Sequence[Place], saved: Mapping[str, Any]) -> None:
-    for place in tree:
-        key = place.name + EXTRA_STATE
+def _set_extra_state(tree: Sequence[NamedModule], saved: Mapping[str, Any]) -> None:
+    for named in tree:
+        key = named.name + EXTRA_STATE
         # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
-        has_some = type(place.module).get_extra_state is not nn.Module.get_extra_state
+        has_some = type(named.module).get_extra_state is not nn.Module.get_extra_state
         if has_some and key in saved:
-            place.module.set_extra_state(saved[key])
+            named.module.set_extra_state(saved[key])
 
 
 def _is_tensor(value: object) -> bool:

@@ -6,24 +6,26 @@ extra state, what hooks and overrides had added. It is handed back after all ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from engine.errors import DamagedError
 from engine.format.manifest import TensorInfo
 from engine.restore.filters import Wanted
 from engine.restore.loading import hand_back, take_out, takes_by_itself
 from engine.restore.saved import Saved
-from engine.restore.unmade import Unmade
 from engine.state import values
 from engine.state.capture import StateCapture
 from engine.state.metrics import UPDATE_COUNTS
 from engine.state.modules import ABSENT_BUFFERS, COMPOSITES, LATE_BUFFERS, NOTES, ModuleCapture
 from engine.state.state_dicts import asked
-from engine.state.wrappers import places
+from engine.state.tensor_format import to_torch
+from engine.state.wrappers import NamedModule, named_modules, wrapped_by
 
 
 class Modules:
@@ -119,7 +121,7 @@ class Modules:
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
         manifest, live = self._saved.manifest, capture.state.tensors
         inside = set(values.tensor_names(self._saved.json(key)))
-        tree = places(asked(capture.module))
+        tree = named_modules(asked(capture.module))
         for full, info in manifest.tensors.items():
             name = full.removeprefix(f"{key}.")
             if name == full or full in inside or not self._wanted.takes(full):
@@ -135,7 +137,7 @@ class Modules:
                 self.loose.add(full)
 
     def _compare(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
-        tree = places(asked(capture.module))
+        tree = named_modules(asked(capture.module))
         for name in document:
             if name not in capture.state.spelled and not takes_by_itself(str(name), tree):
                 self.unexpected.append(f"{key}.{name} (of state_dict(), no tensor)")
@@ -154,3 +156,62 @@ class Modules:
 
 def _kind(described: Mapping[str, Any]) -> str:
     return f"{described['class']} {described['shape']} ({described['context']})"
+
+
+class Unmade:
+    """Makes them, so that there is something to read into, and takes them away when nothing will be read."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def make(self, module: nn.Module, info: Callable[[str], TensorInfo | None], late: Sequence[str]) -> bool:
+        """Make what a module lacks and the checkpoint has. Returns whether there was something to make.
+
+        info: dtype and global shape of what is to be read under a canonical name; None for what is not.
+        late: names of buffers that were registered in training.
+        """
+        before = len(self._undo)
+        for named in named_modules(module):
+            self._register(named, [name for name in late if info(name)])
+            child = named.module
+            for name, tensor in [*child._parameters.items(), *child._buffers.items()]:
+                persistent = name not in child._non_persistent_buffers_set
+                found = info(named.name + name) if tensor is None or is_lazy(tensor) else None
+                if found is None or not persistent:
+                    continue
+                if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+                    self._undo.append(partial(_forget_shape, tensor, type(tensor), tensor.data))
+                    tensor.materialize(found.shape)
+                elif name in child._buffers:
+                    child._buffers[name] = torch.zeros(
+                        found.shape, dtype=to_torch(found.dtype), device=_device_of(child, module)
+                    )
+                    self._undo.append(partial(child._buffers.__setitem__, name, None))
+        return len(self._undo) > before
+
+    def _register(self, named: NamedModule, late: Sequence[str]) -> None:
+        for full in late:
+            prefix, dot, name = full.rpartition(".")
+            here = prefix + dot == named.name and wrapped_by(named.module) is None
+            if here and not hasattr(named.module, name):
+                named.module.register_buffer(name, None)
+                self._undo.append(partial(delattr, named.module, name))
+
+    def abandon(self) -> None:
+        """Leave the modules as they were."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+
+def _forget_shape(tensor: torch.Tensor, kind: type, data: torch.Tensor) -> None:
+    tensor.data = data
+    tensor.__class__ = kind  # what materialize() changes, besides the data
+
+
+def _device_of(child: nn.Module, root: nn.Module) -> torch.device:
+    """Where the nearest tensor is: nothing else says where a buffer that is None belongs."""
+    for module in (child, root):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return torch.device(tensor.device)
+    return torch.device("cpu")

@@ -18,21 +18,30 @@ import torch
 from engine.errors import RestoreFailedError
 from engine.format.manifest import TensorInfo
 from engine.restore.filters import Wanted
-from engine.restore.hyperparameters import Assigned, Group, Unread, assign, known, live_group, set_values
 from engine.restore.loading import load_optimizer
 from engine.restore.matching import describe, has_grown
-from engine.restore.optimizer_names import class_difference, match_names, split_path
+from engine.restore.optimizer_matching import (
+    Assigned,
+    Group,
+    Unread,
+    assign,
+    class_difference,
+    known,
+    live_group,
+    match_names,
+    set_values,
+)
 from engine.restore.saved import Saved
 from engine.state import values
-from engine.state.box_tensors import detached, global_shape
 from engine.state.composites import is_composite
-from engine.state.layouts import made, one_of_several
+from engine.state.local_boxes import detached, global_shape
 from engine.state.modules import pointer_of
-from engine.state.optimizer_document import parse
+from engine.state.optimizer_document import parse, split_path
 from engine.state.optimizer_kinds import state_of
+from engine.state.optimizer_layouts import made, one_of_several
+from engine.state.optimizer_state_dicts import first_difference, with_names, with_parameters
 from engine.state.optimizers import OptimizerCapture
-from engine.state.own_state import first_difference, with_names, with_parameters
-from engine.state.torch_dtypes import from_torch, to_torch
+from engine.state.tensor_format import from_torch, to_torch
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +163,7 @@ class OptimizerRestore:
                 here = TensorInfo(is_.dtype if info.dtype == was.dtype else info.dtype, is_.shape)
                 here = None if here == info else here
             elif isinstance(own, torch.Tensor) and from_torch(own.dtype, name) != info.dtype:
-                here = TensorInfo(from_torch(own.dtype, name), _global_shape(own, parameter))
+                here = TensorInfo(from_torch(own.dtype, name), global_shape(detached(own, like=parameter)))
             if here is None:
                 one = self._ones.get(f"{self._saved_names[live]}.{field}", "")
                 same[field] = self._shared.get(one, firsts.get(one, name))
@@ -388,7 +397,3 @@ class OptimizerRestore:
             raise RestoreFailedError(
                 f"after its own load_state_dict, {difference}; the state is now undefined"
             )
-
-
-def _global_shape(own: torch.Tensor, parameter: torch.Tensor) -> tuple[int, ...]:
-    return global_shape(detached(own, like=parameter))

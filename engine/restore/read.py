@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ import torch
 from engine.errors import DamagedError
 from engine.format.element_types import itemsize
 from engine.format.index import ShardFile
-from engine.format.layout import PlacedChunk
-from engine.restore.load_plan import Slice
+from engine.restore.load_plan import Located, Slice
 from engine.restore.pieces import WINDOW_BYTES, Piece, Window, cut_slice, group
 from engine.restore.window import WindowLoader, address_of
 from engine.storage.aligned_memory import map_pages
@@ -45,8 +44,6 @@ longer, warm ones 13 %)."""
 
 STORE_PACE = Pace(threads=8, requests=8)
 """A store answers each read after a round trip, and gives one connection a part of the line only."""
-
-Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tuple[ShardFile, PlacedChunk]]]
 
 
 @dataclass(frozen=True, slots=True)

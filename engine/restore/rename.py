@@ -8,18 +8,17 @@ own. What the checkpoint itself has under a live name that was given away is lef
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.errors import StateMismatchError
+from engine.errors import StateError, StateMismatchError
 from engine.format.manifest import Manifest
-from engine.restore.optimizer_names import split_path
-from engine.state.captured import PER_RANK_PREFIX
-from engine.state.layouts import SAME
+from engine.state.captured import PER_RANK_PREFIX, OwnNames
 from engine.state.modules import NOTES
-from engine.state.optimizer_document import is_optimizer, parse
-from engine.state.per_rank import with_names
-from engine.state.values import tensor_names
+from engine.state.optimizer_document import is_optimizer, parse, split_path
+from engine.state.optimizer_layouts import SAME
+from engine.state.values import tensor_names, with_tensor_names
 
 Json = Any
 
@@ -57,6 +56,43 @@ def rename_checkpoint(
         objects={**names.loose(stored), **names.documents(manifest.objects)},
     )
     return Renamed(changed, [names.documents(local) for local in locals_], stored)
+
+
+def own_view(
+    manifest: Manifest,
+    locals_: Sequence[Mapping[str, Any]],
+    keys: AbstractSet[str],
+    *,
+    rank: int,
+    world_size: int,
+) -> Manifest:
+    """The manifest with this rank's own of `keys` in place of all ranks' own. Pure.
+
+    Raises: StateError at another world size than the saved one: nobody knows whose is whose then.
+    """
+    if not keys:
+        return manifest
+    if manifest.world_size != world_size:
+        raise StateError(
+            f"{', '.join(sorted(keys))}: saved per rank by {manifest.world_size} ranks. Modules and "
+            f"optimizers in per_rank cannot be restored on {world_size}: resume with the saved world size, "
+            f"or leave them out with exclude={tuple(f'{key}.*' for key in sorted(keys))}"
+        )
+    names = OwnNames(rank, keys)
+    prefixes = tuple(f"{PER_RANK_PREFIX}.{other:05d}.{key}." for other in range(world_size) for key in keys)
+
+    def seen(saved: Mapping[str, Any]) -> dict[str, Any]:
+        live = {names.live(name): value for name, value in saved.items()}
+        return {name: value for name, value in live.items() if not name.startswith(prefixes)}
+
+    aliases = {alias: names.live(name) for alias, name in seen(manifest.aliases).items()}
+    own = {key: with_tensor_names(locals_[rank][key], names.live) for key in keys if key in locals_[rank]}
+    return replace(
+        manifest,
+        tensors=seen(manifest.tensors),
+        aliases={alias: name for alias, name in aliases.items() if not name.startswith(prefixes)},
+        objects={**manifest.objects, **own},
+    )
 
 
 class _Names:
@@ -165,7 +201,7 @@ class _Names:
                 raise StateMismatchError(f"rename maps two state keys to {live}; nothing was changed")
             if live != key:
                 moved.add(live)
-            renamed = with_names(document, self.tensor)
+            renamed = with_tensor_names(document, self.tensor)
             if "." in live and isinstance(renamed, dict) and renamed.keys() == {"$tensor"}:
                 continue  # an entry by itself when saved, and a module's tensor here
             if key in self._parameters:

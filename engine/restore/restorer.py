@@ -37,11 +37,7 @@ from engine.ranks.agreement import all_agree, open_call, rank0_decides
 from engine.ranks.calls import RESTORE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.restore.choice import choose_checkpoint, in_mirror
-from engine.restore.destination import Destination
-from engine.restore.filters import Wanted
-from engine.restore.load_plan import Slice
-from engine.restore.other_ranks import unexpected_on_all
-from engine.restore.places import (
+from engine.restore.chunk_locations import (
     Indexes,
     Locals,
     chunk_places,
@@ -49,8 +45,11 @@ from engine.restore.places import (
     places_of,
     read_description,
 )
-from engine.restore.planning import plan_reads
-from engine.restore.read import LOCAL_PACE, STORE_PACE, Located, ReadStats, read_slices
+from engine.restore.destination import Destination
+from engine.restore.filters import Wanted
+from engine.restore.load_plan import Located, Slice, plan_reads
+from engine.restore.other_ranks import unexpected_on_all
+from engine.restore.read import LOCAL_PACE, STORE_PACE, ReadStats, read_slices
 from engine.restore.stored import read_stored
 from engine.state.capture import StateCapture
 from engine.storage.base import Storage

@@ -10,11 +10,10 @@ import torch
 from engine.errors import DamagedError
 from engine.format.manifest import Manifest, TensorInfo
 from engine.state import values
-from engine.state.box_tensors import detached, global_shape
-from engine.state.captured import per_rank_name
-from engine.state.per_rank import OwnNames
+from engine.state.captured import OwnNames, per_rank_name
+from engine.state.local_boxes import detached, global_shape
 from engine.state.sharing import union_of_values
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 
 
 class Saved:

@@ -10,9 +10,9 @@ import torch
 
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.restore.choice import Choice, choose_checkpoint, in_mirror
+from engine.restore.chunk_locations import Indexes, Locals, chunk_places, places_of
 from engine.restore.filters import Wanted
-from engine.restore.places import Indexes, Locals, chunk_places, places_of
-from engine.restore.planning import plan_reads
+from engine.restore.load_plan import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
 from engine.restore.saved import Saved
 from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name

@@ -21,7 +21,7 @@ from engine.native import kernels
 from engine.native.kernels import Place
 from engine.restore.load_plan import Slice
 from engine.restore.pieces import Piece, Window, straight
-from engine.state.tensor_bytes import bytes_of
+from engine.state.tensor_format import bytes_of
 from engine.storage.base import Reader, Storage
 
 

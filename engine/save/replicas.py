@@ -19,7 +19,7 @@ from engine.options import ReplicaCheck
 from engine.save.samples import host_bytes, pieces, some_bytes
 from engine.save.sampling import MOST_ON_DEVICE, SMALL_BYTES, Sampler
 from engine.save.write_plan import Compared, Plan, fresh_of
-from engine.state.held_boxes import Held
+from engine.state.local_boxes import LocalBox
 from engine.state.sharing import SMALL, SMALL_BUFFER_BYTES, Group
 
 _SHOWN = 5
@@ -115,7 +115,7 @@ class _Always:
         self._tensors: list[torch.Tensor | None] = [None] * len(positions)
         self._views: list[memoryview | None] = [None] * len(positions)
 
-    def digests(self, held: Sequence[Held]) -> list[bytes] | None:
+    def digests(self, held: Sequence[LocalBox]) -> list[bytes] | None:
         """None when one of them is not in host memory as it reads."""
         now = [held[position].tensor for position in self._positions]
         if any(map(operator.is_not, now, self._tensors)):
@@ -157,7 +157,7 @@ class Replicas:
                 (box.chunk, group.ranks) for group in self._plan.groups for box in group.boxes
             )
 
-    def adopt(self, plan: Plan, held: Sequence[Held]) -> None:
+    def adopt(self, plan: Plan, held: Sequence[LocalBox]) -> None:
         """Take a new plan."""
         self._plan, self._views, self._looked = plan, {}, False
         self._samplers = [
@@ -178,7 +178,7 @@ class Replicas:
         return Sampler(sizes, full=full)
 
     @torch.no_grad()
-    def look(self, held: Sequence[Held], number: int) -> Comparison:
+    def look(self, held: Sequence[LocalBox], number: int) -> Comparison:
         """Digest this rank's replicas, as far as save `number` compares them."""
         plan, fresh_at_0, self._looked = self._plan, self._fresh_at_0, True
         found: dict[int, list[bytes]] = {}
@@ -209,7 +209,7 @@ class Replicas:
 
         return Comparison(found, [_stage(*item) for item in waiting.items()], plan.groups, names)
 
-    def _view(self, held: Sequence[Held], position: int) -> memoryview | None:
+    def _view(self, held: Sequence[LocalBox], position: int) -> memoryview | None:
         """The memory of a held box; made once for a tensor that stays the same object in the same place."""
         tensor = held[position].tensor
         known = self._views.get(position)
@@ -234,7 +234,7 @@ def _whole_digest(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def buffer_digests(held: Sequence[Held], buffers: frozenset[str]) -> dict[int, str]:
+def buffer_digests(held: Sequence[LocalBox], buffers: frozenset[str]) -> dict[int, str]:
     """What a rank offers of the buffers among its boxes: the digest of each large one, by position."""
     offered = {}
     for position, item in enumerate(held):

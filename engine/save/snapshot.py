@@ -20,9 +20,8 @@ from engine.save.digesting_copy import Pair, Span
 from engine.save.division import Part
 from engine.save.staging_buffer import FileSlot, StagingBuffer
 from engine.save.staging_copy import Batch
-from engine.state.box_tensors import carries_boxes
 from engine.state.captured import Captured
-from engine.state.held_boxes import Held, held_chunks
+from engine.state.local_boxes import LocalBox, carries_boxes, local_boxes
 
 Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
@@ -58,7 +57,7 @@ class Snapshot:
         self._rank = rank
         self._pin = pin
         self._budget_bytes = budget_bytes
-        self._held: list[Held] = []
+        self._held: list[LocalBox] = []
         self._generation = -1
         self._signature: Signature = ()
         self._held_digest = ""
@@ -73,7 +72,7 @@ class Snapshot:
         return [held.chunk for held in self._held]
 
     @property
-    def memory(self) -> Sequence[Held]:
+    def memory(self) -> Sequence[LocalBox]:
         """The same boxes with the local memory that holds them."""
         return self._held
 
@@ -84,11 +83,11 @@ class Snapshot:
         plain = all(type(tensor) is torch.Tensor and not carries_boxes(tensor) for tensor in fresh.values())
         if captured.generation == self._generation and signature == self._signature and plain:
             self._held = [
-                Held(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
+                LocalBox(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
                 for held in self._held
             ]
         else:
-            self._held = held_chunks(captured.tensors)
+            self._held = local_boxes(captured.tensors)
             self._held_digest = plan_digest(self.held, captured.buffers, captured.aliases)
             self._generation, self._signature = captured.generation, signature
         # Also when nothing has changed since the last look: the plan for it may have failed.

@@ -15,7 +15,7 @@ from engine.errors import TornSnapshotError
 from engine.format.digest import BLOCK_BYTES, block_digests, combine
 from engine.save.snapshot import Snapshot
 from engine.save.staging_buffer import FileSlot
-from engine.state.tensor_bytes import bytes_of
+from engine.state.tensor_format import bytes_of
 from engine.storage.base import Reader, Storage
 
 READ_BYTES = 64 * BLOCK_BYTES

@@ -22,7 +22,7 @@ import torch
 from engine.errors import MemoryBudgetError
 from engine.format.layout import PlacedChunk, ShardLayout
 from engine.save.host_memory import available_bytes
-from engine.state.torch_dtypes import to_torch
+from engine.state.tensor_format import to_torch
 from engine.storage.aligned_memory import PAGE_BYTES, map_pages
 from engine.text import readable_bytes
 

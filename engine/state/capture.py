@@ -25,16 +25,15 @@ from torch.optim import Optimizer
 from engine.errors import HoldfastError, UnsavableValueError
 from engine.loaders import make_iterator
 from engine.state import rng, values
-from engine.state.attributes import changed_numbers, check_attributes, numbers_of
-from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, Captured, per_rank_name
-from engine.state.in_place import generator_kind, kind_of, saved_value
+from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, Captured, OwnNames, per_rank_name
+from engine.state.entry_kinds import generator_kind, kind_of, saved_value
 from engine.state.modules import ModuleCapture, take_ties_out
+from engine.state.optimizer_attributes import changed_numbers, check_attributes, numbers_of
 from engine.state.optimizer_kinds import check_optimizers_stand_alone, refuse_overlapped, unwrapped
 from engine.state.optimizers import OptimizerCapture
-from engine.state.parameters import ParameterNames
-from engine.state.per_rank import OwnNames, with_names
-from engine.state.savable import check_savable
+from engine.state.parameter_names import ParameterNames
 from engine.state.state_dicts import buffer_names, has_own_state_dict
+from engine.state.tensor_format import check_savable
 from engine.state.wrappers import unwrapped_optimizer
 
 log = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ class StateCapture:
         entry.collect_values(own)
         captured.tensors.update((self.names.of(name), tensor) for name, tensor in own.tensors.items())
         for key, document in own.shared.items():
-            captured.local[key] = with_names(document, self.names.of)
+            captured.local[key] = values.with_tensor_names(document, self.names.of)
 
     def _capture_fixed(self) -> Captured:
         """The tensors of modules and optimizers; walked anew only when one of them has changed."""

@@ -1,7 +1,8 @@
-"""One moment's state of one rank, as a value."""
+"""The state of one rank at one moment, as a value, and how a checkpoint names what belongs to one rank."""
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,3 +41,20 @@ class Captured:
 def per_rank_name(rank: int, key: str) -> str:
     """The prefix of the names of one rank's own tensors: they are never merged with another rank's."""
     return f"{PER_RANK_PREFIX}.{rank:05d}.{key}"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNames:
+    """The names in the checkpoint of what this rank holds under these state keys."""
+
+    rank: int
+    keys: AbstractSet[str]
+
+    def of(self, name: str) -> str:
+        """The name in the checkpoint of a tensor of any state key."""
+        return per_rank_name(self.rank, name) if name.partition(".")[0] in self.keys else name
+
+    def live(self, name: str) -> str:
+        """The inverse of `of`; other ranks' names stay as they are."""
+        own = name.removeprefix(per_rank_name(self.rank, ""))
+        return own if own.partition(".")[0] in self.keys else name

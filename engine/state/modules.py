@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from engine.errors import UnsavableValueError
 from engine.state import values
-from engine.state.box_tensors import detached, geometry
 from engine.state.captured import Captured
 from engine.state.composites import describe, is_composite, leaves_of
+from engine.state.local_boxes import detached, geometry
 from engine.state.metrics import UPDATE_COUNTS
 from engine.state.state_dicts import (
     buffer_names,

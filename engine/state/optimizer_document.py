@@ -15,7 +15,7 @@ more           a mapping of format version 2, where one of these is needed:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,17 @@ def value_tensors(key: str, document: Json) -> list[str]:
     names += [name for name in tensor_names(parsed.own) if f"{key}.own" in name]
     inner = (value_tensors(f"{key}.inner.{name}", inner) for name, inner in parsed.inner.items())
     return [*names, *(name for found in inner for name in found)]
+
+
+def split_path(path: str, names: Collection[str]) -> tuple[str, str]:
+    """(parameter, field) of "<parameter>.<field>"; both may have dots in them, so the parameter is known."""
+    end = path.rfind(".")
+    while end > 0:
+        if path[:end] in names:
+            return path[:end], path[end + 1 :]
+        end = path.rfind(".", 0, end)
+    name, _, field = path.rpartition(".")
+    return name, field
 
 
 def merge_documents(key: str, documents: Sequence[Json]) -> Json:

@@ -10,10 +10,11 @@ import torch
 from torch.optim import Optimizer
 
 from engine.errors import UnsavableValueError
-from engine.state import layouts, values
-from engine.state.box_tensors import detached
+from engine.state import optimizer_layouts as layouts
+from engine.state import values
 from engine.state.captured import Captured
 from engine.state.composites import is_composite
+from engine.state.local_boxes import detached
 from engine.state.modules import ModuleCapture, Slot, in_place, pointer_of
 from engine.state.optimizer_document import OptimizerDocument
 from engine.state.optimizer_kinds import (
@@ -24,8 +25,8 @@ from engine.state.optimizer_kinds import (
     saves_itself,
     state_of,
 )
-from engine.state.own_state import beyond_base, with_names
-from engine.state.parameters import ParameterNames, stranger
+from engine.state.optimizer_state_dicts import beyond_base, with_names
+from engine.state.parameter_names import ParameterNames, stranger
 
 
 class OptimizerCapture:
@@ -251,7 +252,7 @@ class OptimizerCapture:
             stored |= {id(value): f"{inner.key}.state.{name}" for name, value in inner._state_tensors()}
         same = {name: stored[id(value)] for name, value in found.items() if id(value) in stored}
         tensors |= {name: value for name, value in found.items() if name not in same}
-        return _renamed(encoded, same) if same else encoded
+        return values.with_tensor_names(encoded, lambda name: same.get(name, name)) if same else encoded
 
     def _state_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
         for parameter, entry, _ in self._states:
@@ -268,14 +269,3 @@ def _is_one_tensor(value: Any) -> bool:
 def _is_plain(entry: Any) -> bool:
     """Whether a parameter's state is a dict with text keys, as torch's own optimizers have it."""
     return isinstance(entry, dict) and all(isinstance(field, str) for field in entry)
-
-
-def _renamed(document: Any, names: Mapping[str, str]) -> Any:
-    """The document with other names for some of the tensors that it refers to."""
-    if isinstance(document, list):
-        return [_renamed(item, names) for item in document]
-    if not isinstance(document, dict):
-        return document
-    if len(document) == 1 and document.get("$tensor") in names:
-        return {"$tensor": names[document["$tensor"]]}
-    return {key: _renamed(inner, names) for key, inner in document.items()}

@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from engine.errors import UnsavableValueError
 from engine.state import values
 from engine.state.metrics import metric_values
-from engine.state.savable import check_savable
-from engine.state.tensor_bytes import bytes_of
-from engine.state.wrappers import Place, places, wrapped_by
+from engine.state.tensor_format import bytes_of, check_savable
+from engine.state.wrappers import NamedModule, named_modules, wrapped_by
 
 EXTRA_STATE = "_extra_state"
 """The last part of the name of what a module's get_extra_state() returns."""
@@ -85,7 +84,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
                 f"{key}: state_dict() of {type(root).__qualname__} returns a {type(handed_out).__name__}, "
                 "not a dict"
             )
-        tree = places(root)
+        tree = named_modules(root)
         if metrics := metric_values(tree):
             handed_out = {**handed_out, **metrics}
         live = live_tensors(tree)
@@ -153,18 +152,7 @@ def encode_values(
             inside = path.removeprefix(f"{key}.")
             names[path] = f"{key}.{HANDED_OUT}.{inside}" if inside in state.tensors else path
             tensors[names[path]] = tensor
-    return _renamed(document, names)
-
-
-def _renamed(document: Any, names: Mapping[str, str]) -> Any:
-    """The JSON with other names for its tensors."""
-    if isinstance(document, list):
-        return [_renamed(item, names) for item in document]
-    if not isinstance(document, dict):
-        return document
-    if document.keys() == {"$tensor"}:
-        return {"$tensor": names[document["$tensor"]]}
-    return {key: _renamed(inner, names) for key, inner in document.items()}
+    return values.with_tensor_names(document, names.__getitem__)
 
 
 def is_extra_state(name: Any) -> bool:
@@ -192,27 +180,27 @@ def loads_by_itself(module: nn.Module) -> bool:
     return any(not _is_torchs(hook) for hook in hooks)
 
 
-def live_tensors(tree: Iterable[Place]) -> dict[str, torch.Tensor]:
+def live_tensors(tree: Iterable[NamedModule]) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer by canonical name, tied ones under each of their names."""
     found: dict[str, torch.Tensor] = {}
-    for place in tree:
-        module = place.module
+    for named in tree:
+        module = named.module
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(place.name + name, parameter)
+                found.setdefault(named.name + name, parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(place.name + name, buffer)
+                found.setdefault(named.name + name, buffer)
     return found
 
 
 def buffer_names(root: nn.Module) -> dict[str, bool]:
     """The canonical names of the persistent buffers, and whether there is a tensor and not None."""
     return {
-        place.name + name: buffer is not None
-        for place in places(root)
-        for name, buffer in place.module._buffers.items()
-        if name not in place.module._non_persistent_buffers_set
+        named.name + name: buffer is not None
+        for named in named_modules(root)
+        for name, buffer in named.module._buffers.items()
+        if name not in named.module._non_persistent_buffers_set
     }
 
 
@@ -314,9 +302,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous())
 
 
-def _prefixes(tree: Iterable[Place]) -> dict[str, str]:
+def _prefixes(tree: Iterable[NamedModule]) -> dict[str, str]:
     """The spelled name of each module in state_dict() -> its canonical one, where they differ."""
-    return {place.spelled: place.name for place in tree}
+    return {named.spelled: named.name for named in tree}
 
 
 def _canonical(spelled: str, prefixes: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from engine.state.arrays import decode_array, decode_scalar, encode_array, encod
 from engine.state.composites import decode_composite, encode_composite, is_composite, missing_composite
 from engine.state.leaves import check_text
 from engine.state.named_types import decode_named, encode_enum, missing_class, type_name
-from engine.state.savable import check_savable
+from engine.state.tensor_format import check_savable
 
 Json = Any
 _MAX_DEPTH = 48  # JSON containers; a manifest may nest 64, and puts a few around a value
@@ -329,6 +329,17 @@ def tensor_names(value: Json) -> list[str]:
     if len(value) == 1 and isinstance(value.get("$tensor"), str):
         return [value["$tensor"]]
     return [name for inner in value.values() for name in tensor_names(inner)]
+
+
+def with_tensor_names(document: Json, name: Callable[[str], str]) -> Json:
+    """Encoded JSON with other names for its tensors."""
+    if isinstance(document, list):
+        return [with_tensor_names(item, name) for item in document]
+    if not isinstance(document, dict):
+        return document
+    if len(document) == 1 and isinstance(document.get("$tensor"), str):
+        return {"$tensor": name(document["$tensor"])}
+    return {key: with_tensor_names(inner, name) for key, inner in document.items()}
 
 
 def missing_classes(value: Json) -> list[str]:

@@ -18,7 +18,7 @@ from engine.errors import UnsavableValueError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class NamedModule:
     """A module below a root, as often as it occurs there.
 
     name: its canonical name: without the wrappers above it, "" for the root. spelled: the name that the
@@ -57,7 +57,7 @@ _OPTIMIZER_WRAPPERS = (
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
-def places(root: nn.Module) -> list[Place]:
+def named_modules(root: nn.Module) -> list[NamedModule]:
     """Every module of a tree with its canonical name, wrappers included, in the order of state_dict()."""
     return list(_walk(root, "", "", _wrappers(), set()))
 
@@ -96,8 +96,8 @@ def _walk(
     spelled: str,
     wrappers: list[tuple[type, dict[str, str]]],
     above: set[int],
-) -> Iterator[Place]:
-    yield Place(name, spelled, module)
+) -> Iterator[NamedModule]:
+    yield NamedModule(name, spelled, module)
     inside: dict[str, str] = next((found for kind, found in wrappers if isinstance(module, kind)), {})
     above = above | {id(module)}
     for attribute, child in module._modules.items():

@@ -13,7 +13,7 @@ from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorIn
 from engine.restore.destination import Destination
 from engine.restore.filters import Wanted
 from engine.state.capture import StateCapture
-from engine.state.torch_dtypes import from_torch
+from engine.state.tensor_format import from_torch
 
 _DIGEST = "0123456789abcdef" * 2
 

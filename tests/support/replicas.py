@@ -7,7 +7,7 @@ import torch
 from engine.options import ReplicaCheck
 from engine.save.replicas import Replicas
 from engine.save.write_plan import Plan, Watched
-from engine.state.held_boxes import Held
+from engine.state.local_boxes import LocalBox
 from engine.state.sharing import Group, Offer, groups_to_compare, shared_boxes
 from tests.support.boxes import whole
 
@@ -32,7 +32,7 @@ class Rank:
         self, number: int, tensors: dict[str, torch.Tensor], check: ReplicaCheck = "sampled"
     ) -> None:
         self.number = number
-        self.held = [Held(whole(name, *tensor.shape), tensor) for name, tensor in tensors.items()]
+        self.held = [LocalBox(whole(name, *tensor.shape), tensor) for name, tensor in tensors.items()]
         self.replicas = Replicas(check)
 
     def plan(self) -> list[Group]:

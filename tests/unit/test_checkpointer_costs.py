@@ -22,7 +22,7 @@ from engine.lease.lease import Lease
 from engine.native import kernels
 from engine.save import staged_snapshot
 from engine.save.staging_buffer import StagingBuffer
-from engine.state import held_boxes as held_module
+from engine.state import local_boxes as boxes_module
 from engine.state import modules
 from engine.storage.base import WINDOW_BYTES
 from engine.storage.system import System
@@ -123,7 +123,7 @@ def test_nothing_is_walked_or_planned_when_nothing_changed(
     storage: ControlledStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks = counted(monkeypatch, modules, "read_state_dict")
-    plans = counted(monkeypatch, held_module.DefaultSavePlanner, "create_local_plan")
+    plans = counted(monkeypatch, boxes_module.DefaultSavePlanner, "create_local_plan")
     state = training_state()
     with Checkpointer("ignored", state) as checkpointer:
         checkpointer.save(1).result(DEADLINE_SECS)

@@ -10,10 +10,15 @@ import torch
 from torch import nn
 
 from engine.errors import DamagedError, StateError
-from engine.restore.hyperparameters import Group, assign
-from engine.restore.optimizer_names import class_difference, match_names, split_path
-from engine.state import layouts
-from engine.state.optimizer_document import OptimizerDocument, merge_documents, parse, value_tensors
+from engine.restore.optimizer_matching import Group, assign, class_difference, match_names
+from engine.state import optimizer_layouts as layouts
+from engine.state.optimizer_document import (
+    OptimizerDocument,
+    merge_documents,
+    parse,
+    split_path,
+    value_tensors,
+)
 
 Json = Any
 

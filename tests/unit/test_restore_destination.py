@@ -15,7 +15,7 @@ from engine.restore.destination import Destination
 from engine.restore.filters import Wanted
 from engine.state import values
 from engine.state.capture import StateCapture
-from engine.state.torch_dtypes import from_torch
+from engine.state.tensor_format import from_torch
 from tests.support.training import differences, photograph
 
 State = dict[str, Any]

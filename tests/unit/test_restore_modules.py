@@ -15,14 +15,14 @@ from torch.optim.swa_utils import AveragedModel
 from engine import Checkpointer
 from engine.errors import RestoreFailedError, StateMismatchError
 from engine.state.state_dicts import live_tensors
-from engine.state.wrappers import places
+from engine.state.wrappers import named_modules
 
 Build = Callable[[], Any]
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer as it is, whatever state_dict() says."""
-    return {name: t.detach().clone() for name, t in live_tensors(places(model)).items()}
+    return {name: t.detach().clone() for name, t in live_tensors(named_modules(model)).items()}
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -31,7 +31,7 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 def scrambled(model: Any) -> Any:
     with torch.no_grad():
-        for tensor in live_tensors(places(model)).values():
+        for tensor in live_tensors(named_modules(model)).values():
             tensor.copy_(torch.randn_like(tensor) if tensor.is_floating_point() else tensor + 3)
     return model
 

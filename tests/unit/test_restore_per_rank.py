@@ -8,8 +8,9 @@ import pytest
 
 from engine.errors import StateError
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
-from engine.restore.per_rank import own_view
-from engine.state.per_rank import OwnNames, with_names
+from engine.restore.rename import own_view
+from engine.state.captured import OwnNames
+from engine.state.values import with_tensor_names
 
 ONE = TensorInfo("F32", (1,))
 
@@ -53,7 +54,7 @@ def test_own_names_there_and_back() -> None:
 
 def test_tensors_inside_of_documents_are_renamed_and_nothing_else() -> None:
     document = {"a": [{"$tensor": "ex.t"}, {"$tuple": [{"$tensor": "m.t"}]}], "$tensor": "ex.u", "b": "ex.t"}
-    assert with_names(document, OwnNames(3, frozenset({"ex"})).of) == {
+    assert with_tensor_names(document, OwnNames(3, frozenset({"ex"})).of) == {
         "a": [{"$tensor": "per_rank.00003.ex.t"}, {"$tuple": [{"$tensor": "m.t"}]}],
         "$tensor": "ex.u",
         "b": "ex.t",

@@ -12,7 +12,8 @@ from engine import Checkpointer
 from engine.errors import StorageUnavailableError
 from engine.ranks.calls import Calls
 from engine.ranks.coordination import Channel
-from engine.restore import places
+from engine.restore import chunk_locations
+from engine.restore.chunk_locations import MOST_BYTES
 from engine.restore.filters import Wanted
 from engine.restore.restorer import Restorer
 from engine.state.capture import StateCapture
@@ -41,12 +42,12 @@ class Away(LocalStorage):
         return super().read_bytes(path, max_bytes=max_bytes)
 
 
-@pytest.mark.parametrize("most_bytes", [0, places.MOST_BYTES], ids=["each reads all", "rank 0 tells"])
+@pytest.mark.parametrize("most_bytes", [0, MOST_BYTES], ids=["each reads all", "rank 0 tells"])
 def test_an_index_that_one_rank_cannot_read_stops_all(
     most_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others would wait for it until the time-out, and then say that it was late."""
-    monkeypatch.setattr(places, "MOST_BYTES", most_bytes)
+    monkeypatch.setattr(chunk_locations, "MOST_BYTES", most_bytes)
     write_checkpoint(tmp_path, rows=ROWS)
 
     def work(channel: Channel) -> Any:

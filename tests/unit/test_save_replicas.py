@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.state.held_boxes import Held
+from engine.state.local_boxes import LocalBox
 from tests.support.replicas import SIZES, Rank, differences, gapped, values
 
 
@@ -34,7 +34,7 @@ def test_tensors_that_are_replaced_are_looked_at_anew(replaced: str) -> None:
     rank.replicas.look(rank.held, 0)
     before = rank.replicas.look(rank.held, 1).texts()
     rank.held = [
-        Held(item.chunk, item.tensor.clone() + 1) if item.chunk.name == replaced else item
+        LocalBox(item.chunk, item.tensor.clone() + 1) if item.chunk.name == replaced else item
         for item in rank.held
     ]
     assert rank.replicas.look(rank.held, 1).texts() != before

@@ -78,8 +78,8 @@ def test_each_snapshot_holds_the_values_of_its_moment(tmp_path: Path) -> None:
 
 def test_the_planner_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = snapshot_module.held_chunks
-    monkeypatch.setattr(snapshot_module, "held_chunks", lambda tensors: calls.append(1) or real(tensors))
+    real = snapshot_module.local_boxes
+    monkeypatch.setattr(snapshot_module, "local_boxes", lambda tensors: calls.append(1) or real(tensors))
     model, optimizer = trained()
     snapshot, capture = fresh({"model": model, "optimizer": optimizer, "values": {"n": torch.zeros(2)}})
     for _ in range(3):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from engine import Checkpointer
 from engine.errors import StateMismatchError, UnsavableValueError
-from engine.state.box_tensors import boxes_of, carries_boxes, detached, global_shape
+from engine.state.local_boxes import boxes_of, carries_boxes, detached, global_shape
 from tests.support.carrier import carry
 
 WHOLE = torch.arange(24.0).view(6, 4)

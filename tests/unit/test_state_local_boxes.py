@@ -10,14 +10,14 @@ from torch import nn
 
 from engine.errors import DamagedError, UnsavableValueError
 from engine.format.element_types import ITEMSIZES
-from engine.state.held_boxes import held_chunks
-from engine.state.torch_dtypes import from_torch, to_torch
+from engine.state.local_boxes import local_boxes
+from engine.state.tensor_format import from_torch, to_torch
 from tests.support.boxes import whole
 
 
 def test_plain_tensors_are_one_box_each_of_live_memory() -> None:
     tensors = {"a.b": torch.ones(2, 3), "s": torch.tensor(True), "e": torch.zeros(0, 4, dtype=torch.bfloat16)}
-    held = held_chunks(tensors)
+    held = local_boxes(tensors)
     assert {h.chunk.name: h.chunk for h in held} == {
         "a.b": whole("a.b", 2, 3),
         "s": whole("s", dtype="BOOL"),
@@ -28,11 +28,11 @@ def test_plain_tensors_are_one_box_each_of_live_memory() -> None:
 
 def test_names_are_not_taken_apart() -> None:
     names = ["a", "a.b", "a.b.c", "a/b", "0", "ümlaut", "with space"]
-    assert [h.chunk.name for h in held_chunks({name: torch.ones(1) for name in names})] == names
+    assert [h.chunk.name for h in local_boxes({name: torch.ones(1) for name in names})] == names
 
 
 def test_parameters_are_held_without_their_gradients() -> None:
-    (held,) = held_chunks({"w": nn.Parameter(torch.ones(2))})
+    (held,) = local_boxes({"w": nn.Parameter(torch.ones(2))})
     assert not held.tensor.requires_grad
 
 
@@ -53,14 +53,14 @@ def test_parameters_are_held_without_their_gradients() -> None:
 )
 def test_a_tensor_that_cannot_be_stored_is_refused_by_name(make: Any, words: str) -> None:
     with pytest.raises(UnsavableValueError, match=words) as caught:
-        held_chunks({"fine": torch.ones(1), "loader.table": make()})
+        local_boxes({"fine": torch.ones(1), "loader.table": make()})
     assert str(caught.value).startswith("loader.table: ")
 
 
 @pytest.mark.parametrize("name", ["__metadata__", "a" * 5000])
 def test_a_name_that_no_file_could_hold_is_refused(name: str) -> None:
     with pytest.raises(UnsavableValueError, match="cannot name a tensor"):
-        held_chunks({name: torch.ones(1)})
+        local_boxes({name: torch.ones(1)})
 
 
 def test_every_element_type_of_the_format_has_one_of_torch_and_back() -> None:

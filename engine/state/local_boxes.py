@@ -1,10 +1,12 @@
-"""Plain local tensors that hold boxes of a larger global one: the `CheckpointableTensor` of torch 2.15.
+"""Which boxes of which global tensors this rank has in its memory.
 
-Recognised by its four attributes, as torch does it, so that it works on a torch that knows nothing of it:
+DCP's save planner tells it for plain tensors and DTensors. A plain local tensor may also hold boxes of a
+larger global one: the `CheckpointableTensor` of torch 2.15, recognised by its four attributes, as torch does
+it, so that it works on a torch that does not know the class:
 
     global_shape    shape of the global tensor
     global_offsets  for each box, where it begins in the global tensor
-    local_offsets   for each box, where it begins in the local tensor, which may have padding besides
+    local_offsets   for each box, where it begins in the local tensor, which may also have padding
     local_sizes     the shape of each box
 
 A local tensor with fewer dimensions holds rows of a view that merges leading ones: a box is then a run of
@@ -14,12 +16,16 @@ its rows, in the box's own shape.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from engine.errors import UnsavableValueError
+from engine.format.layout import Chunk, check_tensor
+from engine.state.tensor_format import check_savable, from_torch
 
 _FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
@@ -114,3 +120,59 @@ def _inside(begin: tuple[int, ...], sizes: tuple[int, ...], whole: tuple[int, ..
 
 def _field(tensor: torch.Tensor, name: str) -> Any:
     return getattr(tensor, name)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBox:
+    """One box of a global tensor and the local tensor, of the box's sizes, that holds its elements."""
+
+    chunk: Chunk
+    tensor: torch.Tensor
+
+
+def local_boxes(tensors: Mapping[str, torch.Tensor]) -> list[LocalBox]:
+    """The boxes that this rank holds of each named tensor, plain or DTensor, in planner order.
+
+    A tensor may have several boxes (`engine.state.local_boxes`) or none (a DTensor whose mesh leaves this
+    rank out). No collective.
+    Raises: UnsavableValueError naming a tensor that safetensors cannot hold.
+    """
+    for name, tensor in tensors.items():
+        _check(name, tensor)
+    carriers = {name: tensor for name, tensor in tensors.items() if carries_boxes(tensor)}
+    # Replicated tensors are divided over their holders later, so every rank plans as the coordinator
+    # would: all that it holds.
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with torch.no_grad():
+        planner.set_up_planner(
+            {name: tensor for name, tensor in tensors.items() if name not in carriers}, is_coordinator=True
+        )
+        plan = planner.create_local_plan()
+        held = []
+        for item in plan.items:
+            data = item.tensor_data
+            assert data is not None, f"{item.index.fqn} is not a tensor"
+            chunk = Chunk(
+                name=item.index.fqn,
+                dtype=from_torch(data.properties.dtype, item.index.fqn),
+                shape=tuple(data.size),
+                offsets=tuple(data.chunk.offsets),
+                sizes=tuple(data.chunk.sizes),
+            )
+            held.append(LocalBox(chunk, planner.lookup_object(item.index).detach()))
+        for name, tensor in carriers.items():
+            dtype, shape = from_torch(tensor.dtype, name), global_shape(tensor)
+            held += [
+                LocalBox(Chunk(name, dtype, shape, box.offsets, box.sizes), box.tensor)
+                for box in boxes_of(tensor, name)
+            ]
+    return held
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    check_savable(name, tensor)
+    dtype = from_torch(tensor.dtype, name)
+    try:
+        check_tensor(name, dtype, global_shape(tensor))
+    except ValueError as error:
+        raise UnsavableValueError(f"{name[:80]}: {error}; rename its key") from error

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.state.own_state import first_difference
+from engine.state.optimizer_state_dicts import first_difference
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,15 @@ from engine import Checkpointer
 from engine.directory.listing import read_manifest
 from engine.errors import DamagedError, NotFoundError
 from engine.format.manifest import Manifest
-from engine.restore import places as places_module
-from engine.restore.places import Indexes, Locals, chunk_places, describe_chunks, places_of, read_description
+from engine.restore import chunk_locations
+from engine.restore.chunk_locations import (
+    Indexes,
+    Locals,
+    chunk_places,
+    describe_chunks,
+    places_of,
+    read_description,
+)
 from engine.storage.local import LocalStorage
 from tests.support.tiny_checkpoint import write_checkpoint
 
@@ -96,6 +103,6 @@ def test_what_is_too_long_to_tell_every_rank_reads_for_itself(
     with Checkpointer(tmp_path, state) as checkpointer:
         checkpointer.save(1).result(60)
         state["values"]["n"] = 2
-        monkeypatch.setattr(places_module, "MOST_BYTES", 0)
+        monkeypatch.setattr(chunk_locations, "MOST_BYTES", 0)
         assert checkpointer.restore("latest") is not None
     assert state["values"]["n"] == 1

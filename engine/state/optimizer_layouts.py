@@ -21,8 +21,8 @@ import torch
 from torch.distributed import tensor as dtensors
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from engine.state.box_tensors import carries_boxes, detached, global_shape
 from engine.state.composites import is_composite
+from engine.state.local_boxes import carries_boxes, detached, global_shape
 
 Layout = Mapping[str, Any]
 

@@ -31,7 +31,7 @@ _THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ChunkLocation:
     """A saved chunk, and the rank and shard file that hold it."""
 
     rank: int
@@ -108,12 +108,12 @@ def chunk_places(manifest: Manifest, indexes: Sequence[ShardIndex]) -> Places:
     return places
 
 
-def places_of(indexes: Sequence[ShardIndex]) -> dict[str, list[Place]]:
+def places_of(indexes: Sequence[ShardIndex]) -> dict[str, list[ChunkLocation]]:
     """Every chunk by tensor name, in the same order on every rank. Pure."""
-    places: dict[str, list[Place]] = defaultdict(list)
+    places: dict[str, list[ChunkLocation]] = defaultdict(list)
     for index in indexes:
         for shard, placed in index.chunks:
-            places[placed.chunk.name].append(Place(index.rank, shard.file, placed))
+            places[placed.chunk.name].append(ChunkLocation(index.rank, shard.file, placed))
     return places
 
 
@@ -142,15 +142,15 @@ def describe_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str | 
     return text if len(text) <= MOST_BYTES else None
 
 
-def read_description(manifest: Manifest, text: str) -> dict[str, list[Place]]:
+def read_description(manifest: Manifest, text: str) -> dict[str, list[ChunkLocation]]:
     """The inverse of `describe_chunks`: every chunk by tensor name, in the same order on every rank."""
     names = sorted(manifest.tensors)
-    places: dict[str, list[Place]] = defaultdict(list)
+    places: dict[str, list[ChunkLocation]] = defaultdict(list)
     for file in json.loads(text):
         for number, begin, offsets, sizes in file["chunks"]:
             name = names[number]
             info = manifest.tensors[name]
             chunk = Chunk(name, info.dtype, info.shape, tuple(offsets), tuple(sizes))
             placed = PlacedChunk(chunk, begin, begin + chunk.chunk_bytes)
-            places[name].append(Place(file["rank"], file["file"], placed))
+            places[name].append(ChunkLocation(file["rank"], file["file"], placed))
     return places

@@ -17,7 +17,7 @@ from engine import Checkpointer
 from engine.errors import RestoreFailedError, StateMismatchError, UnsavableValueError
 from engine.restore.trial import refusal
 from engine.state import rng
-from engine.state.in_place import reseed
+from engine.state.entry_kinds import reseed
 
 State = dict[str, Any]
 

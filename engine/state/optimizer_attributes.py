@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from engine.errors import UnsavableValueError
 from engine.state.optimizer_kinds import local_part, saves_itself, state_of
-from engine.state.parameters import ParameterNames, loose_tensors
+from engine.state.parameter_names import ParameterNames, loose_tensors
 
 _SAVED = ("param_groups", "state", "defaults")
 
