@@ -126,11 +126,8 @@ def check_block(view: Buffer, index: int, packed: bytes) -> bool:
     return xxhash.xxh3_64_digest(view) == expected_digest(packed, index)
 
 
-def first_bad_block(
-    view: Buffer, first_index: int, packed: bytes, block_bytes: int = BLOCK_BYTES
-) -> int | None:
-    """The first block that differs among consecutive whole blocks that start with `first_index`, or None."""
-    found = block_digests(view, block_bytes)
+def first_bad_block(found: bytes, first_index: int, packed: bytes) -> int | None:
+    """The first block that differs among those digested from `first_index` on, or None. Pure."""
     begin = first_index * DIGEST_BYTES
     expected = packed[begin : begin + len(found)]
     if found == expected:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from engine.errors import DamagedError
-from engine.format.digest import DIGEST_BYTES, BlockDigests
+from engine.format.digest import DIGEST_BYTES, BlockDigests, first_bad_block
 from engine.format.index import ShardFile
 from engine.storage.base import Storage
 from engine.storage.reader_source import ReaderSource
@@ -71,17 +71,10 @@ class _Comparison:
         self._progress(len(view))
 
     def _compare(self, found: bytes) -> None:
-        first = self._compared
-        self._compared += len(found)
-        expected = self._shard.digests[first : first + len(found)]
-        if found == expected:
-            return
-        same = (
-            found[at : at + DIGEST_BYTES] == expected[at : at + DIGEST_BYTES]
-            for at in range(0, len(found), 8)
-        )
-        block = first // DIGEST_BYTES + list(same).index(False)
-        raise DamagedError(
-            f"{self._shard.file}: block {block} (from byte {block * self._shard.block_bytes}) is not what "
-            "was written"
-        )
+        bad = first_bad_block(found, self._compared, self._shard.digests)
+        if bad is not None:
+            raise DamagedError(
+                f"{self._shard.file}: block {bad} (from byte {bad * self._shard.block_bytes}) is not what "
+                "was written"
+            )
+        self._compared += len(found) // DIGEST_BYTES

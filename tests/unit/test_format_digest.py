@@ -47,21 +47,21 @@ def test_any_changed_bit_is_noticed_in_its_block(bit: int) -> None:
     for index in range(3):
         block = memoryview(damaged)[index * 4096 : (index + 1) * 4096]
         assert digest.check_block(block, index, packed) is (index != bad)
-    assert digest.first_bad_block(damaged, 0, packed, 4096) == bad
+    assert digest.first_bad_block(digest.block_digests(damaged, 4096), 0, packed) == bad
     assert digest.combine(digest.block_digests(damaged, 4096)) != digest.combine(packed)
 
 
 def test_first_bad_block_in_the_middle_of_a_file() -> None:
     packed = digest.block_digests(DATA, 1024)
     part = bytearray(DATA[3072:8192])
-    assert digest.first_bad_block(part, 3, packed, 1024) is None
+    assert digest.first_bad_block(digest.block_digests(part, 1024), 3, packed) is None
     part[2048] ^= 1
-    assert digest.first_bad_block(part, 3, packed, 1024) == 5
+    assert digest.first_bad_block(digest.block_digests(part, 1024), 3, packed) == 5
 
 
 def test_more_blocks_than_were_recorded() -> None:
     packed = digest.block_digests(DATA[:4096], 1024)
-    assert digest.first_bad_block(DATA, 0, packed, 1024) == 4
+    assert digest.first_bad_block(digest.block_digests(DATA, 1024), 0, packed) == 4
 
 
 @pytest.mark.parametrize("index", [-1, 3])
@@ -106,3 +106,14 @@ def test_block_count(size: int, block: int, expected: int) -> None:
 @given(st.lists(st.binary(max_size=50), max_size=8), st.sampled_from([1, 7, 16, 64]))
 def test_scattered_bytes_have_the_digests_of_the_whole(parts: list[bytes], block_bytes: int) -> None:
     assert digest.scattered_digests(parts, block_bytes) == digest.block_digests(b"".join(parts), block_bytes)
+
+
+@given(st.lists(st.integers(0, 9000), max_size=8), st.sampled_from([1, 1000, 4096, 70_000]))
+def test_digests_of_pieces_are_those_of_the_whole(cuts: list[int], block_bytes: int) -> None:
+    blocks, packed, begin = digest.BlockDigests(block_bytes), b"", 0
+    for end in [*sorted(min(cut, len(DATA)) for cut in cuts), len(DATA)]:
+        packed += blocks.update(DATA[begin:end])
+        assert len(packed) == end // block_bytes * digest.DIGEST_BYTES, "a block is digested when it is whole"
+        begin = end
+    assert packed + blocks.finish() == digest.block_digests(DATA, block_bytes)
+    assert blocks.finish() == b""
