@@ -59,11 +59,11 @@ class StoreClient:
         in_child(self._leave_to_parent)
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: the client must not be taken down, for its connections are the parent's.
+        """In a forked child: never close the client, because its connections belong to the parent.
 
         Closing a socket there takes it out of the event loop's epoll set, which both share: the parent
-        would then wait for an answer that it is never told of. aiohttp does that when it is collected, so the
-        child keeps the client for good. s3fs's finalizer would wait a second for a thread that is not there.
+        would then wait forever for an answer. aiohttp closes its sockets when it is collected, so the child
+        keeps the client alive. s3fs's finalizer would wait a second for a thread that is not there.
         """
         # Underscored, but the only way from an object to its finalizers; a test notices when it moves.
         for finalizer, about in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ class StoreClient:
 
     @property
     def reads_at_once(self) -> int:
-        """How many reads may be in flight for one caller: of a client without a loop of its own, one."""
+        """How many reads one caller may have in flight: one, if the client has no event loop of its own."""
         if self.multipart is not None:
             return self.multipart.reads_at_once
         return 4 if self.fs.async_impl or self.scheme == "memory" else 1
@@ -120,11 +120,11 @@ class StoreClient:
     def do(
         self, doing: str, path: str, action: Callable[[], T], *, stop: threading.Event | None = None
     ) -> T:
-        """Run an idempotent client call with its errors mapped, again and again while the store is away."""
+        """Run an idempotent client call with its errors mapped; retry while the store is unavailable."""
         return self._retry.call(lambda: self.once(doing, path, action), stop=stop)
 
     def briefly(self, doing: str, path: str, action: Callable[[], T]) -> T:
-        """The same for what is only tidying up after a failure: given up soon."""
+        """The same for clean-up after a failure: it gives up within seconds."""
         return self._retry.brief().call(lambda: self.once(doing, path, action))
 
     def info(self, path: str) -> dict[str, Any]:

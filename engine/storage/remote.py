@@ -211,7 +211,7 @@ class FsspecStorage(Storage):
             # Not everybody who may write may list uploads, nor has every store that list. Deleting goes on.
             if not self._told_uploads:
                 self._told_uploads = True
-                log.warning("uploads that were broken off cannot be found and removed: %s", error)
+                log.warning("unfinished uploads cannot be listed, so they stay: %s", error)
             return []
         return [(full[len(root) + 1 :], id) for full, id in found if full.startswith(f"{root}/")]
 

@@ -29,7 +29,7 @@ class NoBucketError(NotFoundError):
 
 
 class InvalidRangeError(StorageError):
-    """A range of an object was asked for that begins at or after its end."""
+    """The requested range begins at or after the end of the object."""
 
 
 class UntrustedError(StorageError):
@@ -136,7 +136,7 @@ _ADVICE: dict[type[HoldfastError], str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Signal:
-    """What one exception of a chain gives away."""
+    """What one exception of a chain tells."""
 
     code: str
     status: int | None

@@ -1,4 +1,4 @@
-"""Try again what a network may have broken: capped exponential back-off with jitter, and a deadline."""
+"""Retry what a network may have broken: capped exponential back-off with jitter, and a deadline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Retry:
     """A policy: at most `attempts` tries, none begun later than `deadline_secs` after the first.
 
     The pause before try n+1 is drawn from [half, all] of `first_secs * 2**(n-1)`, at most `cap_secs`: the
-    jitter keeps many ranks from coming back in step. Only StorageUnavailableError is worth another try.
+    jitter keeps many ranks from coming back in step. Only StorageUnavailableError is retried.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Retry:
         self._storm = storm or Storm(clock)
 
     def brief(self) -> Retry:
-        """The same for what is only tidying up: it gives up within seconds."""
+        """The same for clean-up after a failure: it gives up within seconds."""
         return Retry(
             attempts=min(4, self._attempts),
             deadline_secs=min(10.0, self._deadline_secs),
@@ -66,9 +66,9 @@ class Retry:
         return longest * self._rng.uniform(0.5, 1.0)
 
     def call(self, attempt: Callable[[], T], *, stop: threading.Event | None = None) -> T:
-        """The first result of `attempt`; its last StorageUnavailableError when there is no more trying.
+        """The first result of `attempt`; its last StorageUnavailableError when tries or time run out.
 
-        Other errors pass at once. Nothing is tried again once `stop` is set.
+        Other errors pass at once. Nothing is retried once `stop` is set.
         """
         begun = self._clock()
         failures = 0
@@ -94,7 +94,7 @@ class Retry:
 
 
 class Storm:
-    """Says once that a store is failing, and once that it is not, however many calls find out.
+    """Logs once that a store is failing and once that its retries ended, however many calls notice.
 
     A storm lasts until no call is waiting for its next try. One that begins within `quiet_secs` after
     another was announced is not announced: where every third request fails, all of it is one storm.
@@ -111,7 +111,7 @@ class Storm:
         self._loud = False
 
     def failed(self, error: Exception, *, first: bool, for_secs: float) -> None:
-        """A try failed and there will be another one; `first`: of this call."""
+        """A try failed and another will follow; `first`: the first failure of this call."""
         with self._lock:
             begins = first and not self._waiting
             self._waiting += first
@@ -123,16 +123,16 @@ class Storm:
             self._failures += 1
             speak = begins and self._loud
         if speak:
-            log.warning("%s; trying again for up to %.0f s", error, for_secs)
+            log.warning("%s; retrying for up to %.0f s", error, for_secs)
 
     def over(self) -> None:
-        """A call that was waiting for its next try has ended, one way or the other."""
+        """A call that was waiting for its next try has ended, with or without success."""
         with self._lock:
             self._waiting -= 1
             speak = self._waiting == 0 and self._loud
             failures, secs = self._failures, self._clock() - self._begun
         if speak:
-            log.info("no more trying again: %d tries had failed, in %.1f s", failures, secs)
+            log.info("retries ended: %d tries failed in %.1f s", failures, secs)
 
 
 def _given_up(error: StorageUnavailableError, failures: int, spent: float) -> StorageUnavailableError:
