@@ -109,7 +109,7 @@ def test_a_storm_is_two_lines(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "engine.storage.retry"):
         policy(Time()).call(Failing(6))
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "6 tries had failed" in caplog.text
+    assert "6 tries failed" in caplog.text
     caplog.clear()
     policy(Time()).call(Failing(0))
     assert not caplog.records
@@ -134,7 +134,7 @@ def test_calls_that_fail_together_are_one_storm(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.INFO, "engine.storage.retry"):
         nested(7)
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
-    assert "8 tries had failed" in caplog.text
+    assert "8 tries failed" in caplog.text
 
 
 def test_storms_that_follow_each_other_are_one(caplog: pytest.LogCaptureFixture) -> None:
