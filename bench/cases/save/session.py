@@ -16,15 +16,7 @@ from bench.cases.modes.raw import RAW, RawWrite
 from bench.cases.modes.registry import FLUSHED, NONE, mode_class
 from bench.cases.save.bars import Facts
 from bench.cases.save.records import Measurements
-from bench.cases.save.window import (
-    Row,
-    measure_growth,
-    measure_memory,
-    rest,
-    run_idle,
-    run_window,
-    training_memory,
-)
+from bench.cases.save.window import Row, Stage
 from bench.harness import ranks
 from bench.harness.floors import Floors, state_tensors
 from bench.harness.records import Failure, merge, shuffled
@@ -83,21 +75,21 @@ class SaveSession(Session[Row]):
         self._describe(training)
         floors = self._floors(training)
         self.rows[RAW] = Row(RAW, RawWrite(self.context(training.job, "raw"), floors))
-        threads = thread_ids()
+        # Before any mode is opened: the threads that there are now are those that train.
+        stage = self._stage(training)
         self.say(f"one rank writes {readable_bytes(floors.rank_bytes)}; opening the modes")
         with mapped_blocks():
-            training_bytes = training_memory(training, _MEMORY_STEPS)
+            training_bytes = stage.training_memory(_MEMORY_STEPS)
             for name in options.modes:
-                self._open(name, training, training_bytes, floors.rank_bytes)
-        cpu = CpuMeter(threads)
+                self._open(name, stage, training_bytes, floors.rank_bytes)
         items = items_of([name for name in self.rows if name != RAW])
         for repeat in range(options.repeats):
             for item in shuffled(items, options.seed, repeat):
                 if item.row in self.rows or item.row == NONE or item.kind == "floor":
                     save = None
                     with self.guarded(item.row, f"{item.kind} of repeat {repeat + 1}"):
-                        save = self._take(item, repeat, training, floors, cpu)
-                    rest(training, save, self.directory)
+                        save = self._take(item, repeat, stage, floors)
+                    stage.rest(save)
         for row in {id(row.mode): row for row in self.rows.values()}.values():
             self._close(row)
         if options.growth_saves:
@@ -114,6 +106,9 @@ class SaveSession(Session[Row]):
             tokens=16,
             seed=self.options.seed,
         )
+
+    def _stage(self, training: Training) -> Stage:
+        return Stage(training, CpuMeter(thread_ids()), self.directory, self.timeout_secs)
 
     def _describe(self, training: Training) -> None:
         """Choose the batch, and record what is being trained."""
@@ -148,11 +143,11 @@ class SaveSession(Session[Row]):
         self.state["rank_bytes"], self.state["total_bytes"] = max(totals), sum(totals)
         return floors
 
-    def _open(self, name: str, training: Training, training_bytes: int, rank_bytes: int) -> None:
+    def _open(self, name: str, stage: Stage, training_bytes: int, rank_bytes: int) -> None:
         """Open a mode, measure its memory, and give it its rows."""
-        open_row = partial(self._row, name, self.context(training.job, name))
+        open_row = partial(self._row, name, self.context(stage.training.job, name))
         with self.guarded(name, "opening it and the first saves"):
-            memory, row = measure_memory(training, open_row, training_bytes, rank_bytes, self.timeout_secs)
+            memory, row = stage.memory(open_row, training_bytes, rank_bytes)
             flushes = row.mode.flushes
             for one in [row] if flushes else [row, Row(name + FLUSHED, row.mode, flushed=True)]:
                 self.rows[one.name] = one
@@ -164,9 +159,7 @@ class SaveSession(Session[Row]):
     def _row(self, name: str, context: Context) -> Row:
         return Row(name, mode_class(name)(context))
 
-    def _take(
-        self, item: Item, repeat: int, training: Training, floors: Floors, cpu: CpuMeter
-    ) -> Save | None:
+    def _take(self, item: Item, repeat: int, stage: Stage, floors: Floors) -> Save | None:
         """Take one measurement and gather it; raises on every rank if its save failed on one."""
         label = f"[{repeat + 1}/{self.options.repeats}] {item.row}"
         if item.kind == "floor":
@@ -177,14 +170,13 @@ class SaveSession(Session[Row]):
             return None
         save: Save | None
         if item.kind == "idle":
-            idle, save = run_idle(training, self.rows[item.row], repeat, cpu, self.timeout_secs)
+            idle, save = stage.idle(self.rows[item.row], repeat)
             ranks.raise_together(save.error)
             idle = merge(ranks.gather(idle))
             self.measured.idle.append(idle)
             self.say(f"{label}, training idle: stored after {idle.stored_secs:.2f} s")
             return save
-        row = self.rows.get(item.row)
-        window, save = run_window(training, row, repeat, cpu, self.options.steps, self.timeout_secs)
+        window, save = stage.window(self.rows.get(item.row), repeat, self.options.steps)
         ranks.raise_together(save.error if save else None)
         window = merge(ranks.gather(window))
         self.measured.windows.append(window)
@@ -199,6 +191,7 @@ class SaveSession(Session[Row]):
         saves, failed = self.options.growth_saves, {failure.row for failure in self.failures}
         training = self._training(self.options.growth_state, self.world.world_size)
         training.warm_up()
+        stage = self._stage(training)
         tensors = state_tensors(training.job.model, training.job.optimizer)
         state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.say(f"{saves} saves of {readable_bytes(state_bytes)} each")
@@ -208,7 +201,7 @@ class SaveSession(Session[Row]):
             context = self.context(training.job, f"{name}-growth")
             with self.guarded(name, f"{saves} saves of a small state"):
                 row = ranks.together(partial(self._row, name, context))
-                growth = measure_growth(training, row, saves, state_bytes, self.timeout_secs)
+                growth = stage.growth(row, saves, state_bytes)
                 growth = merge(ranks.gather(growth))
                 self.measured.growth.append(growth)
                 self.say(f"  {name}: grown by {readable_bytes(growth.growth_bytes)}")
