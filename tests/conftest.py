@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.faults import record
+
+# No test asserts on wall-clock time: on a busy machine an example may take long.
+settings.register_profile("holdfast")
+settings.load_profile("holdfast")
 
 # torch looks up the name behind the address of every store connection. Where the name server now and then
 # drops a request, each of these costs the resolver's 5 s; nothing here depends on the answer.

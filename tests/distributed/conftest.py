@@ -1,4 +1,4 @@
-"""Ranks by world size, started when first asked for and kept for a module's tests."""
+"""Ranks by world size, started when first asked for and kept for the whole session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.support.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], Ranks]]:
     """world(n) is a process group of n ranks. One that has failed is started anew."""
     started: dict[int, Ranks] = {}

@@ -50,7 +50,6 @@ def fuzz(examples: int) -> Any:
     return settings(
         max_examples=examples if not FUZZ_SECS else 5 * examples,
         derandomize=not FUZZ_SECS,
-        deadline=None,
         database=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),

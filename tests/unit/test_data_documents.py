@@ -25,7 +25,7 @@ def texts_of(pieces: list[Piece]) -> list[str]:
     return [piece.text for piece in pieces]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(prose, st.integers(20, 60))
 def test_cutting_changes_no_token(text: str, piece_chars: int) -> None:
     pieces = list(cut_text([text], piece_chars))
@@ -37,7 +37,7 @@ def test_cutting_changes_no_token(text: str, piece_chars: int) -> None:
     assert np.array_equal(np.concatenate([*tokens, np.empty(0, np.uint16)]), GPT2.encode(text))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prose, st.integers(1, 30), st.integers(1, 50))
 def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, piece_chars: int, chunk: int) -> None:
     chunks = [text[at : at + chunk] for at in range(0, len(text), chunk)]

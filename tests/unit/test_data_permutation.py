@@ -14,14 +14,14 @@ sizes = st.integers(1, 5000)
 keys = st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, keys)
 def test_every_index_is_hit_once(size: int, key: list[int]) -> None:
     values = Permutation(size, *key)(np.arange(size))
     assert np.array_equal(np.sort(values), np.arange(size))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(sizes, keys, st.data())
 def test_an_index_goes_to_the_same_place_alone_and_among_others(
     size: int, key: list[int], data: st.DataObject

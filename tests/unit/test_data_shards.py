@@ -129,7 +129,7 @@ def test_written_as_llmc_reads_it(tmp_path: Path) -> None:
     assert (tmp_path / "train_000000.bin").read_bytes() == header() + TOKENS.tobytes()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 30), max_size=6), st.integers(1, 20), st.integers(0, 100))
 def test_written_tokens_come_back_in_full_shards_and_tails_come_off(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], shard_tokens: int, tail: int

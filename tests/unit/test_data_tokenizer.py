@@ -56,7 +56,7 @@ def test_lone_surrogates_do_not_stop_a_run(name: str) -> None:
     assert tokenizer.decode(tokenizer.encode("a\ud800b").tolist()) == "a\ufffdb"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_round_trip(text: str) -> None:
     for tokenizer in (GPT2, load_tokenizer("bytes")):

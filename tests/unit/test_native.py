@@ -25,7 +25,8 @@ from engine.save.staging_copy import Batch, Copier, copy_digesting
 
 DATA = np.random.default_rng(1).integers(0, 256, 400_000, dtype=np.uint8)
 
-compiled = pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
+compiled = pytest.mark.skipif(kernels.library is None, reason="the loops are not built")
+compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
 HERE = Path(kernels.__file__).parent
 NARROW, WIDE = (kernels._open(HERE, name)[0] for name in ("_kernels", "_kernels_avx2"))
@@ -58,7 +59,7 @@ SYMBOLS = ("fill", "block_digests", "scatter", "read_at_hand")
         (1, 1, "_kernels"),
     ],
 )
-@compiled
+@compiler
 def test_the_wide_build_is_chosen_where_the_processor_runs_it(
     tmp_path: Path, runs: int, wide_version: int, chosen: str
 ) -> None:
@@ -247,7 +248,7 @@ def test_what_cannot_be_loaded_is_not_used(tmp_path: Path) -> None:
     assert "cannot be loaded" in reason
 
 
-@compiled
+@compiler
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [("int holdfast_version(void) { return 999; }", "version 999"), ("int other;", "cannot be loaded")],

@@ -98,7 +98,7 @@ def file_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return raw, raw[case.begin : end].clone().view(case.dtype).view(case.sizes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases(), st.sampled_from([1, 16, LEAST_RUN_BYTES]))
 def test_the_slice_arrives_exactly(case: Case, least_run_bytes: int) -> None:
     if not case.sizes and not case.contiguous:
@@ -110,7 +110,7 @@ def test_the_slice_arrives_exactly(case: Case, least_run_bytes: int) -> None:
         assert torch.equal(assemble(case, raw), chunk[box])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases(), st.sampled_from([1, 16, LEAST_RUN_BYTES]))
 def test_windows_are_whole_blocks_in_file_order(case: Case, least_run_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +139,7 @@ def runs(draw: st.DrawFn) -> list[Piece]:
     return draw(st.permutations(found))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(runs(), st.sampled_from([4, 16, 64]), st.integers(1, 4))
 def test_no_block_is_read_twice_for_flat_pieces(
     found: list[Piece], block_bytes: int, most_blocks: int
@@ -162,7 +162,7 @@ def test_no_block_is_read_twice_for_flat_pieces(
         assert all(p.to_row - whole.to_row == p.begin - whole.begin for p in parts)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=6),
     st.sampled_from([4, 16, 64]),

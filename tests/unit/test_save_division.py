@@ -174,7 +174,7 @@ def states(draw: st.DrawFn) -> list[list[Chunk]]:
     return held
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(states())
 def test_every_element_is_written_once_whatever_the_placement(held: list[list[Chunk]]) -> None:
     check_exact(held, divide(held))

@@ -515,7 +515,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(VALUES)
 def test_any_value_of_these_kinds_survives(value: Any) -> None:
     back = round_trip(value)
