@@ -136,7 +136,6 @@ def check(world: Callable[[int], Ranks], before: int, after: int, example: Examp
 
 few = settings(
     max_examples=int(os.environ.get("RESHARDING_EXAMPLES", "20")),
-    deadline=None,
     # The ranks are started once for all examples, on purpose; nothing is left of one in the next.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
