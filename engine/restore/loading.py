@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_any
 
 from engine.errors import RestoreFailedError
@@ -67,20 +66,6 @@ def hand_back(
     except Exception as error:
         raise RestoreFailedError(
             f"{key}: load_state_dict() of {type(module).__qualname__} did not accept what was saved, and "
-            f"the state is now undefined: {type(error).__name__}: {error}"
-        ) from error
-
-
-def load_optimizer(key: str, optimizer: Optimizer, told: dict[Any, Any]) -> None:
-    """Give an optimizer its saved state through its own load_state_dict().
-
-    Raises: RestoreFailedError naming the optimizer when it does not take that.
-    """
-    try:
-        optimizer.load_state_dict(told)
-    except Exception as error:
-        raise RestoreFailedError(
-            f"{key}: load_state_dict() of {type(optimizer).__qualname__} did not accept what was saved, and "
             f"the state is now undefined: {type(error).__name__}: {error}"
         ) from error
 

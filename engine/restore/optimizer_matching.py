@@ -221,18 +221,3 @@ def _no_tensor(name: str) -> torch.Tensor:
 def known(document: Any) -> Any:
     """A saved value as far as it is known before tensors are read."""
     return Unread(document) if values.tensor_names(document) else values.decode(document, _no_tensor)
-
-
-def set_values(group: dict[str, Any], assigned: Mapping[str, Any]) -> None:
-    """Set a live group's values. A tensor (a capturable learning rate) stays the live one where it can."""
-    for name, value in assigned.items():
-        live = group.get(name)
-        number = isinstance(value, int | float)
-        same = isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor)
-        if isinstance(live, torch.Tensor) and (
-            (number and not live.ndim) or (same and (live.dtype, live.shape) == (value.dtype, value.shape))
-        ):
-            with torch.no_grad():
-                live.copy_(value) if same else live.fill_(value)
-        else:
-            group[name] = value.clone() if isinstance(value, torch.Tensor) else value

@@ -38,7 +38,7 @@ def on_device(group: Mapping[str, Any]) -> bool:
     return bool(group.get("capturable") or group.get("fused"))
 
 
-def one_of_several(described: Mapping[str, Layout]) -> dict[str, str]:
+def shared_paths(described: Mapping[str, Layout]) -> dict[str, str]:
     """Path -> the first path, for the state tensors that are one object under several paths."""
     found = {path: str(layout[SAME]) for path, layout in described.items() if SAME in layout}
     return found | {first: first for first in found.values()}
