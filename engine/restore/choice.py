@@ -14,6 +14,7 @@ from engine.format.manifest import Manifest
 from engine.format.names import parse_attempt_name
 from engine.mirror.tiers import Tier, Tiers, both_tiers
 from engine.storage.base import Storage
+from engine.storage.open import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,23 @@ class Choice:
 
 
 def in_mirror(id: str) -> str:
-    """How the mirror's copy of a checkpoint is called among those that are passed over."""
+    """The name of the mirror's copy among the copies that are passed over."""
     return f"mirror/{id}"
+
+
+def copy_name(id: str, tier: Tier) -> str:
+    """The name of one tier's copy among the copies that are passed over."""
+    return in_mirror(id) if tier == "mirror" else id
+
+
+def storage_of(
+    target: str, tier: Tier, local: Storage, mirror: Storage | None, options: Mapping[str, str] | None
+) -> Storage:
+    """The storage that a `Choice` of this target and tier lies in."""
+    if tier == "mirror":
+        assert mirror is not None, "every rank is given the same mirror"
+        return mirror
+    return open_storage(target, options) if target else local
 
 
 def choose_checkpoint(

@@ -91,7 +91,7 @@ class _HandOver:
         """Saved name -> live parameter."""
 
     def finish(self) -> None:
-        """Set state and groups, of optimizers inside of it too; by its own load_state_dict() if it has one."""
+        """Set state and groups, also of inner optimizers; by its own load_state_dict() where there is one."""
         plan, key = self._plan, self._capture.key
         if not plan.assigned.values:
             return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.errors import DamagedError, NotFoundError, SelectorError
-from engine.restore.choice import Choice, choose_checkpoint, in_mirror
+from engine.restore.choice import Choice, choose_checkpoint, copy_name, storage_of
 from engine.restore.chunk_locations import Indexes, Locals, chunk_places, places_of
 from engine.restore.filters import Wanted
 from engine.restore.load_plan import plan_reads
@@ -19,7 +19,6 @@ from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, per_rank_name
 from engine.state.modules import NOTES
 from engine.state.optimizer_document import OptimizerDocument, is_optimizer, parse, value_tensors
 from engine.storage.base import Storage
-from engine.storage.open import open_storage
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +46,19 @@ def read_stored(
         if choice is None:
             return {}
         try:
-            return _read(_storage_of(choice, storage, mirror, options), choice, include, rank, world_size)
+            return _read(
+                storage_of(choice.target, choice.tier, storage, mirror, options),
+                choice,
+                include,
+                rank,
+                world_size,
+            )
         except (DamagedError, NotFoundError) as error:
-            place = choice.record.id if choice.tier == "local" else in_mirror(choice.record.id)
-            if selector != "latest" or place in passed_over:
+            copy = copy_name(choice.record.id, choice.tier)
+            if selector != "latest" or copy in passed_over:
                 raise
             log.warning("%s cannot be read, trying another: %s", choice.record.id, error)
-            passed_over.add(place)
-
-
-def _storage_of(
-    choice: Choice, storage: Storage, mirror: Storage | None, options: Mapping[str, str] | None
-) -> Storage:
-    if choice.tier == "mirror":
-        assert mirror is not None, "it was chosen from there"
-        return mirror
-    return open_storage(choice.target, options) if choice.target else storage
+            passed_over.add(copy)
 
 
 def _read(

@@ -140,7 +140,7 @@ def test_h_a_resharded_load_reads_little_more_than_it_needs(
     stats: list[read.ReadStats] = []
     real = read.read_slices
     monkeypatch.setattr(
-        "engine.restore.restorer.read_slices",
+        "engine.restore.chosen.read_slices",
         lambda *args, **given: stats.append(real(*args, **given)) or stats[-1],
     )
     with job(root, 2, per_rank=(), check_replicas="off") as world:  # each rank's own values differ

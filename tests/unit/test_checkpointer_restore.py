@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from engine.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from engine.restore import restorer
+from engine.restore import chosen, restorer
 from engine.storage.local import LocalStorage
 from tests.support.damage import flip_byte
 from tests.support.training import differences, model, photograph, train
@@ -558,17 +559,18 @@ def test_the_collector_is_off_while_a_restore_is_planned_and_no_longer(
     write(tmp_path, 1)
     seen: dict[str, bool] = {}
 
-    def spied(name: str) -> None:
-        real = getattr(restorer, name)
+    def spied(module: ModuleType, name: str) -> None:
+        real = getattr(module, name)
 
         def spy(*given: Any, **more: Any) -> Any:
             seen[name] = gc.isenabled()
             return real(*given, **more)
 
-        monkeypatch.setattr(restorer, name, spy)
+        monkeypatch.setattr(module, name, spy)
 
-    for name in ("choose_checkpoint", "plan_reads", "read_slices"):
-        spied(name)
+    spied(restorer, "choose_checkpoint")
+    spied(chosen, "plan_reads")
+    spied(chosen, "read_slices")
     state = values(0) if fits else {"others": {"n": 0}}
     was_enabled = gc.isenabled()
     with Checkpointer(tmp_path, state) as checkpointer:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import Checkpointer
-from engine.restore import restorer
+from engine.restore import chosen
 from engine.restore.read import LOCAL_PACE, STORE_PACE, Pace
 
 
@@ -20,13 +20,13 @@ def test_a_store_is_read_by_more_threads(
 ) -> None:
     directory = f"memory://{uuid.uuid4()}/run" if remote else str(tmp_path)
     asked: list[Pace] = []
-    real = restorer.read_slices
+    real = chosen.read_slices
 
     def noting(*args: Any, pace: Pace) -> Any:
         asked.append(pace)
         return real(*args, pace=pace)
 
-    monkeypatch.setattr(restorer, "read_slices", noting)
+    monkeypatch.setattr(chosen, "read_slices", noting)
     weights = torch.arange(1000.0)
     with Checkpointer(directory, {"model": {"w": weights}}) as saving:
         saving.save(1).result(60.0)

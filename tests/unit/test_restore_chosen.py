@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import LateRanksError
 from engine.ranks.coordination import Channel
-from engine.restore.other_ranks import nowhere, unexpected_on_all
+from engine.restore.chosen import nowhere, unexpected_on_all
 from tests.support.channels import ImpatientStore, on_ranks
 
 
