@@ -24,6 +24,7 @@ from model.config import GPT2Config
 STOCK_READER, TORCH_LOAD = "HuggingFaceStorageReader", "torch.load"
 TINY = GPT2Config(n_layer=1, n_head=1, n_embd=32, vocab_size=64, block_size=64)
 PROVENANCE: dict[str, Any] = {
+    "date": "2026-01-01",
     "git": {"revision": "0" * 40, "dirty": False},
     "machine": {"cores": 2},
     "file_system": {"type": "ext4"},
@@ -121,6 +122,13 @@ def test_a_report_survives_the_disk_and_shows_everything(tmp_path: Path) -> None
     (tmp_path / "old").write_text('{"version": 0}')
     with pytest.raises(ValueError, match="version 0"):
         read(tmp_path / "old")
+
+
+def test_the_picture_is_drawn_with_a_row_for_each_case(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report = RestoreReport(PROVENANCE, {"state": "gpt2", "repeats": 3}, [measured(0.9), measured(0.5)])
+    report.draw(tmp_path / "deep" / "picture.png")
+    assert (tmp_path / "deep" / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

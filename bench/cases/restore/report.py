@@ -31,8 +31,11 @@ class RestoreReport(Report):
 
     def draw(self, path: Path) -> None:
         grid = [[_panel(case, cache) for cache in CACHES] for case in self.cases]
-        footer = f"Medians of {self.options.get('repeats')} interleaved repeats; lines: lowest to highest."
-        plot.draw(path, grid, f"Restoring a checkpoint in place: {self._heading()}", footer)
+        footer = (
+            f"Medians of {self.options['repeats']} interleaved repeats in one run; lines: lowest to highest. "
+            f"{self.conditions()}; {self.provenance['date']}."
+        )
+        plot.draw(path, grid, f"Restoring {self.options['state']} and AdamW in place", footer)
 
     def _heading(self) -> str:
         return f"{self.options['state']}, restored in place; {self.conditions()}"
