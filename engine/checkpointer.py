@@ -14,11 +14,11 @@ import torch
 from engine.directory.listing import Listed, list_checkpoints
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention
-from engine.directory.selectors import by_policy
+from engine.directory.selectors import apply_best_rule
 from engine.errors import ConfigError, HoldfastError, NotFoundError, RestoreFailedError, SaveFailedError
 from engine.forks import Home
 from engine.format.best import DEFAULT
-from engine.mirror.uploader import Patience, at_most, no_limit, second_tier
+from engine.mirror.uploader import Patience, at_most, no_limit, open_mirror
 from engine.options import (
     Checks,
     FailurePolicy,
@@ -165,7 +165,7 @@ class Checkpointer:
 
         def open_all() -> tuple[Storage, Storage | None, StateCapture]:
             storage = open_storage(directory, store.client)
-            second = second_tier(tier.directory if tier else None, storage, store.client)
+            second = open_mirror(tier.directory if tier else None, storage, store.client)
             return storage, second, StateCapture(state, per_rank, self.rank, rank0)
 
         opened = all_make(channel, "start/open", open_all, timeout_secs, what="the making of a Checkpointer")
@@ -261,7 +261,7 @@ class Checkpointer:
             RestoreFailedError.
         """
         self._require_home()
-        selector = by_policy(check_selector(selector), self._best_rule)
+        selector = apply_best_rule(check_selector(selector), self._best_rule)
         check_names(include=include, exclude=exclude)
         check_switches(model_only=model_only, strict=strict)
         if self._saver is not None:
@@ -289,7 +289,7 @@ class Checkpointer:
         Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
         """
         check_names(include=include)
-        return self._restorer.read(by_policy(check_selector(selector), self._best_rule), include)
+        return self._restorer.read(apply_best_rule(check_selector(selector), self._best_rule), include)
 
     def poll(self) -> None:
         """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.

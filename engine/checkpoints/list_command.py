@@ -12,7 +12,7 @@ from typing import Any
 from engine.checkpoints import text
 from engine.checkpoints.target import open_directory, run_policy
 from engine.directory.listing import Listed, committed, list_checkpoints, read_manifest
-from engine.directory.pending import owed
+from engine.directory.pending import pending_copies
 from engine.directory.retention import by_sequence, rule_of
 from engine.directory.selectors import roles
 from engine.errors import DamagedError, NotFoundError
@@ -39,7 +39,7 @@ class Mirrored:
     uri: str
     local: Mapping[str, str] = field(default_factory=dict)
     mirror: Mapping[str, str] = field(default_factory=dict)
-    owed_bytes: Mapping[str, int] = field(default_factory=dict)
+    pending_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,13 +67,14 @@ def _with_mirror(storage: Storage, mirror: Storage) -> tuple[list[Listed], Mirro
     """Both tiers as one listing. A local directory that is not there has been lost: the mirror remains."""
     local, copies = _look(storage), _look(mirror)
     records = committed(local)
-    waiting = owed(records, committed(copies), _mirror_freq(storage, local), run_policy(storage, records))
-    owed_bytes = {record.id: record.bytes for record in waiting}
+    freq, policy = _mirror_freq(storage, local), run_policy(storage, records)
+    pending = pending_copies(records, committed(copies), freq, policy)
+    pending_bytes = {record.id: record.bytes for record in pending}
     mirrored = Mirrored(
         uri=mirror.uri,
         local={item.id: item.status for item in local},
-        mirror={item.id: item.status for item in copies} | dict.fromkeys(owed_bytes, "owed"),
-        owed_bytes=owed_bytes,
+        mirror={item.id: item.status for item in copies} | dict.fromkeys(pending_bytes, "owed"),
+        pending_bytes=pending_bytes,
     )
     return list(both_tiers(local, copies).listed), mirrored
 
@@ -141,9 +142,9 @@ def as_text(
 
 
 def _owed_line(mirrored: Mirrored) -> str:
-    if not mirrored.owed_bytes:
+    if not mirrored.pending_bytes:
         return f"{mirrored.uri} is up to date"
-    count, size = len(mirrored.owed_bytes), readable_bytes(sum(mirrored.owed_bytes.values()))
+    count, size = len(mirrored.pending_bytes), readable_bytes(sum(mirrored.pending_bytes.values()))
     return f"{mirrored.uri} is still owed {count} checkpoint{'s' * (count != 1)}, {size}"
 
 
@@ -151,7 +152,7 @@ def _row(
     item: Listed, serving: Roles, now: float, mirrored: Mirrored | None, rule: BestRule
 ) -> tuple[str, ...]:
     record = item.record
-    status = item.status + ", held" * item.held + ", link" * bool(item.link)
+    status = item.status + ", held" * item.on_hold + ", link" * bool(item.link)
     value = rule.value(record.metrics) if record else None
     cells: tuple[str, ...] = (
         "-" if item.step is None else str(item.step),

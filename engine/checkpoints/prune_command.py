@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 from engine.checkpoints.target import open_directory, run_policy
-from engine.directory.listing import Listed, committed, exempt, list_checkpoints
+from engine.directory.listing import Listed, committed, exempt_ids, list_checkpoints
 from engine.directory.reaper import Reaped, reap, reap_abandoned
-from engine.directory.retention import Decision, metrics_in_words, surplus, unfed
+from engine.directory.retention import Decision, decide_retention, metrics_in_words, no_best_warning
 from engine.errors import NotFoundError, StorageError
 from engine.format.names import DEAD_PREFIX
 from engine.lease import arrivals
@@ -53,10 +53,10 @@ def _decide(storage: Storage, listed: list[Listed], arguments: argparse.Namespac
     policy = replace(
         policy, rolling=rolling, best=arguments.best, epochs=not arguments.no_epochs, metric=metric, mode=mode
     )
-    if unfed(records, policy):
+    if no_best_warning(records, policy):
         there = metrics_in_words(records)
         print(f"note: no checkpoint has a finite {policy.metric!r} ({there}): none is kept as best")
-    return surplus(records, policy, held=exempt(listed))
+    return decide_retention(records, policy, exempt=exempt_ids(listed))
 
 
 def _partial(listed: list[Listed]) -> list[Listed]:

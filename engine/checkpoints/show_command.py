@@ -43,7 +43,7 @@ def as_json(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
         "status": item.status,
         "reason": item.reason,
         "roles": list(serving),
-        "held": item.held,
+        "held": item.on_hold,
         "manifest": json.loads(manifest.to_bytes()),
     }
 
@@ -53,7 +53,9 @@ def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
     created = datetime.fromtimestamp(manifest.created, UTC).isoformat(" ", "seconds")
     facts = {
         "checkpoint": storage.describe(item.id),
-        "status": item.status + (", held" if item.held else "") + (f": {item.reason}" if item.reason else ""),
+        "status": item.status
+        + (", held" if item.on_hold else "")
+        + (f": {item.reason}" if item.reason else ""),
         "roles": ", ".join(serving) or "-",
         "step": str(manifest.step),
         "epoch": str(manifest.epoch),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from engine.directory.listing import Listed, committed, is_checkpoint_dir, list_checkpoints, read_manifest
 from engine.directory.record import CheckpointRecord
-from engine.directory.resolve import resolve, say_passed_over
+from engine.directory.resolve import log_passed_over, resolve
 from engine.directory.retention import Retention, by_sequence, rule_of
 from engine.directory.selectors import describe, parse_selector
 from engine.errors import ConfigError, DamagedError, NotFoundError, SelectorError
@@ -73,7 +73,7 @@ def open_checkpoint(arguments: argparse.Namespace) -> tuple[Storage, str]:
 def select(storage: Storage, listed: list[Listed], text: str) -> CheckpointRecord:
     """The committed record that a selector means; damaged ones that it would have meant are logged."""
     found = resolve(listed, parse_selector(text), storage.uri)
-    say_passed_over(found.passed_over)
+    log_passed_over(found.passed_over)
     return found.record
 
 

@@ -114,7 +114,7 @@ def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
 
 def _lost_its_mark(storage: Storage, id: str) -> bool:
     try:
-        return marks.take_away(storage, id)
+        return marks.clear_damage_mark(storage, id)
     except StorageError as error:
         log.warning("could not remove the damage mark of %s: %s", id, error)
         return False
@@ -123,4 +123,3 @@ def _lost_its_mark(storage: Storage, id: str) -> bool:
 def _verify(storage: Storage, item: Listed, quick: bool, progress: Progress) -> VerifyResult:
     threads = _LOCAL_THREADS if storage.is_local else _STORE_THREADS
     return verify_checkpoint(storage, item.id, quick=quick, progress=progress, threads=threads)
-

@@ -37,7 +37,7 @@ class Listed:
     """One attempt in a checkpoint directory.
 
     `record` is set for every one whose manifest can be read, damaged or not. `bytes` is what lies there.
-    `reason` says in a sentence why it is not committed. `held`: exempted from retention by hand. `link`:
+    `reason` says in a sentence why it is not committed. `on_hold`: exempted from retention by hand. `link`:
     where it leads if it is a symbolic link: a name in this directory, or a path.
     """
 
@@ -46,7 +46,7 @@ class Listed:
     record: CheckpointRecord | None
     bytes: int
     reason: str = ""
-    held: bool = False
+    on_hold: bool = False
     link: str = ""
 
     @property
@@ -116,7 +116,7 @@ class Directory:
             return known
         if unmarked is None:
             return item
-        mark = marks.read_mark(self._storage, item.id)
+        mark = marks.read_damage_mark(self._storage, item.id)
         found = replace(item, reason=mark.reason) if mark.holds else unmarked
         with self._lock:
             self._read[item.id] = self._explained[item.id] = found
@@ -177,13 +177,13 @@ def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
     return [item.record for item in listed if item.status == "committed" and item.record is not None]
 
 
-def exempt(listed: Sequence[Listed]) -> dict[str, str]:
+def exempt_ids(listed: Sequence[Listed]) -> dict[str, str]:
     """Ids that retention leaves alone, and why: what is held, and of links the link and what it leads to."""
     found: dict[str, str] = {}
     for item in listed:
         if item.link:
             found |= {item.link: f"{item.id} links to it", item.id: "a symbolic link"}
-    return found | {item.id: "held" for item in listed if item.held}
+    return found | {item.id: "held" for item in listed if item.on_hold}
 
 
 def highest_sequence(listed: Iterable[Listed]) -> int:
@@ -242,24 +242,24 @@ def _with_manifest(
     storage: Storage, name: str, files: dict[str, int], whole: bool
 ) -> tuple[Listed | None, Manifest | None]:
     """What to say of a directory with a manifest, and that; None when it was retired since the listing."""
-    held, bytes = HELD in files, sum(files.values())
+    on_hold, bytes = HELD in files, sum(files.values())
     try:
         manifest, raw = _manifest(storage, name)
     except NotFoundError:
         return None, None
     except DamagedError as error:
-        return Listed(name, "damaged", None, bytes, str(error), held), None
+        return Listed(name, "damaged", None, bytes, str(error), on_hold), None
     record = from_manifest(manifest, storage.uri, name=name, manifest_digest=bytes_digest(raw))
     if not whole:
         bytes = record.bytes
     if manifest.id != name:
         reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
-        return Listed(name, "damaged", record, bytes, reason, held), manifest
+        return Listed(name, "damaged", record, bytes, reason, on_hold), manifest
     wrong = size_damage(manifest, files) if whole else []
     if wrong:
         reason = wrong[0].sentence + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        return Listed(name, "damaged", record, bytes, reason, held), manifest
-    return Listed(name, "committed", record, record.bytes, "", held), manifest
+        return Listed(name, "damaged", record, bytes, reason, on_hold), manifest
+    return Listed(name, "committed", record, record.bytes, "", on_hold), manifest
 
 
 def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:

@@ -52,7 +52,7 @@ def mark_damaged(storage: Storage, id: str, reason: str, *, seen: str | None = N
     storage.publish(f"{id}/{DAMAGED}", canonical_bytes(mark), exclusive=False)
 
 
-def read_mark(storage: Storage, id: str) -> Mark:
+def read_damage_mark(storage: Storage, id: str) -> Mark:
     """The mark of damage of a checkpoint. One that cannot be read holds; one that is gone does not.
 
     Raises: StorageError.
@@ -72,7 +72,7 @@ def read_mark(storage: Storage, id: str) -> Mark:
     return Mark(said if isinstance(said, str) and said else reason, _is_as_seen(storage, id, digest))
 
 
-def take_away(storage: Storage, id: str) -> bool:
+def clear_damage_mark(storage: Storage, id: str) -> bool:
     """Remove the mark of damage from a checkpoint that was found whole; whether there was one.
 
     Raises: StorageError.

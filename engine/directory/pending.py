@@ -6,15 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from engine.directory.record import CheckpointRecord
-from engine.directory.retention import Decision, Retention, by_sequence, surplus
+from engine.directory.retention import Decision, Retention, by_sequence, decide_retention
 
 PLAIN_REASONS = frozenset({"interval", "manual"})
 """A checkpoint that was taken for these alone comes round again: `mirror_freq` thins those out."""
 
-OWED = "the mirror is still owed it"
+PENDING = "the mirror is still owed it"
 
 
-def is_wanted(record: CheckpointRecord, mirror_freq: int) -> bool:
+def is_mirrored(record: CheckpointRecord, mirror_freq: int) -> bool:
     """Whether the mirror is to get a checkpoint: every so many steps, and always for a reason of its own.
 
     0 mirrors none of the plain ones. By steps like every other frequency, so that it needs no memory.
@@ -24,7 +24,7 @@ def is_wanted(record: CheckpointRecord, mirror_freq: int) -> bool:
     return mirror_freq > 0 and record.step % mirror_freq == 0
 
 
-def owed(
+def pending_copies(
     local: Sequence[CheckpointRecord],
     mirror: Sequence[CheckpointRecord],
     mirror_freq: int,
@@ -41,29 +41,29 @@ def owed(
     return [
         record
         for record in reversed(missing)
-        if is_wanted(record, mirror_freq) and _would_stay(record, mirror, retention)
+        if is_mirrored(record, mirror_freq) and _would_stay(record, mirror, retention)
     ]
 
 
-def spare(decisions: Sequence[Decision], owed_ids: Collection[str]) -> list[Decision]:
+def keep_pending(decisions: Sequence[Decision], pending_ids: Collection[str]) -> list[Decision]:
     """The decisions of the local retention, but for what the mirror is owed: that stays."""
     return [
-        replace(decision, keep=True, why=OWED)
-        if not decision.keep and decision.record.id in owed_ids
+        replace(decision, keep=True, why=PENDING)
+        if not decision.keep and decision.record.id in pending_ids
         else decision
         for decision in decisions
     ]
 
 
-def give_way(
-    decisions: Sequence[Decision], owed_ids: Collection[str], in_flight: str | None = None
+def pending_to_delete(
+    decisions: Sequence[Decision], pending_ids: Collection[str], in_flight: str | None = None
 ) -> Decision | None:
     """The owed checkpoint to delete when the disk is full: not kept by the policy, with an older owed one.
 
     `decisions` are the policy's own, oldest first. The oldest owed one stays, so that the mirror's history
     gets gaps before it gets shorter; so does the one being sent, and everything that the policy keeps.
     """
-    waiting = [decision for decision in decisions if decision.record.id in owed_ids]
+    waiting = [decision for decision in decisions if decision.record.id in pending_ids]
     for decision in waiting[1:]:
         if not decision.keep and decision.record.id != in_flight:
             return replace(decision, why="the disk is full, and an older one is owed to the mirror as well")
@@ -73,5 +73,5 @@ def give_way(
 def _would_stay(
     record: CheckpointRecord, mirror: Sequence[CheckpointRecord], retention: Retention | None
 ) -> bool:
-    decisions = surplus([*mirror, record], retention)
+    decisions = decide_retention([*mirror, record], retention)
     return any(decision.keep for decision in decisions if decision.record is record)

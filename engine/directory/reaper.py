@@ -22,11 +22,11 @@ from engine.format.names import (
     MANIFEST,
     TMP_SUFFIX,
     TOMBSTONE,
+    is_attempt_of,
     is_checkpoint_file,
     lease_name,
     parse_attempt_name,
 )
-from engine.lease.attempts import is_attempt_of
 from engine.lease.lease import STALE_SECS, Lease
 from engine.storage.base import Storage
 

@@ -82,7 +82,7 @@ def checkpoint_at(address: str, options: Mapping[str, str] | None = None) -> AtP
         ) from error
 
 
-def say_passed_over(damaged: Sequence[Listed]) -> None:
+def log_passed_over(damaged: Sequence[Listed]) -> None:
     """Log the damaged checkpoints that a selector would have meant."""
     for item in damaged:
         log.warning("passing over %s, which is damaged: %s", item.id, item.reason)

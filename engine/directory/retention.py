@@ -115,7 +115,7 @@ def roles(
     return {id: tuple(name for name, ids in members.items() if id in ids) for id in newest}
 
 
-def unfed(records: Sequence[CheckpointRecord], retention: Retention) -> str:
+def no_best_warning(records: Sequence[CheckpointRecord], retention: Retention) -> str:
     """What to say where nothing can be best, because no checkpoint carries the metric; "" where all is well.
 
     A run that gives no metrics at all, and has asked for nothing, has nothing to hear.
@@ -134,21 +134,23 @@ def unfed(records: Sequence[CheckpointRecord], retention: Retention) -> str:
     )
 
 
-def surplus(
+def decide_retention(
     records: Sequence[CheckpointRecord],
     retention: Retention | None,
-    held: Collection[str] = frozenset(),
+    exempt: Collection[str] = frozenset(),
 ) -> list[Decision]:
-    """Decide on every record, oldest first. `held`: ids that stay in any case; as a mapping, why."""
+    """Decide which records to keep, oldest first. `exempt`: ids always kept; a mapping also says why."""
     ordered = by_sequence(records)
     if retention is None:
         return [Decision(record, True, "everything is kept") for record in ordered]
     serving = roles(records, retention)
-    stays = held if isinstance(held, Mapping) else dict.fromkeys(held, "held")
-    return [_decide(record, serving[record.id], retention, stays.get(record.id, "")) for record in ordered]
+    why = exempt if isinstance(exempt, Mapping) else dict.fromkeys(exempt, "held")
+    return [_decide(record, serving[record.id], retention, why.get(record.id, "")) for record in ordered]
 
 
-def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Retention, held: str) -> Decision:
+def _decide(
+    record: CheckpointRecord, serving: tuple[str, ...], retention: Retention, exempt: str
+) -> Decision:
     value, label = retention.rule.value(record.metrics), retention.rule.label
     wording = {
         "latest": "latest",
@@ -158,8 +160,8 @@ def _decide(record: CheckpointRecord, serving: tuple[str, ...], retention: Reten
         "rolling": f"among the newest {retention.rolling}",
     }
     why = [wording[name] for name in serving]
-    if held:
-        why.append(held)
+    if exempt:
+        why.append(exempt)
     if why:
         return Decision(record, True, ", ".join(why))
     older = f"older than the newest {max(2, retention.rolling)}"

@@ -26,7 +26,7 @@ from engine.format.names import parse_attempt_name
 
 Kind = Literal["latest", "backup", "best", "epoch", "step", "id", "path"]
 
-__all__ = ["FORMS", "Selector", "by_policy", "choose", "describe", "parse_selector", "roles"]
+__all__ = ["FORMS", "Selector", "apply_best_rule", "choose", "describe", "parse_selector", "roles"]
 
 FORMS = (
     "latest, backup, best, epoch:N, step:N, best:METRIC:min, best:METRIC:max, a checkpoint's id, or a path "
@@ -68,7 +68,7 @@ def parse_selector(text: str) -> Selector:
     raise SelectorError(f"{text!r} selects no checkpoint: use {FORMS}")
 
 
-def by_policy(text: str, rule: BestRule) -> str:
+def apply_best_rule(text: str, rule: BestRule) -> str:
     """`best` by a run's own rule where it has one that is not the default; every other selector as it is.
 
     By default the rule that the checkpoints' run has stored decides.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 
 from engine.errors import HostilePathError
 
@@ -29,6 +31,7 @@ PROBE_PREFIX = "probe-"
 
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4096
+_RUN_TAG_CHARS = 4
 
 _ATTEMPT = re.compile(r"step-([0-9]{8,18})-([0-9a-f]{8})", re.ASCII)
 _LEASE = re.compile(r"lease-([0-9]{8,18})", re.ASCII)
@@ -50,6 +53,25 @@ def parse_attempt_name(name: str) -> tuple[int, str] | None:
     if match is None or attempt_name(int(match[1]), match[2]) != name:
         return None
     return int(match[1]), match[2]
+
+
+def new_attempt(step: int, run_id: str, key: str) -> str:
+    """The name of an attempt of the run `run_id`. `key` differs for each attempt of that run.
+
+    The hex digits begin with a tag of the run, so that a later run can tell whose attempt it is.
+    """
+    return attempt_name(step, _sha256(run_id)[:_RUN_TAG_CHARS] + _sha256(key)[: 8 - _RUN_TAG_CHARS])
+
+
+def is_attempt_of(name: str, run_ids: Iterable[str]) -> bool:
+    """Whether one of these runs may have begun it: one in 65,536 attempts of other runs matches, too."""
+    parsed = parse_attempt_name(name)
+    tags = {_sha256(run_id)[:_RUN_TAG_CHARS] for run_id in run_ids}
+    return parsed is not None and parsed[1][:_RUN_TAG_CHARS] in tags
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def shard_file(rank: int, part: int = 0) -> str:

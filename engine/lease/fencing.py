@@ -11,11 +11,11 @@ from engine.format.names import (
     MANIFEST,
     PROBE_PREFIX,
     TMP_SUFFIX,
+    is_attempt_of,
     lease_name,
     parse_attempt_name,
     parse_lease,
 )
-from engine.lease.attempts import is_attempt_of
 from engine.lease.lease_file import MAX_LEASE_BYTES, LeaseInfo
 from engine.storage.base import Storage
 

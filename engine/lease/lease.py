@@ -124,7 +124,7 @@ class Lease:
                         log.info("took %s over from %s, which is gone", storage.uri, top.describe())
                     lease.predecessors = fence(storage, epoch)
                 except HoldfastError:
-                    lease.give_back()
+                    lease.try_release()
                     raise
                 return lease
 
@@ -204,7 +204,7 @@ class Lease:
         """Stop the heartbeat and leave the lease as it is, to be taken over as that of a dead holder."""
         self._stop.set()
 
-    def give_back(self) -> None:
+    def try_release(self) -> None:
         """Release after a failed start, whose error is the one to report."""
         try:
             self.release()

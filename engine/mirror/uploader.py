@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.directory import marks
-from engine.directory.listing import Memory, committed, exempt, highest_sequence, list_checkpoints
-from engine.directory.pending import owed
+from engine.directory.listing import Memory, committed, exempt_ids, highest_sequence, list_checkpoints
+from engine.directory.pending import pending_copies
 from engine.directory.reaper import reap, reap_abandoned
 from engine.directory.record import CheckpointRecord
-from engine.directory.retention import Retention, by_sequence, surplus
+from engine.directory.retention import Retention, by_sequence, decide_retention
 from engine.errors import (
     AlreadyExistsError,
     ConfigError,
@@ -66,14 +66,14 @@ def at_most(secs: float) -> Patience:
 
 @dataclass(frozen=True, slots=True)
 class MirrorPlan:
-    """What a run wants of its mirror: see `owed.is_wanted`; its policy (None keeps all); and its name."""
+    """What a run wants of its mirror: see `owed.is_mirrored`; its policy (None keeps all); and its name."""
 
     freq: int
     retention: Retention | None
     run_id: str
 
 
-def second_tier(
+def open_mirror(
     mirror: str | os.PathLike[str] | None, local: Storage, options: Mapping[str, str] | None
 ) -> Storage | None:
     """The storage of a mirror, if there is one. ConfigError when it is the directory itself."""
@@ -91,7 +91,7 @@ def copies_hang() -> bool:
 
 
 class Mirror:
-    """The mirror of one run's directory, on rank 0. `owed_of` and `in_flight` may be asked from any thread.
+    """The mirror of one run's directory, on rank 0. Any thread may read `pending_ids` and `in_flight`.
 
     Args:
         local: the run's own directory.
@@ -141,17 +141,17 @@ class Mirror:
             self._see()
         except StorageUnavailableError as error:
             if required:
-                self.give_back()
+                self.try_release()
                 raise
             log.warning("the mirror does not answer, and gets what it is owed later: %s", error)
         except HoldfastError:
-            self.give_back()
+            self.try_release()
             raise
 
-    def give_back(self) -> None:
+    def try_release(self) -> None:
         """Let go of the lease, or of what is left of one that was lost. What fails at that is logged only."""
         if self._lease is not None:
-            self._lease.give_back()
+            self._lease.try_release()
             self._lease = None
 
     def start(self) -> None:
@@ -165,11 +165,12 @@ class Mirror:
         """There is a new local checkpoint. Returns at once."""
         self._wake.set()
 
-    def owed_of(self, local: Sequence[CheckpointRecord]) -> frozenset[str]:
+    def pending_ids(self, local: Sequence[CheckpointRecord]) -> frozenset[str]:
         """Which of the local checkpoints the mirror is owed, as far as is known. Asks no storage."""
         with self._lock:
             there = self._there
-        return frozenset(record.id for record in owed(local, there, self._plan.freq, self._plan.retention))
+        pending = pending_copies(local, there, self._plan.freq, self._plan.retention)
+        return frozenset(record.id for record in pending)
 
     def close(self, patience: Patience = no_limit) -> bool:
         """Send what is owed, for as long as `patience` allows, then let go of the mirror.
@@ -183,7 +184,7 @@ class Mirror:
         self._wake.set()
         thread = self.thread
         if thread is None:
-            self.give_back()
+            self.try_release()
             return True
         while thread.is_alive():
             left = patience()
@@ -219,7 +220,7 @@ class Mirror:
         current = [record.id for record in self._waiting()]
         reap_abandoned(self.storage, lease=lease, current=current, failed_ids=self._begun)
 
-    def look_after(self) -> None:
+    def recheck_earlier_copies(self) -> None:
         """Read what earlier runs have brought, newest first, until there is something better to do.
 
         A store may have changed a byte meanwhile, and a run that has the local copy can still mend it. What
@@ -242,11 +243,11 @@ class Mirror:
                 if self._cancel.is_set():
                     return
                 if self._try(self.catch_up) and not last:
-                    self._try(self.look_after)
+                    self._try(self.recheck_earlier_copies)
                 if last:
                     return
         finally:
-            self.give_back()
+            self.try_release()
 
     def _try(self, work: Callable[[], None]) -> bool:
         """Whether it worked. An outage is told once, not at every try."""
@@ -256,7 +257,7 @@ class Mirror:
             return False
         except Exception as error:
             if isinstance(error, LeaseLostError):
-                self.give_back()
+                self.try_release()
             if self._failure != type(error).__name__:
                 self._failure = type(error).__name__
                 self._tell_failure(None, f"{error}" or self._failure)
@@ -270,7 +271,7 @@ class Mirror:
         listed = list_checkpoints(self.storage)
         with self._lock:
             self._there = tuple(committed(listed))
-            self._held = exempt(listed)
+            self._held = exempt_ids(listed)
             self.highest_sequence = max(self.highest_sequence, highest_sequence(listed))
         self._checked &= {record.id for record in self._there}
 
@@ -282,7 +283,7 @@ class Mirror:
 
     def _waiting(self) -> list[CheckpointRecord]:
         """What is owed by now, newest first; saves go on meanwhile."""
-        waiting = owed(self._local_records(), self._there, self._plan.freq, self._plan.retention)
+        waiting = pending_copies(self._local_records(), self._there, self._plan.freq, self._plan.retention)
         return [record for record in waiting if record.id not in self._refused]
 
     def _left_over(self) -> int:
@@ -364,7 +365,7 @@ class Mirror:
         brought = {record.id for record in self._there} - self._begun
         arriving = lease.arrivals.arriving(self.storage, brought, lease_name(lease.epoch))
         there = [record for record in self._there if record.id not in arriving]
-        decisions = surplus(there, self._plan.retention, self._held)
+        decisions = decide_retention(there, self._plan.retention, self._held)
         removed = set(reap(self.storage, decisions, lease=lease).removed)
         self._begun -= removed
         with self._lock:

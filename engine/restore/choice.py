@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.directory.listing import Directory, Listed, committed
 from engine.directory.record import CheckpointRecord, from_manifest
-from engine.directory.resolve import checkpoint_at, resolve, say_passed_over
+from engine.directory.resolve import checkpoint_at, log_passed_over, resolve
 from engine.directory.selectors import Selector, choose, parse_selector
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
@@ -90,7 +90,7 @@ def choose_checkpoint(
         found = resolve(tiers.listed, selector, where)
     record = found.record
     untold = [item for item in found.passed_over if item.id not in view.passed_over]
-    say_passed_over([view.directory(tiers, item.id).explained(item) for item in untold])
+    log_passed_over([view.directory(tiers, item.id).explained(item) for item in untold])
     tier: Tier = "mirror" if record.id in tiers.from_mirror else "local"
     return Choice("", record.id, record, view.directory(tiers, record.id).manifest(record.id), tier)
 

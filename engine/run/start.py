@@ -14,7 +14,7 @@ from engine.directory.listing import Directory, Listed, committed
 from engine.directory.record import CheckpointRecord
 from engine.directory.resolve import checkpoint_at, resolve
 from engine.directory.retention import best_first, by_sequence
-from engine.directory.selectors import Selector, by_policy, parse_selector
+from engine.directory.selectors import Selector, apply_best_rule, parse_selector
 from engine.errors import ConfigError, NotFoundError, SelectorError
 from engine.format.best import DEFAULT, BestRule, Mode
 from engine.format.forms import without_order
@@ -87,7 +87,9 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
         StorageError: the directory could not be listed, which is not the same as an empty one.
     """
-    selector = None if config.resume is None else parse_selector(by_policy(config.resume, config.best_rule))
+    selector = None
+    if config.resume is not None:
+        selector = parse_selector(apply_best_rule(config.resume, config.best_rule))
     path = selector.text if selector is not None and selector.kind == "path" else None
     if path is not None and not directory_given:
         config = replace(config, checkpoint_dir=split_uri(path)[0])

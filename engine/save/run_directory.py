@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.directory.clean_up import delete_expired, say_unfed
+from engine.directory.clean_up import delete_expired, warn_no_best
 from engine.directory.listing import Memory, committed, highest_sequence, list_checkpoints
 from engine.directory.reaper import reap_abandoned
 from engine.directory.record import CheckpointRecord
@@ -62,7 +62,7 @@ class RunDirectory:
             try:
                 self._acquire(mirror_freq)
             except DirectoryHeldError:
-                self._give_back()
+                self._try_release()
                 if not settle(timeout_secs):
                     raise
                 self._acquire(mirror_freq)  # it may have been held by a Checkpointer that nobody holds
@@ -79,7 +79,7 @@ class RunDirectory:
             what = "the making of a Checkpointer that saves (read_only=False)"
             all_agree(channel, "start/probe", problem, timeout_secs, what=what)
         except BaseException:  # an interrupt in a notebook must not leave the directory held
-            self._give_back()
+            self._try_release()
             raise
         if self.mirror is not None:
             self.mirror.start()
@@ -98,12 +98,12 @@ class RunDirectory:
             self.mirror = Mirror(self.storage, self.second, plan, self.listener)
             self.mirror.open(required=self._sequence == 0)
 
-    def _give_back(self) -> None:
+    def _try_release(self) -> None:
         if self.mirror is not None:
-            self.mirror.give_back()
+            self.mirror.try_release()
             self.mirror = None
         if self.lease is not None:
-            self.lease.give_back()
+            self.lease.try_release()
             self.lease = None
 
     def publish(
@@ -156,7 +156,7 @@ class RunDirectory:
     def release(self, mirror_patience: Patience, *, stuck: bool) -> None:
         """Close the mirror and give the directory back; with a save that hangs it stays this run's."""
         if self.retention is not None and self.retention != Retention(rolling=self.retention.rolling):
-            say_unfed(self.storage, committed(item for _, item in self._seen.values()), self.retention)
+            warn_no_best(self.storage, committed(item for _, item in self._seen.values()), self.retention)
         if self.mirror is not None and stuck:
             self.mirror.close(mirror_patience)
         elif self.mirror is not None and self.lease is not None:

@@ -21,8 +21,8 @@ from engine.errors import (
     StateError,
 )
 from engine.format.manifest import TensorInfo
+from engine.format.names import new_attempt
 from engine.gc_pause import CollectorPause
-from engine.lease.attempts import new_attempt
 from engine.options import Checks
 from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_come, open_call
 from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call

@@ -80,8 +80,8 @@ class Place:
         try:
             mirror.open()
             mirror.catch_up()
-            mirror.look_after()
-            mirror.give_back()
+            mirror.recheck_earlier_copies()
+            mirror.try_release()
         except (Killed, HoldfastError):
             pass
         finally:
@@ -168,8 +168,8 @@ def test_killed_at_every_operation_of_mending(kind: str, root: Path, covered: Ca
         desk = Desk(place.local, place.second, retention=KEEP_2)
         desk.mirror.open()
         desk.mirror.catch_up()
-        desk.mirror.look_after()
-        desk.mirror.give_back()
+        desk.mirror.recheck_earlier_copies()
+        desk.mirror.try_release()
         assert steps_in(place.second) == AGREED
         assert place.second.exists(f"{hurt}/{MANIFEST}")
         if not there.fired:

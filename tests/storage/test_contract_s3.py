@@ -260,7 +260,7 @@ def test_a_listing_leaves_the_shards_out(storage: Storage) -> None:
     marks.mark_damaged(storage, ids[3], "block 7")
     storage.write_file("step-00000999-00000999/shard-00000.safetensors", b"12345")
     again = {item.id: item for item in list_checkpoints(storage)}
-    assert [item.held for item in again.values()] == [False, True, False, False, False, False]
+    assert [item.on_hold for item in again.values()] == [False, True, False, False, False, False]
     assert (again[ids[3]].status, again[ids[3]].reason) == ("damaged", "block 7")
     partial = again["step-00000999-00000999"]
     assert (partial.status, partial.bytes) == ("partial", 5)

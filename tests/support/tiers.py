@@ -49,7 +49,7 @@ class Desk:
         try:
             self.mirror.catch_up()
         finally:
-            self.mirror.give_back()
+            self.mirror.try_release()
         return self
 
 

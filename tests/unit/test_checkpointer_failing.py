@@ -28,7 +28,7 @@ from engine.errors import (
     StorageError,
     StorageFullError,
 )
-from engine.lease.attempts import new_attempt
+from engine.format.names import new_attempt
 from engine.lease.lease import Lease
 from engine.lease.process import ProcessIdentity
 from engine.storage.local import LocalStorage

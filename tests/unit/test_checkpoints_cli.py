@@ -308,7 +308,7 @@ def test_verify_clears_the_name_of_one_that_is_marked_but_whole(run: Program, di
 
 def test_hold_and_release(run: Program, directory: Path) -> None:
     def held() -> set[str]:
-        return {item.id for item in list_checkpoints(LocalStorage(directory)) if item.held}
+        return {item.id for item in list_checkpoints(LocalStorage(directory)) if item.on_hold}
 
     one = directory / id_of(1)
     assert run("hold", one).code == 0

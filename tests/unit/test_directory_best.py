@@ -20,7 +20,7 @@ from engine.directory import clean_up, marks
 from engine.directory.listing import committed, list_checkpoints, read_manifest
 from engine.directory.reaper import Reaped
 from engine.directory.record import CheckpointRecord
-from engine.directory.retention import Decision, best_first, roles, surplus, unfed
+from engine.directory.retention import Decision, best_first, decide_retention, no_best_warning, roles
 from engine.directory.retention import Retention as Policy
 from engine.directory.selectors import choose, parse_selector
 from engine.errors import ConfigError, DamagedError, SelectorError
@@ -81,7 +81,7 @@ def test_the_best_first_of_equals_the_older(rule: BestRule, order: list[int]) ->
     ],
 )
 def test_retention_goes_by_its_metric(policy: Policy, kept: list[int]) -> None:
-    decisions = surplus(SCORED, policy)
+    decisions = decide_retention(SCORED, policy)
     assert [d.record.sequence for d in decisions if d.keep] == kept
     said = {d.record.sequence: d.why for d in decisions}
     if policy.rule == ACCURACY:
@@ -135,7 +135,7 @@ def test_a_rule_that_is_none_is_refused(wrong: dict[str, object]) -> None:
 def test_what_was_asked_for_and_never_fed(
     records: list[CheckpointRecord], policy: Policy, said: str | None
 ) -> None:
-    sentence = unfed(records, policy)
+    sentence = no_best_warning(records, policy)
     assert (sentence == "") is (said is None)
     assert said is None or re.search(said, sentence)
 

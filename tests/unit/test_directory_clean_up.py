@@ -54,13 +54,13 @@ def test_a_round_lists_twice(storage: Counting) -> None:
 def test_a_hold_that_comes_after_the_listing_counts(
     storage: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = clean_up.surplus
+    real = clean_up.decide_retention
 
     def held_meanwhile(records: Any, *args: Any, **given: Any) -> Any:
         marks.hold(storage, records[1].id)
         return real(records, *args, **given)
 
-    monkeypatch.setattr(clean_up, "surplus", held_meanwhile)
+    monkeypatch.setattr(clean_up, "decide_retention", held_meanwhile)
     with Lease.acquire(storage, run_id="run") as lease:
         assert delete_expired(storage, lease, Retention(rolling=2))
     assert steps(storage) == [20, 30, 40]

@@ -13,14 +13,13 @@ import torch
 from engine import Checkpointer
 from engine.directory import marks
 from engine.directory.clean_up import delete_expired
-from engine.directory.listing import committed, exempt, list_checkpoints
+from engine.directory.listing import committed, exempt_ids, list_checkpoints
 from engine.directory.reaper import delete_attempt, reap, reap_abandoned
-from engine.directory.retention import Decision, Retention, surplus
+from engine.directory.retention import Decision, Retention, decide_retention
 from engine.directory.verify import verify_checkpoint
 from engine.errors import NotOursError
-from engine.format.names import lease_name
+from engine.format.names import is_attempt_of, lease_name, new_attempt
 from engine.lease.arrivals import QUIET_SECS
-from engine.lease.attempts import is_attempt_of, new_attempt
 from engine.lease.lease import STALE_SECS, Lease
 from engine.lease.process import ProcessIdentity
 from engine.restore.choice import choose_checkpoint
@@ -43,7 +42,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 def expire_all_but_two(storage: Storage) -> tuple[str, ...]:
     listed = list_checkpoints(storage)
-    policy = surplus(committed(listed), Retention(rolling=0, best=0, epochs=False), held=exempt(listed))
+    keep = Retention(rolling=0, best=0, epochs=False)
+    policy = decide_retention(committed(listed), keep, exempt=exempt_ids(listed))
     return reap(storage, policy).removed
 
 
@@ -54,17 +54,17 @@ def files_below(root: Path) -> dict[str, bytes]:
 RETIRE = """
     import logging
     logging.basicConfig(format="%(message)s")
-    from engine.directory.listing import committed, exempt, list_checkpoints
+    from engine.directory.listing import committed, exempt_ids, list_checkpoints
     from engine.lease.lease import Lease
     from engine.directory.reaper import reap, reap_abandoned
-    from engine.directory.retention import Retention, surplus
+    from engine.directory.retention import Retention, decide_retention
     from engine.storage.local import LocalStorage
     storage = LocalStorage(folder / "run")
     with Lease.acquire(storage, run_id="run") as lease:
         for _ in range(2):
             listed = list_checkpoints(storage)
             keep = Retention(rolling=0, best=0, epochs=False)
-            policy = surplus(committed(listed), keep, held=exempt(listed))
+            policy = decide_retention(committed(listed), keep, exempt=exempt_ids(listed))
             print("removed", reap(storage, policy).removed)
             print("abandoned", reap_abandoned(storage, lease=lease).removed)
 """
@@ -136,7 +136,7 @@ def test_a_link_in_a_checkpoints_place_is_read_and_never_removed(tmp_path: Path)
     (item,) = [item for item in list_checkpoints(storage) if item.id == linked]
     assert (item.status, item.link) == ("committed", str(tmp_path / "archive" / linked))
     assert verify_checkpoint(storage, linked).ok
-    assert exempt(list_checkpoints(storage)) == {
+    assert exempt_ids(list_checkpoints(storage)) == {
         linked: "a symbolic link",
         item.link: f"{linked} links to it",
     }

@@ -178,13 +178,13 @@ def test_held_ones_are_listed_as_held(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     one, two = write_checkpoint(tmp_path, sequence=1), write_checkpoint(tmp_path, sequence=2)
     marks.hold(storage, two)
-    assert [(item.id, item.held, item.status) for item in list_checkpoints(storage)] == [
+    assert [(item.id, item.on_hold, item.status) for item in list_checkpoints(storage)] == [
         (one, False, "committed"),
         (two, True, "committed"),
     ]
     marks.release(storage, two)
     marks.release(storage, two)
-    assert [item.held for item in list_checkpoints(storage)] == [False, False]
+    assert [item.on_hold for item in list_checkpoints(storage)] == [False, False]
 
 
 def test_only_a_committed_one_can_be_held(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_only_a_committed_one_can_be_held(tmp_path: Path) -> None:
         marks.hold(storage, id)
     with pytest.raises(NotFoundError):
         marks.release(storage, id)
-    assert [item.held for item in list_checkpoints(storage)] == [False]
+    assert [item.on_hold for item in list_checkpoints(storage)] == [False]
 
 
 def test_a_checkpoint_directory_is_told_from_one_that_holds_some(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_what_tells_that_a_file_was_changed(change: Callable[[Path], None], tmp_
 
 def test_a_mark_that_is_gone_does_not_hold(storage: Storage) -> None:
     """Somebody has taken it away since the listing."""
-    assert not marks.read_mark(storage, write_checkpoint(storage, rows=2)).holds
+    assert not marks.read_damage_mark(storage, write_checkpoint(storage, rows=2)).holds
 
 
 def test_a_mark_that_is_meant_to_hold_holds(storage: Storage) -> None:

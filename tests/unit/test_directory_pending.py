@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.directory.listing import Listed
-from engine.directory.pending import OWED, give_way, is_wanted, owed, spare
+from engine.directory.pending import PENDING, is_mirrored, keep_pending, pending_copies, pending_to_delete
 from engine.directory.record import CheckpointRecord
-from engine.directory.retention import Retention, surplus
+from engine.directory.retention import Retention, decide_retention
 from engine.mirror.tiers import both_tiers
 from tests.support.records import record
 
@@ -41,7 +41,7 @@ def numbers(found: list[CheckpointRecord]) -> list[int]:
 def test_every_so_many_steps_and_always_for_a_reason_of_its_own(
     step: int, reasons: tuple[str, ...], freq: int, wanted: bool
 ) -> None:
-    assert is_wanted(record(1, step=step, reasons=reasons), freq) is wanted
+    assert is_mirrored(record(1, step=step, reasons=reasons), freq) is wanted
 
 
 @pytest.mark.parametrize(
@@ -64,27 +64,27 @@ def test_every_so_many_steps_and_always_for_a_reason_of_its_own(
 def test_the_newest_goes_first_and_what_would_not_stay_is_not_owed(
     local: tuple[int, ...], mirror: tuple[int, ...], expected: list[int]
 ) -> None:
-    assert numbers(owed(records(*local), records(*mirror), 1, KEEP_2)) == expected
+    assert numbers(pending_copies(records(*local), records(*mirror), 1, KEEP_2)) == expected
 
 
 def test_an_old_best_one_is_owed_whatever_has_come_since() -> None:
     best = record(1, loss=1.0)
-    assert owed([best, *records(2, 3)], records(2, 3), 1, KEEP_2) == [best]
-    assert owed([best, *records(2)], [*records(2, 3), record(4, loss=0.5)], 1, KEEP_2) == []
+    assert pending_copies([best, *records(2, 3)], records(2, 3), 1, KEEP_2) == [best]
+    assert pending_copies([best, *records(2)], [*records(2, 3), record(4, loss=0.5)], 1, KEEP_2) == []
 
 
 def test_without_a_policy_everything_is_owed() -> None:
-    assert numbers(owed(records(1, 2, 3), records(3), 1, None)) == [2, 1]
+    assert numbers(pending_copies(records(1, 2, 3), records(3), 1, None)) == [2, 1]
 
 
 def test_order_is_by_number_not_by_step() -> None:
     branch = [record(1, step=500), record(2, step=100)]
-    assert numbers(owed(branch, [], 1, None)) == [2, 1]
+    assert numbers(pending_copies(branch, [], 1, None)) == [2, 1]
 
 
 def test_the_local_retention_spares_what_is_owed() -> None:
-    policy = surplus(records(1, 2, 3, 4, 5), KEEP_2)
-    decisions = spare(policy, {"step-00000002-00000002", "step-00000005-00000005"})
+    policy = decide_retention(records(1, 2, 3, 4, 5), KEEP_2)
+    decisions = keep_pending(policy, {"step-00000002-00000002", "step-00000005-00000005"})
     assert [(d.record.sequence, d.keep) for d in decisions] == [
         (1, False),
         (2, True),
@@ -92,7 +92,7 @@ def test_the_local_retention_spares_what_is_owed() -> None:
         (4, True),
         (5, True),
     ]
-    assert decisions[1].why == OWED
+    assert decisions[1].why == PENDING
     assert decisions[4].why == "latest, among the newest 2", "the policy's own reason comes first"
 
 
@@ -118,9 +118,9 @@ def test_the_local_retention_spares_what_is_owed() -> None:
 def test_on_a_full_disk_one_goes_that_has_an_older_one_owed(
     owed_numbers: tuple[int, ...], in_flight: int | None, goes: int | None
 ) -> None:
-    policy = surplus(records(1, 2, 3, 4, 5), KEEP_2)
+    policy = decide_retention(records(1, 2, 3, 4, 5), KEEP_2)
     ids = {record(number).id for number in owed_numbers}
-    decision = give_way(policy, ids, None if in_flight is None else record(in_flight).id)
+    decision = pending_to_delete(policy, ids, None if in_flight is None else record(in_flight).id)
     assert (decision.record.sequence if decision else None) == goes
     if decision is not None:
         assert not decision.keep

@@ -12,9 +12,9 @@ import pytest
 from engine.directory import marks
 from engine.directory.listing import committed, list_checkpoints
 from engine.directory.reaper import delete_attempt, reap, reap_abandoned
-from engine.directory.retention import Decision, Retention, surplus
+from engine.directory.retention import Decision, Retention, decide_retention
 from engine.errors import LeaseLostError, StorageFullError, StorageUnavailableError
-from engine.lease.attempts import new_attempt
+from engine.format.names import new_attempt
 from engine.lease.lease import Lease
 from engine.lease.process import ProcessIdentity
 from engine.storage.base import Cleared, Storage
@@ -37,7 +37,7 @@ def written_by(run_id: str, root: Path, *, sequence: int, commit: bool = True) -
 
 
 def decide(storage: Storage, rolling: int) -> list[Decision]:
-    return surplus(committed(list_checkpoints(storage)), Retention(rolling=rolling))
+    return decide_retention(committed(list_checkpoints(storage)), Retention(rolling=rolling))
 
 
 def names(root: Path) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.directory.listing import Listed
-from engine.directory.resolve import checkpoint_at, resolve, say_passed_over
+from engine.directory.resolve import checkpoint_at, log_passed_over, resolve
 from engine.directory.selectors import parse_selector
 from engine.errors import SelectorError
 from tests.support.records import record
@@ -78,7 +78,7 @@ def test_where_all_are_whole_the_error_ends_with_them() -> None:
 
 def test_the_warning_names_each_and_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    say_passed_over(resolve(listed(damaged=(4,)), parse_selector("latest"), "/runs/a").passed_over)
+    log_passed_over(resolve(listed(damaged=(4,)), parse_selector("latest"), "/runs/a").passed_over)
     assert caplog.messages == ["passing over step-00000004-00000004, which is damaged: block 4 has changed"]
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine import Checkpointer
 from engine.directory.record import CheckpointRecord
-from engine.directory.retention import Retention, surplus
+from engine.directory.retention import Retention, decide_retention
 from engine.errors import ConfigError
 from tests.documents import ROOT
 from tests.support.records import record
@@ -20,7 +20,7 @@ from tests.support.records import record
 def kept(
     records: list[CheckpointRecord], retention: Retention | None, held: frozenset[str] = frozenset()
 ) -> list[int]:
-    return [d.record.sequence for d in surplus(records, retention, held) if d.keep]
+    return [d.record.sequence for d in decide_retention(records, retention, held) if d.keep]
 
 
 def plain(count: int) -> list[CheckpointRecord]:
@@ -79,7 +79,7 @@ def test_order_is_by_sequence_not_by_step_or_clock() -> None:
 
 def test_every_decision_says_why() -> None:
     records = [*SCORED, record(9, loss=3.0), record(10)]
-    why = {d.record.sequence: d.why for d in surplus(records, Retention(rolling=3), {records[0].id})}
+    why = {d.record.sequence: d.why for d in decide_retention(records, Retention(rolling=3), {records[0].id})}
     assert why == {
         1: "held",
         2: "best (val loss 1)",

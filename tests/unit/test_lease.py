@@ -22,8 +22,7 @@ from engine.errors import (
     NotFoundError,
     StorageUnavailableError,
 )
-from engine.format.names import lease_name
-from engine.lease.attempts import new_attempt
+from engine.format.names import lease_name, new_attempt
 from engine.lease.lease import Lease
 from engine.lease.lease_file import LeaseInfo, Verdict, judge
 from engine.lease.process import ProcessIdentity, is_alive

@@ -43,7 +43,7 @@ def opened_mirrors_let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Mirror, "open", noted)
     yield
     for mirror in opened:
-        mirror.give_back()
+        mirror.try_release()
 
 
 @pytest.fixture
@@ -148,14 +148,14 @@ def test_a_copy_that_changed_is_found_and_mended_at_the_next_start(
     desk = Desk(local, second)
     desk.mirror.open()
     desk.mirror.catch_up()
-    desk.mirror.look_after()
+    desk.mirror.recheck_earlier_copies()
     assert desk.kinds() == [("mirror_copied", 10)]
     assert 0 < desk.events[0]["sent_bytes"] < desk.events[0]["bytes"]
     assert steps_in(second) == [10, 20]
     assert f"{one} is damaged: sending it again" in caplog.text
     # Once in a run is enough.
     change_byte(second, f"{two}/shard-00000.safetensors", at=5000)
-    desk.mirror.look_after()
+    desk.mirror.recheck_earlier_copies()
     assert len(desk.events) == 1
 
 
@@ -175,7 +175,7 @@ def test_looking_after_gives_way_to_a_commit(local: LocalStorage, second: Storag
     desk.mirror.committed()
     (path,) = [item.id for item in list_checkpoints(second)]
     change_byte(second, f"{path}/shard-00000.safetensors")
-    desk.mirror.look_after()
+    desk.mirror.recheck_earlier_copies()
     assert desk.events == []
 
 
@@ -245,10 +245,10 @@ def test_a_mirror_that_does_not_answer_at_the_start(
     with pytest.raises(StorageUnavailableError):
         desk.mirror.open()
     desk.mirror.open(required=False)
-    assert desk.mirror.owed_of(committed(list_checkpoints(local))), "everything, as far as is known"
+    assert desk.mirror.pending_ids(committed(list_checkpoints(local))), "everything, as far as is known"
     outage.error = None
     desk.mirror.catch_up()
-    desk.mirror.give_back()
+    desk.mirror.try_release()
     assert steps_in(second) == [10]
     outage.error = StorageDeniedError("403")
     with pytest.raises(StorageDeniedError):
