@@ -269,7 +269,7 @@ class Checkpointer:
             self._saver.state_replaced()
         wanted = Wanted(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
         with torch.inference_mode(False):  # no optimizer could change what was made in it
-            record = self._restorer.restore(selector, wanted)
+            record = self._restorer.restore(selector, wanted, self._directory.take_listing())
         if record is not None and wanted.everything:
             self._directory.parent = record.id
         return record

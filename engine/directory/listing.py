@@ -25,7 +25,7 @@ from engine.format.index import ShardIndex
 from engine.format.json import MAX_BYTES
 from engine.format.manifest import Manifest
 from engine.format.names import DAMAGED, DEAD_PREFIX, HELD, MANIFEST, is_checkpoint_file, parse_attempt_name
-from engine.storage.base import Storage
+from engine.storage.base import Heads, Storage
 
 Status = Literal["committed", "partial", "damaged"]
 
@@ -71,13 +71,15 @@ class Directory:
     Args:
         memory: of earlier listings of this storage; brought up to date. Not for whoever is to find damage: a
             manifest whose bytes have changed since is taken for what it was.
+        heads: the listing, where the caller has one that is new enough.
     Attributes:
         names: the attempts that have a manifest, and may be checkpoints.
         others: the attempts that have none, or were abandoned.
     """
 
-    def __init__(self, storage: Storage, memory: Memory | None = None) -> None:
-        heads = storage.list_heads()
+    def __init__(self, storage: Storage, memory: Memory | None = None, heads: Heads | None = None) -> None:
+        if heads is None:
+            heads = storage.list_heads()
         self._storage, self._whole = storage, heads.whole
         self._files = {
             name: files
@@ -129,6 +131,20 @@ class Directory:
         found += _each(self._storage, self._unfinished, self.others)
         return sorted((item for item in found if item is not None), key=_order)
 
+    def holds_the_same(self) -> bool:
+        """Whether the directory still holds these checkpoints and no others.
+
+        Costs one look at the names in it, which is cheaper than a listing. Damage since then is not seen.
+        """
+        try:
+            names = {entry.name for entry in self._storage.list_dir() if entry.is_dir}
+        except NotFoundError:
+            return False
+        others = [name for name in names - set(self.names) if parse_attempt_name(name) is not None]
+        return names >= set(self.names) and not any(
+            self._storage.exists(f"{name}/{MANIFEST}") for name in others
+        )
+
     def manifest(self, name: str) -> Manifest:
         """The manifest of a whole checkpoint; that of the newest one read so far is at hand."""
         newest = self._newest
@@ -162,14 +178,17 @@ class Directory:
         return _without_manifest(self._storage, name, self._files[name], self._whole)
 
 
-def list_checkpoints(storage: Storage, memory: Memory | None = None) -> list[Listed]:
+def list_checkpoints(
+    storage: Storage, memory: Memory | None = None, heads: Heads | None = None
+) -> list[Listed]:
     """Every attempt, by sequence; those without a readable manifest last. Other directories are ignored.
 
-    `memory`: as `Directory` takes it. A file's size that differs from the manifest's shows as damaged where
-    the listing tells sizes: always on a disk, seldom on a store. Changed bytes only `verify` finds.
+    `memory`, `heads`: as `Directory` takes them.
+    A file's size that differs from the manifest's shows as damaged where the listing tells sizes: always on a
+    disk, seldom on a store. Changed bytes only `verify` finds.
     NotFoundError when there is no such directory; StorageError when it cannot be listed.
     """
-    return Directory(storage, memory).everything()
+    return Directory(storage, memory, heads).everything()
 
 
 def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:

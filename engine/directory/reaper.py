@@ -28,7 +28,7 @@ from engine.format.names import (
     parse_attempt_name,
 )
 from engine.lease.lease import STALE_SECS, Lease
-from engine.storage.base import Storage
+from engine.storage.base import Heads, Storage
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,12 @@ def reap(storage: Storage, decisions: Iterable[Decision], *, lease: Lease | None
 
 
 def reap_abandoned(
-    storage: Storage, *, lease: Lease, current: Collection[str] = (), failed_ids: Collection[str] = ()
+    storage: Storage,
+    *,
+    lease: Lease,
+    current: Collection[str] = (),
+    failed_ids: Collection[str] = (),
+    heads: Heads | None = None,
 ) -> Reaped:
     """Remove attempts that nobody will ever commit. Only the lease's holder may; LeaseLostError otherwise.
 
@@ -72,13 +77,13 @@ def reap_abandoned(
     the lease and its commit: nothing goes there until this lease has stood for as long as it takes to call a
     holder dead. Uploads that have no end go with their attempts.
 
-    `current`: ids that this run may be writing right now.
+    `current`: ids that this run may be writing right now. `heads`: a listing that is new enough.
     """
     lease.check()
     settled = storage.is_local or lease.held_secs >= STALE_SECS
     uploads = _uploads(storage)
-    heads = storage.list_heads()
-    tree = heads.tree
+    heads = heads or storage.list_heads()
+    tree = dict(heads.tree)
     for name in uploads:
         tree.setdefault(name, {})  # nothing but an upload without an end, which no listing shows
     lease.arrivals.keep_only(tree)

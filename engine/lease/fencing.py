@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from engine.format.names import (
     parse_lease,
 )
 from engine.lease.lease_file import MAX_LEASE_BYTES, LeaseInfo
-from engine.storage.base import Storage
+from engine.storage.base import Heads, Storage
 
 SLACK_SECS = 30.0
 """How much longer than its last heartbeat a holder may have lived and written."""
@@ -32,28 +33,52 @@ class _Holder:
     changed: float | None
 
 
-def fence(storage: Storage, epoch: int) -> frozenset[str]:
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """What fencing found.
+
+    predecessors: ids of the runs that ended without releasing the directory.
+    heads: the directory as fencing left it; None where another process had a hand in it meanwhile.
+    """
+
+    predecessors: frozenset[str]
+    heads: Heads | None
+
+
+class _Fate(enum.Enum):
+    """What became of an attempt that was to be renamed."""
+
+    DEAD = enum.auto()
+    UNCLEAR = enum.auto()
+    CANNOT_RENAME = enum.auto()
+
+
+def fence(storage: Storage, epoch: int) -> Fenced:
     """Rename the attempts of earlier holders to dead-*, and remove old leases and probe files.
 
     Attempts of nobody who held this directory stay: somebody may be copying a checkpoint into it.
-    Returns the ids of the runs that ended without releasing the directory.
     """
-    tree = storage.list_heads().tree
+    heads = storage.list_heads()
+    tree, left, is_known = heads.tree, dict(heads.tree), True
     holders = _earlier_holders(storage, tree.get("", {}), epoch)
     for name, files in tree.items():
         if parse_attempt_name(name) is None or MANIFEST in files:
             continue
         if not _was_left_by(storage, name, holders) or storage.why_not_ours(name):
             continue
-        if not _bury(storage, name):
+        fate = _bury(storage, name)
+        if fate is _Fate.CANNOT_RENAME:
             break
+        is_known = is_known and fate is _Fate.DEAD
+        left[DEAD_PREFIX + name] = left.pop(name)
     for name in tree.get("", {}):
         # A crash while a lease was written leaves lease-00000001.1f0c9a3e.tmp.
         older = parse_lease(name.partition(".")[0] if name.endswith(TMP_SUFFIX) else name)
         if (older is not None and older < epoch) or name.startswith(PROBE_PREFIX):
             storage.delete_file(name)
     storage.sync_dir("")
-    return frozenset(holder.run_id for holder in holders if not holder.released)
+    predecessors = frozenset(holder.run_id for holder in holders if not holder.released)
+    return Fenced(predecessors, Heads(left, heads.whole) if is_known else None)
 
 
 def _earlier_holders(storage: Storage, files: Mapping[str, int], epoch: int) -> list[_Holder]:
@@ -92,15 +117,16 @@ def _was_left_by(storage: Storage, name: str, holders: list[_Holder]) -> bool:
     )
 
 
-def _bury(storage: Storage, name: str) -> bool:
-    """Rename an attempt to dead-*; False when the storage cannot rename (attempt paths are unique anyway)."""
+def _bury(storage: Storage, name: str) -> _Fate:
+    """Rename an attempt to dead-*, where the storage can rename (attempt paths are unique anyway)."""
     dead = DEAD_PREFIX + name
     try:
         if not storage.rename(name, dead):
-            return False
+            return _Fate.CANNOT_RENAME
     except (NotFoundError, AlreadyExistsError):  # another taker was here first
-        return True
+        return _Fate.UNCLEAR
     # Its writer may have committed after our listing. It cannot after the rename, so this answer is final.
     if storage.exists(f"{dead}/{MANIFEST}"):
         storage.rename(dead, name)
-    return True
+        return _Fate.UNCLEAR
+    return _Fate.DEAD

@@ -36,7 +36,7 @@ from engine.lease.call_site import calling_line
 from engine.lease.fencing import fence
 from engine.lease.lease_file import MAX_LEASE_BYTES, LeaseInfo, Verdict, judge
 from engine.lease.process import ProcessIdentity, is_alive
-from engine.storage.base import Storage
+from engine.storage.base import Heads, Storage
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Lease:
         """What is known of attempts in the directory that no run is known to have begun."""
         self.predecessors: frozenset[str] = frozenset()
         """Ids of runs that held the directory before and ended without releasing it."""
+        self._heads: Heads | None = None
 
     @classmethod
     def acquire(
@@ -122,11 +123,17 @@ class Lease:
                         continue
                     if top is not None and not top.released:
                         log.info("took %s over from %s, which is gone", storage.uri, top.describe())
-                    lease.predecessors = fence(storage, epoch)
+                    fenced = fence(storage, epoch)
+                    lease.predecessors, lease._heads = fenced.predecessors, fenced.heads
                 except HoldfastError:
                     lease.try_release()
                     raise
                 return lease
+
+    def take_heads(self) -> Heads | None:
+        """The listing that was made when this lease was acquired; once, because it ages and can be large."""
+        heads, self._heads = self._heads, None
+        return heads
 
     @property
     def epoch(self) -> int:

@@ -268,7 +268,7 @@ class Mirror:
         return True
 
     def _see(self) -> None:
-        listed = list_checkpoints(self.storage)
+        listed = list_checkpoints(self.storage, heads=self._require_lease().take_heads())
         with self._lock:
             self._there = tuple(committed(listed))
             self._held = exempt_ids(listed)

@@ -59,6 +59,7 @@ def choose_checkpoint(
     passed_over: Collection[str] = (),
     options: Mapping[str, str] | None = None,
     mirror: Storage | None = None,
+    listing: Directory | None = None,
 ) -> Choice | None:
     """The checkpoint that the selector means; None when `latest` finds nothing at all.
 
@@ -68,6 +69,7 @@ def choose_checkpoint(
     Args:
         passed_over: ids that failed to restore just now, and `in_mirror` of them; `latest` walks back past
             them.
+        listing: of `storage`, where the caller has one that is new enough.
         mirror: the second tier: the newest whole checkpoint of both counts, and the local copy is nearer.
     Raises: SelectorError listing what there is; DamagedError when everything there is damaged or partial;
         StorageError when the storage cannot be listed: an outage is not "no checkpoints".
@@ -76,7 +78,7 @@ def choose_checkpoint(
     if selector.kind == "path":
         return _at_path(selector.text, options)
     where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
-    view = _View(storage, mirror, selector, frozenset(passed_over))
+    view = _View(listing or _look(storage), mirror, selector, frozenset(passed_over))
     tiers = view.what_may_answer()
     tiers = _without_void_marks(view, tiers, selector)
     try:
@@ -99,21 +101,17 @@ def choose_checkpoint(
 class _View:
     """What one choice sees of both tiers, each of them listed once."""
 
-    storage: Storage
+    local: Directory | None
     mirror: Storage | None
     selector: Selector
     passed_over: frozenset[str]
-    _local: Directory | None = field(init=False)
     _theirs: Directory | None = field(init=False, default=None)
     _looked_at_mirror: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        self._local = _look(self.storage)
 
     def what_may_answer(self) -> Tiers:
         """The checkpoints that may be meant. The mirror's copy of one that is whole here is not looked at."""
         wanted = _may_answer(self.selector)
-        mine = _read(self._local, lambda name: wanted(name) and name not in self.passed_over)
+        mine = _read(self.local, lambda name: wanted(name) and name not in self.passed_over)
         whole = {item.id for item in mine if item.status == "committed"}
         if whole and self.selector.kind == "id":
             return both_tiers(mine, [])  # decided: a mirror that does not answer stops nothing
@@ -127,7 +125,7 @@ class _View:
         """All that lies in both."""
         mine, theirs = (
             [] if directory is None else directory.everything()
-            for directory in (self._local, self._see_mirror())
+            for directory in (self.local, self._see_mirror())
         )
         return both_tiers(
             [_unless_passed_over(item, item.id in self.passed_over) for item in mine],
@@ -136,7 +134,7 @@ class _View:
 
     def directory(self, tiers: Tiers, id: str) -> Directory:
         """Where that copy lies which `tiers` has chosen."""
-        found = self._theirs if id in tiers.from_mirror else self._local
+        found = self._theirs if id in tiers.from_mirror else self.local
         assert found is not None
         return found
 

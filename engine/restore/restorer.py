@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from engine.directory import marks
+from engine.directory.listing import Directory
 from engine.directory.record import CheckpointRecord, from_manifest
 from engine.errors import CoordinationError, DamagedError, HoldfastError, NotFoundError, SelectorError
 from engine.format.manifest import Manifest
@@ -55,20 +56,25 @@ class Restorer:
     undefined: bool = False
     _manifest: Manifest | None = None
     """The chosen checkpoint's, on rank 0, which has parsed it."""
+    _listing: Directory | None = None
     _passed_over: set[str] = field(default_factory=set)
     _seen: str | None = None
     """What the chosen checkpoint's files were before they were read, on rank 0."""
     _unmarked: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     """Damaged copies that could not be marked, on rank 0: copy -> its name, what was seen of it."""
 
-    def restore(self, selector: str, wanted: Wanted) -> CheckpointRecord | None:
+    def restore(
+        self, selector: str, wanted: Wanted, listing: Directory | None = None
+    ) -> CheckpointRecord | None:
         """Restore what the selector means, in place. None when `latest` finds nothing at all.
 
-        Every rank calls it at the same point.
+        Every rank calls it at the same point. `listing`: an earlier one, which is used if the directory still
+        has the same names.
         Raises: SelectorError; StateMismatchError (nothing was changed); DamagedError when the chosen
             checkpoint, or for `latest` every one, is damaged; RestoreFailedError; StorageError.
         """
         call = open_call(self.calls, Request(RESTORE, selector), together=self.capture.asks_together)
+        self._listing = listing
         try:
             return self._restore_any(call, selector, wanted)
         except CoordinationError:
@@ -118,9 +124,11 @@ class Restorer:
 
     def _choose(self, selector: str) -> dict[str, Any] | None:
         """What rank 0 has chosen, as JSON for all ranks."""
+        listing, self._listing = self._listing, None
         choice = choose_checkpoint(
             self.storage,
             selector,
+            listing=listing if listing is not None and listing.holds_the_same() else None,
             passed_over=self._passed_over,
             options=self.storage_options,
             mirror=self.mirror,

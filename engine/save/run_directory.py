@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.directory.clean_up import delete_expired, warn_no_best
-from engine.directory.listing import Memory, committed, highest_sequence, list_checkpoints
+from engine.directory.listing import Directory, Memory, committed, highest_sequence
 from engine.directory.reaper import reap_abandoned
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention
@@ -51,6 +51,7 @@ class RunDirectory:
     """Ids that this run failed to commit. A rank that was late may still write into one."""
     _sequence: int = 0
     _seen: Memory = field(default_factory=dict)
+    _listing: Directory | None = None
 
     def take(self, channel: Channel, mirror_freq: int, timeout_secs: float) -> None:
         """Rank 0 takes the leases; then every rank checks that it sees the same directory.
@@ -88,15 +89,25 @@ class RunDirectory:
         self.storage.make_dir()
         self.lease = Lease.acquire(self.storage, run_id=self.run_id)
         self.lease.start_heartbeat()
-        listed = list_checkpoints(self.storage, self._seen)
+        heads = self.lease.take_heads() or self.storage.list_heads()
+        self._listing = Directory(self.storage, self._seen, heads)
+        listed = self._listing.everything()
         self._sequence = highest_sequence(listed)
         here = [record.id for record in committed(listed)]
         self.lease.arrivals.arriving(self.storage, here, lease_name(self.lease.epoch))
-        reap_abandoned(self.storage, lease=self.lease)
+        reap_abandoned(self.storage, lease=self.lease, heads=heads)
         if self.second is not None:
             plan = MirrorPlan(mirror_freq, self.retention, self.run_id)
             self.mirror = Mirror(self.storage, self.second, plan, self.listener)
             self.mirror.open(required=self._sequence == 0)
+
+    def take_listing(self) -> Directory | None:
+        """The listing that was made when the directory was acquired, for the first restore.
+
+        None after a commit, after an earlier call, and where this rank has not acquired the directory.
+        """
+        listing, self._listing = self._listing, None
+        return listing
 
     def _try_release(self) -> None:
         if self.mirror is not None:
@@ -115,6 +126,7 @@ class RunDirectory:
         objects: Mapping[str, Any],
     ) -> CheckpointRecord:
         """Commit a save, on rank 0 alone, once every shard is confirmed."""
+        self._listing = None
         # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
         self._sequence = max(self._sequence, self.mirror.highest_sequence if self.mirror else 0) + 1
         record = commit(

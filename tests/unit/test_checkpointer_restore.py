@@ -246,10 +246,10 @@ def test_an_outage_is_not_no_checkpoints(tmp_path: Path, monkeypatch: pytest.Mon
     write(tmp_path, 1)
     with Checkpointer(tmp_path, values(0)) as checkpointer:
 
-        def down(storage: LocalStorage) -> Any:
+        def down(storage: LocalStorage, path: str = "") -> Any:
             raise StorageUnavailableError("the store is down")
 
-        monkeypatch.setattr(LocalStorage, "list_tree", down)
+        monkeypatch.setattr(LocalStorage, "list_dir", down)
         with pytest.raises(StorageError, match="down"):
             checkpointer.restore("latest")
         with pytest.raises(StorageError, match="down"):

@@ -424,6 +424,39 @@ def test_where_nothing_can_be_renamed_attempts_stay(world: World, tmp_path: Path
     assert (tmp_path / ATTEMPT).exists()
 
 
+@pytest.mark.parametrize("kind", [LocalStorage, StoreLike])
+def test_the_listing_of_a_takeover_is_what_lies_there_afterwards(
+    world: World, tmp_path: Path, kind: type[LocalStorage]
+) -> None:
+    """Whoever has acquired the directory need not list it again."""
+    world.acquire(kind(tmp_path), NEIGHBOUR)
+    attempts(tmp_path)
+    lease = world.acquire(kind(tmp_path))
+    heads = lease.take_heads()
+    assert heads is not None
+    there = kind(tmp_path).list_heads()
+    assert {**heads.tree, "": {}} == {**there.tree, "": {}}
+    assert heads.whole == there.whole
+    assert lease.take_heads() is None, "it is old by now"
+
+
+@pytest.mark.parametrize("what", ["commits", "is buried by another"])
+def test_there_is_no_listing_of_a_takeover_that_was_not_alone(
+    world: World, tmp_path: Path, what: str
+) -> None:
+    class Meanwhile(LocalStorage):
+        def rename(self, src: str, dst: str) -> bool:
+            if src == ATTEMPT and what == "commits":
+                (tmp_path / src / "manifest.json").write_bytes(b"{}")
+            elif src == ATTEMPT:
+                super().rename(src, dst)
+            return super().rename(src, dst)
+
+    world.acquire(LocalStorage(tmp_path), NEIGHBOUR)
+    attempts(tmp_path)
+    assert world.acquire(Meanwhile(tmp_path)).take_heads() is None
+
+
 @pytest.mark.parametrize(
     "raw",
     [b"", b"[]", b"{}", b'{"pid":"7"}', b'{"boot_id":"b","heartbeat":true}'],

@@ -20,7 +20,7 @@ from engine.lease.lease import Lease
 from engine.mirror import uploader
 from engine.mirror.uploader import Mirror, at_most, no_limit
 from engine.save.run_directory import close_mirror
-from engine.storage.base import Storage
+from engine.storage.base import Heads, Storage
 from engine.storage.local import LocalStorage
 from engine.storage.source import Source
 from tests.support.controlled import DEADLINE_SECS
@@ -271,7 +271,7 @@ def test_a_start_that_fails_lets_go_of_the_mirror(
     """The lease is taken by then; the next start must not be told that somebody holds the mirror."""
     second.make_dir()
 
-    def refuses(storage: Storage) -> Any:
+    def refuses(storage: Storage, **given: Any) -> Any:
         raise error
 
     with monkeypatch.context() as patch:
@@ -279,6 +279,28 @@ def test_a_start_that_fails_lets_go_of_the_mirror(
         with pytest.raises(type(error)):
             Desk(local, second).mirror.open()
     assert free_at_once(second)
+
+
+def test_opening_the_mirror_lists_it_once(
+    local: LocalStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing of the takeover is used once: a round has one of its own."""
+    second = LocalStorage(tmp_path / "second")
+    listings: list[str] = []
+    list_heads = LocalStorage.list_heads
+
+    def counting(storage: LocalStorage) -> Heads:
+        listings.append(storage.uri)
+        return list_heads(storage)
+
+    monkeypatch.setattr(LocalStorage, "list_heads", counting)
+    mirror = Desk(local, second).mirror
+    mirror.open()
+    assert listings.count(second.uri) == 1
+    listings.clear()
+    mirror.catch_up()
+    assert listings.count(second.uri) == 2, "to see what is there, and for what was abandoned"
+    mirror.close()
 
 
 def test_a_mirror_that_never_began_lets_go_when_it_is_closed(local: LocalStorage, second: Storage) -> None:
