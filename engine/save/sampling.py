@@ -60,6 +60,9 @@ class Sampler:
         self._large = [(item, size, *_walk(size)) for item, size in enumerate(sizes) if size > SMALL_BYTES]
         small_bytes = sum(run.end for run in self._small)
         self._turns = max(1, -(-small_bytes // MOST_SMALL_BYTES), -(-len(self._small) // most_runs))
+        if self._turns > 1:
+            # Every save takes each n-th one. In the order given, those could be the largest ones of all.
+            self._small.sort(key=lambda run: run.end)
         self._large_turns = max(1, -(-len(self._large) // most_blocks))
 
     @property

@@ -35,7 +35,7 @@ class Rank:
         self.held = [LocalBox(whole(name, *tensor.shape), tensor) for name, tensor in tensors.items()]
         self.replicas = Replicas(check)
 
-    def plan(self) -> list[Group]:
+    def plan(self, *, on_device: bool = False) -> list[Group]:
         """Take the plan of both, and what of it was not compared."""
         offers = [Offer([item.chunk for item in self.held])] * 2
         groups = groups_to_compare(shared_boxes(offers))
@@ -44,7 +44,8 @@ class Rank:
         boxes = groups[0].boxes
         fresh = frozenset(at for at, box in enumerate(boxes) if (box.chunk, (0, 1)) not in known)
         watched = [Watched(0, positions, fresh)]
-        self.replicas.adopt(Plan([], watched, groups=groups if self.number == 0 else ()), self.held)
+        plan = Plan([], watched, on_device, groups=groups if self.number == 0 else ())
+        self.replicas.adopt(plan, self.held)
         return groups
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable, Iterator
 
+import pytest
+import torch
+
+from engine.save import replicas
+from engine.save.sampling import BLOCK_BYTES, MOST_ON_DEVICE
 from engine.state.local_boxes import LocalBox
 from tests.support.replicas import SIZES, Rank, differences, gapped, values
 
@@ -61,3 +66,40 @@ def test_a_rank_that_sends_nothing_differs() -> None:
         rank.plan()
     found = ranks[0].replicas.look(ranks[0].held, 0)
     assert len(found.differences([found.texts(), {}])) == len(SIZES)
+
+
+@pytest.mark.parametrize("lie", [lambda tensor: tensor, gapped], ids=["as they read", "with gaps"])
+def test_a_large_tensor_is_read_whole_once_and_by_a_block_after_that(
+    lie: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[int] = []
+    digest, pieces = replicas._digest, replicas.pieces
+
+    def one(view: memoryview) -> bytes:
+        digested.append(view.nbytes)
+        return digest(view)
+
+    def in_pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+        for piece in pieces(tensor):
+            digested.append(piece.nbytes)
+            yield piece
+
+    monkeypatch.setattr(replicas, "_digest", one)
+    monkeypatch.setattr(replicas, "pieces", in_pieces)
+    tensors = {name: lie(tensor) for name, tensor in values().items()}
+    small = sum(tensor.nbytes for name, tensor in tensors.items() if name != "large")
+    rank = Rank(0, tensors)
+    rank.plan()
+    amounts = []
+    for number in range(3):
+        rank.replicas.look(rank.held, number).texts()
+        amounts.append(sum(digested))
+        digested.clear()
+    assert amounts == [small + tensors["large"].nbytes, small + BLOCK_BYTES, small + BLOCK_BYTES]
+
+
+def test_where_some_rank_has_a_device_fewer_are_compared_at_a_time() -> None:
+    rank = Rank(0, {f"t{number}": torch.zeros(2) for number in range(3 * MOST_ON_DEVICE)})
+    rank.plan(on_device=True)
+    rank.replicas.look(rank.held, 0)
+    assert [len(rank.replicas.look(rank.held, number).found[0]) for number in (1, 2)] == [MOST_ON_DEVICE] * 2
