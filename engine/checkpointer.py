@@ -34,7 +34,7 @@ from engine.options import storage_options as store_options
 from engine.ranks.agreement import all_make
 from engine.ranks.calls import RESTORE, Calls, Request
 from engine.ranks.connect import connect_ranks
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.restore.restorer import Restorer
 from engine.save.arguments import (
     check_names,
@@ -267,10 +267,10 @@ class Checkpointer:
         if self._saver is not None:
             self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()
-        wanted = Wanted(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
+        filter = Filter(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
         with torch.inference_mode(False):  # no optimizer could change what was made in it
-            record = self._restorer.restore(selector, wanted, self._directory.take_listing())
-        if record is not None and wanted.everything:
+            record = self._restorer.restore(selector, filter, self._directory.take_listing())
+        if record is not None and filter.everything:
             self._directory.parent = record.id
         return record
 

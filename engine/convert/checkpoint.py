@@ -15,7 +15,7 @@ from engine.errors import NotFoundError
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
 from engine.geometry import Box, cut, intersect, whole, within
-from engine.restore.chunk_locations import Indexes, Places, chunk_places
+from engine.restore.chunk_locations import Indexes, LocatedChunks, locate_chunks
 from engine.restore.load_plan import Slice
 from engine.restore.read import read_slices
 from engine.state.tensor_format import to_torch
@@ -42,7 +42,7 @@ class CheckpointTensors:
             with self._explained():
                 self.manifest = read_manifest(storage, name)
                 self.indexes = Indexes(storage, self.manifest, name).every()
-                self.places: Places = chunk_places(self.manifest, self.indexes)
+                self.places: LocatedChunks = locate_chunks(self.manifest, self.indexes)
                 if storage.is_local:
                     files = [file.file for index in self.indexes for file in index.files]
                     self._readers.hold([f"{name}/{file}" for file in files])

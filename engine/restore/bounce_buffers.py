@@ -22,7 +22,7 @@ Span = tuple[int, int, str]
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Staging:
+class BounceBuffers:
     """Memory beside the odd ones among the destinations.
 
     Attributes:

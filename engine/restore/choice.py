@@ -79,7 +79,7 @@ def choose_checkpoint(
         return _at_path(selector.text, options)
     where = storage.uri if mirror is None else f"{storage.uri} (and its mirror {mirror.uri})"
     view = _View(listing or _look(storage), mirror, selector, frozenset(passed_over))
-    tiers = view.what_may_answer()
+    tiers = view.candidates()
     tiers = _without_void_marks(view, tiers, selector)
     try:
         found = resolve(tiers.listed, selector, where)
@@ -105,12 +105,12 @@ class _View:
     mirror: Storage | None
     selector: Selector
     passed_over: frozenset[str]
-    _theirs: Directory | None = field(init=False, default=None)
+    _mirrored: Directory | None = field(init=False, default=None)
     _looked_at_mirror: bool = field(init=False, default=False)
 
-    def what_may_answer(self) -> Tiers:
+    def candidates(self) -> Tiers:
         """The checkpoints that may be meant. The mirror's copy of one that is whole here is not looked at."""
-        wanted = _may_answer(self.selector)
+        wanted = _may_match(self.selector)
         mine = _read(self.local, lambda name: wanted(name) and name not in self.passed_over)
         whole = {item.id for item in mine if item.status == "committed"}
         if whole and self.selector.kind == "id":
@@ -134,15 +134,15 @@ class _View:
 
     def directory(self, tiers: Tiers, id: str) -> Directory:
         """Where that copy lies which `tiers` has chosen."""
-        found = self._theirs if id in tiers.from_mirror else self.local
+        found = self._mirrored if id in tiers.from_mirror else self.local
         assert found is not None
         return found
 
     def _see_mirror(self) -> Directory | None:
         if self.mirror is not None and not self._looked_at_mirror:
-            self._theirs = _look(self.mirror)
+            self._mirrored = _look(self.mirror)
             self._looked_at_mirror = True
-        return self._theirs
+        return self._mirrored
 
 
 def _look(storage: Storage) -> Directory | None:
@@ -156,7 +156,7 @@ def _read(directory: Directory | None, wanted: Callable[[str], bool]) -> list[Li
     return [] if directory is None else directory.read([name for name in directory.names if wanted(name)])
 
 
-def _may_answer(selector: Selector) -> Callable[[str], bool]:
+def _may_match(selector: Selector) -> Callable[[str], bool]:
     """Which directories' names leave it open whether they are meant."""
     match selector.kind:
         case "id":

@@ -23,14 +23,14 @@ from engine.ranks.calls import Calls
 from engine.ranks.coordination import Channel
 from engine.restore.chunk_locations import (
     Indexes,
-    Locals,
-    chunk_places,
-    describe_chunks,
-    places_of,
-    read_description,
+    LocalValues,
+    describe_locations,
+    locate_chunks,
+    locations_of,
+    parse_locations,
 )
 from engine.restore.destination import Destination
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.restore.load_plan import Located, Slice, plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, ReadStats, read_slices
 from engine.state.capture import StateCapture
@@ -61,7 +61,7 @@ class ChosenRestore:
 
     chosen: Chosen
     capture: StateCapture
-    wanted: Wanted
+    filter: Filter
     calls: Calls
     seed: int
     timeout_secs: float
@@ -115,9 +115,9 @@ class ChosenRestore:
         problem: Exception | None = None
         try:
             if description is None or self._channel.rank == 0:
-                places = places_of(indexes.every())
+                places = locations_of(indexes.every())
             else:
-                places = read_description(manifest, description)
+                places = parse_locations(manifest, description)
             self._destination = self._make_destination(indexes)
         except Exception as error:
             problem = self._missing_as_damage(error)
@@ -157,9 +157,9 @@ class ChosenRestore:
         def describe() -> str | None:
             try:
                 if self._channel.world_size == 1:
-                    chunk_places(manifest, indexes.every())
+                    locate_chunks(manifest, indexes.every())
                     return None
-                return describe_chunks(manifest, indexes.every())
+                return describe_locations(manifest, indexes.every())
             except NotFoundError as error:
                 problem = self._missing_as_damage(error)
                 if problem is error:
@@ -178,11 +178,11 @@ class ChosenRestore:
         return Destination(
             self.capture,
             manifest,
-            Locals(indexes, manifest.world_size),
+            LocalValues(indexes, manifest.world_size),
             rank=channel.rank,
             world_size=channel.world_size,
             seed=self.seed,
-            wanted=self.wanted,
+            filter=self.filter,
         )
 
     def _missing_as_damage(self, error: Exception) -> Exception:

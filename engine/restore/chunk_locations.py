@@ -22,7 +22,7 @@ from engine.format.layout import Chunk, PlacedChunk
 from engine.format.manifest import Manifest
 from engine.storage.base import Storage
 
-Places = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
+LocatedChunks = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
 
 MOST_BYTES = 4 << 20
 """Longer lists of chunks are not handed on, to one rank after another: all read the indexes at once."""
@@ -72,7 +72,7 @@ class Indexes:
         return self.fetch(range(self._manifest.world_size))
 
 
-class Locals(Sequence[Mapping[str, Any]]):
+class LocalValues(Sequence[Mapping[str, Any]]):
     """Each saved rank's own values. Reading one brings its index."""
 
     def __init__(self, indexes: Indexes, world_size: int) -> None:
@@ -93,7 +93,7 @@ class Locals(Sequence[Mapping[str, Any]]):
         return index.local
 
 
-def chunk_places(manifest: Manifest, indexes: Sequence[ShardIndex]) -> Places:
+def locate_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> LocatedChunks:
     """Every saved chunk by tensor name, with the file that holds it. Pure.
 
     Raises: DamagedError when the indexes do not describe the manifest's tensors, whole and once.
@@ -108,7 +108,7 @@ def chunk_places(manifest: Manifest, indexes: Sequence[ShardIndex]) -> Places:
     return places
 
 
-def places_of(indexes: Sequence[ShardIndex]) -> dict[str, list[ChunkLocation]]:
+def locations_of(indexes: Sequence[ShardIndex]) -> dict[str, list[ChunkLocation]]:
     """Every chunk by tensor name, in the same order on every rank. Pure."""
     places: dict[str, list[ChunkLocation]] = defaultdict(list)
     for index in indexes:
@@ -117,12 +117,12 @@ def places_of(indexes: Sequence[ShardIndex]) -> dict[str, list[ChunkLocation]]:
     return places
 
 
-def describe_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str | None:
+def describe_locations(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str | None:
     """All chunks as JSON, for the ranks that have not read these indexes; None when that would be too long.
 
     Raises: DamagedError as `chunk_places`.
     """
-    chunk_places(manifest, indexes)
+    locate_chunks(manifest, indexes)
     numbers = {name: number for number, name in enumerate(sorted(manifest.tensors))}
     files = [
         {
@@ -142,7 +142,7 @@ def describe_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str | 
     return text if len(text) <= MOST_BYTES else None
 
 
-def read_description(manifest: Manifest, text: str) -> dict[str, list[ChunkLocation]]:
+def parse_locations(manifest: Manifest, text: str) -> dict[str, list[ChunkLocation]]:
     """The inverse of `describe_chunks`: every chunk by tensor name, in the same order on every rank."""
     names = sorted(manifest.tensors)
     places: dict[str, list[ChunkLocation]] = defaultdict(list)

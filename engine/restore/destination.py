@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from engine.errors import StateMismatchError
 from engine.format.manifest import Manifest, TensorInfo
-from engine.restore.bounce_buffers import Staging
+from engine.restore.bounce_buffers import BounceBuffers
 from engine.restore.entries import Entries
-from engine.restore.filters import Wanted
-from engine.restore.matching import Fit, match, report, summary
+from engine.restore.filters import Filter
+from engine.restore.matching import Match, match_tensors, report, summary
 from engine.restore.modules import Modules
 from engine.restore.optimizers import Optimizers
 from engine.restore.rename import own_view, rename_checkpoint
@@ -41,12 +41,12 @@ class Destination:
         manifest: the checkpoint's.
         locals_: each saved rank's rank-local JSON.
         seed: for the random streams of a rank that did not exist when the checkpoint was taken.
-        wanted: the part of it to restore, and whether it has to fit exactly.
+        filter: the part of it to restore, and whether it has to fit exactly.
     Attributes:
         tensors: what to read, by a name of the destination; of the saved dtype and global shape, or of one
             with more rows.
         sources: the saved name of each.
-        fit: how the checkpoint's tensors match the state's.
+        match: how the checkpoint's tensors match the state's.
     """
 
     def __init__(
@@ -58,45 +58,47 @@ class Destination:
         rank: int,
         world_size: int,
         seed: int,
-        wanted: Wanted,
+        filter: Filter,
     ) -> None:
         self._capture = capture
         self._rank = rank
-        self._wanted = wanted
-        keys = [key for key in capture.state if wanted.takes_key(key)]
+        self._filter = filter
+        keys = [key for key in capture.state if filter.takes_key(key)]
         self._keys = [
-            key for key in keys if not wanted.model_only or isinstance(capture.state[key], nn.Module)
+            key for key in keys if not filter.model_only or isinstance(capture.state[key], nn.Module)
         ]
-        renamed = rename_checkpoint(manifest, locals_, wanted.rename)
+        renamed = rename_checkpoint(manifest, locals_, filter.rename)
         manifest, locals_ = renamed.manifest, renamed.locals_
         own = capture.names.keys & set(self._keys)
         manifest = own_view(manifest, locals_, own, rank=rank, world_size=world_size)
         self._manifest = manifest
         self._saved = Saved(manifest, locals_, rank, world_size, OwnNames(rank, own))
         capture.make_ready()
-        self._modules = Modules(capture, self._keys, self._saved, wanted)
+        self._modules = Modules(capture, self._keys, self._saved, filter)
         try:
             self._modules.prepare()
-            self._optimizers = Optimizers(capture, self._saved, wanted)
+            self._optimizers = Optimizers(capture, self._saved, filter)
             live, live_aliases = self._live()
-            self.fit = self._match(live, live_aliases).with_more(self._optimizers.fit)
+            self.match = self._match(live, live_aliases).with_more(self._optimizers.match)
             self._modules.will_read(live)
             self._entries = Entries(
                 self._others(),
                 self._saved,
                 capture.per_rank,
-                takes_rng=not wanted.model_only and wanted.takes_key(RNG_KEY),
+                takes_rng=not filter.model_only and filter.takes_key(RNG_KEY),
                 seed=seed,
             )
         except Exception:
             self.abandon()
             raise
-        self.sources = dict(self.fit.matched)
-        if not wanted.strict:
-            self.sources |= self.fit.grown
+        self.sources = dict(self.match.matched)
+        if not filter.strict:
+            self.sources |= self.match.grown
         live |= self._optimizers.tensors
-        self._staging = Staging({name: live[name] for name in self.sources} | self._saved.tensors)
-        self.tensors = self._staging.tensors
+        self._bounce_buffers = BounceBuffers(
+            {name: live[name] for name in self.sources} | self._saved.tensors
+        )
+        self.tensors = self._bounce_buffers.tensors
         self.sources |= {name: name for name in self._saved.tensors}
         stored = {name: self._saved.own_name(saved) for name, saved in self.sources.items()}
         self.sources = {name: renamed.stored.get(saved, saved) for name, saved in stored.items()}
@@ -104,7 +106,7 @@ class Destination:
     @property
     def unexpected(self) -> tuple[str, ...]:
         """What the checkpoint has and this rank has no place for: names of tensors, and state keys."""
-        return (*self.fit.unexpected, *self._modules.unexpected, *self._unknown_keys())
+        return (*self.match.unexpected, *self._modules.unexpected, *self._unknown_keys())
 
     def check(self, what: str, unexpected: Collection[str] | None = None) -> None:
         """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet.
@@ -114,19 +116,19 @@ class Destination:
         self._check_patterns(what)
         saved = self._saved.keys
         absent = [key for key in self._keys if key not in saved and not self._modules.is_empty(key)]
-        missing = (*self.fit.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
+        missing = (*self.match.missing, *self._modules.missing, *(f"{key} (all of it)" for key in absent))
         lines = (
-            *self.fit.mismatched,
+            *self.match.mismatched,
             *self._modules.differences,
             *self._entries.differences.values(),
             *self._missing_classes(),
         )
         nowhere = tuple(name for name in self.unexpected if unexpected is None or name in unexpected)
-        fit = Fit(self.fit.matched, missing, nowhere, lines, self.fit.grown)
-        if self._wanted.strict and not fit.exact:
-            raise StateMismatchError(report(fit, what))
-        if not fit.exact and self._rank == 0:
-            log.warning("%s", summary(fit, what))
+        match = Match(self.match.matched, missing, nowhere, lines, self.match.grown)
+        if self._filter.strict and not match.exact:
+            raise StateMismatchError(report(match, what))
+        if not match.exact and self._rank == 0:
+            log.warning("%s", summary(match, what))
 
     def abandon(self) -> None:
         """Nothing will be read: leave everything without what was made to read into."""
@@ -134,7 +136,7 @@ class Destination:
 
     def finish(self) -> None:
         """Hand every object its values, after all tensors were read. Generators come last."""
-        self._staging.finish()
+        self._bounce_buffers.finish()
         self._modules.finish()
         self._optimizers.finish()
         self._entries.finish()
@@ -151,7 +153,7 @@ class Destination:
         names = [n for n in (*live, *aliases, *stored, *values) if n.partition(".")[0] not in others]
         keys = {*fixed, *self._capture.state, *self._saved.keys, RNG_KEY}
         entries = [key for key, kind in self._capture.kinds(self._capture.state).items() if kind == "value"]
-        parts = self._wanted.inside([RNG_KEY, *entries])
+        parts = self._filter.inside([RNG_KEY, *entries])
         if parts:
             raise StateMismatchError(
                 f"include or exclude names {', '.join(map(repr, parts))}, but the value of a state key "
@@ -162,14 +164,14 @@ class Destination:
         moments = [name for name in (*live, *stored) if name.partition(".")[0] in self._capture.optimizers]
 
         def nowhere(*, excluded: bool) -> list[str]:
-            found = self._wanted.unknown(names, keys, excluded=excluded)
+            found = self._filter.unknown(names, keys, excluded=excluded)
             return [pattern for pattern in found if not any(fnmatchcase(name, pattern) for name in moments)]
 
         stray = nowhere(excluded=True)
         if stray and self._rank == 0:  # one list may be for many checkpoints, so no error
             log.warning("exclude names %s, which neither %s nor the state has", ", ".join(stray), what)
         unknown = nowhere(excluded=False)
-        if unknown and self._wanted.strict:
+        if unknown and self._filter.strict:
             raise StateMismatchError(
                 f"include names {', '.join(map(repr, unknown))}, which neither {what} nor the state has; "
                 "nothing was changed"
@@ -188,12 +190,12 @@ class Destination:
 
     def _unknown_keys(self) -> list[str]:
         """Keys of saved values that the state lacks and of which no tensor tells."""
-        if self._wanted.model_only:
+        if self._filter.model_only:
             return []
-        told = {name.partition(".")[0] for name in self.fit.unexpected}
+        told = {name.partition(".")[0] for name in self.match.unexpected}
         known = {*self._capture.state, RNG_KEY, PER_RANK_PREFIX, *told}
         unknown = sorted(self._saved.value_keys - known)
-        return [f"{key} (all of it)" for key in unknown if self._wanted.takes_key(key)]
+        return [f"{key} (all of it)" for key in unknown if self._filter.takes_key(key)]
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """The wanted tensors of modules, and their further names."""
@@ -209,11 +211,11 @@ class Destination:
 
     def _takes(self, name: str) -> bool:
         """Whether a tensor of a module or optimizer is wanted, live or saved."""
-        if self._wanted.model_only and name.partition(".")[0] not in self._capture.modules:
+        if self._filter.model_only and name.partition(".")[0] not in self._capture.modules:
             return False
-        return self._wanted.takes(name)
+        return self._filter.takes(name)
 
-    def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Fit:
+    def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Match:
         infos = {name: TensorInfo(from_torch(t.dtype, name), global_shape(t)) for name, t in live.items()}
         fixed = set(self._capture.modules)
         # A key that the state lacks altogether is unexpected; all but modules match their tensors themselves.
@@ -226,4 +228,4 @@ class Destination:
             for name, info in self._manifest.tensors.items()
             if name not in inside and name.partition(".")[0] not in generic and self._takes(name)
         }
-        return match(infos, aliases, saved, self._manifest.aliases)
+        return match_tensors(infos, aliases, saved, self._manifest.aliases)

@@ -95,7 +95,7 @@ class Entries:
         kind = kind_of(entry)
         assert kind is not None, "the state was checked when it was handed over"
         kind.put(entry, value)
-        put_back(entry, value)
+        restore_cast_tensors(entry, value)
         make_iterator(entry)
 
     def _difference(self, key: str, entry: Any) -> str:
@@ -249,7 +249,7 @@ def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Excepti
     )
 
 
-def put_back(entry: Any, saved: Any) -> None:
+def restore_cast_tensors(entry: Any, saved: Any) -> None:
     """Give the optimizers inside of an object the saved tensors where torch has cast them."""
     if keeps_optimizers(entry):
         _walk(saved, entry.state_dict(), inside=False)

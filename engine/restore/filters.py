@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Filter:
     """A choice among the names of a state.
 
     model_only: modules, nothing else.

@@ -17,10 +17,10 @@ from engine.state.optimizer_state_dicts import first_difference
 from engine.state.state_dicts import (
     EXTRA_STATE,
     StateDict,
-    asked,
+    has_own_loading,
     is_extra_state,
     live_tensors,
-    loads_by_itself,
+    module_to_ask,
     overrides_loading,
     read_state_dict,
 )
@@ -29,7 +29,7 @@ from engine.state.wrappers import NamedModule, named_modules, spelled_as
 log = logging.getLogger(__name__)
 
 
-def hand_back(
+def load_values(
     key: str,
     module: nn.Module,
     document: Mapping[Any, Any],
@@ -42,13 +42,13 @@ def hand_back(
     loose: saved tensors for which it has none to fill.
     Raises: RestoreFailedError naming the module when it does not take them.
     """
-    module = asked(module)
+    module = module_to_ask(module)
     tree = named_modules(module)
     document = dict(document)
     counts = document.pop(UPDATE_COUNTS, {})
     only_extra = all(is_extra_state(name) for name in document) and not loose
     try:
-        if only_extra and not any(loads_by_itself(named.module) for named in tree):
+        if only_extra and not any(has_own_loading(named.module) for named in tree):
             _set_extra_state(tree, document)
             return
         with torch.no_grad():
@@ -56,11 +56,11 @@ def hand_back(
             exact = _copies(tree) if tree_any(_is_tensor, document) else {}
             now = read_state_dict(key, module)
             unused = _load(module, _whole(now, tree, {**document, **loose}), strict=strict)
-            if strict and (unknown := unused - set(now.spelled.values())):
+            if strict and (unknown := unused - set(now.key_of.values())):
                 raise ValueError(f"unexpected keys: {', '.join(sorted(unknown)[:5])}")
             _fill(named_modules(module), {**exact, **loose})
             set_update_counts(tree, counts)
-            untaken = {name: value for name, value in document.items() if now.spelled.get(name) in unused}
+            untaken = {name: value for name, value in document.items() if now.key_of.get(name) in unused}
             if untaken:
                 _tell_untaken(key, module, untaken)
     except Exception as error:
@@ -70,7 +70,7 @@ def hand_back(
         ) from error
 
 
-def take_out(module: nn.Module, names: set[str]) -> None:
+def set_to_none(module: nn.Module, names: set[str]) -> None:
     """Set buffers to None that were None when saved."""
     for named in named_modules(module) if names else ():
         for name in named.module._buffers:
@@ -78,9 +78,9 @@ def take_out(module: nn.Module, names: set[str]) -> None:
                 named.module._buffers[name] = None
 
 
-def takes_by_itself(name: str, tree: Sequence[NamedModule]) -> bool:
+def has_own_loader(name: str, tree: Sequence[NamedModule]) -> bool:
     """Whether code that is not torch's may take what was saved under a canonical name."""
-    return overrides_loading(tree[0].module) or loads_by_itself(_innermost(name, tree).module)
+    return overrides_loading(tree[0].module) or has_own_loading(_innermost(name, tree).module)
 
 
 def _innermost(name: str, tree: Sequence[NamedModule]) -> NamedModule:
@@ -92,14 +92,14 @@ def _innermost(name: str, tree: Sequence[NamedModule]) -> NamedModule:
 
 def _whole(now: StateDict, tree: Sequence[NamedModule], saved: Mapping[Any, Any]) -> dict[Any, Any]:
     """The state dict to load: the live tensors, which are filled by now, and what was saved besides."""
-    whole: dict[Any, Any] = {now.spelled[name]: now.tensors[name] for name in now.standing}
+    whole: dict[Any, Any] = {now.key_of[name]: now.tensors[name] for name in now.live_key_of}
     # What is left out keeps its live value.
-    whole |= {now.spelled[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
+    whole |= {now.key_of[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
     for name, value in saved.items():
-        spelled = now.spelled.get(name)
+        spelled = now.key_of.get(name)
         if spelled is None and isinstance(name, str):
             named = _innermost(name, tree)
-            spelled = named.spelled + name[len(named.name) :]
+            spelled = named.prefix + name[len(named.name) :]
         whole[name if spelled is None else spelled] = value
     return whole
 

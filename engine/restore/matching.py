@@ -11,7 +11,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class Match:
     """How saved tensors match live ones.
 
     matched: live name -> saved name. missing: live, not saved. unexpected: saved, not live.
@@ -30,9 +30,9 @@ class Fit:
         """Whether nothing differs."""
         return not (self.missing or self.unexpected or self.mismatched)
 
-    def with_more(self, other: Fit) -> Fit:
+    def with_more(self, other: Match) -> Match:
         """Both together."""
-        return Fit(
+        return Match(
             {**self.matched, **other.matched},
             (*self.missing, *other.missing),
             (*self.unexpected, *other.unexpected),
@@ -41,12 +41,12 @@ class Fit:
         )
 
 
-def match(
+def match_tensors(
     live: Mapping[str, TensorInfo],
     live_aliases: Mapping[str, str],
     saved: Mapping[str, TensorInfo],
     saved_aliases: Mapping[str, str],
-) -> Fit:
+) -> Match:
     """Match by name; a tensor with several names (tied weights) matches under any of them.
 
     Weights that were tied when saved and are apart now match the same saved tensor.
@@ -71,37 +71,37 @@ def match(
         else:
             matched[name] = found
     unexpected = tuple(name for name in saved if name not in used)
-    return Fit(matched, tuple(missing), unexpected, tuple(mismatched), grown)
+    return Match(matched, tuple(missing), unexpected, tuple(mismatched), grown)
 
 
-def report(fit: Fit, what: str) -> str:
+def report(match: Match, what: str) -> str:
     """One message with every difference, the first of each kind spelled out: why nothing was restored."""
     parts = [f"{what} does not fit the state it is to be restored into; nothing was changed"]
-    parts += differences(fit)
+    parts += differences(match)
     parts.append("Build what the saved run had, leave parts out with exclude=, or choose another checkpoint")
     return "\n".join(parts)
 
 
-def summary(fit: Fit, what: str) -> str:
+def summary(match: Match, what: str) -> str:
     """One message on a restore that took what fitted: a table with every tensor that did not."""
-    head = f"from {what}: {len(fit.matched)} tensors loaded, {len(fit.grown)} filled as far as they go"
-    rows = [(title, line) for title, lines in _kinds(fit) for line in lines]
+    head = f"from {what}: {len(match.matched)} tensors loaded, {len(match.grown)} filled as far as they go"
+    rows = [(title, line) for title, lines in _kinds(match) for line in lines]
     width = max((len(title) for title, _ in rows), default=0)
     return "\n".join([head, *(f"  {title:{width}}  {line}" for title, line in rows)])
 
 
-def _kinds(fit: Fit) -> tuple[tuple[str, Sequence[str]], ...]:
+def _kinds(match: Match) -> tuple[tuple[str, Sequence[str]], ...]:
     return (
-        ("different", fit.mismatched),
-        ("missing in the checkpoint", fit.missing),
-        ("not in the state", fit.unexpected),
+        ("different", match.mismatched),
+        ("missing in the checkpoint", match.missing),
+        ("not in the state", match.unexpected),
     )
 
 
-def differences(fit: Fit) -> list[str]:
+def differences(match: Match) -> list[str]:
     """A paragraph for each kind of difference there is."""
     parts = []
-    for title, lines in _kinds(fit):
+    for title, lines in _kinds(match):
         if lines:
             parts.append(f"  {title} ({len(lines)}):\n" + _lines(lines))
     return parts

@@ -16,14 +16,14 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from engine.errors import DamagedError
 from engine.format.manifest import TensorInfo
-from engine.restore.filters import Wanted
-from engine.restore.loading import hand_back, take_out, takes_by_itself
+from engine.restore.filters import Filter
+from engine.restore.loading import has_own_loader, load_values, set_to_none
 from engine.restore.saved import Saved
 from engine.state import values
 from engine.state.capture import StateCapture
 from engine.state.metrics import UPDATE_COUNTS
 from engine.state.modules import ABSENT_BUFFERS, COMPOSITES, LATE_BUFFERS, NOTES, ModuleCapture
-from engine.state.state_dicts import asked
+from engine.state.state_dicts import module_to_ask
 from engine.state.tensor_format import to_torch
 from engine.state.wrappers import NamedModule, named_modules, wrapped_by
 
@@ -41,12 +41,12 @@ class Modules:
         loose: names of saved tensors that go through load_state_dict(): no live tensor can be filled.
     """
 
-    def __init__(self, capture: StateCapture, keys: list[str], saved: Saved, wanted: Wanted) -> None:
+    def __init__(self, capture: StateCapture, keys: list[str], saved: Saved, filter: Filter) -> None:
         self._capture = capture
         self._keys = keys
         self._saved = saved
-        self._wanted = wanted
-        self._unmade = Unmade()
+        self._filter = filter
+        self._missing_tensors = MissingTensors()
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.differences: list[str] = []
@@ -58,14 +58,14 @@ class Modules:
         made = []
         for key, capture in self._modules():
             late = self._document(key, None).get(LATE_BUFFERS, ())
-            made.append(self._unmade.make(capture.module, partial(self._info, key), late))
+            made.append(self._missing_tensors.make(capture.module, partial(self._info, key), late))
         if any(made):
             self._capture.refresh()
         for key, capture in self._modules():
             document = self._document(key, None)
             absent = document.pop(ABSENT_BUFFERS, ())
             self._compare_composites(key, capture, document.pop(COMPOSITES, {}))
-            self.absent |= {f"{key}.{name}" for name in absent if self._wanted.takes(f"{key}.{name}")}
+            self.absent |= {f"{key}.{name}" for name in absent if self._filter.takes(f"{key}.{name}")}
             document = {name: value for name, value in document.items() if name not in NOTES}
             self._find_loose(key, capture, document)
             self._compare(key, capture, document)
@@ -79,12 +79,12 @@ class Modules:
 
     def abandon(self) -> None:
         """Nothing will be read: leave the modules without the tensors that were made to read into."""
-        self._unmade.abandon()
+        self._missing_tensors.abandon()
 
     def is_empty(self, key: str) -> bool:
         """Whether a module has nothing to restore: a loss, an activation."""
         capture = self._capture.modules.get(key)
-        return capture is not None and not capture.tensors and not capture.state.spelled
+        return capture is not None and not capture.tensors and not capture.state.key_of
 
     def finish(self) -> None:
         """Hand every module its values, after all tensors were read."""
@@ -95,8 +95,8 @@ class Modules:
                 document.pop(note, None)
             mine = [name for name in self.loose if name.startswith(f"{key}.")]
             loose = {name.removeprefix(f"{key}."): self._saved.tensors[name] for name in mine}
-            hand_back(key, capture.module, document, loose, strict=self._wanted.strict)
-            take_out(capture.module, {name for name in absent if f"{key}.{name}" in self.absent})
+            load_values(key, capture.module, document, loose, strict=self._filter.strict)
+            set_to_none(capture.module, {name for name in absent if f"{key}.{name}" in self.absent})
 
     def _modules(self) -> Iterator[tuple[str, ModuleCapture]]:
         return ((key, capture) for key, capture in self._capture.modules.items() if key in self._keys)
@@ -104,7 +104,7 @@ class Modules:
     def _info(self, key: str, name: str) -> TensorInfo | None:
         """What was saved under a module's tensor name, if it is wanted."""
         manifest, full = self._saved.manifest, f"{key}.{name}"
-        return manifest.tensors.get(manifest.aliases.get(full, full)) if self._wanted.takes(full) else None
+        return manifest.tensors.get(manifest.aliases.get(full, full)) if self._filter.takes(full) else None
 
     def _document(self, key: str, saved: Saved | None) -> dict[Any, Any]:
         """What was saved besides tensors, as far as it is wanted. Without `saved`, blank tensors."""
@@ -115,41 +115,41 @@ class Modules:
         return {
             name: value
             for name, value in found.items()
-            if name in NOTES or self._wanted.takes(f"{key}.{name}")
+            if name in NOTES or self._filter.takes(f"{key}.{name}")
         }
 
     def _find_loose(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
         manifest, live = self._saved.manifest, capture.state.tensors
         inside = set(values.tensor_names(self._saved.json(key)))
-        tree = named_modules(asked(capture.module))
+        tree = named_modules(module_to_ask(capture.module))
         for full, info in manifest.tensors.items():
             name = full.removeprefix(f"{key}.")
-            if name == full or full in inside or not self._wanted.takes(full):
+            if name == full or full in inside or not self._filter.takes(full):
                 continue
             mine = live.get(name)
             if mine is None:
                 # Older checkpoints have all that state_dict() handed out among the tensors.
-                loose = name in capture.value_names or takes_by_itself(name, tree)
+                loose = name in capture.value_names or has_own_loader(name, tree)
             else:
                 fits = isinstance(mine, torch.nn.Parameter) or tuple(mine.shape) == info.shape
-                loose = not fits and takes_by_itself(name, tree)
+                loose = not fits and has_own_loader(name, tree)
             if loose:
                 self.loose.add(full)
 
     def _compare(self, key: str, capture: ModuleCapture, document: Mapping[Any, Any]) -> None:
-        tree = named_modules(asked(capture.module))
+        tree = named_modules(module_to_ask(capture.module))
         for name in document:
-            if name not in capture.state.spelled and not takes_by_itself(str(name), tree):
+            if name not in capture.state.key_of and not has_own_loader(str(name), tree):
                 self.unexpected.append(f"{key}.{name} (of state_dict(), no tensor)")
         for name in capture.value_names - {UPDATE_COUNTS}:
             full = f"{key}.{name}"
-            if name not in document and full not in self.loose and self._wanted.takes(full):
+            if name not in document and full not in self.loose and self._filter.takes(full):
                 self.missing.append(f"{full} (of state_dict(), no tensor)")
 
     def _compare_composites(self, key: str, capture: ModuleCapture, saved: Mapping[str, Any]) -> None:
         for name, here in capture.composites().items():
             full, then = f"{key}.{name}", saved.get(name)
-            if then != here and self._wanted.takes(full):
+            if then != here and self._filter.takes(full):
                 was = _kind(then) if then else "no tensor that is made of others"
                 self.differences.append(f"{full}: saved as {was}, here {_kind(here)}")
 
@@ -158,7 +158,7 @@ def _kind(described: Mapping[str, Any]) -> str:
     return f"{described['class']} {described['shape']} ({described['context']})"
 
 
-class Unmade:
+class MissingTensors:
     """Makes them, so that there is something to read into, and takes them away when nothing will be read."""
 
     def __init__(self) -> None:

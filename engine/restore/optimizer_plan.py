@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from engine.format.manifest import TensorInfo
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.restore.matching import describe, has_grown
 from engine.restore.optimizer_matching import (
     Assigned,
@@ -32,7 +32,7 @@ from engine.state.local_boxes import detached, global_shape
 from engine.state.modules import pointer_of
 from engine.state.optimizer_document import parse, split_path
 from engine.state.optimizer_kinds import state_of
-from engine.state.optimizer_layouts import made, shared_paths
+from engine.state.optimizer_layouts import allocate, shared_paths
 from engine.state.optimizers import OptimizerCapture
 from engine.state.tensor_format import from_torch, to_torch
 
@@ -60,12 +60,12 @@ class OptimizerPlan:
     """
 
     def __init__(
-        self, capture: OptimizerCapture, document: Any, stored: Iterable[str], saved: Saved, wanted: Wanted
+        self, capture: OptimizerCapture, document: Any, stored: Iterable[str], saved: Saved, filter: Filter
     ) -> None:
         self.capture = capture
         self.saved = saved
         self.document = parse(capture.key, document)
-        self._wanted = wanted
+        self._filter = filter
         self.tensors: dict[str, torch.Tensor] = {}
         self.sources: dict[str, str] = {}
         self.grown: dict[str, str] = {}
@@ -101,7 +101,7 @@ class OptimizerPlan:
         return self.takes(f"{self.capture.key}.state.{live}.{field}")
 
     def takes(self, name: str) -> bool:
-        taken = self._wanted.takes_value(self.capture.key.partition(".")[0], name)
+        taken = self._filter.takes_value(self.capture.key.partition(".")[0], name)
         self.takes_all &= taken
         return taken
 
@@ -117,7 +117,7 @@ class OptimizerPlan:
                 nested = [*self.values[name].items(), ("", document.entries.get(name))]
                 for field, value in nested:
                     for tensor in values.tensor_names(value):
-                        memory[tensor] = self._made(live, field, self.saved.info(tensor))
+                        memory[tensor] = self._allocate(live, field, self.saved.info(tensor))
         mine = [value for fields in self.values.values() for value in fields.values()]
         mine += [*document.entries.values(), *document.groups, *(value for _, value in document.extra)]
         for value in mine:
@@ -135,7 +135,7 @@ class OptimizerPlan:
         for live, name in self.saved_names.items():
             if live in self.capture.local:
                 self._plan_parameter(live, fields.get(name, {}))
-        if not self._wanted.strict:
+        if not self._filter.strict:
             self.kept |= self.capture.local.keys() - self.saved_names.keys()
         here = set(self.saved_names.values())
         lost = [tensor for name, found in fields.items() if name not in here for tensor in found.values()]
@@ -176,7 +176,7 @@ class OptimizerPlan:
             lines.append(f"{name}: saved as {describe(info)}, here {describe(here)}")
             if has_grown(info, here):
                 grown[name] = tensor
-                planned[name] = self._made(live, field, here, zeros=True)
+                planned[name] = self._allocate(live, field, here, zeros=True)
         self.differences += lines
         if len(lines) > len(grown):  # a part of a parameter's state is worse than none
             self.kept.add(live)
@@ -197,12 +197,12 @@ class OptimizerPlan:
                 self._pointers.add(pointer)
                 self.live_tensors[name] = own
                 return found
-        return self._made(live, field, info)
+        return self._allocate(live, field, info)
 
-    def _made(self, live: str, field: str, info: TensorInfo, *, zeros: bool = False) -> torch.Tensor:
+    def _allocate(self, live: str, field: str, info: TensorInfo, *, zeros: bool = False) -> torch.Tensor:
         parameter = self.capture.parameters[live]
         group, layout = self._groups[parameter], self._layout(live, field)
-        return made(to_torch(info.dtype), info.shape, field, parameter, group, layout, zeros=zeros)
+        return allocate(to_torch(info.dtype), info.shape, field, parameter, group, layout, zeros=zeros)
 
     def _layout(self, live: str, field: str) -> Mapping[str, Any]:
         return self.document.layouts.get(f"{self.saved_names[live]}.{field}", {})
@@ -244,7 +244,7 @@ class OptimizerPlan:
             elif name not in saved:
                 self.differences.append(f"{key}: its {name} is an optimizer here, and was not one when saved")
             else:
-                one = OptimizerPlan(live[name], saved[name], stored, self.saved, self._wanted)
+                one = OptimizerPlan(live[name], saved[name], stored, self.saved, self._filter)
                 self.inner.append(one)
                 self.tensors |= one.tensors
                 self.sources |= one.sources

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from engine.errors import RestoreFailedError
-from engine.restore.filters import Wanted
-from engine.restore.matching import Fit
+from engine.restore.filters import Filter
+from engine.restore.matching import Match
 from engine.restore.optimizer_matching import Unread
 from engine.restore.optimizer_plan import OptimizerPlan
 from engine.restore.saved import Saved
@@ -29,10 +29,10 @@ class Optimizers:
 
     Attributes:
         tensors: what to read, by a name of the destination.
-        fit: how the saved state fits.
+        match: how the saved state fits.
     """
 
-    def __init__(self, capture: StateCapture, saved: Saved, wanted: Wanted) -> None:
+    def __init__(self, capture: StateCapture, saved: Saved, filter: Filter) -> None:
         self._plans: list[OptimizerPlan] = []
         self.tensors: dict[str, torch.Tensor] = {}
         matched: dict[str, str] = {}
@@ -41,20 +41,20 @@ class Optimizers:
         unexpected: list[str] = []
         for key, one in capture.optimizers.items():
             document = saved.manifest.objects.get(key)
-            if wanted.model_only or key not in saved.keys or not _takes_some(wanted, key, document, saved):
+            if filter.model_only or key not in saved.keys or not _takes_some(filter, key, document, saved):
                 continue
             if not isinstance(document, dict) or "param_groups" not in document:
                 differences.append(f"{key}: an optimizer here, saved as something else")
                 continue
             known = [name for name in saved.manifest.tensors if name.startswith(f"{key}.")]
-            plan = OptimizerPlan(one, document, known, saved, wanted)
+            plan = OptimizerPlan(one, document, known, saved, filter)
             self._plans.append(plan)
             self.tensors |= plan.tensors
             matched |= plan.sources
             grown |= plan.grown
             differences += plan.differences
             unexpected += plan.unexpected
-        self.fit = Fit(matched, (), tuple(unexpected), tuple(differences), grown)
+        self.match = Match(matched, (), tuple(unexpected), tuple(differences), grown)
 
     def finish(self) -> None:
         """Hand every optimizer its state, after all tensors were read.
@@ -65,8 +65,8 @@ class Optimizers:
             _HandOver(plan).finish()
 
 
-def _takes_some(wanted: Wanted, key: str, document: Any, saved: Saved) -> bool:
-    if wanted.takes_key(key):
+def _takes_some(filter: Filter, key: str, document: Any, saved: Saved) -> bool:
+    if filter.takes_key(key):
         return True
     names = [name for name in saved.manifest.tensors if name.startswith(f"{key}.")]
     if is_optimizer(document):
@@ -74,7 +74,7 @@ def _takes_some(wanted: Wanted, key: str, document: Any, saved: Saved) -> bool:
         names += [f"{key}.param_groups.{name}" for group in parsed.groups for name in group]
         names += [f"{key}.state.{path}" for path in parsed.counters]
         names += [f"{key}.state.{name}" for name, _ in parsed.extra]
-    return any(wanted.takes_value(key, name) for name in names)
+    return any(filter.takes_value(key, name) for name in names)
 
 
 class _HandOver:

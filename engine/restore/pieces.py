@@ -178,7 +178,7 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
     return windows
 
 
-def straight(pieces: Sequence[Piece], fits: Callable[[Piece], bool]) -> list[Piece]:
+def direct_pieces(pieces: Sequence[Piece], fits: Callable[[Piece], bool]) -> list[Piece]:
     """The pieces of one window that can be read straight into their destinations, in file order.
 
     `pieces` are in file order; `fits` says whether a destination is memory that can be read into. None

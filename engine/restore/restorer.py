@@ -27,7 +27,7 @@ from engine.ranks.calls import RESTORE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.restore.choice import choose_checkpoint, copy_name, in_mirror, storage_of
 from engine.restore.chosen import Chosen, ChosenRestore
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.restore.stored import read_stored
 from engine.state.capture import StateCapture
 from engine.storage.base import Storage
@@ -64,7 +64,7 @@ class Restorer:
     """Damaged copies that could not be marked, on rank 0: copy -> its name, what was seen of it."""
 
     def restore(
-        self, selector: str, wanted: Wanted, listing: Directory | None = None
+        self, selector: str, filter: Filter, listing: Directory | None = None
     ) -> CheckpointRecord | None:
         """Restore what the selector means, in place. None when `latest` finds nothing at all.
 
@@ -76,7 +76,7 @@ class Restorer:
         call = open_call(self.calls, Request(RESTORE, selector), together=self.capture.asks_together)
         self._listing = listing
         try:
-            return self._restore_any(call, selector, wanted)
+            return self._restore_any(call, selector, filter)
         except CoordinationError:
             end_call(self.channel, call)
             raise
@@ -98,7 +98,7 @@ class Restorer:
         """The training thread's."""
         return self.calls.channel
 
-    def _restore_any(self, call: Call, selector: str, wanted: Wanted) -> CheckpointRecord | None:
+    def _restore_any(self, call: Call, selector: str, filter: Filter) -> CheckpointRecord | None:
         """Try one checkpoint after the other, until one is whole or none is left."""
         self._passed_over = self._known_damaged()
         first: HoldfastError | None = None
@@ -115,7 +115,7 @@ class Restorer:
             if chosen is None:
                 return None
             try:
-                return self._restore(key, chosen, wanted)
+                return self._restore(key, chosen, filter)
             except (DamagedError, NotFoundError) as error:
                 self._after_damage(chosen, selector, error)
                 if selector != "latest":
@@ -147,7 +147,7 @@ class Restorer:
         self._seen = _seen(self._storage_of(chosen), choice.name)
         return chosen
 
-    def _restore(self, key: str, chosen: Mapping[str, Any], wanted: Wanted) -> CheckpointRecord:
+    def _restore(self, key: str, chosen: Mapping[str, Any], filter: Filter) -> CheckpointRecord:
         started = self.clock()
         manifest = self._manifest or Manifest.from_bytes(
             chosen["manifest"].encode("utf-8"), what=f"the manifest of {chosen['id']}"
@@ -156,7 +156,7 @@ class Restorer:
         restore = ChosenRestore(
             Chosen(manifest, storage, name, key),
             self.capture,
-            wanted,
+            filter,
             self.calls,
             self.seed,
             self.timeout_secs,

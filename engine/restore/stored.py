@@ -10,8 +10,8 @@ import torch
 
 from engine.errors import DamagedError, NotFoundError, SelectorError
 from engine.restore.choice import Choice, choose_checkpoint, copy_name, storage_of
-from engine.restore.chunk_locations import Indexes, Locals, chunk_places, places_of
-from engine.restore.filters import Wanted
+from engine.restore.chunk_locations import Indexes, LocalValues, locate_chunks, locations_of
+from engine.restore.filters import Filter
 from engine.restore.load_plan import plan_reads
 from engine.restore.read import LOCAL_PACE, STORE_PACE, read_slices
 from engine.restore.saved import Saved
@@ -66,12 +66,12 @@ def _read(
 ) -> dict[str, Any]:
     manifest = choice.manifest
     indexes = Indexes(storage, manifest, choice.name)
-    chunk_places(manifest, indexes.every())  # they describe the manifest's tensors, whole and once
-    saved = Saved(manifest, Locals(indexes, manifest.world_size), rank, world_size)
-    contents = _Contents(saved, Wanted(include=tuple(include)))
+    locate_chunks(manifest, indexes.every())  # they describe the manifest's tensors, whole and once
+    saved = Saved(manifest, LocalValues(indexes, manifest.world_size), rank, world_size)
+    contents = _Contents(saved, Filter(include=tuple(include)))
     tensors = contents.tensors
     sources = {name: name for name in tensors}
-    slices, found = plan_reads(tensors, sources, manifest, places_of(indexes.every()), indexes)
+    slices, found = plan_reads(tensors, sources, manifest, locations_of(indexes.every()), indexes)
     read_slices(storage, choice.name, slices, found, pace=LOCAL_PACE if storage.is_local else STORE_PACE)
     result = contents.values()
     if include and not result:
@@ -83,16 +83,16 @@ def _read(
 class _Contents:
     """The wanted part of a checkpoint, by what it belongs to, and memory to read its tensors into."""
 
-    def __init__(self, saved: Saved, wanted: Wanted) -> None:
+    def __init__(self, saved: Saved, filter: Filter) -> None:
         self._saved = saved
         manifest = saved.manifest
         local = saved.own if saved.same_world else {}
         documents = {**local, **{key: saved.json(key) for key in manifest.objects}}
-        self._fields = _fields(saved, documents, wanted)
+        self._fields = _fields(saved, documents, filter)
         self._documents = {
             key: document
             for key, document in documents.items()
-            if wanted.takes_key(key) or (key in self._fields and is_optimizer(document))
+            if filter.takes_key(key) or (key in self._fields and is_optimizer(document))
         }
         for document in self._documents.values():
             saved.will_read(document, {})
@@ -119,7 +119,7 @@ class _Contents:
         return value
 
 
-def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[str, dict[str, str]]:
+def _fields(saved: Saved, documents: Mapping[str, Any], filter: Filter) -> dict[str, dict[str, str]]:
     """By state key, the tensors that no document refers to: modules' and optimizers', under all names.
 
     Of what ranks have of their own (buffers, what is declared per rank), this rank's.
@@ -131,7 +131,7 @@ def _fields(saved: Saved, documents: Mapping[str, Any], wanted: Wanted) -> dict[
     for stored in sorted((*manifest.tensors, *manifest.aliases), key=lambda name: name.startswith(own)):
         name = stored.removeprefix(own)
         key, _, rest = name.partition(".")
-        if rest and key != PER_RANK_PREFIX and stored not in inside and wanted.takes_value(key, name):
+        if rest and key != PER_RANK_PREFIX and stored not in inside and filter.takes_value(key, name):
             found.setdefault(key, {})[rest] = manifest.aliases.get(stored, stored)
     found.pop(RNG_KEY, None)
     return found

@@ -20,7 +20,7 @@ from engine.format.index import ShardFile
 from engine.native import kernels
 from engine.native.kernels import Place
 from engine.restore.load_plan import Slice
-from engine.restore.pieces import Piece, Window, straight
+from engine.restore.pieces import Piece, Window, direct_pieces
 from engine.state.tensor_format import bytes_of
 from engine.storage.base import Reader, Storage
 
@@ -49,14 +49,14 @@ class WindowLoader:
         Raises: DamagedError naming file, block, expected and found digest; StorageError.
         """
         raw = buffer[: window.end - window.begin]
-        chosen = straight(window.pieces, lambda piece: self.addresses[piece.slice] != 0)
+        chosen = direct_pieces(window.pieces, lambda piece: self.addresses[piece.slice] != 0)
         with self.turns:
-            at_hand = bool(chosen) and self._read_at_hand(name, window, chosen, raw)
-            if not at_hand:
+            cached = bool(chosen) and self._read_cached(name, window, chosen, raw)
+            if not cached:
                 self.waited.set()
                 self.readers[name].read_into(window.begin, _bytes_of(raw))
-        if not at_hand:
-            chosen = self._copy_straight(name, window, chosen, raw)
+        if not cached:
+            chosen = self._copy_direct(name, window, chosen, raw)
         if len(chosen) == len(window.pieces):
             return
         placed = {id(piece) for piece in chosen}
@@ -64,7 +64,7 @@ class WindowLoader:
             if id(piece) not in placed:
                 self._copy_out(piece, window, raw)
 
-    def _read_at_hand(self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
+    def _read_cached(self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
         """Whether the whole window was in the page cache: `chosen` are in place then, the rest in `raw`."""
         places = self._places(window, chosen, raw.data_ptr())
         block_bytes = self.files[name].block_bytes
@@ -74,9 +74,7 @@ class WindowLoader:
         self._verify(name, window, found)
         return True
 
-    def _copy_straight(
-        self, name: str, window: Window, chosen: list[Piece], raw: torch.Tensor
-    ) -> list[Piece]:
+    def _copy_direct(self, name: str, window: Window, chosen: list[Piece], raw: torch.Tensor) -> list[Piece]:
         """Verify what was read. Returns what was copied in the same pass: `chosen`, if the loops in C can."""
         block_bytes = self.files[name].block_bytes
         if kernels.library is None or not chosen:

@@ -27,7 +27,7 @@ from engine.loaders import make_iterator
 from engine.state import rng, values
 from engine.state.captured import PER_RANK_PREFIX, RNG_KEY, Captured, OwnNames, per_rank_name
 from engine.state.entry_kinds import generator_kind, kind_of, saved_value
-from engine.state.modules import ModuleCapture, take_ties_out
+from engine.state.modules import ModuleCapture, remove_ties
 from engine.state.optimizer_attributes import changed_numbers, check_attributes, numbers_of
 from engine.state.optimizer_kinds import check_optimizers_stand_alone, refuse_overlapped, unwrapped
 from engine.state.optimizers import OptimizerCapture
@@ -232,7 +232,7 @@ class StateCapture:
             tensors.update(module.tensors)
         for optimizer in self._optimizers.values():
             tensors.update(optimizer.tensors)
-        aliases = take_ties_out(self._modules.values(), tensors)
+        aliases = remove_ties(self._modules.values(), tensors)
         return tensors, aliases
 
     def kinds(self, keys: Iterable[str]) -> dict[str, Literal["module", "optimizer", "value"]]:

@@ -23,7 +23,7 @@ def metric_values(tree: Sequence[NamedModule]) -> dict[str, Any]:
     if not metrics:
         return {}
     found: dict[str, Any] = {
-        named.spelled + name: _detached(value)
+        named.prefix + name: _detached(value)
         for named in metrics
         for name, value in named.module.metric_state.items()
     }

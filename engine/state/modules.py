@@ -53,7 +53,7 @@ class ModuleCapture:
         self.key = key
         self.module = module
         self.state = read_state_dict(key, module)
-        self.value_names = self.state.spelled.keys() - self.state.standing.keys()
+        self.value_names = self.state.key_of.keys() - self.state.live_key_of.keys()
         buffers_now = buffer_names(module)
         self._absent = [name for name, is_there in buffers_now.items() if not is_there]
         self._late = [name for name in buffers_now if first_buffers is not None and name not in first_buffers]
@@ -88,7 +88,7 @@ class ModuleCapture:
         written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is
         asked anew.
         """
-        if self._scripted or (self._asks_each_time and not self._still_hands_out()):
+        if self._scripted or (self._asks_each_time and not self._state_dict_unchanged()):
             return False
         if [*map(len, self._holders)] != self._sizes:
             return False
@@ -96,11 +96,11 @@ class ModuleCapture:
             return False
         if any(geometry(tensor) != seen for tensor, seen in self._boxes):
             return False
-        return in_place(self._slots, may_be_unsharded=True)
+        return same_tensors(self._slots, may_be_unsharded=True)
 
-    def _still_hands_out(self) -> bool:
+    def _state_dict_unchanged(self) -> bool:
         before, self.state = self.state, read_state_dict(self.key, self.module)
-        self.value_names = self.state.spelled.keys() - self.state.standing.keys()
+        self.value_names = self.state.key_of.keys() - self.state.live_key_of.keys()
         now = self.state.tensors
         return before.tensors.keys() == now.keys() and all(now[n] is t for n, t in before.tensors.items())
 
@@ -141,7 +141,7 @@ def _encoded(value: Any, path: str) -> Any:
     return document
 
 
-def take_ties_out(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def remove_ties(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Keep each tied parameter under its first name only. Returns the other names, alias -> name.
 
     By identity of the parameter: by address would miss ties on a rank whose local shard is empty.
@@ -164,7 +164,7 @@ def pointer_of(tensor: torch.Tensor | None) -> int:
     return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
 
 
-def in_place(slots: Iterable[Slot], *, may_be_unsharded: bool = False) -> bool:
+def same_tensors(slots: Iterable[Slot], *, may_be_unsharded: bool = False) -> bool:
     """Whether the same tensors stand in the same places, in the same memory.
 
     may_be_unsharded: a plain tensor may stand for a DTensor.

@@ -77,7 +77,7 @@ def _dense(tensor: torch.Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def made(
+def allocate(
     dtype: torch.dtype,
     shape: Sequence[int],
     field: str,

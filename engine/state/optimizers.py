@@ -15,7 +15,7 @@ from engine.state import values
 from engine.state.captured import Captured
 from engine.state.composites import is_composite
 from engine.state.local_boxes import detached
-from engine.state.modules import ModuleCapture, Slot, in_place, pointer_of
+from engine.state.modules import ModuleCapture, Slot, pointer_of, same_tensors
 from engine.state.optimizer_document import OptimizerDocument
 from engine.state.optimizer_kinds import (
     class_name,
@@ -26,7 +26,7 @@ from engine.state.optimizer_kinds import (
     state_of,
 )
 from engine.state.optimizer_state_dicts import beyond_base, with_names
-from engine.state.parameter_names import ParameterNames, stranger
+from engine.state.parameter_names import ParameterNames, unknown_parameter
 
 
 class OptimizerCapture:
@@ -77,7 +77,7 @@ class OptimizerCapture:
             if self.owner:  # a loose tensor or another module may have it, too
                 full = sorted(full, key=lambda name: not name.startswith(f"{self.owner}."))
             if not full:
-                raise stranger(self.key, self.optimizer, parameter)
+                raise unknown_parameter(self.key, self.optimizer, parameter)
             found[parameter] = full[0].removeprefix(f"{self.owner}.") if self.owner else full[0]
             self.full_names[found[parameter]] = full
         return found
@@ -98,7 +98,7 @@ class OptimizerCapture:
                 continue
             name = self._names.get(parameter)
             if name is None:
-                raise stranger(self.key, self.optimizer, parameter)
+                raise unknown_parameter(self.key, self.optimizer, parameter)
             if not _is_plain(entry):
                 self._whole[name] = parameter
                 continue
@@ -148,7 +148,7 @@ class OptimizerCapture:
             return False
         if any(p not in state or _is_plain(state[p]) for p in self._whole.values()):
             return False
-        return in_place(self._entries) and all(inner.unchanged() for inner in self.inner.values())
+        return same_tensors(self._entries) and all(inner.unchanged() for inner in self.inner.values())
 
     def guarded(self, modules: Mapping[str, ModuleCapture]) -> list[str]:
         """The names of everything that only this optimizer's step changes."""
@@ -175,14 +175,14 @@ class OptimizerCapture:
 
     def _document(self, tensors: dict[str, torch.Tensor]) -> OptimizerDocument:
         inner = {name: one._document(tensors).to_json() for name, one in self.inner.items()}
-        told = self._told() if self.saves_itself else None
+        state_dict = self._state_dict() if self.saves_itself else None
         state = state_of(self.optimizer)
         own, whole = None, False
-        if told is not None:
-            beyond, whole = beyond_base(self.optimizer, told)
+        if state_dict is not None:
+            beyond, whole = beyond_base(self.optimizer, state_dict)
             own = self._own(beyond, tensors) if beyond else None
         groups = []
-        hyperparameters = zip(self.hyperparameters(told), self.group_names(), strict=True)
+        hyperparameters = zip(self.hyperparameters(state_dict), self.group_names(), strict=True)
         for number, (group, names) in enumerate(hyperparameters):
             encoded = values.encode(group, f"{self.key}.param_groups.{number}", tensors)
             groups.append({**encoded, "params": names})
@@ -211,7 +211,7 @@ class OptimizerCapture:
             own_whole=whole,
         )
 
-    def _told(self) -> dict[str, Any]:
+    def _state_dict(self) -> dict[str, Any]:
         try:
             return self.optimizer.state_dict()
         except Exception as error:
@@ -220,13 +220,13 @@ class OptimizerCapture:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def hyperparameters(self, told: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    def hyperparameters(self, state_dict: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """The groups without parameters, and without what a state_dict of its own (`told`) leaves out."""
-        if told is None and self.saves_itself:
-            told = self._told()
+        if state_dict is None and self.saves_itself:
+            state_dict = self._state_dict()
         groups = self.optimizer.param_groups
         found = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        saved = told.get("param_groups") if told is not None else None
+        saved = state_dict.get("param_groups") if state_dict is not None else None
         if isinstance(saved, list) and len(saved) == len(found):
             found = [
                 {name: value for name, value in group.items() if name in kept}

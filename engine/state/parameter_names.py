@@ -74,7 +74,7 @@ def loose_tensors(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from loose_tensors(f"{path}.{number}", inner)
 
 
-def stranger(key: str, optimizer: Optimizer, parameter: torch.Tensor) -> UnsavableValueError:
+def unknown_parameter(key: str, optimizer: Optimizer, parameter: torch.Tensor) -> UnsavableValueError:
     """The error for a parameter that is nowhere in the state."""
     for number, group in enumerate(optimizer.param_groups):
         for position, candidate in enumerate(group["params"]):

@@ -42,25 +42,25 @@ class StateDict:
     """A module's state: live tensors by name, and what else its state_dict() holds.
 
     tensors: canonical name -> parameter or persistent buffer. Tied ones stand under each of their names.
-    standing: canonical name -> key of state_dict(), for the keys whose value a live tensor accounts for.
+    live_key_of: canonical name -> key of state_dict(), for the keys whose value a live tensor accounts for.
     values: canonical name -> value, for all other keys.
-    spelled: canonical name -> key of state_dict(), of every key.
+    key_of: canonical name -> key of state_dict(), of every key.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    standing: dict[str, str] = field(default_factory=dict)
+    live_key_of: dict[str, str] = field(default_factory=dict)
     values: dict[Any, Any] = field(default_factory=dict)
-    spelled: dict[Any, Any] = field(default_factory=dict)
+    key_of: dict[Any, Any] = field(default_factory=dict)
 
 
-def asked(root: nn.Module) -> nn.Module:
+def module_to_ask(root: nn.Module) -> nn.Module:
     """The module whose state_dict() and load_state_dict() are the state's: the one inside of wrappers.
 
     An override of it may take no arguments, as a wrapper's state_dict() would hand on; its load_state_dict()
     no wrapper would call. A wrapper with code of its own is asked itself.
     """
     inside = wrapped_by(root)
-    return root if inside is None or _takes_part(root) or loads_by_itself(root) else asked(inside)
+    return root if inside is None or _takes_part(root) or has_own_loading(root) else module_to_ask(inside)
 
 
 def read_state_dict(key: str, root: nn.Module) -> StateDict:
@@ -71,7 +71,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
     Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out, or a tensor is
         of a kind that a checkpoint cannot hold.
     """
-    root = asked(root)
+    root = module_to_ask(root)
     with torch.no_grad():
         try:
             handed_out: Any = root.state_dict()
@@ -98,7 +98,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
         unclear: dict[str, Any] = {}
         for spelled, value in handed_out.items():
             name = _canonical(spelled, prefixes) if isinstance(spelled, str) else spelled
-            found.spelled[name] = spelled
+            found.key_of[name] = spelled
             stands = None
             # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
             if isinstance(value, torch.Tensor) and not is_extra_state(name):
@@ -111,13 +111,13 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
             else:
                 covered.add(id(stands))
                 found.tensors[name] = stands
-                found.standing[name] = spelled
+                found.live_key_of[name] = spelled
         for name, tensor in live.items():
             if id(tensor) not in covered:
                 _keep_left_out(key, name, tensor, found)
         for name, value in unclear.items():
             if name in found.tensors and _is_copy(value, found.tensors[name]):
-                found.standing[name] = found.spelled[name]
+                found.live_key_of[name] = found.key_of[name]
             else:
                 found.values[name] = value
     return found
@@ -170,7 +170,7 @@ def overrides_loading(module: nn.Module) -> bool:
     return not _is_torchs(_function(module, "load_state_dict"))
 
 
-def loads_by_itself(module: nn.Module) -> bool:
+def has_own_loading(module: nn.Module) -> bool:
     """Whether code that is not torch's takes part when this very module, not its children, is loaded."""
     if overrides_loading(module) or not _is_torchs(_function(module, "_load_from_state_dict")):
         return True
@@ -304,7 +304,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def _prefixes(tree: Iterable[NamedModule]) -> dict[str, str]:
     """The spelled name of each module in state_dict() -> its canonical one, where they differ."""
-    return {named.spelled: named.name for named in tree}
+    return {named.prefix: named.name for named in tree}
 
 
 def _canonical(spelled: str, prefixes: Mapping[str, str]) -> str:

@@ -21,12 +21,12 @@ from engine.errors import UnsavableValueError
 class NamedModule:
     """A module below a root, as often as it occurs there.
 
-    name: its canonical name: without the wrappers above it, "" for the root. spelled: the name that the
+    name: its canonical name: without the wrappers above it, "" for the root. prefix: the name that the
     root's state_dict() gives it. Both end with a dot unless empty.
     """
 
     name: str
-    spelled: str
+    prefix: str
     module: nn.Module
 
 
@@ -93,11 +93,11 @@ def _wrappers() -> list[tuple[type, dict[str, str]]]:
 def _walk(
     module: nn.Module,
     name: str,
-    spelled: str,
+    prefix: str,
     wrappers: list[tuple[type, dict[str, str]]],
     above: set[int],
 ) -> Iterator[NamedModule]:
-    yield NamedModule(name, spelled, module)
+    yield NamedModule(name, prefix, module)
     inside: dict[str, str] = next((found for kind, found in wrappers if isinstance(module, kind)), {})
     above = above | {id(module)}
     for attribute, child in module._modules.items():
@@ -108,7 +108,7 @@ def _walk(
         yield from _walk(
             child,
             name if wrapped else name + part,
-            spelled + (inside[attribute] if wrapped else part),
+            prefix + (inside[attribute] if wrapped else part),
             wrappers,
             above,
         )

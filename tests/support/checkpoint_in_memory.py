@@ -11,7 +11,7 @@ import torch
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.restore.destination import Destination
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.state.capture import StateCapture
 from engine.state.tensor_format import from_torch
 
@@ -47,7 +47,7 @@ def saved_of(state: Mapping[str, Any]) -> InMemory:
     return InMemory(manifest, [_through_json(captured.local)], tensors)
 
 
-def destination(state: Mapping[str, Any], saved: InMemory, **wanted: Any) -> Destination:
+def destination(state: Mapping[str, Any], saved: InMemory, **filter: Any) -> Destination:
     """A state of one rank, made ready for what was saved."""
     return Destination(
         StateCapture(state, (), 0),
@@ -56,13 +56,13 @@ def destination(state: Mapping[str, Any], saved: InMemory, **wanted: Any) -> Des
         rank=0,
         world_size=1,
         seed=0,
-        wanted=Wanted(**wanted),
+        filter=Filter(**filter),
     )
 
 
-def restored(saved: InMemory, state: dict[str, Any], **wanted: Any) -> dict[str, Any]:
+def restored(saved: InMemory, state: dict[str, Any], **filter: Any) -> dict[str, Any]:
     """Restore into a state, which is returned."""
-    found = destination(state, saved, **wanted)
+    found = destination(state, saved, **filter)
     found.check("the checkpoint")
     with torch.no_grad():
         for name, tensor in found.tensors.items():

@@ -299,10 +299,10 @@ def test_where_a_state_tensor_lies_comes_back(
     field: str, value: torch.Tensor, flags: dict[str, Any], layout: dict[str, str]
 ) -> None:
     assert layouts.describe(field, value, META, flags) == layout
-    found = layouts.made(torch.float32, tuple(value.shape), field, META, flags, layout)
+    found = layouts.allocate(torch.float32, tuple(value.shape), field, META, flags, layout)
     assert (found.device, found.shape, found.dtype) == (value.device, value.shape, value.dtype)
 
 
 def test_a_live_optimizer_that_counts_on_the_device_gets_its_counts_there() -> None:
-    found = layouts.made(torch.float32, (), "step", META, {"capturable": True}, {"device": "cpu"})
+    found = layouts.allocate(torch.float32, (), "step", META, {"capturable": True}, {"device": "cpu"})
     assert found.device.type == "meta"

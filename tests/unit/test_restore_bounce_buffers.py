@@ -13,7 +13,7 @@ from torch import nn
 from engine import Checkpointer
 from engine.errors import RestoreFailedError, UnsavableValueError
 from engine.native import kernels
-from engine.restore.bounce_buffers import Staging, may_overlap, neighbours
+from engine.restore.bounce_buffers import BounceBuffers, may_overlap, neighbours
 from tests.support.training import same_bits
 
 Make = Callable[[float], torch.Tensor]
@@ -160,7 +160,7 @@ def test_neighbours_are_seen_behind_a_long_one() -> None:
 
 def test_ordinary_tensors_are_read_into_as_they_are() -> None:
     tensors = {"a": torch.zeros(3), "b": nn.Parameter(torch.zeros(2, 2).t()), "c": torch.zeros(0)}
-    assert all(Staging(tensors).tensors[name] is tensor for name, tensor in tensors.items())
+    assert all(BounceBuffers(tensors).tensors[name] is tensor for name, tensor in tensors.items())
 
 
 def nested() -> torch.Tensor:

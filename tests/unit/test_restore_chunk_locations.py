@@ -14,11 +14,11 @@ from engine.format.manifest import Manifest
 from engine.restore import chunk_locations
 from engine.restore.chunk_locations import (
     Indexes,
-    Locals,
-    chunk_places,
-    describe_chunks,
-    places_of,
-    read_description,
+    LocalValues,
+    describe_locations,
+    locate_chunks,
+    locations_of,
+    parse_locations,
 )
 from engine.storage.local import LocalStorage
 from tests.support.tiny_checkpoint import write_checkpoint
@@ -60,7 +60,7 @@ def test_each_index_is_read_once_and_only_when_it_is_needed(three: tuple[Countin
 
 def test_values_of_a_rank_bring_its_index_alone(three: tuple[Counting, Manifest]) -> None:
     storage, manifest = three
-    values: Sequence[object] = Locals(Indexes(storage, manifest, manifest.id), 3)
+    values: Sequence[object] = LocalValues(Indexes(storage, manifest, manifest.id), 3)
     assert len(values) == 3
     assert values[1] == {}
     assert numbers(storage) == [1]
@@ -74,11 +74,11 @@ def test_values_of_a_rank_bring_its_index_alone(three: tuple[Counting, Manifest]
 def test_what_rank_0_tells_is_what_it_has_read(three: tuple[Counting, Manifest]) -> None:
     storage, manifest = three
     indexes = Indexes(storage, manifest, manifest.id).every()
-    document = describe_chunks(manifest, indexes)
+    document = describe_locations(manifest, indexes)
     assert document is not None
-    told = read_description(manifest, document)
-    assert told == places_of(indexes)
-    for name, found in chunk_places(manifest, indexes).items():
+    told = parse_locations(manifest, document)
+    assert told == locations_of(indexes)
+    for name, found in locate_chunks(manifest, indexes).items():
         assert [(place.file, place.placed) for place in told[name]] == [(s.file, p) for s, p in found]
 
 
@@ -86,7 +86,7 @@ def test_damage_is_found_before_anything_is_told(three: tuple[Counting, Manifest
     storage, manifest = three
     indexes = Indexes(storage, manifest, manifest.id).every()
     with pytest.raises(DamagedError, match="hole"):
-        describe_chunks(manifest, indexes[:2])
+        describe_locations(manifest, indexes[:2])
 
 
 def test_a_missing_index_is_not_found(three: tuple[Counting, Manifest]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from engine.errors import DamagedError, StateError, StateMismatchError
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.restore.destination import Destination
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.state import values
 from engine.state.capture import StateCapture
 from engine.state.tensor_format import from_torch
@@ -56,7 +56,7 @@ def destination(
     per_rank: tuple[str, ...] = (),
     rank: int = 0,
     world_size: int = 1,
-    **wanted: Any,
+    **filter: Any,
 ) -> Destination:
     return Destination(
         StateCapture(state, per_rank, rank),
@@ -64,7 +64,7 @@ def destination(
         rank=rank,
         world_size=world_size,
         seed=0,
-        wanted=Wanted(**wanted),
+        filter=Filter(**filter),
     )
 
 
@@ -168,7 +168,7 @@ def test_values_are_handed_over_at_the_end_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "names"),
+    ("filter", "names"),
     [
         ({}, {"model", "optimizer", "values", "per_rank"}),
         ({"model_only": True}, {"model"}),
@@ -177,13 +177,13 @@ def test_values_are_handed_over_at_the_end_only() -> None:
         ({"include": ("values",)}, {"values"}),
     ],
 )
-def test_what_is_not_wanted_is_not_read(wanted: State, names: set[str]) -> None:
+def test_what_is_not_wanted_is_not_read(filter: State, names: set[str]) -> None:
     def make() -> State:
         return {**trained(nn.Linear(3, 2)), "values": {"t": torch.zeros(2)}}
 
     state = make()
     before = photograph(state)
-    found = destination(state, manifest_of(make()), **wanted)
+    found = destination(state, manifest_of(make()), **filter)
     found.check("it")
     assert {name.partition(".")[0] for name in found.tensors} == names
     fill(found, 9.0)

@@ -14,41 +14,41 @@ from torch import nn
 
 from engine import Checkpointer
 from engine.errors import StateMismatchError
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 
 
 @pytest.mark.parametrize(
-    ("wanted", "name", "takes"),
+    ("filter", "name", "takes"),
     [
-        (Wanted(), "model.a", True),
-        (Wanted(include=("model.a*",)), "model.ab", True),
-        (Wanted(include=("model.a*",)), "model.b", False),
-        (Wanted(exclude=("*.b",)), "model.b", False),
-        (Wanted(include=("model.*",), exclude=("*.b",)), "model.b", False),
-        (Wanted(include=("model.*",), exclude=("*.b",)), "model.c", True),
-        (Wanted(include=("model",)), "model.c", True),
-        (Wanted(include=("mod*",)), "model.c", True),
-        (Wanted(exclude=("model",)), "model.c", False),
-        (Wanted(include=("loader",)), "model.c", False),
+        (Filter(), "model.a", True),
+        (Filter(include=("model.a*",)), "model.ab", True),
+        (Filter(include=("model.a*",)), "model.b", False),
+        (Filter(exclude=("*.b",)), "model.b", False),
+        (Filter(include=("model.*",), exclude=("*.b",)), "model.b", False),
+        (Filter(include=("model.*",), exclude=("*.b",)), "model.c", True),
+        (Filter(include=("model",)), "model.c", True),
+        (Filter(include=("mod*",)), "model.c", True),
+        (Filter(exclude=("model",)), "model.c", False),
+        (Filter(include=("loader",)), "model.c", False),
     ],
 )
-def test_names(wanted: Wanted, name: str, takes: bool) -> None:
-    assert wanted.takes(name) is takes
+def test_names(filter: Filter, name: str, takes: bool) -> None:
+    assert filter.takes(name) is takes
 
 
 @pytest.mark.parametrize(
-    ("wanted", "takes"),
+    ("filter", "takes"),
     [
-        (Wanted(), True),
-        (Wanted(include=("model.*",)), False),
-        (Wanted(include=("optimizer.*",)), True),
-        (Wanted(include=("optimizer",)), True),
-        (Wanted(include=("optimizer.state.a.*",)), False),
-        (Wanted(exclude=("optimizer*",)), False),
+        (Filter(), True),
+        (Filter(include=("model.*",)), False),
+        (Filter(include=("optimizer.*",)), True),
+        (Filter(include=("optimizer",)), True),
+        (Filter(include=("optimizer.state.a.*",)), False),
+        (Filter(exclude=("optimizer*",)), False),
     ],
 )
-def test_keys(wanted: Wanted, takes: bool) -> None:
-    assert wanted.takes_key("optimizer") is takes
+def test_keys(filter: Filter, takes: bool) -> None:
+    assert filter.takes_key("optimizer") is takes
 
 
 class Net(nn.Module):
@@ -184,19 +184,19 @@ def test_a_shrunk_tensor_is_not_filled(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "unknown"),
+    ("filter", "unknown"),
     [
-        (Wanted(include=("modle.*",)), ["modle.*"]),
-        (Wanted(include=("model.bodi.*",)), ["model.bodi.*"]),
-        (Wanted(include=("*.bias", "loader", "optimizer.param_groups.lr")), []),
-        (Wanted(exclude=("optimizer.param_groups.lr", "rng", "model.body.bias")), []),
-        (Wanted(exclude=("modle",)), ["modle"]),
+        (Filter(include=("modle.*",)), ["modle.*"]),
+        (Filter(include=("model.bodi.*",)), ["model.bodi.*"]),
+        (Filter(include=("*.bias", "loader", "optimizer.param_groups.lr")), []),
+        (Filter(exclude=("optimizer.param_groups.lr", "rng", "model.body.bias")), []),
+        (Filter(exclude=("modle",)), ["modle"]),
     ],
 )
-def test_patterns_that_mean_nothing(wanted: Wanted, unknown: list[str]) -> None:
+def test_patterns_that_mean_nothing(filter: Filter, unknown: list[str]) -> None:
     names = ["model.body.weight", "model.body.bias"]
     keys = {"model", "optimizer", "loader", "rng"}
-    assert wanted.unknown(names, keys, excluded=bool(wanted.exclude)) == unknown
+    assert filter.unknown(names, keys, excluded=bool(filter.exclude)) == unknown
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from engine.ranks.calls import Calls
 from engine.ranks.coordination import Channel
 from engine.restore import chunk_locations
 from engine.restore.chunk_locations import MOST_BYTES
-from engine.restore.filters import Wanted
+from engine.restore.filters import Filter
 from engine.restore.restorer import Restorer
 from engine.state.capture import StateCapture
 from engine.storage.local import LocalStorage
@@ -56,7 +56,7 @@ def test_an_index_that_one_rank_cannot_read_stops_all(
         restorer = Restorer(
             storage, capture, Calls(channel, 10.0, 10.0), 0, 10.0, None, lambda event: None, True
         )
-        return restorer.restore("latest", Wanted())
+        return restorer.restore("latest", Filter())
 
     results = on_ranks(3, work)
     assert [type(result) for result in results] == [StorageUnavailableError] * 3

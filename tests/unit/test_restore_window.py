@@ -16,7 +16,7 @@ from engine.native import kernels
 from engine.native.kernels import Place
 from engine.restore import read, window
 from engine.restore.load_plan import Slice
-from engine.restore.pieces import WINDOW_BYTES, Piece, straight
+from engine.restore.pieces import WINDOW_BYTES, Piece, direct_pieces
 from engine.storage import aligned_memory
 from engine.storage.base import Reader
 from engine.storage.local import LocalStorage
@@ -141,9 +141,9 @@ def piece(begin: int, end: int, *, flat: bool = True) -> Piece:
 
 def test_what_is_read_straight() -> None:
     long, short, rows = piece(0, 40_000), piece(40_000, 40_004), piece(100_000, 200_000, flat=False)
-    assert straight([long, short, rows], lambda _: True) == [long, short]
-    assert straight([long, short, rows], lambda piece: piece is short) == [short]
-    assert straight([long, piece(39_999, 99_999)], lambda _: True) == [], "they overlap"
+    assert direct_pieces([long, short, rows], lambda _: True) == [long, short]
+    assert direct_pieces([long, short, rows], lambda piece: piece is short) == [short]
+    assert direct_pieces([long, piece(39_999, 99_999)], lambda _: True) == [], "they overlap"
 
 
 @pytest.mark.parametrize("compiled", [True, False])

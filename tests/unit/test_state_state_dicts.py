@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.errors import UnsavableValueError
 from engine.state.capture import StateCapture
-from engine.state.state_dicts import has_own_state_dict, loads_by_itself
+from engine.state.state_dicts import has_own_loading, has_own_state_dict
 
 Hook = Callable[[nn.Module, dict[str, Any], str, Any], Any]
 
@@ -228,17 +228,17 @@ def test_torchs_own_modules_are_not_asked_again() -> None:
         nn.BatchNorm1d(2),
     ):
         assert not has_own_state_dict(model)
-        assert not loads_by_itself(model)
+        assert not has_own_loading(model)
 
 
 def test_code_that_is_not_torchs_is_told() -> None:
     assert has_own_state_dict(nn.Sequential(Saving(1, 1)))
     assert not has_own_state_dict(Loading(1, 1))
-    assert loads_by_itself(Loading(1, 1))
+    assert has_own_loading(Loading(1, 1))
     for hook in (lambda *_: None, functools.partial(print, end="")):
         model = nn.Linear(1, 1)
         model.register_load_state_dict_pre_hook(hook)
-        assert loads_by_itself(model)
+        assert has_own_loading(model)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_wrappers_are_the_classes_with_the_attributes_that_are_looked_for() -> N
         activations.checkpoint_wrapper(network),
     ):
         assert wrappers.wrapped_by(wrapped) is network
-        assert read_state_dict("it", wrapped).standing == {"weight": "weight", "bias": "bias"}
+        assert read_state_dict("it", wrapped).live_key_of == {"weight": "weight", "bias": "bias"}
 
 
 def test_hooks_of_state_dicts_are_where_they_are_looked_for() -> None:
