@@ -1,7 +1,7 @@
 """Holdfast: asynchronous, sharded, verifiable checkpoints for PyTorch training.
 
-Importing this package is cheap: names are loaded when they are first used, so that programs which only list
-or verify checkpoints never import torch.
+Importing this package is cheap: each name is loaded at its first use, so programs that only list or verify
+checkpoints never import torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 if sys.platform != "linux":
     raise UnsupportedPlatformError(
-        f"Holdfast runs on Linux only, this is {sys.platform}: it relies on O_DIRECT, /proc and Linux's mmap"
+        f"Holdfast runs on Linux only, and this is {sys.platform}: it needs O_DIRECT, /proc and Linux's mmap"
     )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The one object that a training loop sees."""
+"""The Checkpointer: the one object that a training loop uses."""
 
 from __future__ import annotations
 
@@ -68,46 +68,45 @@ MIRROR_AT_EXIT_SECS = 30.0
 class Checkpointer:
     """Saves and restores training state: asynchronous, sharded, verified.
 
-    Every rank makes one at the same point, after the process group, with the same arguments. It takes the
-    directory's lease: one run at a time writes to it.
+    Every rank makes one at the same point, after the process group, with the same arguments. It acquires the
+    directory's lease, so that only one run at a time writes there.
 
     Args:
         directory: a path, or an fsspec URI such as "s3://bucket/run".
         state: name -> module, optimizer, object with `state_dict` and `load_state_dict`, tensor, dict or
             list. Optimizers need their module beside them. Random number generators are added automatically.
-        per_rank: names whose values belong to a rank; all others must be equal on all ranks.
-        rank0: names whose values rank 0 alone decides, such as its log history or best loss: they are saved
-            from it, not compared, and a restore gives them to every rank.
+        per_rank: names whose values differ between ranks; all others must be equal on all ranks.
+        rank0: names whose values are rank 0's alone, such as its log history or best loss: they are saved
+            from rank 0, not compared, and restored on every rank.
         retention: which checkpoints to keep; the others are deleted after each commit. The default keeps the
-            newest 10, the one with the lowest "val_loss", and all that closed an epoch. None keeps all.
+            newest 10, the one with the lowest "val_loss", and all that end an epoch. None keeps all.
         config: the run's configuration, a dict, namespace or dataclass; the manifest carries it as JSON.
         seed: for the random streams of ranks after a restore at another world size.
-        busy: when the save before is still being written: "wait" for it, or "skip" this one.
+        busy: what `save` does while the previous save is still being written: "wait", or "skip" this one.
         timeout_secs: how long ranks wait for each other within one save or restore.
-        check_replicas: "sampled" compares what several ranks hold at every save: all of it at the first save
-            and the first after a restore, then small tensors and samples of large ones. "full": all of it
-            at every save. "off": nothing but JSON values.
+        check_replicas: "sampled" compares the values that several ranks hold: all of them at the first save
+            and the first after a restore, then small tensors and samples of large ones. "full" compares all
+            of them at every save. "off" compares JSON values only.
         check_snapshots: read every save back and fail it unless it equals, to the bit, the state at the call
-            of `save`. Slow; meant for finding code that changes weights while they are copied.
-        memory_budget_bytes: most host memory that this rank's snapshot may take.
+            of `save`. Slow; for finding code that changes weights while they are copied.
+        memory_budget_bytes: the most host memory that this rank's snapshot may take.
         overlap: "auto", or False to finish the snapshot's copy before `save` returns, on CUDA as well.
-        mirror: a second directory or URI for copies, in the background; restores take the newest of both.
-        mirror_freq: mirror interval and manual checkpoints at multiples of this step only, others always.
-        read_only: restore and list only; takes no lease.
-        on_failure: what happens after a save that storage or coordination failed. "warn": the failure is
+        mirror: a second directory or URI for copies, in the background; a restore takes the newest of both.
+        mirror_freq: mirror interval and manual checkpoints only at multiples of this step; others always.
+        read_only: only restore and list; acquires no lease.
+        on_failure: what happens after a save fails because of storage or coordination. "warn": the failure is
             logged and passed to `on_event`, the handle raises it, and the next save tries again. "raise": the
             next call raises it. A state that cannot be saved always raises.
         max_failures: with "warn", this many failures in a row raise, on all ranks alike.
         checks, failures: `Checks(...)` and `FailurePolicy(...)` in place of the keywords that they group;
             likewise mirror=MirrorOptions(...) and storage_options=StorageOptions(...).
-        process_group: the ranks that save and restore together, when these are not all: a
-            torch.distributed.ProcessGroup. Ranks are numbered as in the group. Two groups of one job have a
-            directory each.
+        process_group: the torch.distributed.ProcessGroup of the ranks that save and restore together, if not
+            all. Ranks are numbered as in the group. Each group of a job needs a directory of its own.
         on_event: called with one dict per event, possibly from a background thread.
     Raises: DirectoryHeldError when a live run writes to the directory; StorageError; ConfigError.
     """
 
-    _closed = True  # until it is made
+    _closed = True  # until __init__ is through
 
     def __init__(
         self,
@@ -157,7 +156,7 @@ class Checkpointer:
         self._config = plain_config(config)
         listener = guarded(on_event)
         ranks = connect_ranks(timeout_secs, process_group)
-        self._ranks = ranks  # at rank 0 it hosts the store
+        self._ranks = ranks  # on rank 0 it hosts the store
         self.rank, self.world_size = ranks.rank, ranks.world_size
         channel = ranks.channel()
         calls = Calls(channel, timeout_secs, most_secs(timeout_secs))
@@ -179,7 +178,7 @@ class Checkpointer:
         if not read_only:
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
             saver = make_saver(ranks, calls, capture, self._directory, options, self._outcomes)
-            try:  # last: what fails before it leaves no lease behind
+            try:  # last, so that an earlier failure leaves no lease behind
                 self._directory.take(channel, tier.freq if tier else 1, timeout_secs)
             except HoldfastError:
                 saver.copier.remove()
@@ -200,16 +199,16 @@ class Checkpointer:
     ) -> SaveHandle:
         """Snapshot the state of step `step` and write it in the background.
 
-        Returns once training may change the state again: after the copy into host memory at the latest; on
-        CUDA the copy itself overlaps with what follows. Every rank calls it at the same step.
+        Returns as soon as training may change the state again: after the copy into host memory, or earlier on
+        CUDA, where the copy overlaps with training. Every rank calls it at the same step.
         Raises: StateError for state that cannot be saved; MemoryBudgetError; RestoreFailedError while the
-            state is undefined; SaveFailedError when the save before failed, nobody was told, and
-            `on_failure` and `max_failures` do not let it pass: nothing is saved then.
+            state is undefined; SaveFailedError when an earlier save has failed, no call has raised that yet,
+            and `on_failure` and `max_failures` do not tolerate it: nothing is saved then.
         """
         saver = self._require_saver()
         if self._restorer.undefined:
             raise RestoreFailedError(
-                "the last restore broke off, so the state is undefined; restore successfully before saving"
+                "the last restore stopped halfway and left the state undefined: restore again before saving"
             )
         step, epoch, tokens = whole_numbers(step=step, epoch=epoch, tokens=tokens)
         reasons = check_save(step, epoch, tokens, reasons)
@@ -226,10 +225,10 @@ class Checkpointer:
         return saver.save(info)
 
     def prepare(self) -> None:
-        """Take the memory for snapshots now instead of in the first `save`. Optional.
+        """Allocate the memory for snapshots now instead of in the first `save`. Optional.
 
         Worth a call once the state has its final structure: after a restore, or after the first optimizer
-        step. Bringing the pages in takes up to seconds; it goes on in the background. Every rank calls it.
+        step. Faulting the pages in can take seconds and happens in the background. Every rank calls it.
         Raises: StateError; MemoryBudgetError; CoordinationError.
         """
         self._require_saver().prepare()
@@ -244,19 +243,19 @@ class Checkpointer:
         strict: bool = True,
         rename: Mapping[str, str] | None = None,
     ) -> CheckpointRecord | None:
-        """Restore a checkpoint in place, at whatever world size it was saved. Every rank calls it.
+        """Restore a checkpoint in place, whatever world size saved it. Every rank calls it.
 
         Args:
             selector: "latest", "backup", "best", "best:accuracy:max", "epoch:3", "step:250", an id, a
                 path or a URI.
-            model_only: restore the modules, leave everything else as it is.
-            include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys; what
-                is left out keeps its live value.
+            model_only: restore only the modules and leave everything else unchanged.
+            include, exclude: shell patterns for tensor names ("model.transformer.h.*") and state keys; what
+                they leave out keeps its live value.
             strict: False loads what matches into a changed architecture, fills the first rows of tensors
                 that have grown, and logs everything missing, unexpected and different in one message.
-            rename: saved name -> live name ({"model.encoder": "model.backbone"}, {"ema": "model"}), of
-                tensors, state keys, and all below them; the patterns are over live names.
-        Returns: its record; None when `latest` finds nothing at all.
+            rename: saved name -> live name ({"model.encoder": "model.backbone"}, {"ema": "model"}) of
+                tensors, state keys, and all names below them; patterns apply to live names.
+        Returns: the checkpoint's record, or None when "latest" finds no checkpoint at all.
         Raises: SelectorError; StateMismatchError, before anything was changed; DamagedError; StorageError;
             RestoreFailedError.
         """
@@ -268,56 +267,56 @@ class Checkpointer:
             self._saver.settle(Request(RESTORE, selector))
             self._saver.state_replaced()
         filter = Filter(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
-        with torch.inference_mode(False):  # no optimizer could change what was made in it
+        with torch.inference_mode(False):  # an optimizer cannot change tensors made in inference mode
             record = self._restorer.restore(selector, filter, self._directory.take_listing())
         if record is not None and filter.everything:
             self._directory.parent = record.id
         return record
 
     def read(self, selector: str = "latest", *, include: Sequence[str] = ()) -> dict[str, Any]:
-        """What a checkpoint holds, by state key, without any object to restore it into. Verified as ever.
+        """Read a checkpoint's values by state key, without live objects to restore into. Fully verified.
 
-        Rank-local: any rank may call it alone, and nothing live is touched. Modules come as tensors by name,
-        optimizers as {"state": {parameter: ...}, "param_groups": [...]}, other entries as the value that was
-        saved; of values saved per rank this rank gets its own, at the saved world size. Tensors are whole and
-        in host memory.
+        Rank-local: any rank may call it alone, and no live object changes. A module is returned as tensors by
+        name, an optimizer as {"state": {parameter: ...}, "param_groups": [...]}, any other entry as the saved
+        value. Per-rank values are this rank's own, and require the saved world size. Tensors are whole and in
+        host memory.
 
         Args:
             selector: as for `restore`.
-            include: shell patterns over tensor names and state keys, as for `restore`; () means everything.
-        Returns: {} when `latest` finds nothing at all.
+            include: shell patterns for tensor names and state keys, as for `restore`; () means everything.
+        Returns: {} when "latest" finds no checkpoint at all.
         Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
         """
         check_names(include=include)
         return self._restorer.read(apply_best_rule(check_selector(selector), self._best_rule), include)
 
     def poll(self) -> None:
-        """Raise what the next `save` would raise of an earlier one that failed. Cheap; call it every step.
+        """Raise the failure of an earlier save that the next `save` would raise. Cheap; call it every step.
 
-        Ranks may hear of the same failure some steps apart.
+        Ranks may see the same failure some steps apart.
         """
         failure = self._saver.flight.take_failure() if self._saver is not None else None
         if failure is not None:
             raise failure
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save in flight; raise its failure, or TimeoutError after `timeout` seconds."""
+        """Wait for the save in flight. Raises its failure, or TimeoutError after `timeout` seconds."""
         if self._saver is not None:
             self._saver.wait(timeout)
             self._raise_newest()
 
     @property
     def failed_saves(self) -> int:
-        """How many saves in a row have failed, up to the newest."""
+        """How many saves in a row have failed, up to and including the newest."""
         return self._outcomes.failed
 
     @property
     def last_committed(self) -> CheckpointRecord | None:
-        """The newest checkpoint of this Checkpointer."""
+        """The newest checkpoint that this Checkpointer has committed."""
         return self._outcomes.last_committed
 
     def list(self) -> list[Listed]:
-        """Everything in the directory, committed, partial and damaged. Rank-local: reads the storage."""
+        """List the directory: committed, partial and damaged checkpoints. Rank-local; reads the storage."""
         try:
             return list_checkpoints(self._storage)
         except NotFoundError:
@@ -325,7 +324,7 @@ class Checkpointer:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around weight changes outside `optimizer.step()`: makes them wait for a snapshot being copied."""
+        """Use around weight changes outside `optimizer.step()`: they wait for a snapshot's running copy."""
         if self._saver is not None:
             self._saver.copier.guard()
         yield
@@ -333,10 +332,10 @@ class Checkpointer:
     def close(self, mirror_patience: Patience = no_limit) -> None:
         """Finish the save in flight, release the directory, and raise if the newest save has failed.
 
-        A failure that `handle.result`, `wait`, `poll` or `save` has raised already is not raised again.
-        `mirror_patience` says how many seconds are left for the mirror to get what it is owed; None: all.
-        In a forked child it does nothing: save, mirror and directory are the parent's.
-        Raises: SaveFailedError; SaveStuckError for a save that hangs: the directory then stays this run's.
+        A failure that `handle.result`, `wait`, `poll` or `save` has already raised is not raised again.
+        `mirror_patience` returns how many seconds the mirror has left for its pending copies; None: no limit.
+        In a forked child this does nothing: save, mirror and directory belong to the parent.
+        Raises: SaveFailedError; SaveStuckError for a save that hangs: this run then keeps the directory.
         """
         if self._closed or self._home.left:
             return
@@ -361,7 +360,7 @@ class Checkpointer:
         self.close() if error is None else self._close_quietly(0.0)
 
     def __del__(self) -> None:
-        """The last reference is gone: release the directory. Unlike `close`, this raises nothing."""
+        """No reference is left: release the directory. Unlike `close`, this raises nothing."""
         if not self._closed and not self._home.left:
             close_behind(self._at_exit)
 
@@ -374,7 +373,7 @@ class Checkpointer:
         if self._home.left:
             raise ConfigError(
                 f"this Checkpointer belongs to process {self._home.pid}, and this is a forked child of it: "
-                "save and restore in the parent; a child may make a Checkpointer(..., read_only=True) to read"
+                "save and restore in the parent; to read in a child, make a Checkpointer(..., read_only=True)"
             )
 
     def _require_saver(self) -> Saver:
@@ -386,7 +385,7 @@ class Checkpointer:
         return self._saver
 
     def _at_exit(self) -> None:
-        """A Checkpointer that nobody closed: its save has finished by now, its failure is at least logged."""
+        """Close a Checkpointer that nobody closed: finish its save, and log its failure."""
         self._close_quietly(MIRROR_AT_EXIT_SECS)
 
     def _close_quietly(self, mirror_secs: float) -> None:

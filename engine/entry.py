@@ -1,7 +1,7 @@
-"""The way into a program: from its first import on, Ctrl+C ends it with one line.
+"""Starts a program so that Ctrl+C ends it with one line, even during its imports.
 
-Its modules take up to a second to import, and Python's own answer to Ctrl+C meanwhile is a traceback out of
-the import machinery. So a program's entry imports this module, which imports next to nothing.
+A program's modules take up to a second to import. Ctrl+C in that time would print a traceback out of the
+import machinery. So a program's entry imports this module, which imports next to nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import import_module
 
 
 def enter(module: str, *, first: Callable[[], None] = lambda: None) -> None:
-    """Call `first`, import `module` and call its `run()`, which ends the process when it does not return."""
+    """Call `first`, import `module` and call its `run()`, which may end the process."""
     try:
         first()
         import_module(module).run()

@@ -1,36 +1,35 @@
 """Every error that Holdfast raises on purpose, in one tree.
 
-Each class also derives from the builtin that fits, so that code which knows nothing of Holdfast still
-catches it as it would expect:
+Each class also derives from the builtin that fits, so code that knows nothing of Holdfast catches it too:
 
     HoldfastError (Exception)
     ├── ConfigError (ValueError)                 a flag or argument that cannot work
     │   └── UnsupportedPlatformError             not Linux
-    ├── StateError (ValueError)                  the training state cannot be saved or restored as it is
-    │   ├── UnsavableValueError (TypeError)      neither a tensor nor JSON, named by its key path
+    ├── StateError (ValueError)                  the training state cannot be saved or restored
+    │   ├── UnsavableValueError (TypeError)      a value is neither a tensor nor JSON; names its key path
     │   ├── ReplicaMismatchError (SaveFailedError)  a value that must be equal on all ranks differs
     │   ├── TornSnapshotError                    the state changed while its snapshot was taken
-    │   └── StateMismatchError                   checkpoint and destination do not fit; lists every tensor
-    ├── SelectorError (LookupError)              no checkpoint answers to this name; lists what there is
-    ├── DamagedError (ValueError)                bytes on disk are not what was written
-    │   ├── HostilePathError                     a stored path that would leave the checkpoint
+    │   └── StateMismatchError                   checkpoint and live state do not match; lists every tensor
+    ├── SelectorError (LookupError)              no checkpoint matches the selector; lists those there are
+    ├── DamagedError (ValueError)                stored bytes differ from those written
+    │   ├── HostilePathError                     a stored path leads out of the checkpoint
     │   └── NewerFormatError                     written by a newer Holdfast
-    ├── StorageError (OSError)                   the directory or store did not do as told
+    ├── StorageError (OSError)                   an operation on the directory or store failed
     │   ├── NotFoundError (FileNotFoundError)
     │   ├── AlreadyExistsError (FileExistsError)
     │   ├── StorageFullError
     │   ├── StorageDeniedError (PermissionError)
-    │   ├── NotOursError                     a link, a mount: not Holdfast's to change
-    │   └── StorageUnavailableError              may succeed when tried again
+    │   ├── NotOursError                         a symbolic link or mount that Holdfast must not change
+    │   └── StorageUnavailableError              no answer; a retry may succeed
     ├── DirectoryHeldError (RuntimeError)        another run writes to this directory
-    ├── LeaseLostError (RuntimeError)            another run took the directory over
-    ├── CoordinationError (RuntimeError)         ranks did not agree in time
-    │   ├── LateRanksError (TimeoutError)        names the ranks that are late
-    │   └── PeerFailedError                      another rank failed; carries its cause
-    ├── SaveFailedError (RuntimeError)           a save did not commit; carries its cause
-    │   └── SaveStuckError                       it hangs in a call that never returns
-    ├── RestoreFailedError (RuntimeError)        a restore broke off; the state is undefined
-    └── MemoryBudgetError (MemoryError)          the snapshot would not fit the budget
+    ├── LeaseLostError (RuntimeError)            another run took over the directory
+    ├── CoordinationError (RuntimeError)         the ranks could not coordinate
+    │   ├── LateRanksError (TimeoutError)        some ranks missed the deadline; names them
+    │   └── PeerFailedError                      another rank failed; says why
+    ├── SaveFailedError (RuntimeError)           a save did not commit; says why
+    │   └── SaveStuckError                       a save hangs in a call that never returns
+    ├── RestoreFailedError (RuntimeError)        a restore stopped halfway; the state is undefined
+    └── MemoryBudgetError (MemoryError)          the snapshot exceeds the memory budget
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from __future__ import annotations
 class HoldfastError(Exception):
     """Base of every error that Holdfast raises on purpose.
 
-    may_pass: whether a save that failed for it may succeed when it is tried again with the same state.
+    may_pass: whether a later save of the same state may succeed.
     """
 
     may_pass: bool = False
@@ -54,7 +53,7 @@ class UnsupportedPlatformError(ConfigError):
 
 
 class StateError(HoldfastError, ValueError):
-    """The training state cannot be saved or restored as it is."""
+    """The training state cannot be saved or restored."""
 
 
 class UnsavableValueError(StateError, TypeError):
@@ -62,25 +61,25 @@ class UnsavableValueError(StateError, TypeError):
 
 
 class TornSnapshotError(StateError):
-    """What was written is not the state of one moment; found on demand only (check_snapshots)."""
+    """The state changed while its snapshot was taken. Only `check_snapshots` finds this."""
 
 
 class StateMismatchError(StateError):
-    """Checkpoint and destination do not fit; the message lists every tensor that differs."""
+    """Checkpoint and live state do not match; the message lists every tensor that differs."""
 
 
 class SelectorError(HoldfastError, LookupError):
-    """No checkpoint answers to a selector; the message lists what there is."""
+    """No checkpoint matches a selector; the message lists the checkpoints there are."""
 
 
 class DamagedError(HoldfastError, ValueError):
-    """Bytes in storage are not the bytes that were written, or break the format."""
+    """Stored bytes differ from those written, or break the format."""
 
     may_pass = True
 
 
 class HostilePathError(DamagedError):
-    """A stored path would leave the checkpoint directory."""
+    """A stored path leads out of the checkpoint directory."""
 
 
 class NewerFormatError(DamagedError):
@@ -88,33 +87,33 @@ class NewerFormatError(DamagedError):
 
 
 class StorageError(HoldfastError, OSError):
-    """The directory or object store did not do as told."""
+    """An operation on the directory or object store failed."""
 
     may_pass = True
 
 
 class NotFoundError(StorageError, FileNotFoundError):
-    """The path does not exist, definitely."""
+    """The path does not exist. Never raised for an outage."""
 
 
 class AlreadyExistsError(StorageError, FileExistsError):
-    """An exclusive creation found the path taken."""
+    """A file that had to be new exists already."""
 
 
 class StorageFullError(StorageError):
-    """No space, or the quota is used up."""
+    """No space is left, or the quota is used up."""
 
 
 class StorageDeniedError(StorageError, PermissionError):
-    """No permission, a read-only file system, or wrong credentials."""
+    """Permission denied, read-only file system, or wrong credentials."""
 
 
 class NotOursError(StorageError):
-    """Holdfast was about to write or delete at a symbolic link or a mount, and left it alone."""
+    """Holdfast refused to write to or delete a symbolic link or a mount."""
 
 
 class StorageUnavailableError(StorageError):
-    """The storage did not answer; the same call may succeed later."""
+    """The storage did not answer; a retry may succeed."""
 
 
 class DirectoryHeldError(HoldfastError, RuntimeError):
@@ -122,17 +121,17 @@ class DirectoryHeldError(HoldfastError, RuntimeError):
 
 
 class LeaseLostError(HoldfastError, RuntimeError):
-    """Another run has taken this checkpoint directory over."""
+    """Another run has taken over this checkpoint directory."""
 
 
 class CoordinationError(HoldfastError, RuntimeError):
-    """The ranks did not come to an agreement."""
+    """The ranks could not coordinate."""
 
     may_pass = True
 
 
 class LateRanksError(CoordinationError, TimeoutError):
-    """Some ranks did not report before the deadline; the message names them, `ranks` where known."""
+    """Some ranks missed the deadline; the message names them, `ranks` lists them where known."""
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -140,7 +139,7 @@ class LateRanksError(CoordinationError, TimeoutError):
 
 
 class PeerFailedError(CoordinationError):
-    """Another rank failed; the message carries its cause, `may_pass` what that is."""
+    """Another rank failed; the message says why, and `may_pass` is that failure's."""
 
     def __init__(self, message: str, *, may_pass: bool = False) -> None:
         super().__init__(message)
@@ -148,7 +147,7 @@ class PeerFailedError(CoordinationError):
 
 
 class SaveFailedError(HoldfastError, RuntimeError):
-    """A save did not commit; the message carries the cause, `may_pass` what that is."""
+    """A save did not commit; the message says why, and `may_pass` is the cause's."""
 
     def __init__(self, message: str, *, may_pass: bool = True) -> None:
         super().__init__(message)
@@ -156,19 +155,19 @@ class SaveFailedError(HoldfastError, RuntimeError):
 
 
 class SaveStuckError(SaveFailedError):
-    """A save hangs beyond every deadline, in a call that never returns; the message says at what."""
+    """A save is past every deadline, in a call that never returns; the message says in what it hangs."""
 
 
 class ReplicaMismatchError(StateError, SaveFailedError):
-    """A value that must be equal on several ranks differs. Every rank gets it as its save failure."""
+    """A value that must be equal on several ranks differs. The save fails with it on every rank."""
 
     def __init__(self, message: str) -> None:
         SaveFailedError.__init__(self, message, may_pass=False)
 
 
 class RestoreFailedError(HoldfastError, RuntimeError):
-    """A restore broke off half-way: the state in memory is undefined."""
+    """A restore stopped halfway: the state in memory is undefined."""
 
 
 class MemoryBudgetError(HoldfastError, MemoryError):
-    """The snapshot would need more host memory than its budget."""
+    """The snapshot needs more host memory than its budget allows."""

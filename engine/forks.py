@@ -1,11 +1,11 @@
-"""A forked child has copies of its parent's objects, and must not act through them.
+"""A forked child has copies of its parent's objects and must not act through them.
 
-DataLoader's workers, `multiprocessing` with fork and `os.fork` all make a child that owns nothing: the
-lease, the save in flight, the threads and the connections are the parent's. Most children end through Python,
+DataLoader workers, `multiprocessing` with fork and `os.fork` create a child that owns nothing: the lease, the
+save in flight, the threads and the connections belong to the parent. Yet most children exit through Python,
 which runs exit hooks, finalizers and `with` blocks on those copies.
 
-Two means, because each has a gap: an object that may be asked knows its `Home`, which also holds after a fork
-made in C; what runs without being asked (signals, finalizers of others) is taken out by `in_child`.
+There are two means, because each has a gap. An object that is called checks its `Home`, which also works
+after a fork in C. Whatever runs without a call (signal handlers, finalizers) is disabled by `in_child`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 class Home:
-    """The process in which it was made."""
+    """The process that created this object."""
 
     __slots__ = ("pid",)
 
@@ -29,17 +29,17 @@ class Home:
 
     @property
     def left(self) -> bool:
-        """Whether this is another process by now: a forked child."""
+        """Whether the current process is another one: a forked child."""
         return os.getpid() != self.pid
 
 
 _calls: dict[int, tuple[weakref.ref[Any], Callable[[Any], Any]]] = {}
-"""Objects and functions. WeakMethod would do, but complains at exit when it goes before its object."""
+"""Objects and functions. Not WeakMethod: it complains at exit when it dies before its object."""
 _numbers = itertools.count()
 
 
 def in_child(method: Callable[[], Any]) -> None:
-    """Have a bound method called in every forked child, for as long as its object lives."""
+    """Call a bound method in every forked child, for as long as its object lives."""
     assert isinstance(method, MethodType)
     number = next(_numbers)
     forget = functools.partial(_forget, _calls, number)
@@ -47,7 +47,7 @@ def in_child(method: Callable[[], Any]) -> None:
 
 
 def _forget(calls: dict[int, Any], number: int, reference: object) -> None:
-    calls.pop(number, None)  # handed over: at exit the module's own names may be gone
+    calls.pop(number, None)  # an argument: at exit the module's own names may be gone
 
 
 def _after_fork() -> None:

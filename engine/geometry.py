@@ -1,7 +1,7 @@
-"""Boxes in the index space of a tensor: intersect them, see whether they cover it, cut them into rows. Pure.
+"""Boxes in the index space of a tensor: intersection, coverage, cutting into rows. Pure.
 
-A box is [offsets, offsets + sizes) in each dimension, half-open; that of a scalar has no dimensions and one
-element. Everything with `offsets` and `sizes` is taken for one: chunks of the format, DCP's chunk metadata.
+A box is [offsets, offsets + sizes) in each dimension, half-open; a scalar's box has no dimensions and one
+element. Anything with `offsets` and `sizes` is a box: chunks of the format, DCP's chunk metadata.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 
 class Boxed(Protocol):
-    """Anything that says where in its tensor it lies."""
+    """Anything with a position in its tensor."""
 
     @property
     def offsets(self) -> Sequence[int]: ...
@@ -21,7 +21,7 @@ class Boxed(Protocol):
 
 
 class Box(NamedTuple):
-    """A box by itself, in the coordinates of its tensor."""
+    """A box, in the coordinates of its tensor."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -33,7 +33,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 
 def intersect(one: Boxed, two: Boxed) -> Box | None:
-    """The elements that lie in both boxes of one tensor; None when there are none."""
+    """The elements that two boxes of one tensor share, or None."""
     offsets, sizes = [], []
     for begin, size, other, other_size in zip(one.offsets, one.sizes, two.offsets, two.sizes, strict=True):
         first = begin if begin > other else other
@@ -46,15 +46,15 @@ def intersect(one: Boxed, two: Boxed) -> Box | None:
 
 
 def within(box: Boxed, outer: Boxed) -> tuple[int, ...]:
-    """The offsets of a box counted from the first element of another one that contains it."""
+    """A box's offsets relative to a box that contains it."""
     return tuple(begin - origin for begin, origin in zip(box.offsets, outer.offsets, strict=True))
 
 
 def first_overlap(boxes: Sequence[Boxed]) -> tuple[int, int] | None:
     """The positions of two boxes of one tensor that share an element, or None.
 
-    Sweeps along the dimension with the most different offsets and compares a box only with those that it
-    meets there: for sharded tensors that is about one each, where all pairs would be ranks squared.
+    Sweeps along the dimension with the most different offsets and compares a box only with those that overlap
+    it there: about one per box for sharded tensors, where comparing all pairs would take ranks squared.
     """
     filled = [number for number, box in enumerate(boxes) if prod(box.sizes)]
     if len(filled) < 2:
@@ -79,14 +79,14 @@ def first_overlap(boxes: Sequence[Boxed]) -> tuple[int, int] | None:
 
 
 def cover(shape: Sequence[int], boxes: Sequence[Boxed]) -> bool:
-    """Whether the boxes make up a tensor of this shape: every element once. They have to lie inside it."""
+    """Whether boxes inside a tensor of this shape contain every element exactly once."""
     return sum(prod(box.sizes) for box in boxes) == prod(shape) and first_overlap(boxes) is None
 
 
 def row_dimension(sizes: Sequence[int]) -> int | None:
     """The dimension along which a row-major box can be cut into contiguous parts.
 
-    None for a box of one element or of none.
+    None for a box of one element or none.
     """
     if not prod(sizes):
         return None
@@ -94,7 +94,7 @@ def row_dimension(sizes: Sequence[int]) -> int | None:
 
 
 def cut(box: Boxed, dim: int, start: int, length: int) -> Box:
-    """Rows [start, start + length) of a box along `dim`, counted from the box's first."""
+    """Rows [start, start + length) of a box along `dim`, relative to the box."""
     offsets, sizes = list(box.offsets), list(box.sizes)
     offsets[dim] += start
     sizes[dim] = length
@@ -102,15 +102,15 @@ def cut(box: Boxed, dim: int, start: int, length: int) -> Box:
 
 
 def chunk_rows(rows: int, parts: int, part: int) -> tuple[int, int]:
-    """The rows [begin, end) of one part of a division as `torch.chunk` makes it.
+    """Rows [begin, end) of one part, divided as `torch.chunk` does.
 
-    Every part has ceil(rows / parts) rows but the last ones, which have fewer or none.
+    Every part has ceil(rows / parts) rows, except the last ones, which have fewer or none.
     """
     size = -(-rows // parts)
     return min(rows, part * size), min(rows, (part + 1) * size)
 
 
 def show(box: Boxed) -> str:
-    """A box in a sentence: "[0:4, 2:6]"."""
+    """A box as text: "[0:4, 2:6]"."""
     spans = [f"{begin}:{begin + size}" for begin, size in zip(box.offsets, box.sizes, strict=True)]
     return f"[{', '.join(spans)}]"

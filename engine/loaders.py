@@ -1,8 +1,8 @@
 """A torchdata `StatefulDataLoader` that can also resume at another world size.
 
-The loader's own state belongs to one rank: its workers, its buffers, its position. How much all ranks have
-taken together is one number, as long as a sampler deals the dataset out to them in turns. From that number a
-rank of another world size finds its position.
+The loader's own state belongs to one rank: its workers, its buffers, its position. But as long as a sampler
+deals samples to the ranks in turn, one number says how many they have taken together. From it a rank of
+another world size computes its position.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class ReshardableLoader:
         loader = ReshardableLoader(StatefulDataLoader(data, batch_size=8, sampler=sampler, num_workers=2))
         ckpt = Checkpointer(directory, {"model": model, "loader": loader}, per_rank=("loader",))
 
-    At the same world size the loader's own state is restored. At another one every rank begins where all
+    At the same world size the loader's own state is restored. At another one every rank starts where all
     ranks together had stopped, with fresh workers and datasets.
 
     Args:
-        loader: with `batch_size`, and a sampler that deals samples out in turns and can start anywhere:
+        loader: has a `batch_size`, and a sampler that deals samples to ranks in turn and can start anywhere:
             torchdata's StatefulDistributedSampler. Call its `set_epoch` before each epoch, as usual.
     Raises: ConfigError for a loader that cannot work.
     """
@@ -44,8 +44,8 @@ class ReshardableLoader:
             raise ConfigError("the loader has no batch_size, so its position cannot be counted")
         self.loader = loader
         self._taken = 0
-        """Samples of this epoch that this rank has handed out."""
-        self._goes_on = False
+        """Samples of this epoch that this rank has yielded."""
+        self._resuming = False
 
     @property
     def sampler(self) -> Any:
@@ -56,9 +56,9 @@ class ReshardableLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        # Right after a restore the loader goes on; every other iteration begins an epoch.
-        self._taken = self._taken if self._goes_on else 0
-        self._goes_on = False
+        # The first iteration after a restore resumes; every other one starts an epoch.
+        self._taken = self._taken if self._resuming else 0
+        self._resuming = False
         for batch in self.loader:
             self._taken = min(self._taken + self.loader.batch_size, len(self.sampler))
             yield batch
@@ -70,25 +70,25 @@ class ReshardableLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.set_epoch(state["epoch"])
         self._taken = state["taken"]
-        self._goes_on = True
-        # Without a state of its own the loader forgets the iterator that it has.
+        self._resuming = True
+        # An empty state makes the loader drop its iterator.
         self.loader.load_state_dict(state["loader"])
         if not state["loader"]:
             self.sampler.load_state_dict({"yielded": self._taken})
 
     def reshard(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
-        """The state of one rank of another world size. Raises StateError when the place does not divide."""
+        """The state of one rank of another world size. Raises StateError if the samples do not divide."""
         taken = {state["taken"] for state in states}
         epochs = {state["epoch"] for state in states}
         if len(taken) != 1 or len(epochs) != 1:
             raise StateError(
-                f"the loaders of the {len(states)} ranks had stopped at different places ({sorted(taken)} "
+                f"the loaders of the {len(states)} ranks stopped at different positions ({sorted(taken)} "
                 f"samples of epochs {sorted(epochs)}): resume on {len(states)} ranks"
             )
         together = taken.pop() * len(states)
         if together % world_size:
             raise StateError(
-                f"{len(states)} ranks had taken {together} samples together, which do not divide over "
+                f"{len(states)} ranks had taken {together} samples together, which cannot be divided among "
                 f"{world_size} ranks: {together} = {world_size} x {together // world_size} + "
                 f"{together % world_size}; resume on another number of ranks"
             )
@@ -96,15 +96,15 @@ class ReshardableLoader:
 
 
 def make_iterator(entry: Any) -> None:
-    """Have a StatefulDataLoader make its iterator now, unless it has one; does nothing to other objects.
+    """Make a StatefulDataLoader create its iterator now, unless it has one. Other objects are left alone.
 
-    It would do so when it is asked for its state, or at the next `iter`, and draw from its generator then,
-    which may be the global one. Made before the generators are captured, the draw is in what is saved. Made
-    before they come back, it is undone with them, as if the iterator had been there all the time.
+    Otherwise it creates one at its next `state_dict` or `iter`, and draws a random number then, perhaps from
+    the global generator. Called before the generators are captured, this puts the draw into the saved state.
+    Called before they are restored, the restore undoes it, as if the iterator had existed all along.
     """
     loader = entry.loader if isinstance(entry, ReshardableLoader) else entry
     if type(loader).__module__.partition(".")[0] != "torchdata":
         return
-    # Underscored, but to ask for the state each time would have every dataset make its own twice.
+    # Private, but calling state_dict every time would make every dataset compute its own twice.
     if getattr(loader, "_iterator", None) is None:
         loader.state_dict()

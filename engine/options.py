@@ -1,7 +1,7 @@
-"""What the caller of a Checkpointer chooses, grouped by subject: validated values, without torch.
+"""The options of a Checkpointer, grouped by subject as validated values, without torch.
 
-Each group is a value of its own beside `Retention`. The single keywords of `Checkpointer` stand for fields of
-these values; a field is given in one way or the other, not in both.
+Each group is one value, like `Retention`. A keyword of `Checkpointer` sets one field of a group; give either
+the keyword or the group, not both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Group = TypeVar("Group")
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """How a directory or store is reached.
+    """How to reach a directory or store.
 
     client: options of the fsspec file system, by name, such as {"endpoint_url": "http://localhost:9000"}.
     """
@@ -38,10 +38,10 @@ class StorageOptions:
 
 @dataclass(frozen=True, slots=True)
 class MirrorOptions:
-    """A second directory or URI that gets copies in the background.
+    """A second directory or URI that receives copies in the background.
 
-    freq: copy interval and manual checkpoints at multiples of this step only, all others always; 0 copies
-        none of the former.
+    freq: copy interval and manual checkpoints only at multiples of this step, or never if it is 0. All other
+        checkpoints are always copied.
     """
 
     directory: str | os.PathLike[str]
@@ -57,13 +57,13 @@ class MirrorOptions:
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What every save is checked for, beyond sizes and digests.
+    """Checks of every save, beyond sizes and digests.
 
-    replicas: "sampled" compares what several ranks hold: all of it at the first save and the first after a
-        restore, then small tensors and samples of large ones. "full": all of it at every save. "off":
-        JSON values only. True and False mean "full" and "off".
+    replicas: "sampled" compares the values that several ranks hold: all of them at the first save and the
+        first after a restore, then small tensors and samples of large ones. "full" compares all of them at
+        every save. "off" compares JSON values only. True and False mean "full" and "off".
     snapshots: read every save back and fail it unless it equals, to the bit, the state at the call of
-        `save`. Slow; meant for finding code that changes weights while they are copied.
+        `save`. Slow; for finding code that changes weights while they are copied.
     """
 
     replicas: ReplicaCheck = "sampled"
@@ -76,10 +76,10 @@ class Checks:
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What happens after a save that storage or coordination failed.
+    """What happens after a save fails because of storage or coordination.
 
-    on_failure: "warn" logs the failure, passes it to `on_event`, and the next save tries again. "raise":
-        the next call raises it.
+    on_failure: "warn" logs the failure and passes it to `on_event`; the next save tries again. "raise" makes
+        the next call raise it.
     max_failures: with "warn", this many failures in a row raise, on all ranks alike.
     """
 
@@ -96,7 +96,7 @@ class FailurePolicy:
 
 
 def checks_of(checks: Checks | None, check_replicas: str | bool, check_snapshots: bool) -> Checks:
-    """The checks that the keywords ask for. ConfigError for what cannot be one."""
+    """The checks that the keywords ask for. Raises ConfigError for an invalid one."""
     keywords: dict[str, tuple[str, Any]] = {
         "check_replicas": ("replicas", check_replicas),
         "check_snapshots": ("snapshots", check_snapshots),
@@ -105,7 +105,7 @@ def checks_of(checks: Checks | None, check_replicas: str | bool, check_snapshots
 
 
 def failure_policy(failures: FailurePolicy | None, on_failure: str, max_failures: int) -> FailurePolicy:
-    """The policy that the keywords ask for. ConfigError for what cannot be one."""
+    """The policy that the keywords ask for. Raises ConfigError for an invalid one."""
     keywords = {"on_failure": ("on_failure", on_failure), "max_failures": ("max_failures", max_failures)}
     return _grouped(FailurePolicy, "failures", failures, keywords)
 
@@ -113,24 +113,24 @@ def failure_policy(failures: FailurePolicy | None, on_failure: str, max_failures
 def mirror_options(
     mirror: str | os.PathLike[str] | MirrorOptions | None, mirror_freq: int
 ) -> MirrorOptions | None:
-    """The mirror that the keywords ask for. ConfigError for what cannot be one."""
+    """The mirror that the keywords ask for. Raises ConfigError for an invalid one."""
     if isinstance(mirror, MirrorOptions):
         return _grouped(MirrorOptions, "mirror", mirror, {"mirror_freq": ("freq", mirror_freq)})
     if mirror is None:
-        MirrorOptions("", mirror_freq)  # a wrong interval is wrong without a mirror as well
+        MirrorOptions("", mirror_freq)  # an invalid interval is an error without a mirror, too
         return None
     return MirrorOptions(mirror, mirror_freq)
 
 
 def storage_options(options: Mapping[str, str] | StorageOptions | None) -> StorageOptions:
-    """Storage options as a value. ConfigError for what cannot be some."""
+    """Storage options as a value. Raises ConfigError for invalid ones."""
     if isinstance(options, StorageOptions):
         return options
     return StorageOptions() if options is None else StorageOptions(options)
 
 
 def check_addresses(**addresses: object) -> None:
-    """ConfigError for what is no path, or no Unicode text: ranks tell each other where a checkpoint lies."""
+    """ConfigError unless each is a path or URI in UTF-8: ranks send each other the paths of checkpoints."""
     for name, address in addresses.items():
         if not isinstance(address, str | os.PathLike) or isinstance(os.fspath(address), bytes):
             raise ConfigError(f"{name} is {shown(address)}: it must be a path or a URI")
@@ -148,7 +148,7 @@ def check_switches(**given: object) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """Whether this is a whole number, of Python, NumPy or torch, and no truth value."""
+    """Whether this is a whole number of Python, NumPy or torch, and not a bool."""
     if isinstance(value, bool):
         return False
     try:
@@ -159,7 +159,7 @@ def is_whole(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value in a sentence: short ones as they are, others by their class."""
+    """A value for a message: short ones as they are, others by their class."""
     items = value if isinstance(value, tuple | list | set) else (value,)
     if all(isinstance(item, str | int | float | None) for item in items):
         text = ascii(value)
@@ -169,12 +169,12 @@ def shown(value: object) -> str:
 
 
 def _grouped(kind: type[Group], name: str, group: object, keywords: Mapping[str, tuple[str, Any]]) -> Group:
-    """The value of one group, given as a whole or by single keywords.
+    """One group of options, given as a group or by single keywords.
 
     Args:
-        name: the keyword that takes the whole value.
-        keywords: keyword -> (field that it stands for, what was given).
-    Raises: ConfigError for a value of another class, and for a keyword beside a whole value.
+        name: the keyword that takes the group.
+        keywords: keyword -> (field of the group, value given).
+    Raises: ConfigError for a value of another class, and for a keyword given beside the group.
     """
     if group is None:
         return kind(**dict(keywords.values()))

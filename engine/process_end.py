@@ -1,7 +1,7 @@
-"""The one place where a process ends without the interpreter's own shutdown.
+"""The one place that ends a process without the interpreter's own shutdown.
 
-The interpreter joins threads and runs exit handlers when it shuts down. Both can take forever: a thread may
-hang in a call to a dead mount, a worker thread of gloo may die in the middle of C++ code.
+At shutdown the interpreter joins threads and runs exit handlers. Both can take forever: a thread may hang in
+a call to a dead mount, or a gloo worker thread may die in the middle of C++ code.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ def end_at_once(status: int, sentence: str = "", *, flush: bool = True) -> NoRet
     Args:
         sentence: written to standard error first, by descriptor: another thread may hold the lock of
             `sys.stderr`.
-        flush: flush logs and standard streams first. False where that may hang, and in forked children,
-            whose buffers hold their parent's text.
+        flush: flush logs and standard streams first. False where that may hang, and in forked children, whose
+            buffers hold the parent's text.
     """
     if sentence:
         os.write(2, f"{sentence}\n".encode())

@@ -1,9 +1,9 @@
-"""Signals as a request to stop, for your own training loop.
+"""Turns signals into a request to stop, for your own training loop.
 
-A signal to the whole process group (Slurm, a terminal, a container's stop) also reaches the workers of a
-DataLoader. They die of it, often first, and torch then raises in the training process, in the middle of a
-step: the checkpoint that the signal was meant for is never taken. So the workers are shielded, and the error
-that their death raises is delayed until the loop is between two steps.
+A signal to the whole process group (from Slurm, a terminal, a container's stop) also reaches DataLoader
+workers. They often die first, and torch then raises in the training process in the middle of a step: the
+checkpoint that the signal asked for is never taken. So workers are shielded from the signal, and the error
+that a worker's death raises is delayed until the loop is between two steps.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_SECS = 2.0
-"""A second signal this long after the first is meant; an earlier one is the same request once more."""
+"""A second signal this long after the first acts as usual; an earlier one repeats the same request."""
 ARRIVAL_SECS = 2.0
-"""How long after a worker's death the signal that killed it may take to arrive here."""
+"""How long after a worker's death the signal that killed it may still arrive in this process."""
 
 
 class StopSignals:
-    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end the loop between two steps. Use it in the main thread.
+    """Makes SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 end the loop between two steps. For the main thread.
 
         with StopSignals() as stop, Checkpointer(directory, state) as ckpt:
             for batch in stop.batches(loader):
@@ -42,13 +42,13 @@ class StopSignals:
             if stop.requested:
                 ckpt.save(step, reasons=("signal",))
 
-    With several ranks `batches` has them agree before each batch, by one small all-reduce in the default
+    With several ranks, `batches` makes them agree before each batch, by one small all-reduce in the default
     process group, so that all stop at the same step. A second signal, two seconds later, acts as usual.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        """The first signal that came to this process."""
+        """The first signal that this process received."""
         self._agreed = False
         self._since = 0.0
         self._previous: dict[int, Any] = {}
@@ -57,7 +57,7 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop: a signal came here, or the ranks have agreed that one came to some of them."""
+        """Whether to stop: this process, or some rank as of the last agreement, has received a signal."""
         return self._agreed or self.signum is not None
 
     def __enter__(self) -> StopSignals:
@@ -76,7 +76,7 @@ class StopSignals:
         self._previous.clear()
 
     def agree(self) -> bool:
-        """Whether to stop, the same on every rank. Collective when there are several."""
+        """Whether to stop, the same on every rank. Collective when there are several ranks."""
         if _world_size() == 1:
             return self.requested
         import torch
@@ -89,15 +89,15 @@ class StopSignals:
         return self._agreed
 
     def batches(self, loader: Iterable[T]) -> Iterator[T]:
-        """The loader's batches, until it ends or the loop should stop. Every batch taken is handed out.
+        """The loader's batches, until it ends or the loop should stop. No batch is dropped.
 
-        Raises: what the loader raises, unless a signal explains it.
+        Raises: the loader's error, unless a signal explains it.
         """
         _shield_workers(loader.loader if isinstance(loader, ReshardableLoader) else loader)
         iterator = iter(loader)
-        self._put_off_worker_errors()
+        self._delay_worker_errors()
         while True:
-            if self._worker_error is not None and not self._arrives():
+            if self._worker_error is not None and not self._signal_arrives():
                 raise self._worker_error
             if self.agree():
                 return
@@ -105,9 +105,9 @@ class StopSignals:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except Exception as error:  # of a worker that died in mid-transfer it may be any
-                # Other ranks have agreed to go on, and cannot be told now.
-                if _world_size() > 1 or not self._arrives():
+            except Exception as error:  # of any class, when a worker died in mid-transfer
+                # The other ranks have agreed to continue; it is too late to tell them.
+                if _world_size() > 1 or not self._signal_arrives():
                     raise
                 log.warning("stopping on signal %s; the loader failed meanwhile: %r", self.signum, error)
                 return
@@ -121,15 +121,15 @@ class StopSignals:
             signal.signal(signum, self._previous.get(signum, signal.SIG_DFL))
             os.kill(os.getpid(), signum)
 
-    def _arrives(self) -> bool:
-        """Whether the signal that killed a worker comes here, too. Waits for it."""
+    def _signal_arrives(self) -> bool:
+        """Whether this process also receives the signal that killed a worker. Waits for it."""
         end = time.monotonic() + ARRIVAL_SECS
         while not self.requested and time.monotonic() < end:
             time.sleep(0.02)  # in the main thread, where handlers run
         return self.requested
 
-    def _put_off_worker_errors(self) -> None:
-        """torch's handler of SIGCHLD raises wherever the main thread is, also within `optimizer.step()`."""
+    def _delay_worker_errors(self) -> None:
+        """torch's SIGCHLD handler raises wherever the main thread is, even inside `optimizer.step()`."""
         raises = signal.getsignal(signal.SIGCHLD)
         if callable(raises) and not self._notes_worker_errors:
             self._previous[signal.SIGCHLD] = raises
@@ -146,7 +146,7 @@ class StopSignals:
             self._worker_error = error
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: SIGTERM ends it again, the other signals are the parent's affair."""
+        """In a forked child: SIGTERM ends it as before; the other signals concern the parent alone."""
         for signum, handler in self._previous.items():
             if signum in (signal.SIGTERM, signal.SIGCHLD):
                 signal.signal(signum, handler)
@@ -161,7 +161,7 @@ def _world_size() -> int:
 
 
 def _shield_workers(loader: Any) -> None:
-    """A DataLoader takes this attribute at any time; its next iterator uses it."""
+    """Set `worker_init_fn`, which a DataLoader reads when it makes its next iterator."""
     if getattr(loader, "num_workers", 0) and hasattr(loader, "worker_init_fn"):
         init = loader.worker_init_fn
         if not (isinstance(init, functools.partial) and init.func is shield_worker):
@@ -169,7 +169,7 @@ def _shield_workers(loader: Any) -> None:
 
 
 def shield_worker(worker_id: int, init: Callable[[int], None] | None = None) -> None:
-    """In a data worker: of these signals only the parent's own SIGTERM counts. Then the user's `init`."""
+    """In a data worker: ignore these signals, except SIGTERM from the parent. Then run the user's `init`."""
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 

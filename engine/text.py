@@ -1,4 +1,4 @@
-"""Sizes and rates as people read them, in the decimal units that disks are sold in."""
+"""Readable sizes and rates, in decimal units like those of disks."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def readable_bytes(count: float) -> str:
 
 
 def readable_rate(count: float, secs: float) -> str:
-    """Bytes per second: "812 MB/s"; "-" where the clock saw no time pass."""
+    """Bytes per second: "812 MB/s"; "-" when no time has passed."""
     return f"{readable_bytes(count / secs)}/s" if secs > 0 else "-"

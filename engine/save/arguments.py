@@ -1,4 +1,4 @@
-"""What a Checkpointer may be asked for, before anything is touched: one sentence for what cannot be."""
+"""Checks the arguments of a Checkpointer's calls before anything changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.format.manifest import REASONS
 from engine.options import check_addresses, check_switches, is_whole, shown
 
 MOST_STEPS = 2**48
-"""A step beyond it is a mistake: at a million steps a second it would take nine years."""
+"""A larger step is a mistake: at a million steps a second it would take nine years."""
 
 
 def check_setup(
@@ -35,8 +35,7 @@ def check_setup(
     on_event: object,
     read_only: object,
 ) -> None:
-    """ConfigError for an argument of a Checkpointer that cannot work; the values of `engine.options` check
-    their own."""
+    """ConfigError for an invalid argument of a Checkpointer; `engine.options` checks its groups itself."""
     check_addresses(directory=directory)
     _check_state(state)
     check_names(per_rank=per_rank, rank0=rank0)
@@ -61,7 +60,7 @@ def check_setup(
 
 
 def check_names(**given: object) -> None:
-    """ConfigError unless each is a sequence of text; one text would be read letter by letter."""
+    """ConfigError unless each is a sequence of str; a single str would be read letter by letter."""
     for name, value in given.items():
         if isinstance(value, str):
             raise ConfigError(f"{name} is the text {value!r}: give a tuple, {name}=({value!r},)")
@@ -71,7 +70,7 @@ def check_names(**given: object) -> None:
 
 
 def check_rename(rename: object) -> dict[str, str]:
-    """The names as a dict. ConfigError unless it maps text to text."""
+    """The names as a dict. ConfigError unless it maps str to str."""
     if rename is None:
         return {}
     names = isinstance(rename, Mapping) and all(
@@ -83,7 +82,7 @@ def check_rename(rename: object) -> dict[str, str]:
 
 
 def check_selector(selector: object) -> str:
-    """The selector as text. ConfigError for anything else."""
+    """The selector as a str. ConfigError for anything else."""
     if isinstance(selector, os.PathLike):
         selector = os.fspath(selector)
     if not isinstance(selector, str):
@@ -93,7 +92,7 @@ def check_selector(selector: object) -> str:
 
 
 def whole_numbers(**given: object) -> list[int]:
-    """The numbers as JSON can hold them, in order; NumPy's and torch's are taken. ConfigError for others."""
+    """The numbers as Python's own, in order; accepts NumPy's and torch's. ConfigError for anything else."""
     for name, value in given.items():
         if not is_whole(value):
             raise ConfigError(f"{name} is {shown(value)}: it must be a whole number")
@@ -103,7 +102,7 @@ def whole_numbers(**given: object) -> list[int]:
 
 
 def check_save(step: int, epoch: int, tokens: int, reasons: object) -> tuple[str, ...]:
-    """The reasons of a save. ConfigError for a save that makes no sense."""
+    """The reasons of a save. ConfigError for invalid arguments of `save`."""
     check_names(reasons=reasons)
     found: tuple[str, ...] = tuple(reasons)  # type: ignore[arg-type]
     unknown = [reason for reason in found if reason not in REASONS]
@@ -118,7 +117,7 @@ def check_save(step: int, epoch: int, tokens: int, reasons: object) -> tuple[str
 
 
 def plain_metrics(metrics: object) -> dict[str, float]:
-    """Metrics as floats by name: of Python, of NumPy, or tensors of one element. ConfigError for others."""
+    """Metrics as floats by name, from numbers or one-element arrays and tensors. ConfigError for others."""
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
@@ -128,7 +127,7 @@ def plain_metrics(metrics: object) -> dict[str, float]:
         if not isinstance(name, str):
             raise ConfigError(f"the metric {shown(name)} is not named by text")
         if value is None:
-            raise ConfigError(f"the metric {name!r} is None: leave it out of the saves that have none")
+            raise ConfigError(f"the metric {name!r} is None: leave it out of saves that have no value for it")
         found[name] = _metric(name, value)
     return found
 

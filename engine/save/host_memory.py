@@ -1,7 +1,7 @@
-"""How much host memory is left: on the machine, and in the control groups that this process is in.
+"""How much host memory is left: on the machine, and in this process's control groups.
 
-A container's limit is a control group's; whoever exceeds it is killed, whatever the machine has left. See the
-kernel's Documentation/admin-guide/cgroup-v2.rst. Limits of version 1 are not looked at.
+A container's limit is a control group's; a process that exceeds it is killed, however much memory the machine
+has left. See the kernel's Documentation/admin-guide/cgroup-v2.rst. Limits of cgroup version 1 are ignored.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 NO_LIMIT = 2**63 - 1
 
 _DROPPABLE = ("active_file", "inactive_file")
-"""Pages of files count as used by the group, and make room when somebody needs it."""
+"""Page cache counts as used memory of the group, but the kernel drops it when memory is needed."""
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Host memory that this process can take without swapping or being killed, as the kernel estimates it.
+    """Host memory that this process can allocate without swapping or being killed, by the kernel's estimate.
 
-    `root`: where /proc and /sys are.
+    `root`: the directory that has /proc and /sys.
     """
     return min(_on_machine(root / "proc/meminfo"), _in_groups(root))
 
@@ -30,7 +30,7 @@ def _on_machine(meminfo: Path) -> int:
 
 
 def _in_groups(root: Path) -> int:
-    """The least that is left in this process's control group and those around it."""
+    """The least memory left in this process's control group and its parents."""
     top = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -48,9 +48,9 @@ def _in_groups(root: Path) -> int:
 
 
 def _left_in(group: Path) -> int:
-    """NO_LIMIT where there is none, or where the group cannot be read."""
+    """NO_LIMIT when the group has none or cannot be read."""
     try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))  # or "max", which is no number
+        limit = int((group / "memory.max").read_text(encoding="ascii"))  # "max" is a ValueError
         used = int((group / "memory.current").read_text(encoding="ascii"))
         stat = (group / "memory.stat").read_text(encoding="ascii")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether overlapped copies are safe for a state: only optimizer steps that are handed over may change it."""
+"""Whether overlapped copies are safe for a state: only the steps of its own optimizers may change it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 def state_device(state: Mapping[str, Any]) -> torch.device:
-    """The device that the modules' parameters live on; CPU when there are none."""
+    """The device of the modules' parameters; the CPU when there are none."""
     for entry in state.values():
         if isinstance(entry, nn.Module):
             for parameter in entry.parameters():
@@ -20,11 +20,11 @@ def state_device(state: Mapping[str, Any]) -> torch.device:
 
 
 def why_unguarded(state: Mapping[str, Any]) -> str | None:
-    """Why a change of the parameters could not be held back until they are copied, or None if it can.
+    """Why parameter changes cannot be delayed until the parameters are copied, or None if they can.
 
-    Every trainable parameter must belong to an optimizer of the state: one that is fused into the backward
-    pass steps where no hook of ours runs. A captured step runs no Python at all, a compiled one may not.
-    And all must lie on one device, for what is copied on others the stream of that one does not order.
+    Every trainable parameter must belong to an optimizer of the state, and its `step` must run our hook. An
+    optimizer fused into the backward pass runs no hook, a captured step runs no Python at all, and a compiled
+    one may not. All parameters must be on one device: its stream does not order copies on other devices.
     """
     modules = [entry for entry in state.values() if isinstance(entry, nn.Module)]
     if len({parameter.device for module in modules for parameter in module.parameters()}) > 1:
@@ -49,16 +49,16 @@ def why_unguarded(state: Mapping[str, Any]) -> str | None:
             optimizer.step, "_torchdynamo_orig_callable"
         ):
             return "an optimizer's step is compiled"
-        # Torch marks a step that runs hooks so; a class that does not call Optimizer.__init__ lacks it.
+        # torch sets this on a step that runs hooks; a class that skips Optimizer.__init__ lacks it.
         if not getattr(optimizer.step, "hooked", False):
             return f"the step of a {type(optimizer).__name__} runs no hooks"
     return None
 
 
 def methods_beside_step(optimizer: Optimizer) -> list[str]:
-    """Public methods beyond those of torch: train() and eval() of schedulefree, first_step() of SAM.
+    """Public methods that torch's Optimizer lacks: train() and eval() of schedulefree, first_step() of SAM.
 
-    No hook of ours runs before those, so nothing would hold them back from weights that are being copied.
+    No hook runs before them, so they could change weights during the copy.
     """
     return sorted(
         {

@@ -1,7 +1,7 @@
-"""A run's configuration as JSON: what people put there, in the form in which they would write it down.
+"""Turns a run's configuration into JSON, each value in the form in which a person would write it.
 
-The configuration is a record for people and tools. It is not restored, so a path may become text; what has no
-obvious text is refused.
+The configuration is a record for people and tools. It is never restored, so a path may become text; a value
+without an obvious text form is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodTyp
 
 
 def plain_config(config: object) -> dict[str, Any]:
-    """The configuration as a JSON object: of a mapping, a namespace, a dataclass, or what has `to_dict`.
+    """The configuration as a JSON object, from a mapping, namespace, dataclass or object with `to_dict`.
 
     Raises: ConfigError naming the key path of a value that has no form in JSON.
     """
@@ -72,7 +72,7 @@ def _plain(value: Any, path: str, depth: int) -> Any:
 
 
 def _from_libraries(value: Any, path: str) -> Any:
-    """The Python value of NumPy's and torch's; anything else as it is."""
+    """A value of NumPy or torch as a Python value; anything else unchanged."""
     if isinstance(value, np.generic):
         return str(value) if value.dtype.kind in "mM" else value.item()
     if isinstance(value, np.ndarray):

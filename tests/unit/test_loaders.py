@@ -228,7 +228,7 @@ def test_a_place_that_does_not_divide_is_refused() -> None:
     with pytest.raises(StateError, match=r"2 ranks had taken 6 samples .* 6 = 4 x 1 \+ 2"):
         pair[0].reshard(states, 0, 4)
     states[1]["taken"] += 3
-    with pytest.raises(StateError, match=r"stopped at different places \(\[3, 6\]"):
+    with pytest.raises(StateError, match=r"stopped at different positions \(\[3, 6\]"):
         pair[0].reshard(states, 0, 3)
 
 
