@@ -1,4 +1,4 @@
-"""One rank's result or error becomes every rank's, so that all go on or all stop, for the same reason."""
+"""Makes one rank's result or error every rank's, so that all continue or all stop, for the same reason."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from engine.ranks.coordination import Channel
 T = TypeVar("T")
 
 VERDICT_GRACE_SECS = 30.0
-"""How much longer than rank 0 waits for late ranks the others wait for its word about them."""
+"""Rank 0 waits for late ranks; the others wait this much longer for its verdict."""
 
 LATE_VERDICT_SECS = 5.0
-"""How long rank 0 stays for the others to read that some of them are late: these will not read it."""
+"""How long rank 0 waits for the others to read that some ranks are late. The late ones will not read it."""
 
 
 def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_secs: float) -> Any:
-    """Run `work` at rank 0 and give its JSON result to every rank; its error is raised on every rank.
+    """Run `work` on rank 0 and return its JSON result on every rank, or raise its error on every rank.
 
-    Rank 0 does not wait for the others when all went well: what they do next does.
+    After success rank 0 does not wait for the others; the next exchange does.
 
-    Raises: what `work` raised, in the same class if it is Holdfast's own; CoordinationError.
+    Raises: the error of `work`, in the same class if it is Holdfast's own; CoordinationError.
     """
     if channel.rank != 0:
         answer = _parse(channel.broadcast(key, None, timeout_secs))
@@ -37,7 +37,7 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
         document = {"value": work(), "error": None}
     except Exception as error:
         channel.broadcast(key, canonical_bytes({"value": None, "error": _describe(error)}), timeout_secs)
-        # Not longer than for the call itself: rank 0 may be alone in it.
+        # No longer than for the call itself: rank 0 may be the only rank that made it.
         patience = min(VERDICT_GRACE_SECS, timeout_secs)
         _acknowledge(channel, key, patience, without=getattr(error, "ranks", ()))
         raise
@@ -48,11 +48,11 @@ def rank0_decides(channel: Channel, key: str, work: Callable[[], Any], timeout_s
 def all_agree(
     channel: Channel, key: str, problem: Exception | None, timeout_secs: float, *, what: str = ""
 ) -> None:
-    """Return when no rank has a problem; otherwise raise on every rank.
+    """Return if no rank has a problem; otherwise raise on every rank.
 
-    The problem of the lowest rank that has one is everybody's, in the same class if it is Holdfast's own,
-    else a PeerFailedError: ranks that raised different kinds would go different ways and wait for each
-    other. A LateRanksError reaches every rank, too. `what`: the call that they are in, for its message.
+    Every rank raises the problem of the lowest rank that has one: in the same class if it is Holdfast's own,
+    else as a PeerFailedError. Ranks that raised different classes could diverge and wait for each other.
+    A LateRanksError is raised on every rank, too. `what`: the call that the ranks are in, for its message.
     """
     note = canonical_bytes({"value": None, "error": problem and _describe(problem)})
     try:
@@ -71,16 +71,16 @@ def all_agree(
     try:
         _open(answer)
     except HoldfastError as common:
-        its_own = answer["error"].get("rank") == channel.rank
-        if problem is not None and (its_own or type(problem) is type(common)):
+        own = answer["error"].get("rank") == channel.rank
+        if problem is not None and (own or type(problem) is type(common)):
             raise problem from None
         raise common from problem
 
 
-def all_come(channel: Channel, call: Call, timeout_secs: float) -> None:
-    """Return when every rank has come to the call; what follows may have collectives, where one alone hangs.
+def all_arrive(channel: Channel, call: Call, timeout_secs: float) -> None:
+    """Return when every rank has reached the call: collectives may follow, in which a lone rank would hang.
 
-    Raises: LateRanksError, on every rank, naming those that have not; the call is over then.
+    Raises: LateRanksError, on every rank, naming those that have not; the call has then ended.
     """
     try:
         all_agree(channel, f"{call.key}/here", None, timeout_secs, what=str(call.request))
@@ -90,9 +90,9 @@ def all_come(channel: Channel, call: Call, timeout_secs: float) -> None:
 
 
 def all_make(channel: Channel, key: str, work: Callable[[], T], timeout_secs: float, *, what: str) -> T:
-    """Each rank's own result of `work`, when all of them have one; raises as `all_agree` otherwise.
+    """Run `work` on every rank and return this rank's result if all succeed; otherwise raise as `all_agree`.
 
-    What a rank has made by then is its own to clean up.
+    Each rank must then clean up whatever its own `work` has made.
     """
     made: list[T] = []
     problem: Exception | None = None
@@ -105,11 +105,11 @@ def all_make(channel: Channel, key: str, work: Callable[[], T], timeout_secs: fl
 
 
 def _acknowledge(channel: Channel, key: str, timeout_secs: float, *, without: tuple[int, ...] = ()) -> None:
-    """Keep rank 0, whose process hosts the store, until every rank has read `key`; then forget the key.
+    """Make rank 0, whose process hosts the store, wait until every rank has read `key`; then delete the key.
 
-    Nobody waits for the ranks in `without`: the key stays for them, should they come.
+    Rank 0 does not wait for the ranks in `without`; the key stays for them in case they arrive.
 
-    A rank that does not come, or a store that is gone, changes nothing about what was decided.
+    The decision stands even if a rank never arrives or the store is gone.
     """
     with contextlib.suppress(LateRanksError, CoordinationError):
         channel.gather(f"{key}/seen", b"1", timeout_secs, without=without)
@@ -138,13 +138,13 @@ def _open(answer: dict[str, Any]) -> Any:
 
 
 def open_call(calls: Calls, request: Request, *, together: bool) -> Call:
-    """Begin a call of all ranks on which rank 0 has nothing to decide.
+    """Begin a call of all ranks that needs no decision by rank 0.
 
-    `together`: rank 0's answer to whether every rank has to have come before any of them looks at its state.
-    Raises: as `Calls.join` and `all_come`.
+    `together`: whether every rank must reach the call before any of them looks at its state; rank 0's counts.
+    Raises: as `Calls.join` and `all_arrive`.
     """
-    first = calls.channel.rank == 0
-    call = calls.decide(request, {"together": together}) if first else calls.join(request)
+    terms = {"together": together}
+    call = calls.decide(request, terms) if calls.channel.rank == 0 else calls.join(request)
     if call.term("together"):
-        all_come(calls.channel, call, calls.timeout_secs)
+        all_arrive(calls.channel, call, calls.timeout_secs)
     return call

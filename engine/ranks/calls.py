@@ -1,10 +1,10 @@
-"""Which call all ranks are in: rank 0 numbers its calls, every other rank finds the one that it is making.
+"""Matches the ranks' calls: rank 0 numbers its calls, and every other rank finds the one that it is making.
 
-Nothing is counted per rank. A rank that missed a call, or made one that rank 0 did not make, learns of it
-within the deadline, and finds the next call that all ranks make.
+Only rank 0 numbers calls. A rank that missed a call, or made one that rank 0 did not make, learns so within
+the deadline and finds the next call that all ranks make.
 
-    rank 0       `begin`: it has reached the call, but must wait for something first; `decide`: its decision;
-                 `end_call`: a call that failed is over, late ranks go on to the next one
+    rank 0       `begin`: it has reached the call but must wait before it can decide; `decide`: its decision;
+                 `end_call`: the call failed, and late ranks skip it
     other ranks  `join`: wait for rank 0's decision on the call that they are making
 """
 
@@ -23,24 +23,24 @@ SAVE, PREPARE, RESTORE = "save", "prepare", "restore"
 
 _CANCELLED = "cancelled"
 
-ALL_RANKS = "every rank has to make the same calls in the same order"
+ALL_RANKS = "every rank must make the same calls in the same order"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A call that every rank makes. `of`: the step of a save, the selector of a restore."""
+    """A call that every rank makes. `subject`: the step of a save, the selector of a restore."""
 
     kind: str
-    of: int | str = ""
+    subject: int | str = ""
 
     def __str__(self) -> str:
         if self.kind == SAVE:
-            return f"the save of step {self.of}"
-        return f"the restore of {self.of!r}" if self.kind == RESTORE else f"{self.kind}()"
+            return f"the save of step {self.subject}"
+        return f"the restore of {self.subject!r}" if self.kind == RESTORE else f"{self.kind}()"
 
     def is_past(self, other: Request) -> bool:
-        """Whether a rank that is here has `other` behind it for sure."""
-        steps = (self.of, other.of)
+        """Whether a rank in this call has certainly passed `other`."""
+        steps = (self.subject, other.subject)
         if self.kind != SAVE or other.kind != SAVE:
             return False
         return isinstance(steps[0], int) and isinstance(steps[1], int) and steps[0] > steps[1]
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call as rank 0 has announced it. `terms` is its word on it, or None while it has to wait."""
+    """One call as rank 0 has announced it. `terms` is its decision, or None while it cannot decide yet."""
 
     number: int
     request: Request
@@ -57,17 +57,17 @@ class Call:
 
     @property
     def key(self) -> str:
-        """Prefix of the call's own keys in the store."""
+        """Prefix of this call's keys in the store."""
         return f"{self.request.kind}/{self.number}"
 
     def term(self, name: str) -> Any:
-        """One of the terms, None where there is none."""
+        """One of the terms, or None."""
         return (self.terms or {}).get(name)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON, all but the number."""
+        """Canonical JSON of everything but the number."""
         terms = None if self.terms is None else dict(self.terms)
-        document = {"kind": self.request.kind, "of": self.request.of, "over": self.over, "terms": terms}
+        document = {"kind": self.request.kind, "of": self.request.subject, "over": self.over, "terms": terms}
         return canonical_bytes(document)
 
     @classmethod
@@ -82,8 +82,8 @@ class Calls:
     """The calls of one Checkpointer, as this rank sees them. Used from the training thread.
 
     Args:
-        patience_secs: how long rank 0 may have to wait, once it has come, before it can give its word.
-        on_missed: told of every call that rank 0 made without this rank, with the words for it.
+        patience_secs: how long rank 0 may take to decide after it has reached a call.
+        on_missed: called for every call that rank 0 made without this rank, with the reason in words.
     """
 
     channel: Channel
@@ -92,20 +92,20 @@ class Calls:
     on_missed: Callable[[Call, str], None] = lambda call, words: None
     clock: Callable[[], float] = time.monotonic
     _number: int = 0
-    """The newest call at rank 0; elsewhere the newest one that this rank has taken part in or missed."""
+    """On rank 0 the newest call; elsewhere the newest call that this rank has joined or missed."""
     _begun: Call | None = None
     _announced: list[str] = field(default_factory=list)
     """Keys that some rank may not have read yet."""
 
     def begin(self, request: Request) -> None:
-        """Rank 0 has come to the call and has to wait before it can give its word."""
+        """Announce that rank 0 has reached the call but must wait before it can decide."""
         if self.channel.world_size > 1:
             self._begun = self._announce(request, None)
 
     def decide(self, request: Request, terms: Mapping[str, Any]) -> Call:
-        """Give rank 0's word on the call that it is making."""
+        """Announce rank 0's decision on the call that it is making."""
         if self._begun is not None and self._begun.request != request:
-            self.cancel(f"it has gone on to {request}")
+            self.cancel(f"it has moved on to {request}")
         begun, self._begun = self._begun, None
         if begun is None:
             return self._announce(request, terms)
@@ -115,7 +115,7 @@ class Calls:
         return Call(begun.number, request, terms)
 
     def cancel(self, why: str) -> None:
-        """Rank 0 makes nothing of the call that it has begun, if there is one."""
+        """Abandon the call that rank 0 has begun, if there is one."""
         begun, self._begun = self._begun, None
         if begun is not None:
             self.channel.broadcast(_terms_key(begun.number), canonical_bytes({_CANCELLED: why}), 0)
@@ -123,10 +123,10 @@ class Calls:
             end_call(self.channel, begun)
 
     def join(self, request: Request) -> Call:
-        """Wait for rank 0's word on the call that this rank is making.
+        """Wait for rank 0's decision on the call that this rank is making.
 
-        Raises: LateRanksError when rank 0 does not reach it in time; CoordinationError at once when rank 0
-            is past it, or has given it up.
+        Raises: LateRanksError when rank 0 does not reach the call in time; CoordinationError at once when
+            rank 0 has passed or abandoned it.
         """
         deadline = self.clock() + self.timeout_secs
         missed: Call | None = None
@@ -138,7 +138,7 @@ class Calls:
                 raise self._alone(request, missed) from error
             call = Call.from_bytes(number, raw)
             if call.request != request and not call.over and call.request.is_past(request):
-                # Not counted as dealt with: this rank may yet come to that call.
+                # Do not advance past that call: this rank may still reach it.
                 raise CoordinationError(
                     f"rank 0 is at {call.request}, rank {self.channel.rank} at {request}: {ALL_RANKS}"
                 )
@@ -155,11 +155,11 @@ class Calls:
         return self._begun.number if self._begun else self._number + 1
 
     def mark(self) -> int:
-        """How much has been announced: for `forget`, once it is known that every rank has read so far."""
+        """The number of announcements so far: for `forget`, once every rank has read them."""
         return len(self._announced)
 
     def forget(self, upto: int) -> None:
-        """Delete the first so many announcements from the store."""
+        """Delete the first `upto` announcements from the store."""
         self.channel.forget(self._announced[:upto])
         del self._announced[:upto]
 
@@ -175,9 +175,9 @@ class Calls:
         if call.terms is not None:
             return call
         raw = self.channel.broadcast(_terms_key(call.number), None, self.patience_secs + self.timeout_secs)
-        terms = parse_canonical(raw, what="rank 0's word")
+        terms = parse_canonical(raw, what="rank 0's decision")
         if _CANCELLED in terms:
-            raise CoordinationError(f"rank 0 gave up {call.request}: {terms[_CANCELLED]}")
+            raise CoordinationError(f"rank 0 abandoned {call.request}: {terms[_CANCELLED]}")
         return Call(call.number, call.request, terms)
 
     def _alone(self, request: Request, missed: Call | None) -> LateRanksError:
@@ -189,7 +189,7 @@ class Calls:
 
 
 def end_call(channel: Channel, call: Call) -> None:
-    """Rank 0's call failed: ranks that have not reached it no longer need to. Called from any thread."""
+    """Mark rank 0's failed call as over, so that ranks that have not reached it skip it. For any thread."""
     if channel.rank == 0:
         over = Call(call.number, call.request, call.terms, over=True)
         channel.broadcast(_key(call.number), over.to_bytes(), 0)

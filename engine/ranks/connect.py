@@ -1,9 +1,9 @@
-"""How the ranks of one Checkpointer find each other: over the store of their process group, once.
+"""Connects the ranks of one Checkpointer, by way of their process group's store.
 
-No collective: one that only some ranks enter hangs for the group's own timeout, or is answered by the next
-collective of training. Rank 0 puts the address of Holdfast's own store on the group's store, waits until
-every rank has come, and takes it away again before anybody goes on: nothing is left for the next
-Checkpointer to find, and nothing is counted.
+No collective: one that only some ranks enter hangs for the group's own timeout, or pairs with training's next
+collective. Rank 0 puts the address of Holdfast's own store on the group's store (the "board"), waits until
+every rank has arrived, and deletes it before any rank continues. So the next Checkpointer finds nothing
+stale, and no counters are needed.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from engine.ranks.store_client import ANSWER_SECS, AnsweringStore, Store
 
 ADDRESS = "holdfast/address"
 OPENING = "holdfast/opening"
-"""On the board while rank 0 opens its store: it has come, and its address follows."""
+"""On the board while rank 0 opens its store: it has arrived, and its address follows."""
 RUN = "run"
 CHANNELS = 2
-"""How many a Checkpointer opens: the training thread's and the background thread's."""
+"""A Checkpointer opens two: the training thread's and the background thread's."""
 
 _ALL_MAKE_ONE = (
-    "every rank of the process group makes its Checkpointer at the same point. If only some ranks are to "
-    "have one, give it their process_group"
+    "every rank of the process group must make its Checkpointer at the same point. If only some ranks need "
+    "one, give it their process_group"
 )
 
 
 def connect_ranks(timeout_secs: float, group: object = None) -> Coordinator:
-    """Connect to the other ranks of `group`, by default all of them; alone when there are no others.
+    """Connect to the other ranks of `group`, by default to all ranks; connect to none if there is only one.
 
     Every rank of the group calls it at the same point.
-    Raises: LateRanksError, on every rank that came, naming one that did not; ConfigError for a group that
+    Raises: LateRanksError, on every rank that arrived, naming one that did not; ConfigError for a group that
         this rank is not in.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -54,16 +54,16 @@ def connect_ranks(timeout_secs: float, group: object = None) -> Coordinator:
     if not isinstance(members, dist.ProcessGroup):
         raise ConfigError(
             f"process_group is {group!r} on global rank {dist.get_rank()}: it must be a ProcessGroup that "
-            "this rank is in, as dist.new_group or mesh.get_group() returns it. Other ranks make none"
+            "this rank is in, from dist.new_group or mesh.get_group(). Other ranks make no Checkpointer"
         )
     if members.size() == 1:
         return _alone()
     store: Any = members.get_group_store()
     board = AnsweringStore(store)
     coordinator = _join(members.rank(), members.size(), board, timeout_secs)
-    # Before the rank counts as there: opening one may take longer than ranks wait for each other.
+    # Before the rank counts as arrived: opening them may take longer than ranks wait for each other.
     channels = [coordinator.channel() for _ in range(CHANNELS)]
-    _all_come(channels[0], board, timeout_secs, coordinator.run_id)
+    _all_arrive(channels[0], board, timeout_secs, coordinator.run_id)
     coordinator.opened.extend(channels)
     return coordinator
 
@@ -81,15 +81,15 @@ class Address:
     run_id: str
 
     def connect(self, timeout_secs: float) -> Store:
-        """A client of the store. Raises: what torch raises when there is none."""
+        """A client of the store. Raises: torch's error if the store is unreachable."""
         timeout = timedelta(seconds=timeout_secs)
         store: Any = TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout)
         return AnsweringStore(store)
 
     def answers(self) -> bool:
-        """Whether the store is there, and is this one: a process that died may have left its address."""
+        """Whether the store answers and is this one: a dead process may have left its address behind."""
         try:
-            # Torch's client would try again and again for as long as its timeout.
+            # First a plain socket: torch's client retries until its timeout.
             socket.create_connection((self.host, self.port), ANSWER_SECS).close()
             return self.connect(ANSWER_SECS).get(RUN) == self.run_id.encode()
         except (OSError, dist.DistError, RuntimeError):
@@ -111,7 +111,7 @@ def _join(rank: int, world_size: int, board: Store, timeout_secs: float) -> Coor
 
     def connect() -> Store:
         try:
-            # torch asks the resolver for the peer's name, which takes 5 s where one answer is lost.
+            # Not less: torch resolves the peer's name, which takes 5 s if one answer is lost.
             return address.connect(max(timeout_secs, ANSWER_SECS))
         except (dist.DistError, RuntimeError) as error:
             raise CoordinationError(
@@ -137,23 +137,23 @@ def _find_rank_0(
             board.wait([ADDRESS], timedelta(seconds=max(0.001, deadline - clock())))
             address = Address(*parse_canonical(board.get(ADDRESS), what="rank 0's address"))
         except (dist.DistError, RuntimeError) as error:
-            # A FileStore says that it has given up with a plain RuntimeError.
+            # A FileStore reports its timeout with a plain RuntimeError.
             if not isinstance(error, dist.DistStoreError) and "timeout" not in str(error):
                 raise CoordinationError(f"rank {rank} lost the process group's store: {error}") from error
             if not patient and board.check([OPENING]):
                 deadline, patient = deadline + ANSWER_SECS, True
                 continue
-            raise _rank_0_stays_away(rank, timeout_secs) from error
+            raise _rank_0_missing(rank, timeout_secs) from error
         board.set(_coming(address.run_id, rank), b"1")
         if answers(address):
             return address
-        # Torchrun may keep one store through restarts: this is the address of rank 0's dead predecessor.
+        # torchrun may keep one store through restarts: the address is that of a dead rank 0.
         if clock() >= deadline:
-            raise _rank_0_stays_away(rank, timeout_secs)
+            raise _rank_0_missing(rank, timeout_secs)
         sleep(0.1)
 
 
-def _rank_0_stays_away(rank: int, timeout_secs: float) -> LateRanksError:
+def _rank_0_missing(rank: int, timeout_secs: float) -> LateRanksError:
     return LateRanksError(
         f"rank 0 did not make its Checkpointer within {timeout_secs:g} s, but rank {rank} did: "
         f"{_ALL_MAKE_ONE}",
@@ -162,12 +162,12 @@ def _rank_0_stays_away(rank: int, timeout_secs: float) -> LateRanksError:
 
 
 def _coming(run_id: str, rank: int) -> str:
-    """Key on the board of a rank that has read the address, and is connecting."""
+    """Key on the board that says a rank has read the address and is connecting."""
     return f"holdfast/coming/{run_id}/{rank}"
 
 
-def _all_come(channel: Channel, board: Store, timeout_secs: float, run_id: str) -> None:
-    """Return when every rank has come, and the address is off the board."""
+def _all_arrive(channel: Channel, board: Store, timeout_secs: float, run_id: str) -> None:
+    """Return when every rank has arrived and the address is deleted from the board."""
     if channel.rank != 0:
         channel.gather("start/came", b"1", 0)
 
@@ -194,7 +194,7 @@ def _all_come(channel: Channel, board: Store, timeout_secs: float, run_id: str) 
 
 
 def reachable_host(global_rank: int, environment: Mapping[str, str]) -> str:
-    """A name of this host that the other ranks can reach."""
+    """A host name or address at which the other ranks can reach this host."""
     if environment.get("LOCAL_WORLD_SIZE") == environment.get("WORLD_SIZE", ""):
         return "127.0.0.1"
     master = environment.get("MASTER_ADDR")
@@ -203,7 +203,7 @@ def reachable_host(global_rank: int, environment: Mapping[str, str]) -> str:
     # Under torchrun MASTER_ADDR is the host of global rank 0, under a name that all nodes resolve.
     if global_rank == 0 or environment.get("GROUP_RANK") == "0":
         return master
-    # Of a group whose first rank is on another node: the address from which that node speaks to MASTER_ADDR.
+    # The group's first rank is on another node: use the address from which this node reaches MASTER_ADDR.
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((master, 9))  # sends nothing

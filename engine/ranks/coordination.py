@@ -1,9 +1,9 @@
-"""How ranks tell each other what they decided, without a collective of the training's.
+"""Messages between ranks, without a collective on training's process groups.
 
-A save must never touch a process group that training uses: a collective from a background thread
-interleaves with training's own and deadlocks. Ranks therefore talk over a TCPStore of Holdfast's own,
-hosted by rank 0. A blocking `wait` in one thread holds up every other call on the same client, so each
-thread has a connection of its own (a `Channel`).
+A save must never touch a process group that training uses: a collective on a background thread would
+interleave with training's own and deadlock. So ranks exchange messages over Holdfast's own TCPStore, which
+rank 0 hosts. A blocking `wait` in one thread blocks every other call on the same client, so each thread has a
+connection of its own, a `Channel`.
 
 How ranks find the store: `engine.ranks.connect`.
 """
@@ -23,8 +23,8 @@ from engine.ranks.store_client import Store
 Clock = Callable[[], float]
 
 PIECE_BYTES = 4 << 20
-"""Longer payloads go in pieces: torch's store hangs up on a value above 8 MiB, and the offer of a rank with
-100,000 chunks is longer."""
+"""Longer payloads are split: torch's store disconnects on a value above 8 MiB, and a rank with 100,000 chunks
+sends more than that."""
 
 _IN_PIECES = b"\0pieces:"
 
@@ -33,7 +33,7 @@ _IN_PIECES = b"\0pieces:"
 class Channel:
     """One thread's connection to the other ranks. Not thread-safe: one per thread.
 
-    Keys must be unique per exchange; `forget` deletes those that no rank will read again.
+    Keys must be unique per exchange; `forget` deletes keys that no rank will read again.
     """
 
     rank: int
@@ -41,18 +41,18 @@ class Channel:
     store: Store | None
     clock: Clock = time.monotonic
     _pieces: dict[str, int] = field(default_factory=dict)
-    """How many further keys belong to one, of those that this channel has set or read."""
+    """Number of extra keys per split payload, for keys that this channel has set or read."""
 
     def gather(
         self, key: str, payload: bytes, timeout_secs: float, *, what: str = "", without: Sequence[int] = ()
     ) -> list[bytes] | None:
-        """Collect one payload of every rank at rank 0.
+        """Collect one payload of every rank on rank 0.
 
         Args:
             what: the call that it belongs to, for the message about late ranks.
-            without: ranks that nothing is expected of; they are left out of the result.
-        Returns: the payloads by rank at rank 0, None elsewhere.
-        Raises: LateRanksError at rank 0, naming every rank that has not reported by the deadline;
+            without: ranks not to wait for; the result leaves them out.
+        Returns: on rank 0 the payloads by rank, elsewhere None.
+        Raises: LateRanksError on rank 0, naming every rank that has not reported by the deadline;
             CoordinationError when the store is gone.
         """
         if self.store is None:
@@ -67,7 +67,7 @@ class Channel:
             raw = self._get(rank_key, max(0.001, deadline - self.clock()))
             if raw is None:
                 late = [r for r, its_key in keys.items() if r >= rank and not self._check(its_key)]
-                # Empty when the last ones came between the time-out and this look.
+                # Empty if the last ranks reported between the timeout and this check.
                 if late:
                     raise LateRanksError(_late_message(late, timeout_secs, key, what), tuple(late))
                 raw = self._get(rank_key, 1.0)
@@ -77,13 +77,13 @@ class Channel:
         return payloads
 
     def broadcast(self, key: str, payload: bytes | None, timeout_secs: float) -> bytes:
-        """Hand rank 0's payload to every rank.
+        """Send rank 0's payload to every rank.
 
         Raises: LateRanksError naming rank 0 when it does not answer by the deadline;
             CoordinationError when the store is gone.
         """
         if self.rank == 0:
-            assert payload is not None, "rank 0 must bring the payload"
+            assert payload is not None, "rank 0 must give the payload"
             if self.store is not None:
                 self._set(key, payload)
             return payload
@@ -96,7 +96,7 @@ class Channel:
         return raw
 
     def scatter(self, key: str, payloads: Sequence[bytes] | None, timeout_secs: float) -> bytes:
-        """Hand each rank its own payload of rank 0's list. Errors as `broadcast`."""
+        """Send each rank its own payload from rank 0's list. Raises as `broadcast`."""
         if self.rank == 0:
             assert payloads is not None
             assert len(payloads) == self.world_size, f"{len(payloads)} for {self.world_size} ranks"
@@ -108,7 +108,7 @@ class Channel:
         return raw
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Delete keys that no rank will read again, so that the store's memory stays level."""
+        """Delete keys that no rank will read again, so that the store does not grow."""
         if self.store is None:
             return
         for key in keys:
@@ -128,7 +128,7 @@ class Channel:
                     self.store.set(_piece(key, number), payload[at : at + PIECE_BYTES])
                 self._pieces[key] = len(starts)
                 payload = _IN_PIECES + b"%d" % len(starts)
-            self.store.set(key, payload)  # last: who has waited for it finds the pieces there
+            self.store.set(key, payload)  # last: a reader that waited for it finds the pieces
         except (dist.DistError, RuntimeError) as error:
             raise _gone(self.rank, error) from error
 
@@ -140,7 +140,7 @@ class Channel:
             raise _gone(self.rank, error) from error
 
     def _get(self, key: str, timeout_secs: float) -> bytes | None:
-        """The key's value, or None when it was not set in time."""
+        """The key's value, or None if it was not set in time."""
         assert self.store is not None
         try:
             self.store.wait([key], timedelta(seconds=timeout_secs))
@@ -160,16 +160,16 @@ class Channel:
 
 @dataclass(slots=True)
 class Coordinator:
-    """This rank's place among the ranks, and the maker of channels to them."""
+    """This rank's number among the ranks, and its source of channels to them."""
 
     rank: int
     world_size: int
     run_id: str
     connect: Callable[[], Store | None] = field(default=lambda: None)
-    # Rank 0 hosts the store in this object: it must live as long as the coordinator.
+    # On rank 0 this object hosts the store: it must live as long as the coordinator.
     server: object | None = None
     opened: list[Channel] = field(default_factory=list)
-    """Channels that nobody has asked for yet."""
+    """Channels that are open but not yet in use."""
 
     def channel(self) -> Channel:
         """A connection for one thread."""
@@ -190,7 +190,7 @@ def _late_message(ranks: Sequence[int], timeout_secs: float, key: str, what: str
     if not what:
         return f"{_ranks(ranks)} did not report {within} ({key}); {look}"
     return (
-        f"{_ranks(ranks)} did not report {within} in {what}: the call was not made there, or is not done. "
+        f"{_ranks(ranks)} did not report {within} in {what}: the call was not made there or is unfinished. "
         f"All ranks must make the same calls; if they do, {look}"
     )
 

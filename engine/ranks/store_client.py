@@ -1,9 +1,9 @@
-"""A store client whose every call ends in time, also while the process that hosts the store stands still.
+"""A store client whose every call ends in time, even if the process that hosts the store is frozen.
 
-torch's client waits for the server's word without a limit: in `set`, `get`, `check`, and even when it gives a
-`wait` up, whose end the server has to confirm (TCPStore.cpp, `doWait`, "we expect the server to respond in a
-timely fashion"). A rank 0 that is stopped, swapped out or cut off without a reset would hold every other rank
-for ever. So the calls are made by a thread of their own, and whoever asks waits only so long.
+torch's client waits for the server without a limit: in `set`, `get` and `check`, and even when a `wait` times
+out, because the server has to confirm that (TCPStore.cpp, `doWait`, "we expect the server to respond in a
+timely fashion"). A rank 0 that is stopped, swapped out or cut off without a reset would block every other
+rank forever. So a thread of its own makes the calls, and the caller waits for it with a limit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 ANSWER_SECS = 15.0
-"""Within which a server that runs has answered, on the busiest of machines."""
+"""A running server answers within this time, even on a busy machine."""
 
 _Asked = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
 
@@ -36,16 +36,16 @@ class Store(Protocol):
 
 
 class AnsweringStore:
-    """`Store` in front of another one. For one thread at a time, like the client behind it.
+    """A `Store` that wraps another one. For one thread at a time, like the client it wraps.
 
-    Raises: besides what the store raises, dist.DistStoreError from `wait` and dist.DistNetworkError from all
-        else when there is no answer. The call may still take effect later.
+    Raises: the store's own errors. Without an answer, dist.DistStoreError from `wait` and
+        dist.DistNetworkError from the other calls; the call may still take effect later.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        # A daemon, and without a reference to this object: it ends with it, and nobody waits for it.
+        # A daemon thread without a reference to this object: it ends with the object, and nothing joins it.
         threading.Thread(target=_serve, args=(self._asked,), name="store-client", daemon=True).start()
         weakref.finalize(self, self._asked.put, None)
 
@@ -74,12 +74,12 @@ class AnsweringStore:
         try:
             return future.result(within_secs)
         except FutureTimeoutError:
-            future.cancel()  # unless it is being made: then its answer will be nobody's
+            future.cancel()  # no effect on a call that is running: its answer is then ignored
             raise _NoAnswer(f"the store did not answer within {within_secs:g} s") from None
 
 
 class _NoAnswer(dist.DistNetworkError):
-    """The server is silent; the connection may be there."""
+    """The server does not answer, although the connection may be alive."""
 
 
 def _serve(asked: queue.SimpleQueue[_Asked | None]) -> None:
@@ -90,4 +90,4 @@ def _serve(asked: queue.SimpleQueue[_Asked | None]) -> None:
                 future.set_result(call(*arguments))
             except BaseException as error:
                 future.set_exception(error)
-        del entry, future, call, arguments  # they hold the store, which holds the connection
+        del entry, future, call, arguments  # they keep the store, and so its connection, alive

@@ -24,7 +24,7 @@ from engine.format.manifest import TensorInfo
 from engine.format.names import new_attempt
 from engine.gc_pause import CollectorPause
 from engine.options import Checks
-from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_come, open_call
+from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_arrive, open_call
 from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel
 from engine.save import documents
@@ -200,7 +200,7 @@ class Saver:
                     raise told
                 raise SaveFailedError(str(call.term("cause"))) from told
             if call.term("together"):
-                all_come(self.channel, call, self.timeout_secs)
+                all_arrive(self.channel, call, self.timeout_secs)
             moment = self._look()
             moment.planning = bool(call.term("replan"))
             return call, moment
@@ -225,7 +225,7 @@ class Saver:
             self._forget_decisions()
             call = self._announce(request, "go", replan=True, together=True)
             self._read_by_all = self.calls.mark()
-            all_come(self.channel, call, self.timeout_secs)
+            all_arrive(self.channel, call, self.timeout_secs)
             moment = self._look()
             moment.planning = True
             return call, moment
@@ -249,10 +249,10 @@ class Saver:
     ) -> Call:
         terms = {"action": action, "cause": cause, "replan": replan, "together": together, "attempt": ""}
         if action == "go":
-            assert isinstance(request.of, int)
+            assert isinstance(request.subject, int)
             # Rank 0's alone: nodes may have different ideas of how often they were restarted.
             key = f"{self.run_id}/{self.calls.deciding}"
-            terms["attempt"] = new_attempt(request.of, self.run_id, key)
+            terms["attempt"] = new_attempt(request.subject, self.run_id, key)
         return self.calls.decide(request, terms)
 
     def _forget_decisions(self) -> None:

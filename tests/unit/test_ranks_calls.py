@@ -160,7 +160,7 @@ def test_a_call_that_rank_0_gives_up_holds_nobody() -> None:
     # One that had read of it before hears why.
     ranks.store.values["call/1"] = waiting
     ranks.one._number = 0
-    with pytest.raises(CoordinationError, match="gave up the restore of 'latest': the save before hangs"):
+    with pytest.raises(CoordinationError, match="abandoned the restore of 'latest': the save before hangs"):
         ranks.one.join(Request(RESTORE, "latest"))
 
 

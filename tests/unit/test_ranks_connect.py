@@ -111,11 +111,11 @@ def test_ranks_that_make_none_are_named_to_those_that_do() -> None:
     Channel(2, 4, store).gather("start/came", b"1", 0)
     Channel(2, 4, store).gather("start/all/seen", b"1", 0)
     with pytest.raises(LateRanksError, match="rank 1 and rank 3 did not make a Checkpointer within 5 s"):
-        connect._all_come(Channel(0, 4, store, store.clock), board, 5, "run")
+        connect._all_arrive(Channel(0, 4, store, store.clock), board, 5, "run")
     assert board.values == {}, "whoever comes now must not find the address"
     assert store.now == 5, "nobody waits for them once more"
     with pytest.raises(LateRanksError, match="rank 1 and rank 3"):
-        connect._all_come(Channel(2, 4, store, store.clock), board, 5, "run")
+        connect._all_arrive(Channel(2, 4, store, store.clock), board, 5, "run")
 
 
 @pytest.mark.parametrize("away", [False, True])
@@ -131,11 +131,11 @@ def test_a_rank_that_is_slow_to_connect_is_waited_for_unless_another_stays_away(
     if not away:
         board.set(connect._coming("run", 2), b"1")
         store.set("start/came/2", b"1")
-        connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")
+        connect._all_arrive(Channel(0, 3, store, store.clock), board, 2, "run")
         assert not [key for key in store.values if key.startswith("start/came")], "it was waited for"
     else:
         with pytest.raises(LateRanksError, match=r"^rank 2 did not make a Checkpointer within 2 s"):
-            connect._all_come(Channel(0, 3, store, store.clock), board, 2, "run")
+            connect._all_arrive(Channel(0, 3, store, store.clock), board, 2, "run")
     assert board.values == {}
 
 
@@ -144,7 +144,7 @@ def test_the_address_is_gone_before_anybody_goes_on() -> None:
     board.set(ADDRESS, b"here")
 
     def work(channel: Channel) -> bool:
-        connect._all_come(channel, board, 30, "run")
+        connect._all_arrive(channel, board, 30, "run")
         return board.check([ADDRESS])
 
     assert on_ranks(3, work) == [False] * 3

@@ -98,7 +98,7 @@ def test_a_checkpointer_refuses_what_cannot_work(given: State, words: str, tmp_p
         ({"step": 2**70}, r"step is 1180591620717411303424: it does not fit into 64 bits"),
         ({"epoch": -1}, r"epoch is -1: it must be 0 or more"),
         ({"tokens": 1.5}, r"tokens is 1\.5: it must be a whole number"),
-        ({"metrics": {"val_loss": None}}, r"the metric 'val_loss' is None: leave it out of the saves"),
+        ({"metrics": {"val_loss": None}}, r"the metric 'val_loss' is None: leave it out of saves"),
         ({"metrics": {"val_loss": "low"}}, r"the metric 'val_loss' is 'low': it must be a single number"),
         ({"metrics": {"val_loss": "1.5"}}, r"the metric 'val_loss' is '1\.5': it must be a single number"),
         ({"metrics": {"a": torch.ones(2)}}, r"the metric 'a' is a Tensor: it must be a single number"),
