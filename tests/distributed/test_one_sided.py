@@ -59,14 +59,16 @@ def one_sided(rank: int, world_size: int, directory: str) -> dict[str, Any]:
         dist.barrier()
         found["different steps"] = save(8 + rank)
         all_save("after different steps", 20)
+        found["rank 0 ahead"] = save(31 if rank == 0 else 30)
+        all_save("after rank 0 ahead", 32)
         if rank == 1:
             found["prepare alone"] = timed(checkpointer.prepare)
-        all_save("after prepare alone", 21)
+        all_save("after prepare alone", 33)
         if rank != 1:
             found["restore without rank 1"] = timed(lambda: checkpointer.restore("latest"))
-        all_save("after restore without rank 1", 22)
+        all_save("after restore without rank 1", 34)
         found["restore"] = timed(lambda: getattr(checkpointer.restore("latest"), "step", None))
-        all_save("the same step again", 22)
+        all_save("the same step again", 34)
     return found
 
 
@@ -81,10 +83,11 @@ def test_one_sided_calls(world: World, tmp_path: Path) -> None:
         assert answers["after rank 1 alone"] == 5
         assert answers["after rank 1 skips"] == 7
         assert answers["after different steps"] == 20
-        assert answers["after prepare alone"] == 21
-        assert answers["after restore without rank 1"] == 22
-        assert answers["restore"] == 22
-        assert answers["the same step again"] == 22
+        assert answers["after rank 0 ahead"] == 32
+        assert answers["after prepare alone"] == 33
+        assert answers["after restore without rank 1"] == 34
+        assert answers["restore"] == 34
+        assert answers["the same step again"] == 34
     assert "ranks 1, 2 did not report within 2 s in the save of step 2" in zero["rank 0 alone"][0]
     assert "rank 0 did not reach the save of step 4 within 2 s" in one["rank 1 alone"][0]
     for rank in (0, 2):
@@ -97,6 +100,9 @@ def test_one_sided_calls(world: World, tmp_path: Path) -> None:
     assert "did not reach the save of step 8: it is at the save of step 9" in zero["different steps"][0]
     assert "rank 0 did not reach the save of step 9" in one["different steps"][0]
     assert "last at the save of step 8" in two["different steps"][0]
+    for rank in (1, 2):
+        words = f"rank 0 is at the save of step 31, rank {rank} at the save of step 30"
+        assert words in found[rank]["rank 0 ahead"][0]
     assert "rank 0 did not reach prepare() within 2 s" in one["prepare alone"][0]
 
 

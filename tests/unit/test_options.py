@@ -33,6 +33,7 @@ def test_other_settings_are_refused(setting: object) -> None:
     [
         (lambda: Checks(snapshots="yes"), "check_snapshots is 'yes': it must be True or False"),
         (lambda: FailurePolicy("ignore"), "on_failure is 'ignore': it must be 'warn' or 'raise'"),
+        (lambda: FailurePolicy("x" * 200), "on_failure is a str: it must be"),
         (lambda: FailurePolicy(max_failures=0), "max_failures is 0: it must be a whole number, 1 or more"),
         (lambda: FailurePolicy(max_failures=True), "max_failures is True"),
         (lambda: MirrorOptions(3), "mirror is 3: it must be a path or a URI"),

@@ -6,10 +6,12 @@ import threading
 from datetime import timedelta
 from typing import Any, cast
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from engine.directory.record import CheckpointRecord
+from engine.errors import SaveFailedError, SaveStuckError
 from engine.format.names import attempt_name
 from engine.options import Checks, FailurePolicy
 from engine.ranks.calls import Calls
@@ -53,7 +55,30 @@ class Writer:
         job.handle.set_record(cast(CheckpointRecord, job.info.step))
 
 
-def saver(channel: Channel, writer: Writer, busy: Busy) -> Saver:
+class OneRank:
+    """One rank's background thread: the save of step 1 fails once `gate` is open, all others commit."""
+
+    doing = "writing"
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, job: Job) -> None:
+        assert self.gate.wait(DEADLINE_SECS)
+        if job.info.step == 1:
+            job.handle.set_failure(SaveFailedError("the checkpoint of step 1 was not saved: full"))
+        else:
+            job.handle.set_record(cast(CheckpointRecord, job.info.step))
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        pass
+
+
+def saver(
+    channel: Channel, writer: Writer | OneRank, busy: Busy, policy: FailurePolicy | None = None
+) -> Saver:
     return Saver(
         capture=StateCapture({"values": {"t": torch.zeros(5)}}, (), channel.rank),
         snapshot=Snapshot(channel.rank, pin=False, budget_bytes=None),
@@ -61,7 +86,7 @@ def saver(channel: Channel, writer: Writer, busy: Busy) -> Saver:
         channel=channel,
         calls=Calls(channel, DEADLINE_SECS, DEADLINE_SECS),
         runner=cast(JobRunner, writer),
-        outcomes=Outcomes(FailurePolicy("raise", 1)),
+        outcomes=Outcomes(policy or FailurePolicy("raise", 1)),
         run_id="run",
         busy=busy,
         timeout_secs=DEADLINE_SECS,
@@ -106,3 +131,67 @@ def test_decisions_do_not_pile_up() -> None:
     assert [key for key in store.values if key.startswith("call/5")] == [
         key for key in store.values if key.startswith("call/")
     ]
+
+
+def ended(one: Saver, step: int) -> Any:
+    """What became of a save: its step, or the error."""
+    try:
+        return save(one, step).result()
+    except SaveFailedError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("told", [None, 0, 1])
+def test_rank_0_raises_a_failure_for_all_that_it_was_not_told_of(told: int | None) -> None:
+    """Ranks may hear of a failure from a handle, each at its own time; what rank 0 knows counts."""
+    store = MemoryStore()
+
+    def work(channel: Channel) -> list[Any]:
+        one = saver(channel, OneRank(channel), "wait")
+        first = save(one, 1)
+        one.wait()
+        if channel.rank == told:
+            with pytest.raises(SaveFailedError, match="full"):
+                first.result()
+        return [ended(one, step) for step in (2, 3)]
+
+    raised = (SaveFailedError, "the checkpoint of step 1 was not saved: full")
+    assert on_ranks(2, work, store) == [[2 if told == 0 else raised, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    "policy", [FailurePolicy("raise"), FailurePolicy("warn", 3), FailurePolicy("warn", 1)]
+)
+def test_a_save_that_hangs_on_rank_0_is_a_failure_on_all_ranks(policy: FailurePolicy) -> None:
+    store = MemoryStore()
+    released = threading.Event()
+
+    def work(channel: Channel) -> list[Any]:
+        writer = OneRank(channel)
+        one = saver(channel, writer, "wait", policy)
+        if channel.rank == 0:
+            writer.gate.clear()
+            one.flight.stuck = True  # it was waited for long enough
+        save(one, 4)
+        found: list[Any] = []
+        try:
+            found.append(save(one, 5))
+        except SaveFailedError as error:
+            found += [type(error), str(error)]
+        else:
+            with pytest.raises(SaveFailedError) as caught:
+                found.pop().result()
+            found += ["endured", str(caught.value)]
+        if channel.rank == 0:
+            writer.gate.set()
+            one.wait(DEADLINE_SECS)
+            released.set()
+        assert released.wait(DEADLINE_SECS)
+        return [*found, ended(one, 6)]
+
+    (zero, *first), (one, *second) = on_ranks(2, work, store)
+    assert first == second
+    assert "rank 0: the save of step 4 is still running" in first[0]
+    assert first[1] == 6
+    endured = policy == FailurePolicy("warn", 3)
+    assert (zero, one) == (("endured", "endured") if endured else (SaveStuckError, SaveFailedError))
