@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 CONVERT = ROOT / "docs" / "convert.md"
-DOCUMENTS = (README, GUIDE, CONVERT, ROOT / "checkpoints" / "README.md", ROOT / "DECISIONS.md")
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+DOCUMENTS = (README, GUIDE, CONVERT, ARCHITECTURE, ROOT / "checkpoints" / "README.md", ROOT / "DECISIONS.md")
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")

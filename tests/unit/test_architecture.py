@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import threading
@@ -38,7 +39,7 @@ def arrows() -> list[tuple[str, str]]:
     for way in WAYS:
         for line in way.splitlines():
             files = re.findall(r"[a-z_0-9/]+\.py", line)
-            found += list(zip(files, files[1:], strict=False))
+            found += list(itertools.pairwise(files))
             assert line.count("->") == len(files) - 1, line
     return found
 
