@@ -1,4 +1,4 @@
-"""docs/architecture.md against the code: files, arrows, and what one save and one restore really pass through."""
+"""docs/architecture.md against the code: files, arrows, and what one save and one restore pass through."""
 
 from __future__ import annotations
 
