@@ -80,6 +80,12 @@ class Journal(System):
         return fd
 
     @_as_one_act
+    def reopen(self, path: str) -> int:
+        fd = super().reopen(path)
+        self._open[fd] = self._inodes[path]
+        return fd
+
+    @_as_one_act
     def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
         written = super().pwrite(fd, view, offset)
         self.ops.append(Op("write", inode=self._open[fd], offset=offset, data=bytes(view[:written])))

@@ -103,6 +103,11 @@ class Recording(System):
         self.events.append(f"create {self._names[fd]}")
         return fd
 
+    def reopen(self, path: str) -> int:
+        fd = super().reopen(path)
+        self._names[fd] = self._short(path)
+        return fd
+
     def pwrite(self, fd: int, view: memoryview, offset: int) -> int:
         self.events.append(f"write {self._names[fd]}")
         return super().pwrite(fd, view, offset)
