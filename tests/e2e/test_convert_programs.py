@@ -10,7 +10,7 @@ from tests.e2e.conftest import BUCKET
 from tests.e2e.harness import Run, program
 
 
-@pytest.mark.parametrize("format", ["torch", "dcp"])
+@pytest.mark.parametrize("format", ["torch", pytest.param("dcp", marks=pytest.mark.slow)])
 def test_a_round_trip_does_not_change_the_run(undisturbed_1: Run, tmp_path: Path, format: str) -> None:
     """With dropout: the same losses need weights, moments, data position and random streams, bit for bit."""
     out, new = str(tmp_path / "out"), tmp_path / "new"
@@ -51,6 +51,7 @@ def test_a_trained_model_speaks(undisturbed_1: Run) -> None:
     assert "step 12" in ran.stderr
 
 
+@pytest.mark.slow
 def test_to_and_from_a_store(undisturbed_1: Run, tmp_path: Path, s3_environment: dict[str, str]) -> None:
     """Every address is a URI but the first: exported there, imported from there, back there, compared."""
     bucket, env = f"s3://{BUCKET}/convert-{tmp_path.name}", s3_environment

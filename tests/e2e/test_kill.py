@@ -73,7 +73,7 @@ def go_on_after_kills(run: Run, kill: Callable[[Job], None], times: int) -> None
     assert run.restored_step() >= max(reported)
 
 
-@pytest.mark.parametrize("kill", [kill_everything, kill_torchrun_alone])
+@pytest.mark.parametrize("kill", [kill_everything, pytest.param(kill_torchrun_alone, marks=pytest.mark.slow)])
 @pytest.mark.timeout(300)
 def test_five_kills_at_random_moments_lose_nothing_that_was_committed(
     kill: Callable[[Job], None], new_run: Callable[[str], Run]
