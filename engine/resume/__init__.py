@@ -1,1 +1,1 @@
-"""Carrying a run on, as a program."""
+"""The program that resumes a run."""

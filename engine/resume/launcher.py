@@ -1,9 +1,9 @@
-"""`python -m engine.resume`: carries a run on, on any number of ranks, with the checkpoint's own flags.
+"""`python -m engine.resume`: resumes a run on any number of ranks, with the checkpoint's own flags.
 
-It launches `engine.train --resume ...` through torch's elastic launcher, in this process. Torch is not loaded
-before everything that the user may have got wrong has been looked at.
+It launches `engine.train --resume ...` through torch's elastic launcher, in this process. The user's mistakes
+are reported before torch is loaded.
 
-Exit status: 0, 2 when the user has to do something, 1 when a worker failed otherwise, 128 + n after signal n.
+Exit status: 0; 2 when the user has to act; 1 when a worker failed otherwise; 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ LAUNCHER_FLAGS = (
     "monitor_interval",
     "signals_to_handle",
 )
-"""Flags of torchrun that are handed to it as they are."""
+"""Flags that are passed to torchrun unchanged."""
 
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""torchrun's own and Slurm's two, of which it would die without a word to the workers."""
+"""torchrun's own signals and Slurm's two, which would kill it without a signal to the workers."""
 
 _INSTEAD = {"--resume": "--from SELECTOR", "--nproc_per_node": "--reshard RANKS_OVER_ALL_NODES"}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for. `train` are the flags for engine.train, `launcher` those for torchrun."""
+    """The parsed command line. `train` holds the flags for engine.train, `launcher` those for torchrun."""
 
     ranks: int | None
     selector: str
@@ -81,24 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HoldfastError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:  # also while torch is loaded, which takes seconds
+    except KeyboardInterrupt:  # also during the seconds that loading torch takes
         return 128 + signal.SIGINT
 
 
 def read_flags(argv: Sequence[str]) -> Request:
-    """Sort the flags: ours, torchrun's, and the rest, which is engine.train's. Raises ConfigError."""
+    """Split the flags into ours, torchrun's, and the rest, for engine.train. Raises ConfigError."""
     parser = _Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False, add_help=True)
     parser.add_argument("--reshard", type=int, metavar="N", help="ranks over all nodes (default: as saved)")
     parser.add_argument("--from", dest="selector", default="latest", help="checkpoint (default: latest)")
     parser.add_argument("--dry_run", action="store_true", help="print what each rank would read, and exit")
-    launcher = parser.add_argument_group("torchrun's own flags, handed through")
+    launcher = parser.add_argument_group("torchrun's own flags, passed through")
     for flag in LAUNCHER_FLAGS:
         launcher.add_argument(f"--{flag}")
-    parser.epilog = "Any other flag is engine.train's and beats the checkpoint's configuration."
+    parser.epilog = "Any other flag goes to engine.train and overrides the checkpoint's configuration."
     given, rest = parser.parse_known_args([_with_underscores(argument) for argument in argv])
     for other, ours in _INSTEAD.items():
         if any(argument.split("=")[0] == other for argument in rest):
-            raise ConfigError(f"engine.resume takes {ours} in place of {other}")
+            raise ConfigError(f"engine.resume takes {ours} instead of {other}")
     if given.reshard is not None and given.reshard < 1:
         raise ConfigError(f"--reshard is {given.reshard}, but must be at least 1")
     passed = [
@@ -110,14 +110,14 @@ def read_flags(argv: Sequence[str]) -> Request:
 
 
 def check(request: Request, session: TrainConfig, start: Start) -> MeshShape:
-    """The ranks to launch, as a mesh. What the workers would refuse is refused here already."""
+    """The ranks to launch, as a mesh. Raises here what the workers would refuse."""
     if start.selector is None or start.world_size is None:
         where = open_storage(start.checkpoint_dir, session.storage_mapping).uri
         raise SelectorError(f"{where} holds no checkpoint to resume: start a run with engine.train")
     ranks = request.ranks or start.world_size
     if ranks % request.nodes:
         raise ConfigError(
-            f"{ranks} ranks do not divide over {request.nodes} nodes: {ranks} = {request.nodes} x "
+            f"{ranks} ranks do not divide evenly over {request.nodes} nodes: {ranks} = {request.nodes} x "
             f"{ranks // request.nodes} + {ranks % request.nodes}; change --reshard or --nnodes"
         )
     config = complete(resolve((*request.train, "--resume", request.selector), start.stored, session))
@@ -142,7 +142,7 @@ def dry_run(session: TrainConfig, start: Start, mesh: MeshShape) -> None:
 def launch(request: Request, start: Start, ranks: int) -> int:
     """Run the workers under torch's elastic launcher until they end; returns the exit status.
 
-    Raises ConfigError when the launcher finds fault with its flags, or no other node.
+    Raises ConfigError when the launcher rejects its flags or cannot reach the other nodes.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -152,12 +152,12 @@ def launch(request: Request, start: Start, ranks: int) -> int:
     try:
         torchrun.main(launch_arguments(request, start, ranks))
     except ChildFailedError as error:
-        # torchrun makes 1 of any failure; a worker's 2 means that it printed a sentence for the user.
+        # torchrun turns any failure into 1; a worker's 2 means that it printed a message for the user.
         return USER_ERROR if any(f.exitcode == USER_ERROR for f in error.failures.values()) else 1
     except SignalException as error:
         return 128 + int(error.sigval)
     except (ValueError, RendezvousError) as error:
-        given = " ".join(request.launcher) or "none were given"
+        given = " ".join(request.launcher) or "none given"
         raise ConfigError(
             f"torch's launcher did not start the ranks: {error}; check its flags ({given})"
         ) from error
@@ -165,22 +165,22 @@ def launch(request: Request, start: Start, ranks: int) -> int:
 
 
 def launch_arguments(request: Request, start: Start, ranks: int) -> list[str]:
-    """torchrun's command line. The directory that the checkpoint was found in goes with it."""
+    """torchrun's command line, with the directory in which the checkpoint was found."""
     nproc = ranks // request.nodes
     train = (*request.train, f"--checkpoint_dir={start.checkpoint_dir}", f"--resume={start.selector}")
-    # First, so that the user's own flag wins. torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE by it.
+    # First, so that the user's own flag wins. torchrun sets TORCHELASTIC_SIGNALS_TO_HANDLE from it.
     launcher = (f"--signals_to_handle={FORWARDED}", *request.launcher)
     return [*launcher, f"--nproc_per_node={nproc}", "-m", "engine.train", *train]
 
 
 def _nodes(flag: str | None) -> int:
-    """How many nodes there will be at most: torchrun also takes MIN:MAX."""
+    """The largest number of nodes: torchrun also takes MIN:MAX."""
     try:
         nodes = int((flag or "1").split(":")[-1])
     except ValueError:
         nodes = 0
     if nodes < 1:
-        raise ConfigError(f"--nnodes is {flag}, but must be a number of nodes, or MIN:MAX")
+        raise ConfigError(f"--nnodes is {flag}, but must be a number of nodes or MIN:MAX")
     return nodes
 
 
@@ -193,7 +193,7 @@ def _with_underscores(argument: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes become one sentence like every other error, not a usage text."""
+    """Reports a mistake as one sentence, like every other error, instead of a usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")

@@ -1,6 +1,6 @@
-"""Every flag of the trainer as one frozen value, and its JSON form in the manifest.
+"""The trainer's flags as one frozen value, and their JSON form in the manifest.
 
-Imports no torch: `engine.resume` and `--list_checkpoints` answer before torch would have been loaded.
+Imports no torch: `engine.resume` and `--list_checkpoints` must not wait for it to load.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from engine.format.best import BestRule, Mode
 from model.config import GPT2Config
 
 LOCKED = ("model", "seq_len", "global_batch", "seed", "steps_per_epoch")
-"""What a resumed run may not change: another value would make it a different run.
+"""Flags that a resumed run may not change: another value would make it a different run.
 
-`data` is not here: a dataset may be moved, so the loader compares fingerprints instead of paths.
+`data` is not among them: a dataset may move, so the loader compares fingerprints instead of paths.
 """
 
 SESSION = (
@@ -33,15 +33,14 @@ SESSION = (
     "on_event",
     "allow_data_change",
 )
-"""What belongs to one invocation and never comes out of a checkpoint.
+"""Flags that belong to one invocation and are never taken from a checkpoint.
 
-Storage options hold credentials. A checkpoint that named a mirror would send the data of whoever loads it to
-its author. `on_event` is a command: if it were taken from a checkpoint, loading one would run code that its
-author chose.
+Storage options hold credentials. A checkpoint that named a mirror would send its user's data to its author.
+`on_event` is a command: taking it from a checkpoint would run code that the checkpoint's author chose.
 """
 
 METRICS = ("val_loss", "train_loss")
-"""What the trainer measures."""
+"""Metrics that the trainer records."""
 
 Device = Literal["auto", "cpu", "cuda"]
 SavePolicy = Literal["wait", "skip"]
@@ -51,23 +50,23 @@ SavePolicy = Literal["wait", "skip"]
 class TrainConfig:
     """Train a GPT-2 with background checkpoints.
 
-    On resume an explicit flag beats the checkpoint's configuration, which beats the default.
+    On resume, explicit flags override the checkpoint's configuration, which overrides the defaults.
     """
 
     model: str = "gpt2"
     """Preset: nano, gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     data: str = "datasets/stdlib-gpt2"
-    """Directory of token shards, as `python -m data.prepare` writes it."""
+    """Directory of token shards, as written by `python -m data.prepare`."""
     seed: int = 1337
-    """Seed of the initial weights, of the data order and of dropout."""
+    """Seed of the initial weights, the data order and dropout."""
     dropout: float = 0.0
-    """Dropout probability while training."""
+    """Dropout probability during training."""
     seq_len: int | None = None
     """Tokens per sequence (default: the context length of the model)."""
     global_batch: int = 48
     """Sequences per optimizer step, over all ranks; the same at every world size."""
     micro_batch: int = 8
-    """Most sequences that a rank takes through the model at once; the rest is accumulated."""
+    """Most sequences that a rank runs through the model at once; gradients accumulate over the rest."""
 
     lr: float = 6e-4
     """Peak learning rate."""
@@ -78,76 +77,76 @@ class TrainConfig:
     lr_decay_steps: int | None = None
     """Step at which the cosine reaches --min_lr (default: the last step of the run)."""
     weight_decay: float = 0.1
-    """Weight decay of matrices and embeddings; biases and norms have none."""
+    """Weight decay of matrices and embeddings; biases and norms are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's two decay rates."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest gradient norm; 0 turns clipping off."""
 
     max_steps: int | None = None
-    """Stop after this step (default: with --num_epochs; with neither, after one epoch)."""
+    """Stop after this step (default: set by --num_epochs; without either, one epoch)."""
     num_epochs: int | None = None
     """Stop after this many epochs, or at --max_steps if that comes first."""
     steps_per_epoch: int | None = None
-    """Steps that count as an epoch (default: one pass over the data)."""
+    """Steps per epoch (default: one pass over the data)."""
     eval_freq: int = 250
-    """Measure the validation loss every so many steps; 0 never does."""
+    """Measure the validation loss every N steps; 0 turns validation off."""
     eval_batches: int = 20
     """Global batches per validation."""
 
     checkpoint_freq: int = 250
-    """Save every so many steps; 0 saves only at epochs, best losses, signals and the end."""
+    """Save every N steps; 0 saves only at epochs, best losses, signals and the end."""
     keep_checkpoints: int = 10
-    """How many rolling checkpoints to keep besides latest, backup, best and epochs; others are deleted."""
+    """Rolling checkpoints to keep besides latest, backup, best and epochs; the others are deleted."""
     best_metric: str = "val_loss"
     """The metric that decides which checkpoint is best: val_loss or train_loss."""
     best_mode: Mode = "min"
-    """Whether the lowest (min) or the highest (max) value of it is best."""
+    """Whether the lowest (min) or highest (max) value of --best_metric is best."""
     checkpoint_dir: str = "./checkpoints"
     """Directory or fsspec URI of the checkpoints."""
     mirror: str | None = None
-    """Second directory or URI, to which every committed checkpoint is copied in the background."""
+    """Second directory or URI; committed checkpoints are copied to it in the background."""
     mirror_freq: int = 1
-    """Mirror interval checkpoints of every so many steps, others always; 0 mirrors only the others."""
+    """Mirror interval checkpoints only every N steps (0: never); all others are always mirrored."""
     storage_options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE option for the file system of a URI, may be repeated; never stored in a checkpoint."""
+    """KEY=VALUE option for the file system of a URI; repeatable; never stored in a checkpoint."""
     save_policy: SavePolicy = "wait"
-    """When an interval save is due and the one before is still being written: wait for it, or skip."""
+    """If an interval save is due while the last save is still being written: wait, or skip it."""
     max_save_failures: int = 3
-    """Stop after so many failed saves in a row; 0 stops at the first, as 1 does."""
+    """Stop after N failed saves in a row; 0 means 1."""
     check_replicas: bool = False
-    """At every save, compare all of what several ranks hold, instead of samples of the large tensors."""
+    """At every save, compare replicas in full instead of sampling the large tensors."""
     check_snapshots: bool = False
-    """Read every save back and compare it with what the training held when it was taken (slow)."""
+    """Read every save back and compare it with the state it was taken from (slow)."""
 
     resume: str | None = None
-    """Carry on from latest, backup, best, epoch:N, step:N, a path or a URI."""
+    """Resume from latest, backup, best, epoch:N, step:N, a path or a URI."""
     new_run: bool = False
-    """Start from step 0 although the directory holds checkpoints."""
+    """Start from step 0 even if the directory holds checkpoints."""
     init_from: str | None = None
-    """Checkpoint (path or URI) whose weights a run that starts at step 0 takes over, as far as they fit."""
+    """Checkpoint (path or URI) whose matching weights initialise a run that starts at step 0."""
     list_checkpoints: bool = False
-    """Print what the directory holds, and exit."""
+    """List the checkpoints in the directory, and exit."""
     allow_data_change: bool = False
-    """Carry on although the dataset is not the one that the checkpoint was trained on."""
+    """Resume even if the dataset is not the one that the checkpoint was trained on."""
 
     device: Device = "auto"
-    """Where to train; auto takes CUDA where there is one."""
+    """Device to train on; auto uses CUDA if available."""
     dp_replicate: int = 1
-    """Replicas of the model: 1 shards it over all ranks, the number of ranks shards nothing."""
+    """Replicas of the model: 1 shards it over all ranks; the number of ranks turns sharding off."""
     bf16: bool = False
     """Compute in bfloat16, with float32 weights and reductions."""
     compile: bool = False
     """Compile the model with torch.compile."""
     deterministic: bool = True
-    """On CUDA, take kernels that give the same bits every time."""
+    """On CUDA, use deterministic kernels."""
 
     log_dir: str | None = None
-    """Where metrics.jsonl goes (default: logs/ in a local --checkpoint_dir, else ./logs/NAME)."""
+    """Directory of metrics.jsonl (default: logs/ in a local --checkpoint_dir, else ./logs/NAME)."""
     on_event: str | None = None
-    """Shell command that gets each event but `step` as JSON on stdin; not taken from a checkpoint."""
+    """Shell command that receives events (except `step`) as JSON on stdin; never taken from a checkpoint."""
     grace_secs: float = 25.0
-    """Time to save and exit after a signal, at most 25 under torchrun, which kills at 30."""
+    """Seconds to save and exit after a signal; at most 25 under torchrun, which kills workers after 30."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -159,7 +158,7 @@ class TrainConfig:
         counts = ("warmup_steps", "eval_freq", "checkpoint_freq", "mirror_freq", "max_save_failures")
         for name in ("seed", *counts):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
-        # Above it, naming the batch sizes that would fit takes longer than anybody waits.
+        # Above this, listing the batch sizes that fit takes too long.
         _require(self, "global_batch", self.global_batch < 2**31, "below 2**31")
         _require(self, "grad_clip", 0 <= self.grad_clip < math.inf, "0 or more (0 does not clip)")
         _require(self, "lr", 0 < self.lr < math.inf, "above 0")
@@ -173,12 +172,12 @@ class TrainConfig:
             _require(self, name, getattr(self, name) != "", "not empty")
         if self.resume is not None and self.new_run:
             raise ConfigError(
-                f"--resume {self.resume} carries a run on and --new_run starts one: give one of the two"
+                f"--resume {self.resume} continues a run and --new_run starts one: give only one of them"
             )
 
     @property
     def best_rule(self) -> BestRule:
-        """What decides which checkpoint is best."""
+        """The rule that decides which checkpoint is best."""
         return BestRule(self.best_metric, self.best_mode)
 
     @property
@@ -193,7 +192,7 @@ class TrainConfig:
         for position, option in enumerate(self.storage_options, start=1):
             key, separator, value = option.partition("=")
             if not separator or not key:
-                # The entry itself may be a secret, so only its place is named.
+                # The entry may be a secret, so the message gives only its position.
                 raise ConfigError(f"--storage_options takes KEY=VALUE entries; entry {position} is not one")
             pairs[key] = value
         return pairs
@@ -215,7 +214,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and len(value) == 2 and all(_fits(item, float) for item in value)
     if hint == tuple[str, ...]:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    # bool is an int to isinstance, and JSON writes 1.0 as 1: neither may pass or fail for the wrong reason.
+    # isinstance counts bool as int, and JSON writes 1.0 as 1.
     if isinstance(value, bool):
         return bool in options
     if float in options and isinstance(value, int):
@@ -224,21 +223,21 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _check_types(config: TrainConfig) -> None:
-    """A stored configuration is JSON from a file: a wrong type must not surface somewhere deep."""
+    """A stored configuration is JSON from a file: catch a wrong type here, not deep inside the run."""
     for name, hint in _HINTS.items():
         value = getattr(config, name)
         if not _fits(value, hint):
             raise ConfigError(
-                f"--{name} is {value!r}, which is a {type(value).__name__} and does not fit the flag"
+                f"--{name} is {value!r}: a {type(value).__name__} is not valid for this flag"
             )
         if isinstance(value, int):
             _require(config, name, abs(value) < 2**63, "below 2**63")
         if isinstance(value, str):
-            _require(config, name, _is_text(value), "text in UTF-8")
+            _require(config, name, _is_text(value), "valid UTF-8 text")
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written down: bytes of a command line that are no UTF-8 become lone surrogates."""
+    """Whether it can be encoded: invalid UTF-8 on a command line becomes lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -247,7 +246,7 @@ def _is_text(value: str) -> bool:
 
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON for the manifest: everything but the session's own flags."""
+    """The configuration as JSON for the manifest, without the session's own flags."""
     stored = {key: value for key, value in dataclasses.asdict(config).items() if key not in SESSION}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in stored.items()}
 
@@ -255,8 +254,8 @@ def to_json(config: TrainConfig) -> dict[str, Any]:
 def from_json(stored: Mapping[str, Any], session: TrainConfig) -> TrainConfig:
     """A checkpoint's configuration with the session's own flags.
 
-    Unknown keys are left alone (a later version may have more flags); missing ones keep their default.
-    Raises ConfigError for a value that does not fit its flag.
+    Unknown keys are ignored (a later version may have more flags); missing ones keep their defaults.
+    Raises ConfigError for a value that is invalid for its flag.
     """
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     values = {key: value for key, value in stored.items() if key in names and key not in SESSION}
@@ -269,22 +268,22 @@ def from_json(stored: Mapping[str, Any], session: TrainConfig) -> TrainConfig:
 
 
 def check_locked(config: TrainConfig, stored: TrainConfig) -> None:
-    """Raises ConfigError, naming both values, where a flag would change what a checkpoint fixes."""
+    """Raises ConfigError, with both values, for a flag that would change a locked setting."""
     changed = [name for name in LOCKED if getattr(config, name) != getattr(stored, name)]
     if changed:
         listed = ", ".join(
             f"--{name} {getattr(config, name)} (checkpoint: {getattr(stored, name)})" for name in changed
         )
         raise ConfigError(
-            "a resumed run keeps the shape, the data order and the batch of its checkpoint, but was given "
-            f"{listed}; leave the flag out, or start another run with --new_run"
+            "a resumed run cannot change its checkpoint's model, data order or batch size, but was given "
+            f"{listed}; omit the flag, or start another run with --new_run"
         )
 
 
 def complete(config: TrainConfig) -> TrainConfig:
-    """The configuration with the defaults that depend on the model filled in.
+    """Fill in the defaults that depend on the model.
 
-    Raises ConfigError for a model that does not exist and for sequences longer than it can take.
+    Raises ConfigError for an unknown model or for sequences longer than the model allows.
     """
     try:
         preset = GPT2Config.preset(config.model)

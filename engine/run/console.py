@@ -1,4 +1,4 @@
-"""What rank 0 tells the person at the terminal: one line now and then, and one for every checkpoint."""
+"""Console output of rank 0: a progress line about once a second, and a line per checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROGRESS_SECS = 1.0
 
 
 class Console:
-    """Prints on rank 0, and nowhere else."""
+    """Prints on rank 0 only (`speaks`)."""
 
     def __init__(
         self, *, speaks: bool, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -24,13 +24,13 @@ class Console:
         self._shown_at = float("-inf")
 
     def say(self, line: str) -> None:
-        """Print a line at once. A terminal that is gone, or a full disk behind it, costs the line only."""
+        """Print and flush a line. If the terminal is gone or its disk full, only the line is lost."""
         if self._speaks:
             with contextlib.suppress(OSError):
                 print(line, file=self._out or sys.stdout, flush=True)
 
     def progress(self, event: Event, last_step: int, *, force: bool = False) -> None:
-        """A line for a `step` event, at most one a second unless `force`."""
+        """Print a `step` event, at most once a second unless `force`."""
         now = self._clock()
         if not force and now - self._shown_at < PROGRESS_SECS:
             return
@@ -41,14 +41,14 @@ class Console:
         )
 
     def checkpoint(self, event: Event) -> None:
-        """A line for what became of a save or a restore."""
+        """Print the outcome of a save, a copy to the mirror, or a restore."""
         line = checkpoint_line(event)
         if line:
             self.say(line)
 
 
 def checkpoint_line(event: Event) -> str | None:
-    """The line for an event of the engine, None for one that says nothing new to a person."""
+    """The line for an engine event, or None if the event is not worth a line."""
     step, reasons = event.get("step"), ", ".join(event.get("reasons") or ())
     why = f" ({reasons})" if reasons else ""
     match event.get("event"):
@@ -64,11 +64,11 @@ def checkpoint_line(event: Event) -> str | None:
         case "mirror_copied":
             size, sent = _size(event.get("bytes")), event.get("sent_bytes")
             part = f"{readable_bytes(sent)} of " if sent not in (None, event.get("bytes")) else ""
-            owed = f", {event['owed']} still owed" if event.get("owed") else ""
+            pending = f", {event['owed']} pending" if event.get("owed") else ""
             took = f"{event['secs']:.2f} s"
-            return f"mirror: step {step} copied, {part}{size} in {took}{owed} -> {event['path']}"
+            return f"mirror: step {step} copied, {part}{size} in {took}{pending} -> {event['path']}"
         case "mirror_failed":
-            return f"mirror: FAILED, {event['owed']} owed: {event.get('cause')}"
+            return f"mirror: FAILED, {event['owed']} pending: {event.get('cause')}"
         case "restored":
             return f"restored: step {step}{' from ' + str(event['path']) if event.get('path') else ''}"
     return None

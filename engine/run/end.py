@@ -1,4 +1,4 @@
-"""How the program ends when its work is done."""
+"""Ends the program."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def end_process(
     *,
     leave_at_once: Callable[[int], None] = end_at_once,
 ) -> None:
-    """End the program; among other ranks, and when a save hangs, without taking the interpreter down.
+    """End the program, without interpreter shutdown under torchrun or while a save hangs.
 
-    A worker thread of gloo lets go of its last tensor at some time after the collective, and takes the GIL
-    for it. While the interpreter is taken down that ends the thread in the middle of C++ code, and the
-    process with SIGABRT: seen with torch 2.13 in 1 run of 100 on busy cores, in `ProcessGroupGloo::runLoop`
-    -> `TensorImpl::decref_pyobject`. Everything that must be finished has been closed by now. Dissolving
-    the group does not help, because a wrapped model keeps it alive.
+    A gloo worker thread releases its last tensor some time after the collective and takes the GIL to do so.
+    During interpreter shutdown that kills the thread inside C++ code, and the process dies of SIGABRT: seen
+    with torch 2.13 in 1 run of 100 on busy cores, in `ProcessGroupGloo::runLoop` ->
+    `TensorImpl::decref_pyobject`. All that must finish is closed before this call. Destroying the process
+    group does not help, because a wrapped model keeps it alive.
     """
     if "RANK" not in environ and not anything_hangs() and not copies_hang():
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""The way into the example's programs: `engine.entry`, and `model` and `data` are the example's own."""
+"""`engine.entry` for the example's programs: `model` and `data` are the example's own packages."""
 
 from __future__ import annotations
 

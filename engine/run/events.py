@@ -1,8 +1,7 @@
 """metrics.jsonl: one JSON object a line, appended with one write each.
 
-A reader that follows the file, or finds it after a crash, sees whole lines, but for a torn last one that
-the next run cuts off. Nothing is ever rewritten: after going back to an older step, the steps of the
-abandoned branch stay above those of the new one.
+A reader always sees whole lines, except a torn last one after a crash, which the next run cuts off. Nothing
+is rewritten: after a resume from an older step, the abandoned steps stay above the new ones.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Write = Callable[[int, bytes], int]
 
 
 def encode(event: Event) -> bytes:
-    """One line with its newline. Floats keep every bit; those that JSON has no number for become strings."""
+    """One line with its newline. Floats keep every bit; NaN and infinities become strings."""
     return json.dumps(_plain(event), allow_nan=False, ensure_ascii=False, default=str).encode() + b"\n"
 
 
@@ -46,13 +45,13 @@ def _plain(value: Any) -> Any:
 class MetricsLog:
     """Appends events to `<directory>/metrics.jsonl`, from any thread.
 
-    A write that fails is logged once and the event is lost: a full log disk must not end the training.
+    If a write fails, the event is lost and a message logged once: a full disk must not end the training.
     """
 
     def __init__(
         self, directory: str, *, clock: Callable[[], float] = time.time, write: Write = os.write
     ) -> None:
-        """Raises StorageError when the directory cannot be made or the file not be opened."""
+        """Raises StorageError when the directory or the file cannot be created or opened."""
         self.path = Path(directory) / FILE_NAME
         self._clock, self._write, self._failing = clock, write, False
         self._lock = threading.Lock()
@@ -64,11 +63,11 @@ class MetricsLog:
             cut_torn_line(self._fd)
         except OSError as error:
             raise _refusal(error)(
-                f"metrics cannot be written to {self.path}: {error.strerror or error}; give another --log_dir"
+                f"cannot write metrics to {self.path}: {error.strerror or error}; give another --log_dir"
             ) from error
 
     def append(self, event: Event) -> None:
-        """Write one event, with the time of writing as `time` (Unix seconds)."""
+        """Write one event and add `time` (Unix seconds)."""
         line = encode({**event, "time": self._clock()})
         with self._lock:
             if self._fd is None:
@@ -78,16 +77,16 @@ class MetricsLog:
                 self._failing = False
             except OSError as error:
                 if not self._failing:
-                    log.error("%s cannot be written (%s): events are lost until it can", self.path, error)
+                    log.error("cannot write %s (%s): events are lost until it works again", self.path, error)
                 self._failing = True
 
     def _append(self, fd: int, line: bytes) -> None:
         end = os.fstat(fd).st_size
         written = self._write(fd, line)
         if written != len(line):
-            # Half a line in the middle of the file would spoil the next one as well.
+            # Half a line would corrupt the next line, too.
             os.ftruncate(fd, end)
-            raise OSError(f"{written} of {len(line)} bytes were written")
+            raise OSError(f"only {written} of {len(line)} bytes were written")
 
     def close(self) -> None:
         """Close the file; later events are dropped."""
@@ -98,7 +97,7 @@ class MetricsLog:
 
 
 def cut_torn_line(fd: int) -> int:
-    """Cut off what follows the last newline, which a killed writer left; returns the number of bytes cut."""
+    """Cut off the partial line that a killed writer left; returns the number of bytes cut."""
     size = os.fstat(fd).st_size
     end = size
     while end > 0:

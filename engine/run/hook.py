@@ -1,6 +1,6 @@
-"""`--on_event`: runs a command for each event, off the training's path.
+"""`--on_event`: runs the user's command for each event, in a thread of its own.
 
-The command is the user's own; it may hang, fail or be slow, and none of that may reach the training.
+A command that hangs, fails or is slow must not affect the training.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 QUEUE_EVENTS = 256
 COMMAND_SECS = 60.0
-"""A command that takes longer is killed: those behind it wait."""
+"""A command that runs longer is killed, because later events wait for it."""
 _SHOWN_BYTES = 500
 
 Runner = Callable[[str, bytes], None]
 
 
 def run_command(command: str, line: bytes, *, timeout_secs: float = COMMAND_SECS) -> None:
-    """Run a shell command with `line` on its standard input; whatever goes wrong is logged.
+    """Run a shell command with `line` on its standard input; failures are logged, not raised.
 
-    Its output is dropped, but for standard error when it fails. It runs in a session of its own, so that a
-    Ctrl+C meant for the training does not stop the mail about it.
+    Its output is dropped, except standard error when it fails. It runs in its own session, so that Ctrl+C in
+    the training's terminal does not stop it.
     """
     try:
         process = subprocess.Popen(
@@ -45,23 +45,23 @@ def run_command(command: str, line: bytes, *, timeout_secs: float = COMMAND_SECS
     except OSError as error:
         log.warning("--on_event could not start: %s", error)
         return
-    with process:  # closes the pipes: a child that has left the session may keep their other end for ever
+    with process:  # closes the pipes: a child that left the session may hold their other end forever
         try:
             _, complaint = process.communicate(line, timeout=timeout_secs)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            log.warning("--on_event took longer than %g s and was killed", timeout_secs)
+            log.warning("--on_event ran longer than %g s and was killed", timeout_secs)
             return
     if process.returncode != 0:
         shown = complaint[-_SHOWN_BYTES:].decode(errors="replace").strip()
-        log.warning("--on_event ended with %d: %s", process.returncode, shown or "no word on standard error")
+        log.warning("--on_event exited with %d: %s", process.returncode, shown or "nothing on standard error")
 
 
 class EventHook:
-    """Hands events to a command one after the other, in a thread of its own.
+    """Passes events to a command, one at a time, in a thread of its own.
 
-    The queue is bounded: events that arrive while it is full are dropped and counted, never waited for.
+    The queue is bounded: an event that arrives while it is full is dropped and counted; `submit` never waits.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class EventHook:
         except queue.Full:
             self._dropped += 1
             if self._dropped == 1:
-                log.warning("--on_event is slower than the events: some are dropped")
+                log.warning("--on_event cannot keep up: some events are dropped")
 
     def close(self, timeout_secs: float) -> bool:
-        """Let the command see what is queued, for `timeout_secs` at most; whether it saw everything."""
+        """Wait up to `timeout_secs` for the command to process the queue; True if it received every event."""
         end = self._clock() + timeout_secs
         try:
             self._queue.put(None, timeout=timeout_secs)

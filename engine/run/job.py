@@ -1,4 +1,4 @@
-"""What one run is made of: data, model, optimizer and schedule, built alike on every rank."""
+"""The parts of a run, built the same on every rank: data, model, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from model.optim import decay_groups
 
 @dataclass(slots=True)
 class Job:
-    """Everything that a step touches. `parameters` are the sharded ones, also after an evaluation."""
+    """Everything that a step uses. `parameters` are the sharded ones, even after an evaluation."""
 
     config: TrainConfig
     world: World
@@ -47,17 +47,17 @@ class Job:
         return self.config.global_batch * self.loader.seq_len
 
     def describe(self) -> str:
-        """One line on what is trained, and how the batch is divided."""
+        """One line: what is trained, and how the batch is divided."""
         millions = sum(parameter.numel() for parameter in self.parameters) / 1e6
         return (
-            f"{self.config.model}, {millions:.1f} M parameters, on {self.device.type}; global batch "
+            f"{self.config.model}, {millions:.1f} M parameters, {self.device.type}; global batch "
             f"{self.config.global_batch} = {self.world.world_size} ranks x {self.split.accumulation} x "
             f"{self.split.micro_batch} sequences of {self.loader.seq_len}; {self.last_step} steps, "
-            f"{self.loader.steps_per_epoch} an epoch"
+            f"{self.loader.steps_per_epoch} per epoch"
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; random number generators are added by the engine."""
+        """The state to checkpoint; the engine adds the random number generators."""
         return {
             "model": self.model,
             "optimizer": self.optimizer,
@@ -66,13 +66,13 @@ class Job:
         }
 
     def apply_flags(self) -> None:
-        """After a restore, put the flags' hyperparameters back: an explicit flag beats the checkpoint's."""
+        """After a restore, set the hyperparameters again: explicit flags override the checkpoint's."""
         for group, fresh in zip(self.optimizer.param_groups, _hyperparameters(self.config), strict=True):
             group.update(fresh)
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[TokenLoader, TokenLoader | None]:
-    """The loaders of the training and, for evaluations, of the validation split. Raises DataError."""
+    """The loaders of the training split and, with evaluations, of the validation split. Raises DataError."""
     assert config.seq_len is not None, "complete() comes first"
 
     def loader(split: str, steps_per_epoch: int | None) -> TokenLoader:
@@ -95,17 +95,18 @@ def open_data(config: TrainConfig, world: World) -> tuple[TokenLoader, TokenLoad
     try:
         return train, loader("val", None)
     except DataError as error:
-        raise ConfigError(f"{error}; or train without validation: --eval_freq 0") from error
+        raise ConfigError(f"{error}; or turn validation off with --eval_freq 0") from error
 
 
 def check_data(config: TrainConfig, start: Start, loader: TokenLoader) -> None:
-    """Raises ConfigError when the checkpoint was trained on other data, before anything is restored."""
+    """Before the restore: raises ConfigError when the checkpoint was trained on other data."""
     if start.fingerprint in (None, loader.fingerprint) or config.allow_data_change:
         return
     raise ConfigError(
-        f"--data {config.data} is not what the checkpoint was made from ({start.stored.get('data')}): "
-        f"fingerprint {loader.fingerprint}, in the checkpoint {start.fingerprint} (tokenizer, length, "
-        "digest over the shards); restore the data, or accept the change with --allow_data_change"
+        f"--data {config.data} is not the data the checkpoint was trained on ({start.stored.get('data')}): "
+        f"its fingerprint is {loader.fingerprint}, the checkpoint has {start.fingerprint} (tokenizer, "
+        "sequence length, digest of the shards); restore the data, or accept the change with "
+        "--allow_data_change"
     )
 
 
@@ -117,9 +118,9 @@ def build_job(
     *,
     model_shape: GPT2Config | None = None,
 ) -> Job:
-    """Build model, optimizer and schedule. Collective. ConfigError for numbers that do not fit together.
+    """Build model, optimizer and schedule. Collective. Raises ConfigError for sizes that do not divide.
 
-    `model_shape`: in place of the preset that the config names.
+    `model_shape` replaces the preset that the config names.
     """
     loader, val_loader = loaders
     rows = split_batch(config.global_batch, world.world_size).rows
@@ -155,5 +156,5 @@ def build_job(
 
 
 def _hyperparameters(config: TrainConfig) -> list[dict[str, Any]]:
-    """By parameter group, in the order of `decay_groups`."""
+    """One dict per parameter group, in the order of `decay_groups`."""
     return [{"weight_decay": decay, "betas": config.betas} for decay in (config.weight_decay, 0.0)]

@@ -1,4 +1,4 @@
-"""What is still saved after a signal: the save in flight always, another one only if the time allows it."""
+"""After a signal: the save in flight is always finished; a last one starts only if time allows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Choice = Literal["save", "finish and save", "finish", "leave"]
 
 @dataclass(frozen=True, slots=True)
 class LastSave:
-    """The decision after `step`, once the save that was in flight has ended.
+    """The decision after `step`, once the save in flight has ended.
 
     Args:
-        step: the step reached, which is not saved yet.
-        in_flight: the step whose save was in flight when the signal came, if any.
-        secs_left: until the process must be gone.
-        usual_secs: what a save takes; 0 while that is unknown, and then one is tried.
+        step: the current step, not saved yet.
+        in_flight: the step whose save was in flight when the signal arrived, if any.
+        secs_left: seconds until the process must exit.
+        usual_secs: how long a save usually takes; 0 if unknown, and then a save is tried.
     """
 
     step: int
@@ -26,15 +26,15 @@ class LastSave:
 
     @property
     def choice(self) -> Choice:
-        """A save that is cut off does no harm, so the usual time is enough: no margin on top."""
+        """No margin on top of the usual time: an interrupted save does no harm."""
         if self.secs_left < self.usual_secs:
             return "leave" if self.in_flight is None else "finish"
         return "save" if self.in_flight is None else "finish and save"
 
     @property
     def sentence(self) -> str:
-        """What is done, and why, for the person at the terminal."""
-        figures = f"{self.secs_left:.1f} s are left, a save takes {self.usual_secs:.1f} s"
+        """The decision and its reason, for the console."""
+        figures = f"{self.secs_left:.1f} s left, a save takes {self.usual_secs:.1f} s"
         ended = "" if self.in_flight is None else f"the save of step {self.in_flight} has ended, "
         match self.choice:
             case "save" | "finish and save":

@@ -1,6 +1,6 @@
-"""The learning rate of a step, as a pure function, and the object that applies it.
+"""The learning-rate schedule: a pure function of the step, and the object that applies it.
 
-Source of the shape: nanoGPT's `get_lr`, counted from step 1.
+The shape is that of nanoGPT's `get_lr`, counted from step 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class LrShape:
     """Linear warm-up to `peak` at step `warmup_steps`, then a cosine down to `floor` at step `decay_steps`.
 
     Raises:
-        ConfigError: a floor above the peak.
+        ConfigError: the floor is above the peak.
     """
 
     peak: float
@@ -32,9 +32,9 @@ class LrShape:
 
 
 def lr_at(step: int, shape: LrShape) -> float:
-    """The rate of optimizer step `step`, counted from 1.
+    """The learning rate of optimizer step `step`, counted from 1.
 
-    A warm-up longer than the decay wins: after it the rate is at the floor at once.
+    If the warm-up is longer than the decay, the rate drops to the floor right after it.
     """
     if step <= shape.warmup_steps:
         return shape.peak * step / shape.warmup_steps
@@ -45,15 +45,15 @@ def lr_at(step: int, shape: LrShape) -> float:
 
 
 class HasGroups(Protocol):
-    """The part of an optimizer that a schedule touches."""
+    """The part of an optimizer that a schedule uses."""
 
     param_groups: list[dict[str, Any]]
 
 
 class LrSchedule:
-    """Sets the rate of an optimizer before each step, and remembers the last one that it did.
+    """Sets an optimizer's learning rate before each step, and counts the steps.
 
-    The shape comes from the flags, not from the state: a resumed run may be given another `--lr`.
+    The shape comes from the flags, not from the state: a resumed run may have another `--lr`.
     """
 
     def __init__(self, optimizer: HasGroups, shape: LrShape) -> None:
@@ -62,7 +62,7 @@ class LrSchedule:
         self.last_step = 0
 
     def advance(self) -> float:
-        """Set and return the rate of the next step."""
+        """Set and return the learning rate of the next step."""
         self.last_step += 1
         rate = lr_at(self.last_step, self.shape)
         for group in self._optimizer.param_groups:
@@ -74,5 +74,5 @@ class LrSchedule:
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the result of `state_dict`."""
         self.last_step = int(state["last_step"])

@@ -1,6 +1,6 @@
-"""The two dimensions over which data parallelism is laid out, as a value and as a DeviceMesh.
+"""The two dimensions of data parallelism, as a value and as a DeviceMesh.
 
-`MeshShape` imports no torch, so that launchers can check the arithmetic before any rank starts.
+`MeshShape` needs no torch, so that launchers can check the arithmetic before any rank starts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MeshShape:
 
     @classmethod
     def split(cls, world_size: int, dp_replicate: int = 1) -> MeshShape:
-        """Lay `world_size` ranks out in `dp_replicate` replicas.
+        """Divide `world_size` ranks into `dp_replicate` replicas.
 
         Raises:
             ConfigError: the ranks do not divide evenly; the message shows the arithmetic.
@@ -50,7 +50,7 @@ class MeshShape:
             fitting = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
             raise ConfigError(
                 f"dp_replicate {replicas} does not divide {world_size} ranks: "
-                f"{world_size} = {replicas} x {each} + {over}; with {world_size} ranks it can be {fitting}"
+                f"{world_size} = {replicas} x {each} + {over}; use {fitting}"
             )
         return cls(replicas, world_size // replicas)
 
@@ -65,31 +65,31 @@ class MeshShape:
         return self.dp_replicate * self.dp_shard
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """Return the JSON object that the manifest carries: {"names": [...], "shape": [...]}."""
+        """Return the JSON object for a manifest: {"names": [...], "shape": [...]}."""
         return {"names": list(DIM_NAMES), "shape": list(self.shape)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MeshShape:
-        """Rebuild what `to_dict` returned.
+        """Rebuild the result of `to_dict`.
 
         Raises:
-            ConfigError: other dimensions than these two, or sizes that cannot be.
+            ConfigError: the dimensions are not these two, or a size is invalid.
         """
         shape = fields.get("shape")
         if fields.get("names") != list(DIM_NAMES) or not isinstance(shape, list) or len(shape) != 2:
-            raise ConfigError(f"a mesh of dimensions {list(DIM_NAMES)} was expected, not {dict(fields)}")
+            raise ConfigError(f"expected a mesh of dimensions {list(DIM_NAMES)}, not {dict(fields)}")
         return cls(*shape)
 
 
 def build_mesh(device_type: str, world_size: int, dp_replicate: int = 1) -> DeviceMesh | None:
-    """Return the mesh ("dp_replicate", "dp_shard") over all ranks, or None for one rank, which needs none.
+    """Return the mesh ("dp_replicate", "dp_shard") over all ranks, or None for a single rank.
 
     Collective: every rank calls it, after `init_process_group`.
 
     Args:
         device_type: "cpu" or "cuda".
-        world_size: ranks in the default process group.
-        dp_replicate: whole copies of the model; 1 shards it over all ranks, `world_size` shards nothing.
+        world_size: number of ranks in the default process group.
+        dp_replicate: whole copies of the model; 1 shards it over all ranks, `world_size` turns sharding off.
 
     Raises:
         ConfigError: `dp_replicate` does not divide `world_size`.
@@ -103,7 +103,7 @@ def build_mesh(device_type: str, world_size: int, dp_replicate: int = 1) -> Devi
 
 
 def shape_of(mesh: DeviceMesh | None) -> MeshShape:
-    """Return the value behind what `build_mesh` returned."""
+    """The MeshShape of a mesh from `build_mesh`."""
     if mesh is None:
         return MeshShape(1, 1)
     return MeshShape(mesh[REPLICATE].size(), mesh[SHARD].size())

@@ -1,7 +1,7 @@
-"""Spreads a model over the ranks of a mesh: FSDP2, HSDP, DDP or nothing, the same steps for each.
+"""Distributes a model over the ranks of a mesh with FSDP2, HSDP or DDP, or leaves it whole.
 
-The model comes in on the meta device and leaves materialised, so that no rank ever holds more of it than its
-share. This module knows no model: blocks come from the model's `blocks()`, values from the caller's
+The model starts on the meta device and is materialised here, so that no rank ever holds more than its share.
+This module depends on no model: the blocks come from the model's `blocks()`, the values from the caller's
 `initialise`.
 """
 
@@ -32,7 +32,7 @@ def build_model(
     """Build a model on the meta device and `parallelize` it.
 
     Args:
-        make: builds the model; runs with the meta device as default, so it allocates nothing.
+        make: builds the model; runs with the meta device as the default, so it allocates nothing.
         initialise, device, mesh, bf16, compile: as in `parallelize`.
     """
     with torch.device("meta"):
@@ -50,24 +50,24 @@ def parallelize(
     compile: bool = False,
     compile_backend: str = "inductor",
 ) -> nn.Module:
-    """Shard or replicate a meta-device model in place, materialise it on `device`, initialise it.
+    """Shard or replicate a meta-device model in place, materialise it on `device`, and initialise it.
 
     | mesh (dp_replicate, dp_shard) | what is applied                                     |
     |-------------------------------|-----------------------------------------------------|
     | None                          | nothing                                             |
-    | (1, S)                        | FSDP2 over S ranks, each block a unit, then the rest |
-    | (R, S)                        | the same, with R replicas of it (HSDP)              |
+    | (1, S)                        | FSDP2 over S ranks: each block, then the rest       |
+    | (R, S)                        | the same, with R replicas (HSDP)                    |
     | (R, 1)                        | DDP over R ranks                                    |
 
     Args:
-        model: on the meta device, identical on every rank. Its method `blocks()`, where it has one, returns
-            the modules that are sharded and compiled one by one; without it the model is taken whole.
+        model: on the meta device, identical on every rank. Its optional method `blocks()` returns the modules
+            to shard and compile one by one; without it, the model is one block.
         mesh: from `build_mesh`.
-        initialise: fills parameters and buffers, which hold arbitrary memory when it is called; gets the
-            model before DDP wraps it, with DTensor parameters where it is sharded.
+        initialise: fills parameters and buffers, which hold uninitialised memory; receives the model before
+            DDP wraps it, with DTensor parameters if it is sharded.
         device: where this rank computes; the mesh's device type.
-        bf16: compute in bfloat16. Parameters, gradients and reductions stay in float32: under FSDP2 by its
-            mixed-precision policy, otherwise by autocast around `forward`.
+        bf16: compute in bfloat16. Parameters, gradients and reductions stay in float32: FSDP2 has a
+            mixed-precision policy for this; elsewhere autocast wraps `forward`.
         compile: torch.compile each block.
 
     Returns:
@@ -76,7 +76,7 @@ def parallelize(
     shape, blocks = shape_of(mesh), _blocks(model)
     if compile:
         for block in blocks or [model]:
-            # In place: `torch.compile(block)` returns a wrapper that brings "_orig_mod." into every name.
+            # In place: `torch.compile(block)` returns a wrapper that adds "_orig_mod." to every name.
             block.compile(backend=compile_backend)
     if mesh is not None and shape.dp_shard > 1:
         _shard(model, blocks, mesh if shape.dp_replicate > 1 else mesh[SHARD], bf16=bf16)
@@ -109,17 +109,17 @@ def _shard(model: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, *, b
 
 
 def _autocast(model: nn.Module, device: torch.device) -> None:
-    # Around the method rather than in a pair of hooks: those would leave autocast on when forward raises.
+    # Wraps the method: a pair of hooks would leave autocast on when forward raises.
     model.forward = torch.autocast(device.type, dtype=torch.bfloat16)(model.forward)
 
 
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Within it, backward passes average gradients over replicas only if `enabled`.
+    """Within this context, backward passes average gradients over replicas only if `enabled`.
 
-    For gradient accumulation: use it around forward and backward of every micro-batch, `enabled` for the last
-    one only. Gradients are still reduced to their shards each time: accumulating them whole would save
-    communication, but would take the memory of an unsharded model.
+    For gradient accumulation: wrap forward and backward of every micro-batch, and enable only the last.
+    Gradients are still reduced to their shards each time: accumulating whole gradients would save
+    communication but need the memory of an unsharded model.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(enabled)
@@ -137,10 +137,10 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scale gradients in place so that their global 2-norm is at most `max_norm`; return the norm before.
 
-    Collective where parameters are sharded.
+    Collective if parameters are sharded.
 
     Returns:
-        A plain scalar tensor, equal on every rank: torch's own function hands out a DTensor of partial sums.
+        A plain scalar tensor, equal on every rank; torch's own function returns a DTensor of partial sums.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

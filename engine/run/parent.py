@@ -1,6 +1,6 @@
-"""No worker outlives its launcher.
+"""Makes sure that no worker outlives its launcher.
 
-torchrun starts workers in sessions of their own, so killing its process group misses them.
+torchrun starts each worker in its own session, so killing its process group misses them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def follow_launcher(
     parent: Callable[[], int] = os.getppid,
     kill: Callable[[int, int], None] = os.kill,
 ) -> bool:
-    """Under torchrun, ask the kernel for SIGTERM when the launcher dies; returns whether it was asked.
+    """Under torchrun, ask the kernel to send SIGTERM when the launcher dies; returns whether it will.
 
-    The launcher may die just before the request: the parent is then another one afterwards, and the signal is
-    sent here. Its number alone would not tell, since in a container the launcher itself can be process 1.
+    If the launcher dies just before the request, the parent has changed, and this function sends the signal.
+    Checking for parent 1 would not do: in a container the launcher itself can be process 1.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return False
     before = parent()
     if (prctl or _prctl)(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
-        log.warning("prctl(PR_SET_PDEATHSIG) was refused: this worker may outlive torchrun if that is killed")
+        log.warning("prctl(PR_SET_PDEATHSIG) failed: this worker may outlive a killed torchrun")
         return False
     if parent() != before:
         kill(os.getpid(), signal.SIGTERM)
@@ -45,11 +45,11 @@ def orphan_check(
     parent: Callable[[], int] = os.getppid,
     command_line: Callable[[int], bytes] | None = None,
 ) -> Callable[[], bool]:
-    """A check, to be asked now and then, whether torchrun is gone. Never true without torchrun.
+    """Returns a function that tells whether torchrun is gone; call it from time to time.
 
-    The kernel's signal can be missed: torchrun may die while a worker's interpreter still starts, before the
-    signal was asked for. The parent is init by then, and stays it. A launcher names Python or torchrun in its
-    command line, also where it is process 1 of a container.
+    The kernel's signal can be missed: torchrun may die while the worker's interpreter starts, before
+    `follow_launcher` runs. From then on the parent is init. A launcher has Python or torchrun in its command
+    line, even as process 1 of a container. Without torchrun the function always returns False.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return lambda: False

@@ -1,11 +1,11 @@
-"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 as one kind of request: save and leave, within a deadline.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 all mean the same: save and exit before a deadline.
 
-A signal only leaves its number in a pipe: the C level does that even while the main thread sits in a
-collective, where a Python handler would never run. A thread of our own reads the pipe, so that the
-deadline and the second signal hold whatever the main thread is doing.
+A signal writes its number to a pipe. The C-level handler does that even while the main thread blocks in a
+collective, where a Python handler would never run. A thread reads the pipe, so that the deadline and a second
+signal take effect whatever the main thread is doing.
 
 Seen with torchrun 2.13: a signal to the whole job reaches a worker twice within 0.1 s, a second Ctrl+C
-arrives as SIGTERM, and workers are killed 30 s after the first.
+arrives as SIGTERM, and torchrun kills workers 30 s after the first signal.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from engine.forks import in_child
 from engine.process_end import end_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-"""SIGUSR1 and SIGUSR2 are what Slurm's --signal sends before the time is up. Where ranks got different ones,
-the last of these counts."""
+"""Slurm's --signal sends SIGUSR1 or SIGUSR2 before the time limit. If ranks receive different signals, the
+one listed last counts."""
 TORCHRUN_GRACE_SECS = 25.0
-"""torchrun kills workers 30 s after it passed a signal on; the rest is for the exit itself."""
+"""torchrun kills workers 30 s after it forwards a signal; the difference is for the exit itself."""
 STARTUP_GRACE_SECS = 5.0
-"""Before the first step nothing needs saving; long enough for rank 0 to print why another rank has ended."""
+"""Before the first step there is nothing to save; this lets rank 0 print why another rank ended."""
 REPEAT_SECS = 2.0
-"""A second signal this long after the first is meant; an earlier one is the same request, delivered twice."""
+"""A second signal at least this long after the first asks to exit at once; an earlier one is a duplicate."""
 
 ORPHAN_CHECK_SECS = 2.0
-"""How often to ask whether torchrun is still there."""
+"""How often to check that torchrun still runs."""
 
 Clock = Callable[[], float]
 Verdict = Literal["first", "same", "leave"]
 
 
 def grace_within(grace_secs: float, environ: Mapping[str, str] = os.environ) -> float:
-    """The time between a signal and the end of the process, in seconds."""
+    """Seconds from a signal to the end of the process."""
     return min(grace_secs, TORCHRUN_GRACE_SECS) if "TORCHELASTIC_RUN_ID" in environ else grace_secs
 
 
 @dataclass(slots=True)
 class Request:
-    """What the signals so far mean. Times are the caller's, in seconds of one monotonic clock."""
+    """The state of the request to stop. Times come from the caller's monotonic clock, in seconds."""
 
     grace_secs: float
     signum: int | None = None
     since: float = 0.0
 
     def receive(self, signum: int, now: float) -> Verdict:
-        """Take one signal in: the first, the same request once more, or the order to leave at once."""
+        """Record a signal: the first, a duplicate of it, or the order to exit at once."""
         if self.signum is None:
             self.signum, self.since = signum, now
             return "first"
         return "leave" if now - self.since >= REPEAT_SECS else "same"
 
     def secs_left(self, now: float) -> float | None:
-        """Until the process must be gone, at least 0; None without a request."""
+        """Seconds until the process must exit, at least 0; None without a request."""
         return None if self.signum is None else max(0.0, self.since + self.grace_secs - now)
 
 
 @dataclass(slots=True, weakref_slot=True)
 class Preemption:
-    """Listens for signals, and ends the process when the orderly way out takes too long.
+    """Listens for signals, and ends the process when an orderly exit takes too long.
 
-    `leave(code, sentence)` must not return to its caller in production; tests let it. `orphaned` is asked
-    every few seconds; once it says yes, that counts as a SIGTERM.
+    `leave(code, sentence)` does not return in production, only in tests. `orphaned` is called every few
+    seconds; its first True counts as a SIGTERM.
     """
 
     request: Request
@@ -82,16 +82,16 @@ class Preemption:
 
     @property
     def signum(self) -> int | None:
-        """The first signal's number, or None: what the step's reduction carries to the other ranks."""
+        """The first signal's number, or None. The step's reduction passes it to the other ranks."""
         return self.request.signum
 
     @property
     def secs_left(self) -> float | None:
-        """Until the process must be gone; None without a signal."""
+        """Seconds until the process must exit; None without a signal."""
         return self.request.secs_left(self.clock())
 
     def install(self) -> None:
-        """Take the signals over, from the main thread, for the rest of the process."""
+        """Install the signal handlers, from the main thread, for the rest of the process."""
         read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
         self._pipe = read_fd, write_fd
@@ -102,11 +102,11 @@ class Preemption:
         threading.Thread(target=self.watch, args=(read_fd,), name="preemption", daemon=True).start()
 
     def allow(self, grace_secs: float) -> None:
-        """From now on there is something to save, which takes longer than just leaving."""
+        """Set the grace time; with something to save it is longer than at startup."""
         self.request.grace_secs = grace_secs
 
     def uninstall(self) -> None:
-        """Give the signals back; the watching ends with the pipe."""
+        """Restore the previous signal handlers; closing the pipe ends the thread."""
         if self._pipe is None:
             return
         signal.set_wakeup_fd(-1)
@@ -116,21 +116,21 @@ class Preemption:
         self._pipe = None
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: its signals must not come out of the parent's end of the pipe.
+        """In a forked child: stop its signals from reaching the parent through the pipe.
 
-        SIGTERM ends it again, for `terminate()`. The others often go to the whole process group, and
-        a data worker that died of one would take the parent's last save with it.
+        SIGTERM gets its previous handler back, for `terminate()`. The other signals often go to the whole
+        process group and are ignored: a data worker that died of one would ruin the parent's last save.
         """
         if self._pipe is None:
             return
         signal.set_wakeup_fd(-1)
         for signum, handler in self._previous.items():
             signal.signal(signum, handler if signum == signal.SIGTERM else signal.SIG_IGN)  # type: ignore[arg-type]
-        os.close(self._pipe[1])  # the other end is closed by the thread that reads it, which is the parent's
+        os.close(self._pipe[1])  # the parent's thread closes the end that it reads
         self._pipe = None
 
     def watch(self, read_fd: int) -> None:
-        """Read signal numbers until the pipe closes, the deadline passes or a second signal asks to leave."""
+        """Read signal numbers until the pipe closes, the deadline passes or a second signal asks to exit."""
         try:
             while True:
                 readable, _, _ = select.select([read_fd], [], [], self._patience_secs())
@@ -142,7 +142,7 @@ class Preemption:
                     if self.orphaned():
                         self.request.receive(signal.SIGTERM, self.clock())
                 elif self.request.secs_left(self.clock()) == 0.0:
-                    self._leave("saving and leaving took longer than the grace time after the signal")
+                    self._leave("the grace time is over: exiting without waiting for the save")
                     return
         finally:
             os.close(read_fd)
@@ -154,7 +154,7 @@ class Preemption:
     def _leaves_on(self, number: int) -> bool:
         if number not in SIGNALS or self.request.receive(number, self.clock()) != "leave":
             return False
-        self._leave("a second signal: leaving without waiting for the save")
+        self._leave("second signal: exiting without waiting for the save")
         return True
 
     def _leave(self, why: str) -> None:
@@ -163,10 +163,10 @@ class Preemption:
 
 
 def leave_at_once(code: int, sentence: str) -> None:
-    """End the process without any clean-up, which may be what hangs."""
+    """End the process without clean-up, because clean-up may hang."""
     rank = os.environ.get("RANK", "0")
     end_at_once(code, f"[rank {rank}] {sentence}", flush=False)
 
 
 def _nothing(signum: int, frame: FrameType | None) -> None:
-    """A handler must exist for the C level to write to the pipe; all else happens in the watching thread."""
+    """Python writes to the pipe only if a handler exists; the thread does the rest."""

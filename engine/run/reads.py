@@ -1,7 +1,7 @@
-"""What each rank of a new mesh would read of a checkpoint, computed from its indexes alone. Pure, no torch.
+"""How much of a checkpoint each rank of a new mesh would read, from its indexes alone. Pure, no torch.
 
-The cuts are those of the restore: the model and the optimizer are sharded by rows as `torch.chunk` does,
-everything else is whole on every rank, and a rank's own random streams are read at the saved world size only.
+Reads are divided as in the restore: model and optimizer are sharded by rows like `torch.chunk`, everything
+else is whole on every rank, and per-rank random states are read only at the saved world size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PER_RANK_PREFIX = "per_rank."
 
 @dataclass(frozen=True, slots=True)
 class FileRead:
-    """Of one shard file: bytes of tensors that a rank wants, and bytes it reads for them, in whole blocks."""
+    """One shard file: the tensor bytes a rank needs, and the bytes it reads for them, in whole blocks."""
 
     file: str
     wanted_bytes: int
@@ -32,7 +32,7 @@ class FileRead:
 
 
 def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> list[FileRead]:
-    """The shard files that `rank` of the new mesh reads, by name; files it reads nothing of are left out."""
+    """The shard files that `rank` of the new mesh reads, sorted by name."""
     same_world = len(indexes) == mesh.world_size
     pieces: dict[str, list[Piece]] = defaultdict(list)
     wanted: dict[str, int] = defaultdict(int)
@@ -62,7 +62,7 @@ def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> lis
 
 
 def wanted_box(chunk: Chunk, mesh: MeshShape, rank: int, *, same_world: bool) -> Box | None:
-    """The part of the chunk's tensor that `rank` holds in the new mesh; None for nothing of it."""
+    """The part of the chunk's tensor that `rank` holds in the new mesh, or None."""
     everything = whole(chunk.shape)
     if chunk.name.startswith(PER_RANK_PREFIX):
         return everything if same_world and chunk.name.split(".")[1] == f"{rank:05d}" else None

@@ -1,4 +1,4 @@
-"""When to evaluate, when to save and why: pure decisions, and one save a step at most."""
+"""When to evaluate, when to save and why. Pure decisions; at most one save per step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from engine.format.best import DEFAULT, BestRule
 
 REASONS_IN_ORDER = ("interval", "epoch", "best", "signal", "final")
-"""The reasons of the trainer, in the order in which a checkpoint lists them."""
+"""The trainer's reasons to save, in the order in which a checkpoint lists them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEnd:
-    """What is known at the end of a step; `step` counts from 1."""
+    """The state at the end of a step; `step` counts from 1."""
 
     step: int
     closed_epoch: bool = False
@@ -24,7 +24,7 @@ class StepEnd:
 
 
 def save_reasons(end: StepEnd, checkpoint_freq: int) -> tuple[str, ...]:
-    """Why to save now: all the reasons at once, so that one save serves them; empty for no save."""
+    """All reasons to save now, so that one save serves them all; empty for no save."""
     holds = {
         "interval": due(end.step, checkpoint_freq),
         "epoch": end.closed_epoch,
@@ -36,17 +36,17 @@ def save_reasons(end: StepEnd, checkpoint_freq: int) -> tuple[str, ...]:
 
 
 def due(step: int, freq: int) -> bool:
-    """Whether something that happens every `freq` steps happens after `step`; never for 0."""
+    """Whether an action that runs every `freq` steps runs after `step`; never if `freq` is 0."""
     return freq > 0 and step % freq == 0
 
 
 def may_skip(reasons: Collection[str]) -> bool:
-    """Whether a busy writer may let this save fall out: only a plain interval save comes round again."""
+    """Whether this save may be skipped while another one runs: only a plain interval save will recur."""
     return set(reasons) <= {"interval"}
 
 
 def last_step(max_steps: int | None, num_epochs: int | None, steps_per_epoch: int) -> int:
-    """The step after which the run ends: the earlier of both limits, one epoch when there is none."""
+    """The step after which the run ends: the earlier of both limits, or one epoch without a limit."""
     if num_epochs is None and max_steps is None:
         return steps_per_epoch
     limits = [max_steps, None if num_epochs is None else num_epochs * steps_per_epoch]
@@ -55,10 +55,9 @@ def last_step(max_steps: int | None, num_epochs: int | None, steps_per_epoch: in
 
 @dataclass(slots=True)
 class BestLoss:
-    """The best validation loss, or value of another metric, that a checkpoint has or is going to have.
+    """The best value of a metric, such as the validation loss, among saved checkpoints and saves in flight.
 
-    Kept by rank 0 alone: when a failed save becomes known differs between ranks, so each rank deciding by
-    itself would let them part ways.
+    Only rank 0 keeps it: ranks learn of a failed save at different times and would decide differently.
     """
 
     committed: float | None = None
@@ -66,16 +65,16 @@ class BestLoss:
     _promised: dict[int, float] = field(default_factory=dict)
 
     def improves(self, value: float) -> bool:
-        """Whether `value` is better than every one so far; a NaN never is, and infinity never counts."""
+        """Whether `value` is finite and better than all values so far."""
         known = [*self._promised.values(), *([] if self.committed is None else [self.committed])]
         return math.isfinite(value) and all(self.rule.beats(value, other) for other in known)
 
     def promise(self, step: int, value: float) -> None:
-        """A save of `step` that carries `value` is under way."""
+        """A save of `step` with `value` has been announced."""
         self._promised[step] = value
 
     def settle(self, step: int, *, committed: bool) -> None:
-        """The save of `step` has ended: its value counts for good, or never did."""
+        """The save of `step` has ended: keep its value if it committed, else forget it."""
         value = self._promised.pop(step, None)
         if not committed or value is None:
             return

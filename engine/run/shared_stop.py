@@ -1,6 +1,6 @@
-"""Ranks fail and stop together: an error of one before training, or a signal to one, reaches all.
+"""Makes ranks fail and stop together: an early error on one rank, or a signal to one, reaches all.
 
-Uses the default process group, from the main thread only. The engine's background saves never do.
+Uses the default process group, and only from the main thread. The engine's background saves never use it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """A signal asked some rank to stop, and all ranks know. Not an error: the way out of the program.
+    """A signal asked a rank to stop, and all ranks know. Not an error: it ends the program.
 
-    `where`: what is lost, for the last line on the console.
+    `where` says after which step, and what is lost; it completes the last line on the console.
     """
 
     def __init__(self, signum: int, where: str = "before the first step: nothing to save") -> None:
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What the ranks said in one reduction: the sum of a number, who was signalled, whether any must stop."""
+    """The result of one reduction: a sum, a signal that reached a rank, whether a rank must stop."""
 
     total: float
     signum: int | None
@@ -40,22 +40,22 @@ class Vote:
 
 @dataclass(slots=True)
 class Agreement:
-    """Agreement among `world_size` ranks; alone, everything is agreed at once.
+    """Agreement among `world_size` ranks; a single rank agrees with itself at once.
 
-    `signum` tells which signal this rank has had, if any.
+    `signum` returns the signal that this rank received, or None.
     """
 
     rank: int
     world_size: int
     signum: Callable[[], int | None]
     failed: bool = False
-    """Whether the last `together` failed, so that rank 0 can speak for all."""
+    """Whether the last `together` failed, in which case rank 0 prints the error for all."""
 
     def together(self, action: Callable[[], T], *, heed_signals: bool = True) -> T:
-        """Run `action` on every rank, and come back only when it worked on all of them.
+        """Run `action` on every rank, and return only if it succeeds on all of them.
 
-        Collective. The rank that failed raises its own error, the others PeerFailedError with its text. All
-        raise Stopped when one was signalled, unless the signal has been answered already.
+        Collective. A rank that fails raises its own error, the others PeerFailedError with its text. All
+        raise Stopped if one received a signal, unless `heed_signals` is off.
         """
         result, error = self._attempt(action)
         outcomes = self._gather((None if error is None else str(error) or repr(error), self.signum()))
@@ -72,7 +72,7 @@ class Agreement:
         return result[0]
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Run `action` on rank 0 and hand its result to every rank; errors and signals as in `together`."""
+        """Run `action` on rank 0 and broadcast its result; errors and signals as in `together`."""
         box: list[Any] = [self.together(action if self.rank == 0 else lambda: None)]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0)
@@ -86,21 +86,21 @@ class Agreement:
         return int(box.item())
 
     def vote(self, value: torch.Tensor, *, stop: bool = False) -> Vote:
-        """Add up a float64 scalar over the ranks, and with it who must stop: one packed reduction."""
+        """Sum a float64 scalar over the ranks, with their signals and votes to stop, in one reduction."""
         signum = self.signum()
         flags = [float(signum == one) for one in SIGNALS] + [float(stop)]
         packed = torch.cat([value.reshape(1), value.new_tensor(flags)])
         if self.world_size > 1:
             dist.all_reduce(packed)
         total, *votes, stops = packed.tolist()
-        # SIGTERM, the last, wins: whoever sent it is about to take the machine away.
+        # SIGTERM, the last, wins: its sender is about to take the machine away.
         agreed = [one for one, count in zip(SIGNALS, votes, strict=True) if count > 0]
         return Vote(total, agreed[-1] if agreed else None, stops > 0)
 
     def _attempt(self, action: Callable[[], T]) -> tuple[tuple[T] | None, Exception | None]:
         try:
             return (action(),), None
-        except Exception as error:  # a bug of one rank must not leave the others waiting either
+        except Exception as error:  # even a bug on one rank must not leave the others waiting
             return None, error
 
     def _gather(self, mine: tuple[str | None, int | None]) -> list[tuple[str | None, int | None]]:

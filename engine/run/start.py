@@ -1,6 +1,6 @@
-"""Where a run begins: at step 0, or at which checkpoint, with whose configuration. Imports no torch.
+"""Decides where a run starts: at step 0 or at a checkpoint, and with which configuration. Imports no torch.
 
-Rank 0 asks, and hands the answer to the others; `engine.resume` asks before it launches anything.
+Rank 0 decides and broadcasts the result; `engine.resume` decides before it launches the ranks.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from engine.storage.open import open_storage
 from engine.storage.uris import split_uri
 
 LAUNCH_KEY = "launch"
-"""In a stored configuration: the torchrun that wrote it, so that its restarted workers know their own."""
+"""Key in a stored configuration: the torchrun launch that wrote it. Its restarted workers recognise it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The answer. `selector` is None for a start from step 0; `stored` is the checkpoint's configuration."""
+    """The decision. `selector`: None for a start from step 0. `stored`: the checkpoint's configuration."""
 
     checkpoint_dir: str
     selector: str | None = None
     home: str = ""
-    """Address of the directory that the checkpoint lies in, and its name there."""
+    """Address of the directory that holds the checkpoint, and the checkpoint's name there."""
     name: str = ""
     sentence: str = ""
     stored: Mapping[str, Any] = field(default_factory=dict)
@@ -44,8 +44,7 @@ class Start:
     fingerprint: str | None = None
     """Of the dataset that the checkpoint was trained on."""
     best_values: Mapping[str, float] = field(default_factory=dict)
-    """The best among the committed checkpoints of the directory, by the selector that means it; none for a
-    new run."""
+    """Selector -> best value among the committed checkpoints of the directory; empty for a new run."""
 
     @property
     def best_val_loss(self) -> float | None:
@@ -53,39 +52,39 @@ class Start:
         return self.best_value(DEFAULT)
 
     def best_value(self, rule: BestRule) -> float | None:
-        """The best value among them by a rule of this trainer; None where there is none."""
+        """The best value among them by a rule of this trainer, or None."""
         return self.best_values.get(rule.selector)
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """What torchrun says about this incarnation of the worker."""
+    """What torchrun says about this start of the worker."""
 
     count: int = 0
     launch: str | None = None
-    """Identifies one torchrun and all its restarts; None when that cannot be told."""
+    """Identifies one torchrun launch with all its restarts; None if unknown."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Restart:
         """Read TORCHELASTIC_RESTART_COUNT and TORCHELASTIC_RUN_ID."""
         count = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         launch = environ.get("TORCHELASTIC_RUN_ID")
-        # "none" is torchrun's default outside --standalone: every launch would have it.
+        # "none" is torchrun's default outside --standalone, so it identifies no launch.
         return cls(int(count) if count.isdecimal() else 0, None if launch in (None, "", "none") else launch)
 
 
 def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) -> Start:
-    """Decide where to begin, from the flags and from what the directory holds.
+    """Decide where to start, from the flags and the contents of the directory.
 
     Args:
         config: the flags over the defaults.
-        directory_given: whether `--checkpoint_dir` was among the flags. If not, a checkpoint given by path is
-            carried on in the directory where it lies.
+        directory_given: whether `--checkpoint_dir` was given. If not, a run resumed from a path continues in
+            the directory that holds that checkpoint.
 
     Raises:
-        SelectorError: nothing answers to `--resume`; the message lists what there is.
-        ConfigError: the directory holds checkpoints and the flags do not say what to do with them.
-        StorageError: the directory could not be listed, which is not the same as an empty one.
+        SelectorError: no checkpoint matches `--resume`; the message lists those that exist.
+        ConfigError: the directory holds checkpoints, and the flags do not say what to do with them.
+        StorageError: the directory could not be listed, so it may not be empty.
     """
     selector = None
     if config.resume is not None:
@@ -101,7 +100,7 @@ def find_start(config: TrainConfig, *, directory_given: bool, restart: Restart) 
         manifest = here.manifest(by_sequence(records)[-1].id)
         if _is_own(manifest, restart):
             sentence = f"restart {restart.count} by torchrun: resuming latest, step {manifest.step}"
-            # By its id where there is a mirror: an outage of that must not keep a run from going on here.
+            # By id if there is a mirror: its outage must not stop a restart from local checkpoints.
             selected = "latest" if config.mirror is None else manifest.id
             return _resumed(config, selected, sentence, manifest, records)
     if path is not None:
@@ -138,7 +137,7 @@ def _best_values(records: Sequence[CheckpointRecord]) -> dict[str, float]:
 
 
 def look(storage: Storage) -> Directory | None:
-    """The directory as it is listed now; None when there is none yet. An outage raises StorageError."""
+    """List the directory; None if it does not exist yet. An outage raises StorageError."""
     try:
         return Directory(storage)
     except NotFoundError:
@@ -146,39 +145,39 @@ def look(storage: Storage) -> Directory | None:
 
 
 def pick(listed: Sequence[Listed], selector: Selector, uri: str) -> CheckpointRecord:
-    """The committed checkpoint that is meant. SelectorError says why nothing else can be used."""
+    """The committed checkpoint that the selector names; otherwise SelectorError says why there is none."""
     try:
-        return resolve(listed, selector, uri).record  # the restore will log what is passed over
+        return resolve(listed, selector, uri).record  # the restore logs the checkpoints it skips
     except SelectorError as error:
         if selector.kind != "latest":
             raise
         raise SelectorError(
-            f"{error}. Nothing was deleted: start a new run beside it with --new_run"
+            f"{error}. Nothing was deleted; --new_run starts a new run in the same directory"
         ) from None
 
 
 def refuse_to_mix(listed: Sequence[Listed], uri: str) -> None:
-    """Raises ConfigError when a run would start among the checkpoints of another one."""
+    """Raises ConfigError if a new run would start among the checkpoints of another run."""
     there = [item for item in listed if item.status != "partial"]
     if not there:
         return
     steps = [item.step for item in there if item.step is not None]
     upto = f", up to step {max(steps)}" if steps else ""
     raise ConfigError(
-        f"{uri} holds {len(there)} checkpoint{'s' * (len(there) > 1)}{upto}: carry that run on with "
-        "--resume latest, start another one beside it with --new_run, or give another --checkpoint_dir"
+        f"{uri} holds {len(there)} checkpoint{'s' * (len(there) > 1)}{upto}: continue that run with "
+        "--resume latest, start a new run beside it with --new_run, or give another --checkpoint_dir"
     )
 
 
 def _is_fresh(selector: Selector, listed: Sequence[Listed], restart: Restart) -> bool:
-    """Whether `latest` means step 0. Damage never does; attempts without a commit only after a restart."""
+    """Whether `latest` means step 0: the directory is empty or, after a restart, no save ever committed."""
     if selector.kind != "latest":
         return False
     return not listed or (restart.count > 0 and all(item.status == "partial" for item in listed))
 
 
 def _is_own(manifest: Manifest, restart: Restart) -> bool:
-    """Whether this launch committed it: one that never saved may not take up another run."""
+    """Whether this launch committed it: a launch that never saved must not continue another run."""
     theirs = manifest.config.get(LAUNCH_KEY)
     return restart.launch is None or theirs is None or theirs == restart.launch
 
@@ -195,11 +194,11 @@ def _start_at_path(path: str, config: TrainConfig, records: Sequence[CheckpointR
 
 
 def _refuse_directory(path: str, config: TrainConfig, cause: SelectorError) -> None:
-    """SelectorError that says what to type when the path is that of a directory of checkpoints."""
+    """If the path is a directory of checkpoints, raises a SelectorError that says what to type."""
     inside = open_storage(path, config.storage_mapping)
     if (found := look(inside)) is not None and found.names + found.others:
         raise SelectorError(
-            f"{inside.uri} is a directory of checkpoints, not one of them: "
+            f"{inside.uri} is a directory of checkpoints, not a checkpoint: "
             f"give --checkpoint_dir {inside.uri} --resume latest"
         ) from cause
 

@@ -19,7 +19,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`loss`: mean over the global batch, in nats per token, equal on every rank; `vote`: what ranks said."""
+    """`loss`: mean over the global batch in nats per token, equal on every rank; `vote`: the ranks' votes."""
 
     loss: float
     lr: float
@@ -27,9 +27,9 @@ class StepResult:
 
 
 def train_step(job: Job, agreement: Agreement, *, must_stop: Callable[[], bool]) -> StepResult:
-    """Take the next batch and one optimizer step. `must_stop`: whether this rank has to end the run.
+    """Take one optimizer step on the next batch. `must_stop`: whether this rank wants to end the run.
 
-    Collective. Loss and votes travel in one reduction, which is also the step's only wait for the device.
+    Collective. One reduction carries loss and votes; it is also the step's only wait for the device.
     """
     inputs, targets = job.loader.next_batch()
     loss = _forward_backward(job, inputs, targets)
@@ -43,7 +43,7 @@ def train_step(job: Job, agreement: Agreement, *, must_stop: Callable[[], bool])
 
 
 def _forward_backward(job: Job, inputs: Rows, targets: Rows) -> Tensor:
-    """Accumulate the gradient of this rank's rows; its mean loss as a float64 scalar on the device."""
+    """Accumulate the gradient of this rank's rows; returns the mean loss, a float64 scalar on the device."""
     job.model.train()
     pieces = job.split.accumulation
     total = torch.zeros((), dtype=torch.float64, device=job.device)
@@ -57,9 +57,9 @@ def _forward_backward(job: Job, inputs: Rows, targets: Rows) -> Tensor:
 
 
 def evaluate(job: Job, agreement: Agreement) -> tuple[float | None, int | None]:
-    """The mean loss over the first validation batches, or None and the signal that came.
+    """(mean loss over the first validation batches, None), or (None, the signal that interrupted it).
 
-    Collective. The ranks agree after every batch, so that a signal does not have to wait for all of them.
+    Collective. The ranks vote after every batch, so that a signal need not wait for the last one.
     """
     assert job.val_loader is not None, "evaluations are off"
     job.model.eval()

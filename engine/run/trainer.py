@@ -1,4 +1,4 @@
-"""The training loop, and how it is set up and taken down."""
+"""The training loop, its setup and its end."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ log = logging.getLogger(__name__)
 
 CRASH_WAIT_SECS = 10.0
 LEAVING_SECS = 6.0
-"""What the end of the program takes: a copy to the mirror that is broken off, leases, the process group."""
+"""Reserved for the exit: aborting a mirror copy, releasing leases, destroying the process group."""
 ENDING_SECS = 2.0
-"""What is left of that after the last event."""
+"""The part of it that comes after the last event."""
 NO_LIMIT_MS = 10**9
-"""Time left on a rank that no signal has reached."""
+"""Time left on a rank that received no signal."""
 
 
 def train(
     argv: Sequence[str], session: TrainConfig, agreement: Agreement, preemption: Preemption, world: World
 ) -> None:
-    """Set a run up as the flags say, train to its end or to a signal, and leave a checkpoint behind.
+    """Set up a run from the flags, train until its end or a signal, and save a checkpoint.
 
-    Collective; the process group exists already. What goes wrong before the first step is raised on all.
+    Collective; needs the process group. An error before the first step is raised on all ranks.
 
     Raises:
-        HoldfastError, DataError: with a sentence for the user.
-        Stopped: a signal came before the first step.
+        HoldfastError, DataError: with a message for the user.
+        Stopped: a signal arrived before the first step, or left no time to save.
     """
     restart = Restart.from_environ()
-    # Across nodes only the agent that saw the failure counts it, and rank 0 may belong to another.
+    # Only the agent that saw the failure counts it, and rank 0 may be on another node.
     restart = dataclasses.replace(restart, count=agreement.highest(restart.count))
     start = agreement.from_first(
         lambda: find_start(session, directory_given=gives(argv, "checkpoint_dir"), restart=restart)
@@ -73,16 +73,16 @@ def train(
             saves = Saves(ckpt, recorder, config.max_save_failures)
             _Loop(job, agreement, preemption, recorder, saves, record).run()
     finally:
-        # After the engine's last event, which is that of the final save.
+        # After the engine's last event, that of the final save.
         recorder.close(time_for_the_command(preemption.secs_left))
 
 
 @contextmanager
 def _closing(ckpt: Checkpointer, preemption: Preemption) -> Iterator[None]:
-    """Close it at the end; after a crash, wait for the save in flight only as long as it may still commit.
+    """Close the Checkpointer at the end; after a crash, wait only briefly for the save in flight.
 
-    A crash is most often that of a collective whose other end has died. The save in flight then waits for the
-    dead rank until a deadline of its own, long after torchrun wants this process to be gone.
+    Most crashes are collectives whose peer has died. The save in flight then waits for the dead rank until
+    its own deadline, long after torchrun wants this process to exit.
     """
     try:
         yield
@@ -100,19 +100,19 @@ def _closing(ckpt: Checkpointer, preemption: Preemption) -> Iterator[None]:
 
 
 def time_for_the_mirror(grace_left_secs: float | None) -> float | None:
-    """After a signal the mirror gets what is left of the grace time, but for what leaving takes; else all."""
+    """After a signal: seconds for mirror copies, the grace time left minus the exit's. None: no limit."""
     return None if grace_left_secs is None else max(0.0, grace_left_secs - LEAVING_SECS)
 
 
 def time_for_the_command(grace_left_secs: float | None) -> float:
-    """How long `--on_event` may catch up at the end: a slow one must not make a saved run a late one."""
+    """Seconds for `--on_event` to catch up at the end: a slow command must not delay the exit."""
     if grace_left_secs is None:
         return HOOK_CLOSE_SECS
     return min(HOOK_CLOSE_SECS, max(0.0, grace_left_secs - ENDING_SECS))
 
 
 def configure(argv: Sequence[str], session: TrainConfig, start: Start) -> TrainConfig:
-    """The run's final configuration: explicit flags over the checkpoint's over the defaults."""
+    """The run's final configuration: explicit flags, then the checkpoint's, then the defaults."""
     session = dataclasses.replace(session, checkpoint_dir=start.checkpoint_dir)
     return complete(resolve(argv, start.stored, session) if start.selector is not None else session)
 
@@ -144,7 +144,7 @@ def _open_checkpointer(config: TrainConfig, job: Job, recorder: Recorder, restar
         storage_options=config.storage_mapping,
         mirror=config.mirror,
         mirror_freq=config.mirror_freq,
-        on_failure="raise",  # Saves counts them itself, and all ranks vote to stop
+        on_failure="raise",  # Saves counts failures itself, and all ranks vote to stop
         on_event=recorder.from_engine if job.world.is_first else None,
     )
 
@@ -162,23 +162,23 @@ def _restore(ckpt: Checkpointer, start: Start, job: Job, init_from: str | None) 
     record = ckpt.restore(start.selector)
     if record is None:
         raise SelectorError(
-            f"{start.selector} was there a moment ago and is gone from {start.checkpoint_dir}"
+            f"{start.selector} was deleted from {start.checkpoint_dir} during the start; start the run again"
         )
     job.apply_flags()
     return record
 
 
 def _warm_start(ckpt: Checkpointer, init_from: str, job: Job) -> None:
-    """Begin with another checkpoint's weights, as far as they fit; the run itself starts at step 0."""
+    """Load the matching weights of another checkpoint; the run itself starts at step 0."""
     record = ckpt.restore(init_from, model_only=True, strict=False)
     if record is None:
-        raise SelectorError(f"--init_from {init_from}: there is no checkpoint; give the path or URI of one")
+        raise SelectorError(f"--init_from {init_from}: no checkpoint there; give the path or URI of one")
     if job.world.is_first:
-        log.info("weights of step %d from %s", record.step, record.path)
+        log.info("initialised the weights from step %d, %s", record.step, record.path)
 
 
 class _Loop:
-    """Steps, evaluations and saves, from the record (None: step 0) to the last step or a signal."""
+    """Steps, evaluations and saves, from `record` (None: step 0) to the last step or a signal."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Loop:
     def run(self) -> None:
         config, say = self.job.config, self.recorder.console.say
         if self.step >= self.job.last_step:
-            say(f"nothing left to do: the run ends at step {self.job.last_step}, see --max_steps")
+            say(f"nothing to do: the run ends at step {self.job.last_step} (see --max_steps)")
             return
         self.preemption.allow(grace_within(config.grace_secs))
         signum = None
@@ -209,15 +209,15 @@ class _Loop:
             signum = self._one_step()
         self.agreement.together(self.saves.settle, heed_signals=False)
         if signum is not None and not self.last_is_saved:
-            lost = f"after step {self.step}, which is not saved"
-            raise Stopped(signum, f"{lost}; --resume latest carries on from the newest checkpoint")
+            lost = f"after step {self.step}, not saved"
+            raise Stopped(signum, f"{lost}; --resume latest continues from the newest checkpoint")
         if signum is not None:
-            say(f"stopped by signal {signum} after step {self.step}, now saved; --resume latest carries on")
+            say(f"stopped by signal {signum} after step {self.step}, saved; --resume latest continues")
         else:
             say(f"done: step {self.step}, {self.tokens:,} tokens")
 
     def _one_step(self) -> int | None:
-        """One step and what follows from it; the signal that ends the run, if one came."""
+        """One step and the evaluation and save due after it; returns the signal that ends the run, if any."""
         began = time.perf_counter()
         result = train_step(self.job, self.agreement, must_stop=self.saves.must_stop)
         self.step += 1
@@ -226,7 +226,7 @@ class _Loop:
         if result.vote.stop:
             self.agreement.together(self._stop, heed_signals=False)
         if not self.prepared:
-            # The optimizer has its state now, so the snapshot's size is known.
+            # The optimizer now has its state, so the snapshot's size is known.
             self.saves.prepare()
             self.prepared = True
         signum, metrics = result.vote.signum, {"train_loss": result.loss}
@@ -262,13 +262,13 @@ class _Loop:
         self.recorder.step({**event, "step_tokens": self.job.step_tokens}, last, force=self.step == last)
 
     def _time_for_a_save(self, signum: int) -> bool:
-        """Finish the save in flight; then whether the time left allows another one. The same on all ranks."""
+        """Finish the save in flight; returns whether there is time for another, the same on all ranks."""
         say, in_flight = self.recorder.console.say, self.saves.in_flight()
         if in_flight is not None:
             say(f"signal {signum}: finishing the save of step {in_flight}")
         self.saves.finish()
         left = self.preemption.secs_left
-        # The rank that was told first has the least time; what a save takes is known to rank 0.
+        # The rank that was signalled first has the least time; rank 0 knows how long a save takes.
         left_ms = -self.agreement.highest(-NO_LIMIT_MS if left is None else -int(left * 1e3))
         usual_ms = self.agreement.highest(int(self.recorder.usual_save_secs * 1e3))
         last = LastSave(self.step, in_flight, left_ms / 1e3, usual_ms / 1e3)
@@ -280,12 +280,12 @@ class _Loop:
             raise self.saves.reason_to_stop()
 
     def _evaluate(self, metrics: dict[str, float]) -> tuple[int | None, bool]:
-        """The signal that broke it off, if any, and whether it is the best yet; fills `metrics`."""
+        """(the signal that interrupted it, if any; whether it is the best so far); fills `metrics`."""
         began = time.perf_counter()
         loss, signum = evaluate(self.job, self.agreement)
         if loss is None:
             return signum, False
-        # Rank 0 alone knows which saves have committed, so it alone can say what is best.
+        # Only rank 0 knows which saves have committed, so only it can tell what is best.
         metrics["val_loss"] = loss
         mine = float(self.job.world.is_first and self.recorder.improves(metrics[self.job.config.best_metric]))
         verdict = torch.tensor(mine, dtype=torch.float64, device=self.job.device)

@@ -1,7 +1,7 @@
 """`python -m engine.train`, alone or under torchrun: trains a GPT-2 with background checkpoints.
 
-Exit status: 0 at the end of the run and after a signal that left a checkpoint, 2 when the user has to do
-something (one sentence says what), 128 + n when signal n left no time to save. torchrun makes it 1.
+Exit status: 0 at the end of the run, or after a signal with the last step saved; 2 when the user has to act
+(one sentence says what to do); 128 + n when signal n left no time to save. torchrun turns any failure into 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `python -m engine.train` does around the training: flags, signals, log, and how it ends."""
+"""The program `python -m engine.train` around the training: flags, signals, logging and exit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     follow_launcher()
-    # Before anything else: when another rank ends first, torchrun's SIGTERM must find rank 0 able to say why.
+    # First of all: if another rank ends early, rank 0 must survive torchrun's SIGTERM to say why.
     preemption = Preemption(Request(STARTUP_GRACE_SECS), orphaned=orphan_check())
     preemption.install()
     _configure_logging()
@@ -60,13 +60,13 @@ def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) ->
         return _refuse(error, agreed=agreement.failed)
     except Exception:
         traceback.print_exc()
-        # At once: the interpreter would wait for the thread of a save that waits for a rank that is dead.
+        # At once: a clean exit would wait for a save's thread, which waits for a dead rank.
         end_at_once(1)
     return 0
 
 
 def _refuse(error: Exception, *, agreed: bool = True) -> int:
-    """Print the sentence: by rank 0 for all ranks, or by the one rank that failed alone."""
+    """Print the error: rank 0 for all ranks, or the one rank that failed alone."""
     if is_first_rank():
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif not agreed:
@@ -84,12 +84,12 @@ def _list(session: TrainConfig) -> int:
 
 
 def _configure_logging() -> None:
-    """Warnings of every rank and the news of rank 0, on standard error. Only programs configure logging."""
+    """Log warnings of every rank and rank 0's infos to standard error. Only programs configure logging."""
     rank = os.environ.get("RANK", "0")
     handler = logging.StreamHandler()
-    # The console has a line for these; without this every rank would say a failed save once more.
-    told = ("engine.save.job", "engine.mirror.uploader")
-    handler.addFilter(lambda record: record.name not in told or record.levelno < logging.ERROR)
+    # The console has a line for these; without the filter, every rank would log a failed save again.
+    on_console = ("engine.save.job", "engine.mirror.uploader")
+    handler.addFilter(lambda record: record.name not in on_console or record.levelno < logging.ERROR)
     handler.setFormatter(logging.Formatter(f"[rank {rank}] %(levelname)s %(message)s"))
     for name in ("engine", "data"):
         logger = logging.getLogger(name)

@@ -81,11 +81,11 @@ def test_a_signal_while_a_save_is_in_flight(
     if phase == "flight":
         assert (status, saved) == (0, reached), said
         assert f"has ended, saving step {reached} (" in said
-        assert f"stopped by signal 15 after step {reached}, now saved" in said
+        assert f"stopped by signal 15 after step {reached}, saved" in said
     else:
         assert (status, saved) == (128 + 15, in_flight), said
         assert f"has ended, no time to save step {reached} (" in said
-        assert f"stopped by signal 15 after step {reached}, which is not saved" in said
+        assert f"stopped by signal 15 after step {reached}, not saved" in said
     run.train(None, **{**GIVEN, "resume": "latest", "max_steps": reached + 1})
     assert run.restored_step() == saved
     covered(1)

@@ -238,7 +238,7 @@ def test_whether_a_flag_was_given(argv: list[str], given: bool) -> None:
 
 
 def test_resume_and_new_run_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="one of the two"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         TrainConfig(resume="latest", new_run=True)
 
 

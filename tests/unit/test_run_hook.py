@@ -51,7 +51,7 @@ def test_a_slow_command_costs_events_not_time(caplog: pytest.LogCaptureFixture) 
     command.gate.set()
     assert not hook.close(10.0)
     assert command.seen == [0, 1, 2]
-    assert caplog.text.count("some are dropped") == 1
+    assert caplog.text.count("some events are dropped") == 1
 
 
 @pytest.mark.parametrize("queued", [1, 3], ids=["one hangs", "the queue is full"])
@@ -98,9 +98,9 @@ def test_the_command_gets_the_line_on_standard_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("echo nobody home >&2; exit 3", "ended with 3: nobody home"),
-        ("exit 4", "ended with 4: no word"),
-        ("/no/such/program", "ended with 127"),
+        ("echo nobody home >&2; exit 3", "exited with 3: nobody home"),
+        ("exit 4", "exited with 4: nothing on standard error"),
+        ("/no/such/program", "exited with 127"),
     ],
 )
 def test_a_failing_command_is_logged(command: str, said: str, caplog: pytest.LogCaptureFixture) -> None:

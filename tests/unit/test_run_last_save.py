@@ -32,10 +32,10 @@ def test_time_left_and_the_usual_time_decide(
 @pytest.mark.parametrize(
     ("in_flight", "secs_left", "sentence"),
     [
-        (None, 25.0, "saving step 7 (25.0 s are left, a save takes 3.0 s)"),
-        (6, 25.0, "the save of step 6 has ended, saving step 7 (25.0 s are left, a save takes 3.0 s)"),
-        (6, 2.0, "the save of step 6 has ended, no time to save step 7 (2.0 s are left, a save takes 3.0 s)"),
-        (None, 2.0, "no time to save step 7 (2.0 s are left, a save takes 3.0 s)"),
+        (None, 25.0, "saving step 7 (25.0 s left, a save takes 3.0 s)"),
+        (6, 25.0, "the save of step 6 has ended, saving step 7 (25.0 s left, a save takes 3.0 s)"),
+        (6, 2.0, "the save of step 6 has ended, no time to save step 7 (2.0 s left, a save takes 3.0 s)"),
+        (None, 2.0, "no time to save step 7 (2.0 s left, a save takes 3.0 s)"),
     ],
 )
 def test_the_console_says_which_and_why(in_flight: int | None, secs_left: float, sentence: str) -> None:

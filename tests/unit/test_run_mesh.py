@@ -27,8 +27,8 @@ def test_ranks_divide_into_replicas(world_size: int, dp_replicate: int, shape: t
 @pytest.mark.parametrize(
     ("world_size", "dp_replicate", "message"),
     [
-        (6, 4, "dp_replicate 4 does not divide 6 ranks: 6 = 4 x 1 + 2; with 6 ranks it can be 1, 2, 3, 6"),
-        (2, 3, "dp_replicate 3 does not divide 2 ranks: 2 = 3 x 0 + 2; with 2 ranks it can be 1, 2"),
+        (6, 4, "dp_replicate 4 does not divide 6 ranks: 6 = 4 x 1 + 2; use 1, 2, 3, 6"),
+        (2, 3, "dp_replicate 3 does not divide 2 ranks: 2 = 3 x 0 + 2; use 1, 2"),
         (4, 0, "dp_replicate must be a whole number of at least 1, not 0"),
         (0, 1, "the world size must be at least 1, not 0"),
     ],

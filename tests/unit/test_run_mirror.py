@@ -167,11 +167,11 @@ def test_the_mirror_gets_the_rest_of_the_grace_time(left: float | None, secs: fl
                 "owed": 2,
                 "path": "/m/step-3",
             },
-            "mirror: step 3 copied, 1 MB of 2 MB in 1.00 s, 2 still owed -> /m/step-3",
+            "mirror: step 3 copied, 1 MB of 2 MB in 1.00 s, 2 pending -> /m/step-3",
         ),
         (
             {"event": "mirror_failed", "cause": "503 Slow Down", "owed": 2, "path": "s3://b/run"},
-            "mirror: FAILED, 2 owed: 503 Slow Down",
+            "mirror: FAILED, 2 pending: 503 Slow Down",
         ),
     ],
     ids=["whole", "part", "failed"],

@@ -250,7 +250,7 @@ def test_an_orphan_leaves_as_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_refused_request_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert not follow_launcher({"TORCHELASTIC_RUN_ID": "x"}, prctl=lambda option, value: -1)
-    assert "may outlive torchrun" in caplog.text
+    assert "may outlive a killed torchrun" in caplog.text
 
 
 ORPHAN = """

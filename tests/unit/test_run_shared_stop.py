@@ -225,7 +225,7 @@ def test_half_an_environment_is_refused() -> None:
     with pytest.raises(ConfigError, match="RANK is set but LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE is not"):
         World.from_environ({"RANK": "0"})
     given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "two", "LOCAL_WORLD_SIZE": "1"}
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', but must be a number"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two', which is not a number"):
         World.from_environ(given)
 
 
