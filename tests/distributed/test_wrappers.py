@@ -200,7 +200,7 @@ def test_a_hook_may_gather_shards_which_are_stored_once(world: World, tmp_path: 
         assert names == {f"model.{name}" for name in model(1).state_dict()}
 
 
-def gathering_alone(rank: int, world_size: int, directory: str) -> Any:
+def gathering_alone(rank: int, world_size: int, directory: str, walked: bool) -> Any:
     found = fsdp2(1)
 
     def gather(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -209,6 +209,8 @@ def gathering_alone(rank: int, world_size: int, directory: str) -> Any:
 
     found.register_state_dict_post_hook(gather)
     with Checkpointer(directory, {"model": found}, timeout_secs=2) as checkpointer:
+        if walked:  # by a save of all ranks; before the first one nothing is known but the module itself
+            assert checkpointer.save(0).result(60) is not None
         calls = [lambda: checkpointer.save(1).result(), checkpointer.prepare, checkpointer.restore]
         alone = []
         for call in calls:
@@ -218,13 +220,35 @@ def gathering_alone(rank: int, world_size: int, directory: str) -> Any:
         return alone, done and checkpointer.restore() is not None
 
 
-def test_a_rank_alone_is_not_left_in_the_collectives_of_a_hook(world: World, tmp_path: Path) -> None:
-    (alone, zero), (_, one) = world(2).run(gathering_alone, str(tmp_path))
+@pytest.mark.parametrize("walked", [False, True], ids=["before the first save", "after it"])
+def test_a_rank_alone_is_not_left_in_the_collectives_of_a_hook(
+    walked: bool, world: World, tmp_path: Path
+) -> None:
+    (alone, zero), (_, one) = world(2).run(gathering_alone, str(tmp_path), walked)
     calls = ("the save of step 1", "prepare()", "the restore of 'latest'")
     for words, call in zip(alone, calls, strict=True):
         assert f"rank 1 did not report within 2 s in {call}" in words
     assert zero
     assert one
+
+
+def evaluating(rank: int, world_size: int, directory: str) -> tuple[bool, int]:
+    wrapped = fully_shard(model(1))
+    wrapped(torch.ones(2, 6)).sum().backward()
+    with Checkpointer(directory, {"model": wrapped}) as checkpointer:
+        checkpointer.save(1).result(60)
+        capture = checkpointer._saver.capture  # type: ignore[union-attr]
+        before = capture._fixed.generation
+        with torch.no_grad():
+            wrapped(torch.ones(2, 6))
+        unsharded = any(not isinstance(parameter, DTensor) for parameter in wrapped.parameters())
+        checkpointer.save(2).result(60)
+        return unsharded, capture._fixed.generation - before
+
+
+def test_an_evaluation_does_not_have_the_model_walked_anew(world: World, tmp_path: Path) -> None:
+    """It leaves FSDP2's root unsharded, which is no change: the shards are where they were."""
+    assert world(2).run(evaluating, str(tmp_path)) == [(True, 0)] * 2
 
 
 def averaging(rank: int, world_size: int, directory: str) -> Any:
