@@ -1,7 +1,7 @@
-"""NumPy's scalars and arrays as JSON and tensors, to the bit.
+"""NumPy's scalars and arrays as JSON and tensors, bit for bit.
 
-A scalar is its bytes in the JSON. An array is a tensor beside it: of the same element type where safetensors
-has that, else of the bytes behind it (text, times, complex128).
+A scalar's bytes are in the JSON. An array becomes a tensor: of the same element type where safetensors has
+it, else of the array's bytes (text, times, complex128).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _AS_WORDS = {"c16": np.float64, "M8": np.int64, "m8": np.int64}
 def encode_scalar(value: np.generic, path: str) -> Json:
     """The form of a NumPy scalar. Raises: UnsavableValueError for a kind that has no fixed bytes."""
     _check(value.dtype, path)
-    raw = value.tobytes()[: value.dtype.itemsize]  # empty text gives bytes all the same
+    raw = value.tobytes()[: value.dtype.itemsize]  # empty text has an itemsize of 0 and still gives bytes
     return {"$scalar": [value.dtype.str, raw.hex()]}
 
 
@@ -42,9 +42,9 @@ def decode_scalar(inner: Json) -> Any:
 
 
 def encode_array(value: np.ndarray[Any, Any], path: str, keep: Callable[[torch.Tensor], Json]) -> Json:
-    """The form of an array; `keep` takes its elements and returns the reference to them.
+    """The form of an array; `keep` stores its elements and returns the reference to them.
 
-    Raises: UnsavableValueError for elements that are no plain data.
+    Raises: UnsavableValueError for elements that are not plain data.
     """
     _check(value.dtype, path)
     order = "F" if value.flags.f_contiguous and not value.flags.c_contiguous else "C"
@@ -59,7 +59,7 @@ def encode_array(value: np.ndarray[Any, Any], path: str, keep: Callable[[torch.T
 
 
 def decode_array(inner: Json, tensor: Callable[[str], torch.Tensor]) -> np.ndarray[Any, Any]:
-    """The inverse of `encode_array`, over the memory of the tensor where that is possible."""
+    """The inverse of `encode_array`; shares the tensor's memory where that is possible."""
     try:
         dtype, shape, name = _dtype(inner["dtype"]), tuple(inner["shape"]), inner["data"]["$tensor"]
         found = tensor(name).numpy(force=True)
@@ -85,17 +85,17 @@ def _check(dtype: np.dtype[Any], path: str) -> None:
         )
 
 
-_FLOATS = {"f2", "f4", "f8", "c8", "c16"}  # not those of 10 bytes, which differ between machines
+_FLOATS = {"f2", "f4", "f8", "c8", "c16"}  # not the 10-byte ones, which differ between machines
 
 
 def _dtype(text: Any) -> np.dtype[Any]:
     if not isinstance(text, str) or not _DTYPE.fullmatch(text):
-        raise ValueError(f"{str(text)[:40]!a} is no element type")
+        raise ValueError(f"{str(text)[:40]!a} is not an element type")
     return np.dtype(text)
 
 
 def _elements(value: np.ndarray[Any, Any]) -> torch.Tensor:
-    """A tensor over the array's own memory, or over a copy where torch cannot look at that."""
+    """A tensor over the array's own memory, or over a copy where torch cannot use that memory."""
     kind = _kind(value.dtype)
     if kind not in _AS_THEY_ARE:
         flat = np.ascontiguousarray(value).reshape(-1)

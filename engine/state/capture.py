@@ -1,13 +1,12 @@
 """What a checkpoint holds: a flat list of named tensors and, beside it, JSON.
 
-Every entry of the state is one of: a module, an optimizer, anything with `state_dict()`, or a plain tensor,
-dict, list or JSON value. Of modules the live tensors are captured, under canonical names (the same with and
-without DDP, `torch.compile` and other wrappers), and what `state_dict()` holds besides.
-Optimizers are read directly, under the same names: `get_optimizer_state_dict` would take a step to create
-missing state.
+Every entry of the state is a module, an optimizer, an object with `state_dict()`, or a plain tensor, dict,
+list or JSON value. Modules give their live tensors, under canonical names (the same with and without DDP,
+`torch.compile` and other wrappers), and whatever else their `state_dict()` holds. Optimizers are read
+directly, under the same names: `get_optimizer_state_dict` would take a step to create missing state.
 
-Walking a module takes milliseconds and gives the same answer each time. The answer is therefore kept, and
-a save only checks that the objects behind it are still the same ones (`unchanged`).
+Walking a module takes milliseconds and usually gives the same answer. The answer is therefore cached, and a
+save only checks that the objects behind it are still the same ones (`unchanged`).
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ log = logging.getLogger(__name__)
 
 
 class StateCapture:
-    """Captures the same state object again and again, cheaply when its structure has not changed.
+    """Captures one state at every save, cheaply while its structure does not change.
 
     Args:
         state: name -> object. Optimizers need their module in the same state.
-        per_rank: names whose values belong to this rank alone.
+        per_rank: keys whose values belong to this rank alone.
         rank: this rank.
-        rank0: names whose values rank 0 alone decides: it saves them, and every rank is given its.
-    Raises: UnsavableValueError for names that cannot work.
+        rank0: keys whose values rank 0 alone decides: it saves them, and every rank restores them.
+    Raises: UnsavableValueError for keys and entries that cannot be saved.
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class StateCapture:
                 )
             if kind_of(state[name]) is None:
                 raise UnsavableValueError(
-                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are what can be "
-                    "restored in place: modules, optimizers, objects with state_dict and load_state_dict, "
-                    "tensors, arrays, dicts, lists, sets, deques or random number generators. A single "
-                    "value goes into a dict"
+                    f"the state entry {name!r} is a {type(state[name]).__name__}; entries are objects that "
+                    "can be restored in place: modules, optimizers, objects with state_dict and "
+                    "load_state_dict, tensors, arrays, dicts, lists, sets, deques or random number "
+                    "generators. Put a single value into a dict"
                 )
             check_optimizers_stand_alone(name, state[name])
         for name in per_rank:
@@ -75,8 +74,8 @@ class StateCapture:
         for name in rank0:
             if name not in state or isinstance(state[name], nn.Module | Optimizer) or name in per_rank:
                 raise UnsavableValueError(
-                    f"rank0 names {name!r}, which is not in the state, is a module or an optimizer, or is in "
-                    "per_rank, too"
+                    f"rank0 names {name!r}, which is not in the state, is a module or an optimizer, or is "
+                    "also in per_rank"
                 )
         modules = {key: entry for key, entry in self.state.items() if isinstance(entry, nn.Module)}
         self._first_buffers = {key: buffer_names(module) for key, module in modules.items()}
@@ -86,11 +85,11 @@ class StateCapture:
         self._numbers = {key: numbers_of(optimizer) for key, optimizer in optimizers.items()}
         self.per_rank = frozenset(per_rank)
         self._others: frozenset[str] = frozenset() if rank == 0 else frozenset(rank0)
-        """What is rank 0's to save."""
+        """What only rank 0 saves."""
         self._rank = rank
         fixed = [key for key, entry in self.state.items() if isinstance(entry, nn.Module | Optimizer)]
         self.names = OwnNames(rank, self.per_rank.intersection(fixed))
-        """What modules and optimizers that are declared per rank are called in the checkpoint."""
+        """The checkpoint's names for modules and optimizers that are declared per rank."""
         self._modules: dict[str, ModuleCapture] = {}
         self._optimizers: dict[str, OptimizerCapture] = {}
         self._fixed = Captured()
@@ -104,7 +103,7 @@ class StateCapture:
         self._check_given()
         for entry in self.state.values():
             make_iterator(entry)
-        # First out, last in: state_dict() of other objects may draw random numbers.
+        # Generators are captured first and restored last: state_dict() of other objects may draw numbers.
         rng_state = rng.capture()
         fixed = self._capture_fixed()
         captured = replace(
@@ -112,7 +111,7 @@ class StateCapture:
         )
         for module in self._modules.values():
             self._collect(module, captured)
-        if len(captured.tensors) > len(fixed.tensors):  # tensors inside of extra state
+        if len(captured.tensors) > len(fixed.tensors):  # tensors inside extra state
             captured.buffers |= captured.tensors.keys() - fixed.tensors.keys()
         for optimizer in self._optimizers.values():
             self._collect(optimizer, captured)
@@ -124,7 +123,7 @@ class StateCapture:
                 captured.local[key] = encoded_entry(entry, name, captured.tensors)
             else:
                 captured.shared[key] = encoded_entry(entry, key, captured.tensors)
-        # Saving must not change what training draws next, or a resumed run would draw something else.
+        # A save must not change what training draws next, or a resumed run would draw other numbers.
         if not torch.equal(torch.get_rng_state(), rng_state["torch"]):
             torch.set_rng_state(rng_state["torch"])
         name = per_rank_name(self._rank, RNG_KEY)
@@ -132,7 +131,7 @@ class StateCapture:
         return captured
 
     def _check_given(self) -> None:
-        """See that the mapping that was handed over still has the objects that are saved and restored."""
+        """Raise unless the mapping given to the Checkpointer still holds the objects that are saved."""
         for key, entry in self._given.items():
             if key not in self._entries:
                 raise UnsavableValueError(
@@ -157,7 +156,7 @@ class StateCapture:
             captured.local[key] = values.with_tensor_names(document, self.names.of)
 
     def _capture_fixed(self) -> Captured:
-        """The tensors of modules and optimizers; walked anew only when one of them has changed."""
+        """The tensors of modules and optimizers; walked again only when one of them has changed."""
         if not self._walked_since and self._unchanged():
             return self._fixed
         names = self.refresh()
@@ -184,13 +183,13 @@ class StateCapture:
     def _tell_changed_numbers(self, key: str, optimizer: Optimizer) -> None:
         changed = changed_numbers(key, optimizer, self._numbers[key])
         if changed:
-            self._numbers[key] = {}  # said once
+            self._numbers[key] = {}  # warn once
         for sentence in changed if self._rank == 0 else ():
             log.warning("%s", sentence)
 
     @property
     def asks_together(self) -> bool:
-        """Whether all ranks have to ask for a state_dict() at one moment: its hooks may gather shards."""
+        """Whether all ranks must call state_dict() at the same time, because its hooks may gather shards."""
         if self._modules:
             return any(module.may_gather for module in self._modules.values())
         modules = [entry for entry in self.state.values() if isinstance(entry, nn.Module)]
@@ -198,9 +197,9 @@ class StateCapture:
         return any(isinstance(parameter, DTensor) for module in own for parameter in module.parameters())
 
     def make_ready(self) -> None:
-        """See that modules and optimizers are as last walked, and can be written into.
+        """Walk modules and optimizers again unless they are unchanged and can be written into.
 
-        Raises: UnsavableValueError when the state holds other objects than were handed over.
+        Raises: UnsavableValueError when the state holds other objects than the Checkpointer was given.
         """
         self._check_given()
         walked = len(self._modules) + len(self._optimizers) > 0
@@ -213,8 +212,8 @@ class StateCapture:
         return modules and all(optimizer.unchanged() for optimizer in self._optimizers.values())
 
     def refresh(self) -> ParameterNames:
-        """Walk every module and optimizer anew; the names of all parameters."""
-        # What was kept for `capture` may be of another walk: a restore gives optimizers their state.
+        """Walk every module and optimizer again. Returns the names of all parameters."""
+        # The cache of `capture` may be of an earlier walk: a restore gives optimizers their state.
         self._walked_since = True
         for key, entry in self.state.items():
             if isinstance(entry, nn.Module):
@@ -226,7 +225,7 @@ class StateCapture:
         return names
 
     def fixed_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """(tensors, aliases) of modules and optimizers as last walked, by live names, tied ones once."""
+        """(tensors, aliases) of modules and optimizers as last walked, by live name; tied ones once."""
         tensors: dict[str, torch.Tensor] = {}
         for module in self._modules.values():
             tensors.update(module.tensors)
@@ -254,7 +253,7 @@ class StateCapture:
 
 
 def encoded_entry(entry: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON of an entry that is neither module nor optimizer; its tensors go into `tensors`."""
+    """JSON of an entry that is neither a module nor an optimizer; its tensors are added to `tensors`."""
     try:
         value = saved_value(entry)
     except HoldfastError:
@@ -269,7 +268,7 @@ def encoded_entry(entry: Any, path: str, tensors: dict[str, torch.Tensor]) -> An
 def captured_module(key: str, module: nn.Module, first_buffers: Mapping[str, bool]) -> ModuleCapture:
     """The module's tensors.
 
-    Raises: UnsavableValueError for a tensor of a kind that has no form, where torch only says what it cannot.
+    Raises: UnsavableValueError naming a tensor that cannot be saved, where torch's error names none.
     """
     try:
         return ModuleCapture(key, module, first_buffers)

@@ -14,16 +14,16 @@ PER_RANK_PREFIX = "per_rank"
 
 @dataclass(slots=True)
 class Captured:
-    """One moment's state of one rank.
+    """The state of one rank at one moment.
 
-    tensors: every tensor once, by canonical name; DTensors stay DTensors. Not copied: live memory.
-    fixed: the names that belong to modules and optimizers: the same objects as in every capture of the
-        same `generation`. The others may be new objects each time.
-    buffers: the names that belong to modules and are no parameters: they may differ between ranks.
-    guarded: the names that only an optimizer's step changes: its parameters and its state.
-    stateless: of each parameter without optimizer state, the name that its state's tensors would begin with.
-    aliases: further names of tensors in `tensors` (tied weights), alias -> name.
-    shared: JSON of the values that are the same on all ranks, by state key.
+    tensors: every tensor once, by canonical name. They are live memory, not copies; DTensors stay DTensors.
+    fixed: the names of tensors in modules and optimizers: the same objects in every capture of one
+        `generation`. The other tensors may be new objects each time.
+    buffers: the names of modules' tensors that are not parameters: these may differ between ranks.
+    guarded: the names of tensors that only an optimizer's step changes: its parameters and its state.
+    stateless: for each parameter without optimizer state, the prefix that the names of its state would have.
+    aliases: other names of tensors in `tensors` (tied weights), alias -> name.
+    shared: JSON of the values that are equal on all ranks, by state key.
     local: JSON of this rank's own values, by state key.
     """
 
@@ -39,19 +39,22 @@ class Captured:
 
 
 def per_rank_name(rank: int, key: str) -> str:
-    """The prefix of the names of one rank's own tensors: they are never merged with another rank's."""
+    """A name for one rank's own tensor or value: such names are never merged with another rank's."""
     return f"{PER_RANK_PREFIX}.{rank:05d}.{key}"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnNames:
-    """The names in the checkpoint of what this rank holds under these state keys."""
+    """The checkpoint's names for what this rank holds under state keys that are declared per rank.
+
+    In a run such tensors have the same names as any module's; only the checkpoint tells ranks apart.
+    """
 
     rank: int
     keys: AbstractSet[str]
 
     def of(self, name: str) -> str:
-        """The name in the checkpoint of a tensor of any state key."""
+        """The checkpoint's name for a live tensor of any state key."""
         return per_rank_name(self.rank, name) if name.partition(".")[0] in self.keys else name
 
     def live(self, name: str) -> str:

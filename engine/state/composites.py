@@ -1,8 +1,8 @@
 """Tensors that are made of other tensors: subclasses with `__tensor_flatten__`, such as torchao's.
 
-A checkpoint holds their parts, and beside them the class and whatever `__tensor_flatten__` tells besides the
-parts. The class is found among those that the program has imported, as with enums (`named_types`), and put
-together by its own `__tensor_unflatten__`. Protocol: torch/utils/_python_dispatch.py, `TensorWithFlatten`.
+A checkpoint holds their parts, their class and the context that `__tensor_flatten__` returns. The class is
+looked up among those that the program has imported, as with enums (`named_types`), and rebuilds the tensor by
+its own `__tensor_unflatten__`. Protocol: torch/utils/_python_dispatch.py, `TensorWithFlatten`.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _FIELDS = {"type", "parts", "context", "shape", "stride"}
 
 
 def is_composite(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has no memory of its own and tells the tensors that it is made of.
+    """Whether the tensor has no memory of its own and names the tensors that it is made of.
 
-    A DTensor is one as well, but its parts are shards of a global tensor. A nested tensor is not one.
+    DTensors do not count, because their parts are shards of a global tensor, nor do nested tensors.
     """
     kind = type(tensor)
     if kind in _PLAIN_TYPES or isinstance(tensor, DTensor):
         return False
-    tells = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
-    return tells and not tensor.is_nested
+    follows = hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+    return follows and not tensor.is_nested
 
 
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that a composite one is made of, by attribute; they may be composite themselves."""
+    """The parts of a composite tensor, by attribute; they may be composite themselves."""
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return {name: getattr(tensor, name) for name in names}
 
@@ -43,7 +43,7 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 def leaves_of(tensor: torch.Tensor, name: str) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
     """The plain tensors that a composite one is made of: (name, holder, attribute, tensor) of each.
 
-    The holder is the dict in which the tensor stands under the attribute; an empty one where there is none.
+    The holder is the dict that has the tensor under that attribute; an empty dict where none has.
     """
     for attribute, part in parts_of(tensor).items():
         if is_composite(part):
@@ -54,11 +54,11 @@ def leaves_of(tensor: torch.Tensor, name: str) -> Iterator[tuple[str, dict[str, 
 
 
 def describe(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]) -> dict[str, Any]:
-    """What a live composite tensor is besides its parts: one that is filled in place has to be alike.
+    """Class, shape and context of a live composite tensor: only an equal one can be filled in place.
 
-    What the class tells besides the parts (scales' block sizes, settings) is kept as a value where it has a
-    form, else as its text: it is only ever compared.
-    Raises: UnsavableValueError where that text is different in every process.
+    The context (block sizes of scales, settings) is encoded as a value where it has a form, else as its
+    repr(): it is only compared.
+    Raises: UnsavableValueError where that repr() differs between processes.
     """
     kind = type(tensor)
     _, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -84,9 +84,9 @@ def describe(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]
 
 
 def encode_composite(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]) -> Json:
-    """The form of a composite tensor; `encode` makes those of its parts and of its context.
+    """The form of a composite tensor; `encode` makes the forms of its parts and its context.
 
-    Raises: UnsavableValueError for a class that could not be found again by its name.
+    Raises: UnsavableValueError for a class that cannot be found by its name.
     """
     _, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return {
@@ -101,9 +101,9 @@ def encode_composite(tensor: torch.Tensor, path: str, encode: Callable[[Any, str
 
 
 def decode_composite(inner: Json, decode: Callable[[Json], Any]) -> torch.Tensor:
-    """The tensor of a form, put together by its class.
+    """The tensor of a form, rebuilt by its class.
 
-    Raises: StateMismatchError when this program has no such class, or the class refuses; DamagedError.
+    Raises: StateMismatchError when this program has no such class, or the class fails; DamagedError.
     """
     kind = _class_of(inner)
     parts = {name: decode(part) for name, part in inner["parts"].items()}
@@ -115,7 +115,7 @@ def decode_composite(inner: Json, decode: Callable[[Json], Any]) -> torch.Tensor
         found: torch.Tensor = kind.__tensor_unflatten__(parts, context, shape, stride)
     except Exception as error:
         raise StateMismatchError(
-            f"a tensor of the class {kind.__qualname__} was saved, and the class here does not take its "
+            f"a tensor of the class {kind.__qualname__} was saved, and the class here does not accept its "
             f"parts ({type(error).__name__}: {error}): install the version of {kind.__module__} that the "
             "saved run had"
         ) from error
@@ -123,7 +123,7 @@ def decode_composite(inner: Json, decode: Callable[[Json], Any]) -> torch.Tensor
 
 
 def missing_composite(inner: Json) -> str:
-    """Why a composite tensor cannot be put together here, in a sentence; else ""."""
+    """Why a composite tensor cannot be rebuilt here, in a sentence; else ""."""
     try:
         _class_of(inner)
     except StateMismatchError as error:

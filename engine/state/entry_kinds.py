@@ -1,7 +1,7 @@
-"""Entries of a state that are no modules or optimizers: what is saved of each kind, and how it is put back.
+"""State entries that are neither modules nor optimizers: what is saved of each kind, and how it is restored.
 
-All are restored in place, because the training loop goes on with the object that it handed over: through
-`load_state_dict` where there is one, else by replacing what a container holds or a generator's state.
+All are restored in place, because the training loop keeps using the object that it put into the state:
+through `load_state_dict` where there is one, else by replacing a container's items or a generator's state.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GENERATOR = "generator"
 class Kind:
     """How entries of some classes are saved and restored.
 
-    take: the value to save. put: gives an entry a saved value.
-    holds_values: whether the entry itself goes on holding the values that it is given.
+    take: the value to save of an entry. put: gives an entry a saved value.
+    holds_values: whether the entry keeps the very values that it is given.
     """
 
     classes: tuple[type, ...]
@@ -34,7 +34,7 @@ class Kind:
 
 
 def kind_of(entry: object) -> Kind | None:
-    """How an entry is saved and restored; None for what cannot be."""
+    """How an entry is saved and restored; None for one that cannot be."""
     if hasattr(entry, "state_dict"):
         return _STATEFUL if hasattr(entry, "load_state_dict") else None
     if isinstance(entry, random.SystemRandom):  # it has no state
@@ -43,14 +43,14 @@ def kind_of(entry: object) -> Kind | None:
 
 
 def saved_value(entry: object) -> Any:
-    """What is saved of an entry that is neither module nor optimizer."""
+    """What is saved of an entry that is neither a module nor an optimizer."""
     kind = kind_of(entry)
     assert kind is not None, "the state was checked when it was handed over"
     return kind.take(entry)
 
 
 def reseed(entry: Any, seed: int) -> None:
-    """Start a generator anew: for a rank that did not exist when the checkpoint was taken."""
+    """Seed a generator: for a rank that did not exist when the checkpoint was saved."""
     if isinstance(entry, torch.Generator):
         entry.manual_seed(seed)
     elif isinstance(entry, np.random.Generator):
@@ -63,7 +63,7 @@ def reseed(entry: Any, seed: int) -> None:
 
 
 def generator_kind(entry: object) -> str:
-    """Which saved generator fits into this one, in a few words; "" for an entry that is none."""
+    """Which saved generator fits this one, in a few words; "" for an entry that is not a generator."""
     if isinstance(entry, torch.Generator):
         return f"torch.Generator on {entry.device.type}"
     if isinstance(entry, np.random.Generator):
@@ -85,7 +85,7 @@ def _take_numpy(entry: np.random.Generator) -> dict[str, Any]:
     bits: Any = entry.bit_generator
     seeds = bits.seed_seq
     found: dict[str, Any] = {GENERATOR: generator_kind(entry), "state": bits.state}
-    if type(seeds) is np.random.SeedSequence:  # what `spawn` goes on from
+    if type(seeds) is np.random.SeedSequence:  # `spawn` continues from it
         found["seeds"] = {
             name: getattr(seeds, name) for name in ("entropy", "spawn_key", "pool_size", "n_children_spawned")
         }
@@ -95,7 +95,7 @@ def _take_numpy(entry: np.random.Generator) -> dict[str, Any]:
 def _put_numpy(entry: np.random.Generator, value: Any) -> None:
     bits: Any = entry.bit_generator
     if "seeds" in value:
-        # The only way to set the seeds behind `spawn`; it is how NumPy's own unpickling does it.
+        # The only way to set the seeds behind `spawn`; NumPy's own unpickling does the same.
         bits.__setstate__((value["state"], np.random.SeedSequence(**value["seeds"])))
     else:
         bits.state = value["state"]
@@ -121,7 +121,7 @@ def _put_python(entry: random.Random, value: Any) -> None:
 
 def _put_tensor(entry: torch.Tensor, value: torch.Tensor) -> None:
     if entry is not value:
-        # A tensor that was made in inference mode can be changed in it only.
+        # A tensor that was made in inference mode can only be changed in that mode.
         with torch.inference_mode() if entry.is_inference() else torch.no_grad():
             entry.copy_(value)
 
@@ -149,7 +149,7 @@ _STATEFUL = Kind((), lambda entry: entry.state_dict(), lambda entry, value: entr
 KINDS: tuple[Kind, ...] = (
     Kind((torch.Tensor,), lambda entry: entry, _put_tensor),
     Kind((np.ndarray,), lambda entry: np.asarray(entry), _put_array),
-    # As plain ones: the entry keeps its own class, and what that knows (a defaultdict's factory).
+    # Saved as plain dicts: the entry keeps its own class and its attributes (a defaultdict's factory).
     Kind((dict,), lambda entry: dict(entry), _put_mapping, holds_values=True),
     Kind((list,), lambda entry: list(entry), _put_sequence, holds_values=True),
     Kind((set,), lambda entry: set(entry), _put_mapping),
@@ -160,4 +160,4 @@ KINDS: tuple[Kind, ...] = (
     Kind((np.random.RandomState,), _take_legacy, _put_legacy),
     Kind((random.Random,), _take_python, _put_python),
 )
-"""What a state may hold beside modules, optimizers and objects with `state_dict` and `load_state_dict`."""
+"""What a state may hold besides modules, optimizers and objects with `state_dict` and `load_state_dict`."""

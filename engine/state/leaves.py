@@ -30,9 +30,9 @@ _NAN = struct.pack(">d", math.nan)
 
 
 def encode_leaf(value: object, path: str) -> Json | None:
-    """The form of a value; None for one that has none here.
+    """The form of a value; None when this module has none for its type.
 
-    Raises: UnsavableValueError for one whose kind has a form, but which does not fit into it.
+    Raises: UnsavableValueError for a value that the form of its type cannot hold.
     """
     make = _ENCODERS.get(type(value))
     if make is not None:
@@ -41,7 +41,7 @@ def encode_leaf(value: object, path: str) -> Json | None:
 
 
 def decode_leaf(form: str, inner: Json) -> Any:
-    """The value of a form. Raises: DamagedError for what `encode_leaf` cannot have made."""
+    """The value of a form. Raises: DamagedError for a form that `encode_leaf` cannot have made."""
     try:
         return _DECODERS[form](inner)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
@@ -54,7 +54,7 @@ def is_leaf_form(form: str) -> bool:
 
 
 def check_text(text: str, path: str) -> str:
-    """The text itself. Raises: UnsavableValueError unless UTF-8 can hold it."""
+    """The text itself. Raises: UnsavableValueError unless it can be encoded as UTF-8."""
     if not text.isascii():
         try:
             text.encode("utf-8")
@@ -64,7 +64,7 @@ def check_text(text: str, path: str) -> str:
 
 
 def encode_float(value: float) -> Json:
-    """A float to the bit. JSON has finite ones; of the others, NaN may carry a payload."""
+    """A float, bit for bit. JSON has only finite ones; a NaN may carry a payload."""
     if math.isfinite(value):
         return value
     raw = struct.pack(">d", value)

@@ -1,8 +1,8 @@
 """Which boxes of which global tensors this rank has in its memory.
 
-DCP's save planner tells it for plain tensors and DTensors. A plain local tensor may also hold boxes of a
-larger global one: the `CheckpointableTensor` of torch 2.15, recognised by its four attributes, as torch does
-it, so that it works on a torch that does not know the class:
+DCP's save planner lists them for plain tensors and DTensors. A plain local tensor may also hold boxes of a
+larger global one: the `CheckpointableTensor` of torch 2.15. It is recognised by its four attributes, as in
+torch, so that a torch without that class works too:
 
     global_shape    shape of the global tensor
     global_offsets  for each box, where it begins in the global tensor
@@ -32,7 +32,7 @@ _FIELDS = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The box [offsets, offsets + sizes) of a global tensor, and the local memory (a view) that holds it."""
+    """The box [offsets, offsets + sizes) of a global tensor, and the view of local memory that holds it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -40,25 +40,25 @@ class Box:
 
 
 def carries_boxes(tensor: torch.Tensor) -> bool:
-    """Whether the tensor says which boxes of a global one it holds."""
+    """Whether the tensor declares which boxes of a global one it holds."""
     return all(hasattr(tensor, name) for name in _FIELDS)
 
 
 def global_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of the global tensor that a plain tensor, a DTensor or a carrier of boxes stands for."""
+    """The shape of the global tensor behind a plain tensor, a DTensor or a carrier of boxes."""
     return tuple(map(int, _field(tensor, "global_shape") if carries_boxes(tensor) else tensor.shape))
 
 
 def geometry(tensor: torch.Tensor) -> tuple[object, ...]:
-    """A value that changes when the boxes do; () for a tensor that carries none."""
+    """A value that changes when a tensor's boxes do; () for a tensor that carries none."""
     return tuple(_field(tensor, name) for name in _FIELDS) if carries_boxes(tensor) else ()
 
 
 def detached(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor without gradients and with its boxes, which `detach` would drop.
+    """The tensor without gradients and with its boxes, which `detach` alone would drop.
 
-    `like`: carries the boxes where `tensor` itself does not: a state dict has detached it already, or it is
-    an optimizer's state of a parameter.
+    `like`: a tensor that carries the boxes where `tensor` does not: a state dict has detached it already, or
+    it is an optimizer's state of a parameter.
     """
     found = tensor.detach()
     source = tensor if carries_boxes(tensor) or like is None else like
@@ -133,8 +133,7 @@ class LocalBox:
 def local_boxes(tensors: Mapping[str, torch.Tensor]) -> list[LocalBox]:
     """The boxes that this rank holds of each named tensor, plain or DTensor, in planner order.
 
-    A tensor may have several boxes (`engine.state.local_boxes`) or none (a DTensor whose mesh leaves this
-    rank out). No collective.
+    A tensor may have several boxes, or none (a DTensor whose mesh does not include this rank). No collective.
     Raises: UnsavableValueError naming a tensor that safetensors cannot hold.
     """
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Metrics of torchmetrics: what they accumulate is in state_dict() only once it is declared persistent.
+"""Metrics of torchmetrics: their state is in state_dict() only when it is declared persistent.
 
-Inside a model that is respected, as it is for buffers. A metric that is an entry of its own has nothing else
-to save, so there it is captured in any case, and comes back in the middle of an epoch.
+Inside a model that declaration is respected, as for buffers. A metric that is a state entry has nothing else
+to save, so its state is always captured, and a restore continues in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from engine.state.wrappers import NamedModule, loaded_class
 
 UPDATE_COUNTS = "_update_counts"
-"""Among a metric's values: how often each was updated. Means over batches are weighted by it."""
+"""Among a metric's values: how often each was updated; means over batches are weighted by it."""
 
 
 def metric_values(tree: Sequence[NamedModule]) -> dict[str, Any]:
-    """The state of a metric that is an entry of its own, by names as in state_dict(); {} for all others."""
+    """The state of a metric that is a state entry, by the names of state_dict(); {} for any other module."""
     metrics = _metrics(tree)
     if not metrics:
         return {}
@@ -32,7 +32,7 @@ def metric_values(tree: Sequence[NamedModule]) -> dict[str, Any]:
 
 
 def set_update_counts(tree: Sequence[NamedModule], counts: Mapping[str, int]) -> None:
-    """Give metrics the number of their updates; a value computed from other state is forgotten."""
+    """Set how often each metric was updated, and drop values computed from its earlier state."""
     for named in _metrics(tree):
         if named.name in counts:
             # Private: load_state_dict() sets neither.

@@ -1,4 +1,4 @@
-"""The tensors of a module under canonical names, and whether they are still the same ones."""
+"""The tensors of a module under canonical names, and a cheap check that they are still the same ones."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from engine.state.state_dicts import (
 from engine.state.wrappers import refuse_unsavable
 
 Slot = tuple[dict[str, Any], str, torch.Tensor | None, int]
-"""Where a tensor stands: (holder, key, tensor, the address of its local memory)."""
+"""Where a module holds a tensor: (dict that holds it, key there, tensor, address of its local memory)."""
 
 LATE_BUFFERS = "_late_buffers"
-"""Among a module's values: its buffers that were registered in training; a fresh one has none of them."""
+"""Among a module's values: its buffers that were registered during training; a fresh module lacks them."""
 
 ABSENT_BUFFERS = "_absent_buffers"
-"""Among a module's values: its persistent buffers that are None. A fresh module may have a tensor there."""
+"""Among a module's values: its persistent buffers that are None; a fresh module may have tensors there."""
 
 COMPOSITES = "_composites"
-"""Among a module's values: what its tensors that are made of tensors are besides those (`composites`)."""
+"""Among a module's values: class, shape and context of its composite tensors (`engine.state.composites`)."""
 
 NOTES = frozenset({ABSENT_BUFFERS, LATE_BUFFERS, COMPOSITES, UPDATE_COUNTS})
-"""Names among a module's values that are no keys of its state_dict()."""
+"""Names among a module's values that are not keys of its state_dict()."""
 
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 
@@ -45,7 +45,7 @@ _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 class ModuleCapture:
     """The canonical names of a module's parameters and buffers, and the tensors behind them.
 
-    first_buffers: the names of its buffers when training began.
+    first_buffers: the names of its buffers when the Checkpointer was made.
     """
 
     def __init__(self, key: str, module: nn.Module, first_buffers: Container[str] | None = None) -> None:
@@ -57,7 +57,7 @@ class ModuleCapture:
         buffers_now = buffer_names(module)
         self._absent = [name for name, is_there in buffers_now.items() if not is_there]
         self._late = [name for name in buffers_now if first_buffers is not None and name not in first_buffers]
-        # Their holders are no dicts, and make new objects whenever they are asked.
+        # Its holders are not dicts and return new objects at every access.
         self._scripted = any(isinstance(child, torch.jit.ScriptModule) for child in module.modules())
         self._asks_each_time = bool(self.state.values) or has_own_state_dict(module)
         named = {f"{key}.{name}": tensor for name, tensor in self.state.tensors.items()}
@@ -81,12 +81,11 @@ class ModuleCapture:
         self._boxes = [(tensor, geometry(tensor)) for tensor in named.values() if geometry(tensor)]
 
     def unchanged(self) -> bool:
-        """Whether the same tensors stand in the same places: one pass of identity checks.
+        """Whether the module still holds the same tensors in the same memory: one pass of identity checks.
 
-        FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always comes
-        back to the same DTensor, whose memory is what was captured. That is enough for a save; what is to be
-        written into has to be `sharded_now` besides. A module whose state_dict() runs code of its own is
-        asked anew.
+        FSDP2 swaps each parameter between a sharded DTensor and an unsharded plain tensor and always returns
+        to the same DTensor, whose memory was captured. That is enough for a save; a restore also needs
+        `sharded_now`. A module with a state_dict() of its own is asked again.
         """
         if self._scripted or (self._asks_each_time and not self._state_dict_unchanged()):
             return False
@@ -106,13 +105,13 @@ class ModuleCapture:
 
     @property
     def sharded_now(self) -> bool:
-        """Whether no parameter has been swapped for another tensor since: FSDP2's unsharded ones are copies,
-        and would go on being used.
+        """Whether no parameter is swapped for another tensor. FSDP2's unsharded tensors are copies, which
+        would stay in use after a restore into the shards.
         """
         return all(holder.get(name) is seen for holder, name, seen, _ in self._slots)
 
     def collect_values(self, captured: Captured) -> None:
-        """Add what state_dict() holds besides live tensors: extra state, whatever hooks and overrides add."""
+        """Add what state_dict() holds besides live tensors: extra state, and what hooks and overrides add."""
         if self._absent:
             self.state.values[ABSENT_BUFFERS] = self._absent
         if self._late:
@@ -123,10 +122,10 @@ class ModuleCapture:
             captured.shared[self.key] = encode_values(
                 self.key, self.state, captured.aliases, captured.tensors
             )
-            self.state.values = {}  # may be copies of the whole model; the next save asks anew
+            self.state.values = {}  # may be copies of the whole model; the next save asks again
 
     def composites(self) -> dict[str, Any]:
-        """What each tensor that is made of tensors is besides those, by the tensor's name in the module."""
+        """Class, shape and context of each composite tensor, by the tensor's name in the module."""
         return {
             name.removeprefix(f"{self.key}."): describe(tensor, name, _encoded)
             for name, tensor in self._composites.items()
@@ -144,7 +143,7 @@ def _encoded(value: Any, path: str) -> Any:
 def remove_ties(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """Keep each tied parameter under its first name only. Returns the other names, alias -> name.
 
-    By identity of the parameter: by address would miss ties on a rank whose local shard is empty.
+    Ties are found by the parameter's identity: addresses would miss them on a rank with an empty local shard.
     """
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -158,16 +157,16 @@ def remove_ties(modules: Iterable[ModuleCapture], tensors: dict[str, torch.Tenso
 
 
 def pointer_of(tensor: torch.Tensor | None) -> int:
-    """The address of the local memory. To be called without gradients: `to_local` then makes no view."""
+    """The address of the local memory. Call it under no_grad: `to_local` then makes no view."""
     if tensor is None or is_lazy(tensor):
         return 0
     return tensor.to_local().data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
 
 
 def same_tensors(slots: Iterable[Slot], *, may_be_unsharded: bool = False) -> bool:
-    """Whether the same tensors stand in the same places, in the same memory.
+    """Whether every slot still holds the same tensor in the same memory.
 
-    may_be_unsharded: a plain tensor may stand for a DTensor.
+    may_be_unsharded: a plain tensor in place of a DTensor counts as the same.
     """
     with torch.no_grad():
         for holder, name, seen, pointer in slots:
@@ -176,7 +175,7 @@ def same_tensors(slots: Iterable[Slot], *, may_be_unsharded: bool = False) -> bo
                 may_be_unsharded and isinstance(seen, DTensor) and not isinstance(now, DTensor)
             ):
                 return False
-            # Asked of every tensor at every save: of a plain one without a call of Python.
+            # This runs for every tensor at every save: plain ones need no Python call.
             address = pointer_of(seen) if seen is None or type(seen) not in _PLAIN_TYPES else seen.data_ptr()
             if address != pointer:
                 return False
@@ -197,7 +196,7 @@ def _slots(module: nn.Module) -> list[Slot]:
 
 
 def _holders(module: nn.Module) -> list[Mapping[Any, Any]]:
-    """Where every module has its parameters, buffers, children and hooks: what is added later shows there."""
+    """The dicts that hold parameters, buffers, children and hooks: later additions change their lengths."""
     return [
         holder
         for child in module.modules()

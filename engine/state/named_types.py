@@ -1,8 +1,8 @@
 """Enums and named tuples: values whose class the checkpoint can only name.
 
-Nothing is ever imported by a name that a checkpoint holds. The class is looked for among the modules that the
-program has imported by itself, in their dictionaries (a module's `__getattr__` is code), and a value is made
-without calling it. At save the class has to be found in the same way, or the value is refused.
+A name from a checkpoint never causes an import. The class is looked up in the dictionaries of modules that
+the program has imported itself (a module's `__getattr__` is code), and a value is made without calling the
+class. A save looks it up in the same way and refuses the value when it is not found.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _FIELDS = {"$enum": {"type", "name"}, "$namedtuple": {"type", "fields", "items"}
 
 
 def type_name(value: object, path: str, instead: str) -> str:
-    """How the value's class is named in a checkpoint, "module:Class.Inner".
+    """The checkpoint's name for the value's class, "module:Class.Inner".
 
-    Raises: UnsavableValueError, which proposes `instead`, when it could not be found by that name.
+    Raises: UnsavableValueError, which proposes `instead`, when the class cannot be found by that name.
     """
     kind = type(value)
     name = f"{kind.__module__}:{kind.__qualname__}"
@@ -34,7 +34,7 @@ def type_name(value: object, path: str, instead: str) -> str:
 
 
 def encode_enum(value: enum.Enum, path: str) -> Json:
-    """The form of a member of an enum. Raises: UnsavableValueError for one without a name of its own."""
+    """The form of an enum member. Raises: UnsavableValueError for a combination of members."""
     if type(value).__members__.get(value.name) is not value:
         raise UnsavableValueError(f"{path}: {value!r} combines members of an enum; store its .value")
     return {"$enum": {"type": type_name(value, path, "its .value"), "name": value.name}}

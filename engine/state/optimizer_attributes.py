@@ -1,4 +1,4 @@
-"""What an optimizer keeps in attributes, where neither torch nor Holdfast saves it: tensors and counts."""
+"""Tensors and numbers in an optimizer's attributes, which neither torch nor Holdfast saves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _SAVED = ("param_groups", "state", "defaults")
 def check_attributes(key: str, optimizer: Optimizer, names: ParameterNames) -> None:
     """Refuse an optimizer whose attributes hold tensors that would be lost: slow weights, a history.
 
-    One with a state_dict of its own answers for them. Whole numbers of one element are flags for kernels.
+    An optimizer with a state_dict of its own saves what it needs. Integer tensors of one element are flags
+    for kernels.
     Raises: UnsavableValueError naming the attribute.
     """
     if saves_itself(optimizer) or local_part(optimizer) is not None:
@@ -39,7 +40,7 @@ def check_attributes(key: str, optimizer: Optimizer, names: ParameterNames) -> N
 
 
 def numbers_of(optimizer: Optimizer) -> dict[str, float]:
-    """The numbers in an optimizer's public attributes; none of one that answers for them by itself."""
+    """The numbers in an optimizer's public attributes; {} for one with a state_dict of its own."""
     if saves_itself(optimizer) or local_part(optimizer) is not None:
         return {}
     found = ((name, value) for name, value in vars(optimizer).items() if not name.startswith("_"))
@@ -47,7 +48,7 @@ def numbers_of(optimizer: Optimizer) -> dict[str, float]:
 
 
 def changed_numbers(key: str, optimizer: Optimizer, before: Mapping[str, float]) -> list[str]:
-    """One sentence for each number that training has changed: a count of steps, it may be."""
+    """One sentence for each number that training has changed: perhaps a count of steps."""
     return [
         f"{key}: the attribute {name} of the {type(optimizer).__name__} has changed from {before[name]} to "
         f"{value}, and attributes are not saved; if it matters, keep it in the optimizer's state or groups, "
@@ -77,8 +78,8 @@ def _known(optimizer: Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """What tells a tensor's memory: views of one are kept where that is."""
+    """What identifies a tensor's memory: views are saved with the tensor that they view."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
-    except (RuntimeError, NotImplementedError):  # it has no storage of its own
+    except (RuntimeError, NotImplementedError):  # the tensor has no storage of its own
         return id(tensor)

@@ -1,16 +1,17 @@
-"""The document of an optimizer: what a checkpoint holds of it beside tensors. Pure.
+"""The document of an optimizer: what a checkpoint holds of it besides tensors. Pure.
 
 param_groups   hyperparameters by group, and the names of the group's parameters under "params"
 class          the optimizer's class, by name
 sharded        whether each rank's state is that of its own part of the parameters
 counters       "<parameter>.<field>" -> state that is not a tensor
-layouts        "<parameter>.<field>" -> how a state tensor lies where its shape does not tell (`layouts`)
+layouts        "<parameter>.<field>" -> layout of a state tensor that differs from the default
+               (`optimizer_layouts`)
 more           a mapping of format version 2, where one of these is needed:
     entries    parameter -> its whole state, where that is not a dict with text keys
-    extra      [[key, value], ...]: state under keys that are no parameters
-    inner      attribute -> document of an optimizer inside of this one
-    own        what its own state_dict() tells beyond its state and groups
-    own_whole  whether that is all of its state_dict()
+    extra      [[key, value], ...]: state under keys that are not parameters
+    inner      attribute -> document of an optimizer inside this one
+    own        what its own state_dict() holds beyond its state and groups
+    own_whole  whether `own` is all of its state_dict()
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Json = Any
 
 @dataclass(frozen=True, slots=True)
 class OptimizerDocument:
-    """A document taken apart; values are still JSON. The fields are those of the module's table."""
+    """A parsed document; values are still JSON. The fields are those of the module's table."""
 
     groups: Sequence[Mapping[str, Json]]
     class_name: str = ""
@@ -74,7 +75,7 @@ def is_optimizer(document: Json) -> bool:
 
 
 def parse(key: str, document: Json) -> OptimizerDocument:
-    """Take a stored document apart. Raises DamagedError for one that is not an optimizer's."""
+    """Parse a stored document. Raises DamagedError for one that is not an optimizer's."""
     groups = document.get("param_groups") if isinstance(document, dict) else None
     if not isinstance(groups, list) or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
@@ -99,9 +100,9 @@ def parse(key: str, document: Json) -> OptimizerDocument:
 
 
 def value_tensors(key: str, document: Json) -> list[str]:
-    """The tensors that a state key's value has inside of it.
+    """The names of the tensors inside a state key's value.
 
-    What an optimizer's own state_dict() tells may refer to tensors of its state, which are not among them.
+    State tensors that an optimizer's own state_dict() refers to are not among them.
     """
     if not is_optimizer(document):
         return tensor_names(document)
@@ -119,7 +120,7 @@ def value_tensors(key: str, document: Json) -> list[str]:
 
 
 def split_path(path: str, names: Collection[str]) -> tuple[str, str]:
-    """(parameter, field) of "<parameter>.<field>"; both may have dots in them, so the parameter is known."""
+    """(parameter, field) of "<parameter>.<field>". Both may contain dots: `names` has the parameters."""
     end = path.rfind(".")
     while end > 0:
         if path[:end] in names:
@@ -130,9 +131,9 @@ def split_path(path: str, names: Collection[str]) -> tuple[str, str]:
 
 
 def merge_documents(key: str, documents: Sequence[Json]) -> Json:
-    """One document for the documents of several ranks, whose optimizers hold different parameters.
+    """Merge the documents of several ranks, whose optimizers hold different parameters.
 
-    Groups with equal hyperparameters become one. What several ranks say of one thing must be the same.
+    Groups with equal hyperparameters become one. Where several ranks have a value, it must be equal.
     Raises: StateError naming what differs.
     """
     first = documents[0]
@@ -172,8 +173,8 @@ def _merged_groups(key: str, parts: Sequence[OptimizerDocument]) -> list[dict[st
             for name in group["params"]:
                 if home.setdefault(name, same) is not same:
                     raise StateError(
-                        f"{key}: the hyperparameters of {name} are not the same on rank {rank} as on a rank "
-                        f"before it: {told} and { ({**home[name], 'params': None}) }"
+                        f"{key}: the hyperparameters of {name} differ between rank {rank} and a lower rank: "
+                        f"{told} and { ({**home[name], 'params': None}) }"
                     )
                 if name not in same["params"]:
                     same["params"].append(name)

@@ -1,4 +1,4 @@
-"""What kind of optimizer it is: with state dicts of its own, around another one, sharded over ranks."""
+"""Kinds of optimizers: with state dicts of their own, around other optimizers, sharded over ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from engine.errors import UnsavableValueError
 
 _DEPTH = 4
-"""How deep optimizers are looked for inside of dicts and lists."""
+"""How deep optimizers are looked for in nested dicts and lists."""
 
 _HOOKS = (
     "_optimizer_state_dict_pre_hooks",
@@ -20,20 +20,20 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-"""Where torch keeps the hooks that users register on state dicts; there is no public way to ask for them."""
+"""Where torch keeps the hooks that users register on state dicts; it has no public way to list them."""
 
 
 def state_of(optimizer: Optimizer) -> MutableMapping[Any, Any]:
-    """The mapping that holds the optimizer's state of this rank."""
+    """The mapping that holds this rank's state of the optimizer."""
     held = local_part(optimizer) or optimizer
     state: MutableMapping[Any, Any] = held.state
     return state
 
 
 def local_part(optimizer: Optimizer) -> Optimizer | None:
-    """The optimizer over this rank's own parameters inside of a ZeroRedundancyOptimizer.
+    """The optimizer over this rank's own parameters inside a ZeroRedundancyOptimizer; None for any other.
 
-    By name: to import the class loads torch's TorchScript optimizers.
+    The class is recognised by name, because importing it loads torch's TorchScript optimizers.
     """
     zero = any(
         base.__name__ == "ZeroRedundancyOptimizer" and base.__module__.startswith("torch.distributed.optim")
@@ -59,17 +59,17 @@ def refuse_overlapped(key: str, optimizer: Optimizer) -> None:
 
 
 def class_name(optimizer: Optimizer) -> str:
-    """The class whose state it is: of a ZeroRedundancyOptimizer the one inside, as without it."""
+    """The name of the class whose state it is: for a ZeroRedundancyOptimizer, the optimizer inside."""
     return type(local_part(optimizer) or optimizer).__name__
 
 
 def saves_itself(optimizer: Optimizer) -> bool:
-    """Whether `state_dict` gives something else than torch's own would."""
+    """Whether `state_dict` is not torch's own, or has hooks."""
     return local_part(optimizer) is None and _overrides(optimizer, "state_dict", _HOOKS[:2])
 
 
 def loads_itself(optimizer: Optimizer) -> bool:
-    """Whether `load_state_dict` does something else than torch's own would."""
+    """Whether `load_state_dict` or `state_dict` is not torch's own, or has hooks."""
     if local_part(optimizer) is not None:
         return False
     return saves_itself(optimizer) or _overrides(optimizer, "load_state_dict", _HOOKS[2:])
@@ -82,10 +82,10 @@ def _overrides(optimizer: Optimizer, method: str, hooks: tuple[str, ...]) -> boo
 
 
 def inner_optimizers(key: str, optimizer: Optimizer) -> dict[str, Optimizer]:
-    """Optimizers that this one keeps in its attributes, with state of their own, by attribute.
+    """Optimizers in this one's attributes that have state of their own, by attribute.
 
-    Raises: UnsavableValueError for one over other tensors than the outer one's, unless the outer one has a
-        state_dict of its own, which then answers for it.
+    Raises: UnsavableValueError for one whose parameters the outer one does not have, unless the outer one's
+        own state_dict() saves it.
     """
     if local_part(optimizer) is not None:
         return {}
@@ -119,13 +119,13 @@ def _optimizers_in(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Optimiz
 
 
 def keeps_optimizers(entry: Any) -> bool:
-    """Whether an object that is no optimizer has some in its attributes."""
+    """Whether an object that is not an optimizer has optimizers in its attributes."""
     plain = isinstance(entry, Optimizer | nn.Module) or not hasattr(entry, "state_dict")
     return not plain and any(True for _ in _optimizers_in(getattr(entry, "__dict__", {})))
 
 
 def unwrapped(entry: Any) -> Any:
-    """The optimizer inside of an object that looks like one and steps it (apex's LARC); else the entry."""
+    """The optimizer inside an object that looks like one and steps it (apex's LARC); else the entry."""
     if isinstance(entry, Optimizer) and not hasattr(entry, "param_groups"):
         return _Opaque(entry)
     if isinstance(entry, Optimizer | nn.Module | dict | torch.Tensor) or not hasattr(entry, "param_groups"):
@@ -136,9 +136,9 @@ def unwrapped(entry: Any) -> Any:
 
 
 class _Opaque:
-    """An optimizer in name only: it has a state_dict() and neither groups nor state.
+    """An optimizer by its class only, with a state_dict() and neither groups nor state.
 
-    pytorch_optimizer's SafeFP16Optimizer is one.
+    One is pytorch_optimizer's SafeFP16Optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -151,9 +151,7 @@ def _parameters(groups: Any) -> list[int]:
 
 
 def check_optimizers_stand_alone(path: str, entry: Any, depth: int = 0) -> None:
-    """Refuse an optimizer inside of a dict or list, and what `optimizer.state_dict()` returned.
-
-    The latter is of one moment, and training goes on without it.
+    """Refuse optimizers inside a dict or list, and results of `optimizer.state_dict()`, which go stale.
     """
     if depth and isinstance(entry, Optimizer):
         raise UnsavableValueError(

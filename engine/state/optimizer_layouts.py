@@ -1,15 +1,15 @@
-"""How a tensor of an optimizer's state lies beside its parameter: derived where it can be, else written down.
+"""Device, placements and strides of an optimizer's state tensors: derived from the parameter, else saved.
 
-A state tensor of its parameter's shape lies as the parameter does. Any other is a plain tensor beside a
-plain parameter, and a replicated one beside a DTensor. What lies otherwise is described in the optimizer's
-document, so that a fresh optimizer gets the same without taking a step:
+By default a state tensor with its parameter's shape has the parameter's layout. Any other is a plain tensor
+for a plain parameter, and a replicated one for a DTensor. A layout that differs is described in the
+optimizer's document, so that a fresh optimizer gets it without taking a step:
 
     {"device": "cpu"}                       on the CPU, with a parameter that is not
-    {"device": "parameter"}                 a step count that lies on its parameter's device
+    {"device": "parameter"}                 a step count on its parameter's device
     {"placements": ["shard:0", "replicate"]}    a DTensor on the parameter's mesh
-    {"placements": None}                    a plain tensor beside a DTensor
-    {"strides": [1, 3]}                     of a plain tensor; matrix products round by them
-    {"same": "0.weight.step"}               one object with the state tensor of that path, and changed with it
+    {"placements": None}                    a plain tensor whose parameter is a DTensor
+    {"strides": [1, 3]}                     of a plain tensor: matrix products round differently with others
+    {"same": "0.weight.step"}               the same object as the state tensor of that path
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from engine.state.local_boxes import carries_boxes, detached, global_shape
 Layout = Mapping[str, Any]
 
 STEP = "step"
-"""The one field that torch leaves on the CPU: `Optimizer._process_value_according_to_param_policy`."""
+"""The only field that torch keeps on the CPU: `Optimizer._process_value_according_to_param_policy`."""
 
 
 SAME = "same"
 
 
 def on_device(group: Mapping[str, Any]) -> bool:
-    """Whether a group's step counts lie where its parameters do."""
+    """Whether a group's step counts are on the device of its parameters."""
     return bool(group.get("capturable") or group.get("fused"))
 
 
 def shared_paths(described: Mapping[str, Layout]) -> dict[str, str]:
-    """Path -> the first path, for the state tensors that are one object under several paths."""
+    """Path -> first path, for the state tensors that are one object under several paths."""
     found = {path: str(layout[SAME]) for path, layout in described.items() if SAME in layout}
     return found | {first: first for first in found.values()}
 
@@ -47,7 +47,7 @@ def shared_paths(described: Mapping[str, Layout]) -> dict[str, str]:
 def describe(
     field: str, value: torch.Tensor, parameter: torch.Tensor, group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is to be written down about a state tensor; {} when its shape and its parameter tell."""
+    """A state tensor's layout as far as it differs from the default; {} when it does not."""
     found: dict[str, Any] = {}
     expected = "parameter" if field != STEP or on_device(group) else "cpu"
     if parameter.device.type != "cpu":
@@ -66,7 +66,7 @@ def describe(
 
 
 def _strides(shape: Sequence[int], parameter: torch.Tensor) -> tuple[int, ...]:
-    """Those that memory for a plain state tensor has by itself."""
+    """The default strides of a plain state tensor."""
     if parameter.is_contiguous() or tuple(shape) != tuple(parameter.shape):
         return torch.empty(tuple(shape), device="meta").stride()
     return _dense(parameter)
@@ -87,7 +87,7 @@ def allocate(
     *,
     zeros: bool = False,
 ) -> torch.Tensor:
-    """Memory for a state tensor of the saved dtype and global shape, where the optimizer would have it."""
+    """Memory for a state tensor of the saved dtype and global shape, in the saved layout."""
     shape = tuple(shape)
     device = parameter.device
     if not shape and not on_device(group):
@@ -124,7 +124,7 @@ def _derived(shape: Sequence[int], parameter: torch.Tensor) -> tuple[Placement, 
 
 
 def _text(placement: Placement) -> str:
-    # A strided shard has no public constructor: it is made anew as a replica, of the same global value.
+    # A strided shard has no public constructor: it is restored as a replica with the same global value.
     return f"shard:{placement.dim}" if type(placement) is Shard else "replicate"
 
 
@@ -132,6 +132,6 @@ def _placements(texts: Any, parameter: DTensor) -> tuple[Placement, ...] | None:
     if texts is None:
         return None
     ndim = parameter.device_mesh.ndim
-    if len(texts) != ndim:  # another mesh than the saved one
+    if len(texts) != ndim:  # the saved mesh had another number of dimensions
         return (Replicate(),) * ndim
     return tuple(Shard(int(text[6:])) if text.startswith("shard:") else Replicate() for text in texts)

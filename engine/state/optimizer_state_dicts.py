@@ -1,4 +1,4 @@
-"""State dicts that optimizers make themselves: what they tell beyond torch's own form; comparing them."""
+"""State dicts that optimizers make themselves: what they hold beyond torch's own form, and comparing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 LIVE_FLAGS = frozenset({"foreach", "fused", "capturable", "differentiable"})
-"""How a step is carried out, not what it computes: these stay the live optimizer's."""
+"""Settings of how a step runs, not of what it computes: a restore keeps the live optimizer's."""
 
 _BASE = ("state", "param_groups")
 _PARAMETER = "<parameter {}>"
@@ -20,16 +20,16 @@ _IDENTITY = "<id of parameter {}>"
 
 
 def beyond_base(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> tuple[dict[Any, Any], bool]:
-    """What a state dict tells that the optimizer's state and groups do not: (that, whether it is all of it).
+    """(what a state dict holds beyond the optimizer's state and groups, whether that is all of it).
 
-    All of it, when it is not torch's form, or says something else than the optimizer holds.
+    It is all of it when the state dict does not have torch's form or differs from the optimizer's state.
     """
-    if not all(name in state_dict for name in _BASE) or not _tells_the_same(optimizer, state_dict):
+    if not all(name in state_dict for name in _BASE) or not _agrees(optimizer, state_dict):
         return dict(state_dict), True
     return {name: value for name, value in state_dict.items() if name not in _BASE}, False
 
 
-def _tells_the_same(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> bool:
+def _agrees(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> bool:
     groups, saved = optimizer.param_groups, state_dict["param_groups"]
     if not isinstance(saved, list) or len(saved) != len(groups):
         return False
@@ -66,13 +66,13 @@ def _is_the_same(one: Any, two: Any) -> bool:
 
 
 def with_names(value: Any, names: Mapping[torch.Tensor, str]) -> Any:
-    """The value with parameters that are keys of a dict replaced by text, and so their `id()`s."""
+    """The value with parameters, and their `id()`s, replaced by text where they are keys of a dict."""
     by_id = {id(parameter): name for parameter, name in names.items()}
     return _with_keys(value, lambda key: name_of_key(key, by_id))
 
 
 def name_of_key(key: Any, by_id: Mapping[int, str]) -> Any:
-    """The text for a parameter or its `id()`; any other key as it is."""
+    """The text for a parameter or its `id()`; any other key unchanged."""
     if isinstance(key, torch.Tensor):
         return _PARAMETER.format(by_id[id(key)]) if id(key) in by_id else key
     return _IDENTITY.format(by_id[key]) if type(key) is int and key in by_id else key
@@ -96,10 +96,10 @@ def _with_keys(value: Any, replaced: Callable[[Any], Any]) -> Any:
 
 
 def first_difference(path: str, saved: Any, live: Any) -> str:
-    """One sentence on the first place at which a live value is not the saved one; "" when all is equal.
+    """One sentence on the first place where a live value differs from the saved one; "" when all is equal.
 
-    Keys, types, dtypes and bits count; the flags of `LIVE_FLAGS` in parameter groups do not. An empty dict is
-    as good as none: that of a parameter without state comes and goes when somebody looks at it.
+    Keys, types, dtypes and bits count; `LIVE_FLAGS` in parameter groups do not. An empty dict equals a
+    missing one: looking up a parameter without state creates an empty entry.
     """
     if isinstance(saved, torch.Tensor) and isinstance(live, torch.Tensor):
         return "" if _same_tensor(saved, live) else f"{path} is {_words(live)}, saved as {_words(saved)}"

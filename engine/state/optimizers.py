@@ -32,17 +32,18 @@ from engine.state.parameter_names import ParameterNames, unknown_parameter
 class OptimizerCapture:
     """The canonical names of an optimizer's state and groups.
 
-    State tensors are called `<key>.state.<parameter>.<field>`. A parameter is named as in the module that has
-    all of them, or in full (`<module>.<parameter>`) where several entries of the state have them together.
-    What is not a tensor (hyperparameters, counters, nested values) is read anew at each save. An optimizer
-    before its first step has no state, and none is made for it.
+    State tensors are named `<key>.state.<parameter>.<field>`. A parameter has its name within the module that
+    owns all of the parameters, or its full name (`<module>.<parameter>`) where several entries own them.
+    Values that are not tensors (hyperparameters, counters, nested values) are read again at each save. An
+    optimizer has no state before its first step, and none is made for it.
 
     Attributes:
-        owner: the state key of the module that has all of the parameters, or "".
+        owner: the state key of the module that owns all of the parameters, or "".
+        full_names: name -> every full name of the parameter.
         parameters: name -> parameter, in group order.
-        local: those whose state this rank holds: all, but for a sharded optimizer.
+        local: the parameters whose state this rank holds: all of them, unless the optimizer is sharded.
         inner: optimizers in its attributes, which have state of their own.
-        saves_itself, loads_itself: whether it has a state_dict, a load_state_dict of its own.
+        saves_itself, loads_itself: whether it has a state_dict() or load_state_dict() of its own.
     """
 
     def __init__(self, key: str, optimizer: Optimizer, names: ParameterNames) -> None:
@@ -74,7 +75,7 @@ class OptimizerCapture:
         found: dict[torch.Tensor, str] = {}
         for parameter in (parameter for group in self._groups for parameter in group):
             full = names.of(parameter)
-            if self.owner:  # a loose tensor or another module may have it, too
+            if self.owner:  # another module or a loose tensor may have it as well
                 full = sorted(full, key=lambda name: not name.startswith(f"{self.owner}."))
             if not full:
                 raise unknown_parameter(self.key, self.optimizer, parameter)
@@ -137,7 +138,7 @@ class OptimizerCapture:
         state = state_of(self.optimizer)
         if len(state) != len(self._states) + len(self._whole) + len(self._extra):
             return False
-        # load_state_dict() gives every parameter a new entry and leaves the old ones as they were.
+        # load_state_dict() gives every parameter a new entry and leaves the old entries unchanged.
         if any(
             state.get(parameter) is not entry or len(entry) != size for parameter, entry, size in self._states
         ):
@@ -151,13 +152,13 @@ class OptimizerCapture:
         return same_tensors(self._entries) and all(inner.unchanged() for inner in self.inner.values())
 
     def guarded(self, modules: Mapping[str, ModuleCapture]) -> list[str]:
-        """The names of everything that only this optimizer's step changes."""
+        """The names of all tensors that only this optimizer's step changes."""
         fixed = {name for module in modules.values() for name in module.tensors}
         parameters = (full[0] for full in self.full_names.values())
         return [*self.tensors, *(name for name in parameters if name in fixed)]
 
     def stateless(self) -> list[str]:
-        """For each parameter without state that this rank would hold: how the names of its state begin."""
+        """For each local parameter without state: the prefix that the names of its state would have."""
         has = {*self._whole, *(self._names[parameter] for parameter, entry, _ in self._states if entry)}
         return [f"{self.key}.state.{name}" for name in self.local if name not in has]
 
@@ -170,7 +171,7 @@ class OptimizerCapture:
         return self._names.items()
 
     def collect_values(self, captured: Captured) -> None:
-        """Add the groups' hyperparameters, and state that is not a tensor of a parameter."""
+        """Add the groups' hyperparameters and the state that is not a tensor of a parameter."""
         captured.shared[self.key] = self._document(captured.tensors).to_json()
 
     def _document(self, tensors: dict[str, torch.Tensor]) -> OptimizerDocument:
@@ -221,7 +222,7 @@ class OptimizerCapture:
             ) from error
 
     def hyperparameters(self, state_dict: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The groups without parameters, and without what a state_dict of its own (`told`) leaves out."""
+        """The groups without parameters, and without what its own state_dict() (`state_dict`) leaves out."""
         if state_dict is None and self.saves_itself:
             state_dict = self._state_dict()
         groups = self.optimizer.param_groups
@@ -244,7 +245,7 @@ class OptimizerCapture:
         return found
 
     def _own(self, beyond: Any, tensors: dict[str, torch.Tensor]) -> Any:
-        """What its own state_dict() tells, with tensors that are its state's stored once."""
+        """JSON of what only its own state_dict() holds; state tensors in it are referred to by name."""
         found: dict[str, torch.Tensor] = {}
         encoded = values.encode(with_names(beyond, self._names), f"{self.key}.own", found)
         stored = {id(value): f"{self.key}.state.{name}" for name, value in self._state_tensors()}
@@ -262,10 +263,10 @@ class OptimizerCapture:
 
 
 def _is_one_tensor(value: Any) -> bool:
-    """Whether a value is stored as one tensor; one that is made of others is a value of several."""
+    """Whether a value is stored as one tensor; a composite one is stored as a value with several."""
     return isinstance(value, torch.Tensor) and not is_composite(value)
 
 
 def _is_plain(entry: Any) -> bool:
-    """Whether a parameter's state is a dict with text keys, as torch's own optimizers have it."""
+    """Whether a parameter's state is a dict with text keys, as in torch's own optimizers."""
     return isinstance(entry, dict) and all(isinstance(field, str) for field in entry)

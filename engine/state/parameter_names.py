@@ -1,4 +1,4 @@
-"""The names of the parameters of a state: what an optimizer's state is stored under."""
+"""The names of the parameters of a state, under which an optimizer's state is saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from engine.state.modules import ModuleCapture
 class ParameterNames:
     """Every name of every parameter of a state, by identity: in its modules, and loose in its values.
 
-    The modules have just been walked, which brings FSDP2 back to its sharded parameters: the optimizers'.
+    Make it right after the modules were walked: that makes FSDP2 return to the sharded parameters, which are
+    the optimizers'.
     """
 
     def __init__(self, modules: Mapping[str, ModuleCapture], state: Mapping[str, Any]) -> None:
@@ -25,7 +26,7 @@ class ParameterNames:
         self._members: dict[str, set[int]] = {}
         for key, module in modules.items():
             self._members[key] = set(module.identities.values())
-            # A state-dict hook may drop a parameter: it keeps its name, but others come first.
+            # A parameter that a state-dict hook drops keeps its name, after the names that are saved.
             for saved in (True, False):
                 for name, identity in module.identities.items():
                     if (name in module.tensors) is saved:
@@ -36,17 +37,17 @@ class ParameterNames:
         self._asked_objects = False
 
     def owner(self, parameters: list[torch.Tensor]) -> str:
-        """The state key of the first module that has all of the parameters; "" when none has."""
+        """The state key of the first module that has all of the parameters; "" when no module has."""
         for key, members in self._members.items():
             if parameters and all(id(parameter) in members for parameter in parameters):
                 return key
         return ""
 
     def of(self, parameter: torch.Tensor) -> list[str]:
-        """Its full names, the one that its tensor is stored under first; [] for a stranger."""
+        """Its full names, first the one that its tensor is saved under; [] for an unknown parameter."""
         found = self._full.get(id(parameter))
         if found is None and not self._asked_objects:
-            # state_dict() of somebody's object may cost something: it is asked only when all else has failed.
+            # state_dict() of a user's object may be slow: it is called only when all else has failed.
             self._asked_objects = True
             for key, entry in self._state.items():
                 if not isinstance(entry, nn.Module | Optimizer) and hasattr(entry, "state_dict"):
@@ -75,7 +76,7 @@ def loose_tensors(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def unknown_parameter(key: str, optimizer: Optimizer, parameter: torch.Tensor) -> UnsavableValueError:
-    """The error for a parameter that is nowhere in the state."""
+    """The error for a parameter that is not in the state."""
     for number, group in enumerate(optimizer.param_groups):
         for position, candidate in enumerate(group["params"]):
             if candidate is parameter:

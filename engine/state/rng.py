@@ -1,8 +1,8 @@
 """The random number generators of one rank: captured first, restored last.
 
 `state_dict()` and `load_state_dict()` of other objects may draw random numbers, so the generators are
-read before any of them runs and written after all of them have. They belong to a rank: two ranks that
-share one generator state draw the same dropout masks.
+captured before any of them runs and restored after all of them. Each rank has its own: two ranks with one
+generator state would draw the same dropout masks.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def restore(state: dict[str, Any]) -> None:
 def derive(seed: int, step: int, rank: int) -> None:
     """Seed every generator from (seed, step, rank): for a resume at another world size.
 
-    The saved streams belong to ranks that no longer exist one to one; reusing some of them would give
-    two ranks the same stream or leave one without.
+    The saved streams belong to ranks that no longer exist one to one: reusing them would give two ranks the
+    same stream, or one rank none.
     """
     value = derived_seed(seed, step, rank)
     random.seed(value)
@@ -72,6 +72,6 @@ def derive(seed: int, step: int, rank: int) -> None:
 
 
 def derived_seed(seed: int, step: int, rank: int, key: str = "") -> int:
-    """A seed of 63 bits; `key` tells apart the generators that a state holds itself."""
+    """A seed of 63 bits; `key` distinguishes generators that are entries of the state."""
     raw = hashlib.sha256(f"holdfast-rng:{seed}:{step}:{rank}{key and ':'}{key}".encode()).digest()
     return int.from_bytes(raw[:8], "little") >> 1

@@ -1,8 +1,8 @@
-"""Which boxes several ranks hold, and what that means for each: compared, or each rank's own. Pure.
+"""Which boxes several ranks have, and whether they are compared or each rank's value is kept. Pure.
 
-Parameters, optimizer state and values have one value under one name, so what several ranks hold of them is
-compared. A module's buffers (the running statistics of a batch norm) may differ between ranks and be right on
-each: the value of the lowest rank is the checkpoint's, and every other rank's own value is kept beside it.
+Parameters, optimizer state and values have one value under one name, so the copies of several ranks are
+compared. A module's buffers (the running statistics of a batch norm) may rightly differ between ranks: the
+checkpoint has the lowest rank's value, and every other rank's own value beside it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from engine.format.layout import Chunk
 from engine.state.modules import NOTES
 
 SMALL_BUFFER_BYTES = 64 << 10
-"""Each rank's own value of a buffer up to this size is always kept. Of a larger one it is kept once a
-comparison while planning has found a difference: an attention mask of megabytes is the same everywhere."""
+"""Each rank's own value of a buffer up to this size is always kept; of a larger one only after the planning
+has found a difference, because an attention mask of megabytes is usually equal on all ranks."""
 
 SMALL = ""
-"""Stands for the digest of a buffer that is small, so that nobody has to compare it."""
+"""In place of the digest of a small buffer, which is not compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one rank brings to a plan.
+    """What one rank contributes to a plan.
 
-    held: the boxes that it holds, in its own order.
-    buffers: those among them that are whole buffers of modules, by position, with their digest or `SMALL`.
-    aliases: further names of tensors (tied weights), alias -> name.
-    on_device: whether some of them lie in the memory of a device.
-    stateless: of its parameters without optimizer state, how the names of such state would begin.
+    held: its local boxes, in its own order.
+    buffers: the boxes that are whole buffers of modules, by position, with their digest or `SMALL`.
+    aliases: other names of tensors (tied weights), alias -> name.
+    on_device: whether some of the boxes are in device memory.
+    stateless: for each parameter without optimizer state, the prefix that the names of its state would have.
     """
 
     held: Sequence[Chunk]
@@ -43,10 +43,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class SharedBox:
-    """A box that several ranks hold.
+    """A box that several ranks have.
 
-    places: (rank, position in the rank's list), by rank. buffer: every holder has it as a module's buffer.
-    kept: every rank's own value is kept, so that there is nothing to compare.
+    places: (rank, position in the rank's list), by rank. buffer: it is a module's buffer on each of them.
+    kept: every rank's own value is kept, and nothing is compared.
     """
 
     chunk: Chunk
@@ -56,23 +56,23 @@ class SharedBox:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Its holders."""
+        """The ranks that have it."""
         return tuple(rank for rank, _ in self.places)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Boxes that the same ranks hold and that have to be equal on all of them, by name and offsets."""
+    """Boxes that the same ranks have and that must be equal on all of them, by name and offsets."""
 
     ranks: tuple[int, ...]
     boxes: tuple[SharedBox, ...]
 
 
 def shared_boxes(offers: Sequence[Offer], differing: Collection[str] = ()) -> dict[Chunk, SharedBox]:
-    """The boxes that more than one rank holds.
+    """The boxes that more than one rank has.
 
     Args:
-        differing: names of large buffers that have been found to differ before.
+        differing: names of large buffers that were found to differ before.
     """
     places: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
     for rank, offer in enumerate(offers):
@@ -90,7 +90,7 @@ def shared_boxes(offers: Sequence[Offer], differing: Collection[str] = ()) -> di
 
 
 def groups_to_compare(shared: Mapping[Chunk, SharedBox]) -> list[Group]:
-    """The boxes to compare, by their holders; the same list whatever the order of the offers' boxes."""
+    """The boxes to compare, grouped by ranks; the order of the offers' boxes does not matter."""
     by_ranks: dict[tuple[int, ...], list[SharedBox]] = defaultdict(list)
     for box in shared.values():
         if not box.kept:
@@ -102,9 +102,9 @@ def groups_to_compare(shared: Mapping[Chunk, SharedBox]) -> list[Group]:
 
 
 def one_sided_state(offers: Sequence[Offer]) -> list[str]:
-    """One sentence for each parameter that has optimizer state on one rank and none on another that has it.
+    """One sentence for each parameter that has optimizer state on one rank and none on another.
 
-    The state of the one would come back to the other, which has made no step with it.
+    A restore would give both ranks that state, although one has made no step with the parameter.
     """
     without = {name: rank for rank, offer in reversed([*enumerate(offers)]) for name in offer.stateless}
     found: dict[str, str] = {}
@@ -119,9 +119,9 @@ def one_sided_state(offers: Sequence[Offer]) -> list[str]:
 
 
 def union_of_values(documents: Sequence[Any]) -> Any:
-    """One document for a module's values on several ranks: submodule name -> value, the first that has it.
+    """One document of a module's values on several ranks: submodule name -> value of the first rank with it.
 
-    A document that is not made of names is taken as it is.
+    If one of the documents is not a dict of names, the first document is returned.
     """
     first = documents[0]
     if not all(isinstance(one, dict) and not any(key.startswith("$") for key in one) for one in documents):
@@ -138,7 +138,7 @@ def union_of_values(documents: Sequence[Any]) -> Any:
 
 
 def all_aliases(offers: Sequence[Offer]) -> dict[str, str]:
-    """The aliases of all ranks, the lowest rank's first, without those that some rank holds as a tensor."""
+    """The aliases of all ranks, the lowest rank's first, without names under which a rank has a tensor."""
     tensors = {chunk.name for offer in offers for chunk in offer.held}
     merged: dict[str, str] = {}
     for offer in offers:

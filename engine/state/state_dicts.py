@@ -1,9 +1,9 @@
-"""What a module's state_dict() hands out, held against the tensors that the module has.
+"""What a module's state_dict() returns, compared with the tensors that the module has.
 
-Hooks and overrides may hand out copies, other names, more or fewer keys. A checkpoint holds the live
-parameters and buffers in any case: a copy is of the moment it was made, may be rounded, and reading into it
-would leave the live weights as they are. A key that the live tensors account for is theirs; what is left is
-kept as a value and handed to load_state_dict().
+Hooks and overrides may return copies, other names, more or fewer keys. A checkpoint always holds the live
+parameters and buffers: a copy may be outdated or rounded, and reading into it would not change the live
+weights. A key whose value is a live tensor belongs to that tensor; the values of all other keys are saved as
+values and handed to load_state_dict().
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from engine.state.tensor_format import bytes_of, check_savable
 from engine.state.wrappers import NamedModule, named_modules, wrapped_by
 
 EXTRA_STATE = "_extra_state"
-"""The last part of the name of what a module's get_extra_state() returns."""
+"""The last part of the key of what a module's get_extra_state() returns."""
 
 HANDED_OUT = "$state_dict"
-"""Stands before the name of a tensor that state_dict() hands out under the name of another."""
+"""The prefix of a tensor that state_dict() returns under the name of another tensor."""
 
 _PLAIN_TYPES = (nn.Parameter, torch.Tensor)
 _SAVING = ("state_dict", "_save_to_state_dict")
 _OWN_CODE = ("torch", "lightning.fabric.wrappers", "lightning_fabric.wrappers")
-"""Whose hooks and overrides hand out the live tensors in every call if they do so in one."""
+"""Packages whose hooks and overrides return the live tensors in every call if they do so in one."""
 
 
 @dataclass(slots=True)
 class StateDict:
     """A module's state: live tensors by name, and what else its state_dict() holds.
 
-    tensors: canonical name -> parameter or persistent buffer. Tied ones stand under each of their names.
-    live_key_of: canonical name -> key of state_dict(), for the keys whose value a live tensor accounts for.
+    tensors: canonical name -> parameter or persistent buffer; tied ones under each of their names.
+    key_of: canonical name -> key of state_dict(), for every key.
+    live_key_of: the same for the keys whose value is a live tensor.
     values: canonical name -> value, for all other keys.
-    key_of: canonical name -> key of state_dict(), of every key.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -54,22 +54,22 @@ class StateDict:
 
 
 def module_to_ask(root: nn.Module) -> nn.Module:
-    """The module whose state_dict() and load_state_dict() are the state's: the one inside of wrappers.
+    """The module whose state_dict() and load_state_dict() are called: the one inside all wrappers.
 
-    An override of it may take no arguments, as a wrapper's state_dict() would hand on; its load_state_dict()
-    no wrapper would call. A wrapper with code of its own is asked itself.
+    A wrapper's state_dict() passes arguments that an override inside may not accept, and no wrapper calls an
+    inner load_state_dict(). A wrapper with code of its own is called itself.
     """
     inside = wrapped_by(root)
     return root if inside is None or _takes_part(root) or has_own_loading(root) else module_to_ask(inside)
 
 
 def read_state_dict(key: str, root: nn.Module) -> StateDict:
-    """Ask a module for its state_dict(), and tell live tensors from what else is in there.
+    """Call a module's state_dict(), and tell its live tensors from the other values.
 
-    Asking first brings FSDP2 back to its sharded parameters: after a no-grad evaluation its root is left
-    unsharded, and named_parameters() would hand out full plain tensors.
-    Raises: UnsavableValueError when no name is left for a tensor that state_dict() leaves out, or a tensor is
-        of a kind that a checkpoint cannot hold.
+    The call also makes FSDP2 return to its sharded parameters: after a no-grad evaluation its root stays
+    unsharded, and named_parameters() would return full plain tensors.
+    Raises: UnsavableValueError when a tensor that state_dict() leaves out has no name of its own, or a
+        checkpoint cannot hold the kind of a tensor.
     """
     root = module_to_ask(root)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
             name = _canonical(spelled, prefixes) if isinstance(spelled, str) else spelled
             found.key_of[name] = spelled
             stands = None
-            # Extra state is made anew by each call of get_extra_state(), also where it is a tensor.
+            # Each call of get_extra_state() makes new extra state, also where it is a tensor.
             if isinstance(value, torch.Tensor) and not is_extra_state(name):
                 stands = live.get(name)
                 if stands is None or not _same(value, stands):
@@ -128,12 +128,12 @@ def encode_values(
 ) -> Any:
     """JSON of what state_dict() holds besides live tensors; its tensors are added to `tensors` by name.
 
-    A live tensor inside a nested value is referred to by the name it has already. A tensor that would take
-    the name of a live one (the module hands out something else under a parameter's name) gets another.
+    A live tensor inside a nested value is referred to by its own name. A tensor that the module returns under
+    the name of a live one gets another name.
     """
     mine: dict[str, torch.Tensor] = {}
     if all(isinstance(name, str) and not name.startswith("$") for name in state.values):
-        # The order of a state dict's own keys means nothing, that inside of its values may.
+        # The order of a state dict's own keys means nothing; the order inside its values may.
         document: Any = {
             name: values.encode(value, f"{key}.{name}", mine, keep_order=True)
             for name, value in state.values.items()
@@ -156,12 +156,12 @@ def encode_values(
 
 
 def is_extra_state(name: Any) -> bool:
-    """Whether the name is that of what a module's get_extra_state() returns."""
+    """Whether it is the name of what a module's get_extra_state() returns."""
     return isinstance(name, str) and name.rpartition(".")[2] == EXTRA_STATE
 
 
 def has_own_state_dict(root: nn.Module) -> bool:
-    """Whether code that is not torch's takes part in state_dict(): it may hand out other values each time."""
+    """Whether code outside torch takes part in state_dict(): it may return other values at each call."""
     return any(_takes_part(module) for module in root.modules())
 
 
@@ -171,17 +171,17 @@ def overrides_loading(module: nn.Module) -> bool:
 
 
 def has_own_loading(module: nn.Module) -> bool:
-    """Whether code that is not torch's takes part when this very module, not its children, is loaded."""
+    """Whether code outside torch takes part in loading this module itself, not its children."""
     if overrides_loading(module) or not _is_torchs(_function(module, "_load_from_state_dict")):
         return True
-    # torch keeps pre-hooks in an object of its own, under `hook`.
+    # torch wraps pre-hooks in an object and keeps the function in its attribute `hook`.
     pre = [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()]
     hooks = [*pre, *module._load_state_dict_post_hooks.values()]
     return any(not _is_torchs(hook) for hook in hooks)
 
 
 def live_tensors(tree: Iterable[NamedModule]) -> dict[str, torch.Tensor]:
-    """Every parameter and persistent buffer by canonical name, tied ones under each of their names."""
+    """Every parameter and persistent buffer by canonical name; tied ones under each of their names."""
     found: dict[str, torch.Tensor] = {}
     for named in tree:
         module = named.module
@@ -195,7 +195,7 @@ def live_tensors(tree: Iterable[NamedModule]) -> dict[str, torch.Tensor]:
 
 
 def buffer_names(root: nn.Module) -> dict[str, bool]:
-    """The canonical names of the persistent buffers, and whether there is a tensor and not None."""
+    """Canonical name of each persistent buffer -> whether it is a tensor and not None."""
     return {
         named.name + name: buffer is not None
         for named in named_modules(root)
@@ -205,7 +205,7 @@ def buffer_names(root: nn.Module) -> dict[str, bool]:
 
 
 def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) -> None:
-    """A rebuilt module needs it: state_dict() does not hand it out, or a copy of it."""
+    """Keep a tensor that state_dict() leaves out, or returns a copy of: a rebuilt module needs it."""
     if name in found.tensors:
         raise UnsavableValueError(
             f"{key}.{name}: state_dict() returns another tensor of the module under this name, and leaves "
@@ -215,7 +215,7 @@ def _keep_left_out(key: str, name: str, tensor: torch.Tensor, found: StateDict) 
 
 
 def _same(value: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a value is a live tensor, or shares its memory as `detach` leaves it."""
+    """Whether a value is a live tensor or a view of all of it, as `detach` makes one."""
     if value is own:
         return True
     dense = value.layout is torch.strided and not value.is_nested
@@ -230,13 +230,13 @@ def _same(value: torch.Tensor, own: torch.Tensor) -> bool:
             and value.is_neg() == own.is_neg()
         )
     memory = _memory(value)
-    if memory is None:  # no memory to tell by: nothing can be lost with it
+    if memory is None:  # no elements to compare, so nothing can be lost
         return value.layout == own.layout and _memory(own) is None and value.shape == own.shape
     return memory == _memory(own)
 
 
 def _by_memory(tensors: Mapping[str, torch.Tensor]) -> dict[Hashable, str]:
-    """Where each tensor lies -> the first name of what lies there."""
+    """Memory of each tensor -> the first name of a tensor in that memory."""
     found: dict[Hashable, str] = {}
     for name, tensor in tensors.items():
         found.setdefault(_memory(tensor), name)
@@ -246,7 +246,7 @@ def _by_memory(tensors: Mapping[str, torch.Tensor]) -> dict[Hashable, str]:
 def _elsewhere(
     value: torch.Tensor, live: Mapping[str, torch.Tensor], by_memory: Mapping[Hashable, str]
 ) -> torch.Tensor | None:
-    """The live tensor of another name whose memory the value is."""
+    """The live tensor of another name that has the same memory as the value."""
     memory = _memory(value)
     if memory is None:
         return next((tensor for tensor in live.values() if tensor is value), None)
@@ -254,7 +254,7 @@ def _elsewhere(
 
 
 def _memory(tensor: torch.Tensor) -> Hashable:
-    """Where a tensor's elements lie and how; None where that cannot be told (nothing there, sparse, meta)."""
+    """Where a tensor's elements are and how they are laid out; None for empty, sparse and meta tensors."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return None
     if tensor.is_nested or tensor.is_quantized or tensor.numel() == 0:
@@ -271,14 +271,14 @@ def _memory(tensor: torch.Tensor) -> Hashable:
 
 
 def _is_copy(value: Any, live: torch.Tensor) -> bool:
-    """Whether a value is what one gets by copying the live tensor, perhaps into a smaller dtype."""
+    """Whether a value equals a copy of the live tensor, perhaps in a smaller dtype."""
     if not isinstance(value, torch.Tensor) or value.shape != live.shape:
         return False
     if isinstance(value, DTensor):
         if not isinstance(live, DTensor) or _spread(value) != _spread(live):
             return False
         value, live = value.to_local(), live.to_local()
-    elif isinstance(live, DTensor):  # gathered, perhaps: every rank compares what it holds of it
+    elif isinstance(live, DTensor):  # gathered, perhaps: every rank compares its own part
         chunks = live.__create_chunk_list__()  # type: ignore[no-untyped-call]
         if len(chunks) != 1:
             return False
@@ -298,17 +298,17 @@ def _spread(tensor: DTensor) -> Any:
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    # NaN is not equal to itself, its bytes are.
+    # A NaN does not equal itself, but its bytes do.
     return bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous())
 
 
 def _prefixes(tree: Iterable[NamedModule]) -> dict[str, str]:
-    """The spelled name of each module in state_dict() -> its canonical one, where they differ."""
+    """Prefix of each module's keys in state_dict() -> its canonical prefix."""
     return {named.prefix: named.name for named in tree}
 
 
 def _canonical(spelled: str, prefixes: Mapping[str, str]) -> str:
-    """The key without wrappers, by the innermost module that it begins with."""
+    """The key without wrappers, by the longest module prefix that it begins with."""
     end = spelled.rfind(".")
     while end >= 0:
         prefix = spelled[: end + 1]

@@ -1,4 +1,4 @@
-"""Torch tensors in the format's terms: element types, bytes, and which tensors cannot be saved."""
+"""Torch tensors in the format's terms: element types, bytes, and tensors that cannot be saved."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FROM_TORCH = {dtype: name for name, dtype in _TO_TORCH.items()}
 
 
 def to_torch(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors name. Raises DamagedError for one that torch does not have."""
+    """The torch dtype of a safetensors name. Raises DamagedError for a name without one."""
     try:
         return _TO_TORCH[name]
     except KeyError:
@@ -42,7 +42,7 @@ def to_torch(name: str) -> torch.dtype:
 
 
 def from_torch(dtype: torch.dtype, where: str) -> str:
-    """The safetensors name of a torch dtype. Raises UnsavableValueError naming `where` it stands."""
+    """The safetensors name of a torch dtype. Raises UnsavableValueError naming the tensor (`where`)."""
     try:
         return _FROM_TORCH[dtype]
     except KeyError:
@@ -54,14 +54,14 @@ def from_torch(dtype: torch.dtype, where: str) -> str:
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a contiguous tensor in the order of its elements, in the same memory.
 
-    Not `view(-1)` alone: torch calls a tensor of one element contiguous whatever its stride is, and
-    then refuses to view it as bytes.
+    Not `view(-1)`: torch calls a tensor of one element contiguous whatever its stride is, and then refuses
+    to view it as bytes.
     """
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def check_savable(name: str, tensor: torch.Tensor) -> None:
-    """Refuse what has no dense memory of its own, before torch fails at it and does not say where.
+    """Refuse a tensor without dense memory of its own, before torch fails and does not name it.
 
     Raises: UnsavableValueError naming the tensor and what to do.
     """
@@ -80,7 +80,7 @@ def dtype_remedy(dtype: torch.dtype) -> str:
 
 
 def _odd(tensor: torch.Tensor) -> tuple[str, str]:
-    """(what a tensor is that cannot be stored, what to do); empty for any other."""
+    """(kind of a tensor that cannot be saved, what to do); two empty texts for any other tensor."""
     if is_lazy(tensor):
         return "an uninitialised", "run the module once first, so that it makes its parameters"
     if tensor.is_nested:

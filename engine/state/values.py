@@ -1,8 +1,8 @@
 """A value as JSON plus named tensors, and back.
 
-A checkpoint holds tensors and JSON, nothing else: no pickle is ever written or read. A tensor leaf becomes
-`{"$tensor": name}`; what Python has and JSON lacks becomes a one-key object that starts with `$`. What has no
-form is refused with its key path and type.
+A checkpoint holds tensors and JSON, nothing else: no pickle is ever written or read. A tensor becomes
+`{"$tensor": name}`; a Python value that JSON lacks becomes an object with one key that starts with `$`. A
+value without a form is refused with its key path and type.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from engine.state.named_types import decode_named, encode_enum, missing_class, t
 from engine.state.tensor_format import check_savable
 
 Json = Any
-_MAX_DEPTH = 48  # JSON containers; a manifest may nest 64, and puts a few around a value
+_MAX_DEPTH = 48  # JSON containers: a manifest may nest 64 and puts a few around a value
 
 _BEYOND = 2**63
 
 _FACTORIES: dict[str, type] = {
     kind.__name__: kind for kind in (dict, list, set, tuple, int, float, str, bool, bytes, complex)
 }
-"""What a defaultdict's missing values may be made by: a checkpoint names it."""
+"""The default factories of defaultdicts that a checkpoint may name."""
 
 _REMEDIES: Mapping[str, str] = {
     "torch._C.Generator": "make it an entry of the state by itself, or store its get_state()",
@@ -56,10 +56,10 @@ _REMEDIES: Mapping[str, str] = {
 
 
 def encode(value: object, path: str, tensors: dict[str, torch.Tensor], *, keep_order: bool = False) -> Json:
-    """Turn a value into JSON, moving its tensors into `tensors` under dotted names below `path`.
+    """Turn a value into JSON; its tensors are added to `tensors` under dotted names below `path`.
 
-    keep_order: write dicts so that the order of their keys comes back; JSON's own objects are sorted.
-    Raises: UnsavableValueError for a value that has no form, with its key path, type and a way out.
+    keep_order: preserve the order of dicts' keys, which JSON objects do not: the format sorts them.
+    Raises: UnsavableValueError for a value without a form, with its key path, its type and what to do.
     """
     return _Encoder(tensors, keep_order).encode(value, path, 0)
 
@@ -126,7 +126,7 @@ class _Encoder:
         return {"$tensor": name}
 
     def _items(self, value: Any, path: str, depth: int) -> list[Json]:
-        # A history of losses may have a million: a path for each would take longer than all the rest.
+        # A history of losses may have a million items: making a path for each would take most of the time.
         return [
             item
             if (type(item) is float and isfinite(item)) or (type(item) is int and -_BEYOND < item < _BEYOND)
@@ -135,11 +135,11 @@ class _Encoder:
         ]
 
     def _sorted_items(self, value: Any, path: str, depth: int) -> list[Json]:
-        """A set's values: sorted, for two processes iterate over equal sets in different orders."""
+        """A set's items, sorted: two processes may iterate over equal sets in different orders."""
         return sorted((self._hashed(item, path, depth + 1) for item in value), key=_spelled)
 
     def _hashed(self, value: Any, path: str, depth: int) -> Json:
-        """A key, or a member of a set."""
+        """A key of a dict or an item of a set."""
         before, self._no_tensors = self._no_tensors, "a key or a set"
         try:
             return self.encode(value, path, depth)
@@ -181,7 +181,7 @@ class _Encoder:
         ]
         found: dict[str, Json] = {"kind": type(value).__name__, "pairs": pairs}
         more = vars(value) if hasattr(value, "__dict__") else {}
-        if more:  # the versions of modules, in what their state_dict() returned
+        if more:  # a module's state_dict() keeps versions there
             found["attributes"] = self.encode(dict(more), f"{path}.__dict__", depth + 1)
         if isinstance(value, collections.defaultdict):
             factory = value.default_factory
@@ -230,7 +230,7 @@ def _refusal(value: object, path: str) -> str:
 
 
 def decode(value: Json, tensor: Callable[[str], torch.Tensor]) -> Any:
-    """Turn JSON of `encode` back into the value; `tensor(name)` supplies each tensor leaf.
+    """The inverse of `encode`; `tensor(name)` returns each tensor.
 
     Raises: DamagedError for an object that `encode` cannot have made; StateMismatchError for a value of a
         class that this program does not have.
@@ -321,7 +321,7 @@ def _decode_mapping(inner: dict[str, Json], tensor: Callable[[str], torch.Tensor
 
 
 def tensor_names(value: Json) -> list[str]:
-    """The names of all tensor leaves in encoded JSON, in order."""
+    """The names of all tensors in encoded JSON, in order."""
     if isinstance(value, list):
         return [name for item in value for name in tensor_names(item)]
     if not isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Wrappers that stand for what they wrap: a model has the same names with them and without.
+"""Wrappers of modules and optimizers: a model has the same names with and without them.
 
 A wrapper is recognised by its class. The class is looked up among the modules that are loaded already: a
-library that nobody has imported has wrapped nothing, and importing torch._dynamo alone takes seconds.
+library that is not imported has wrapped nothing, and importing torch._dynamo alone takes seconds.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from engine.errors import UnsavableValueError
 
 @dataclass(frozen=True, slots=True)
 class NamedModule:
-    """A module below a root, as often as it occurs there.
+    """One occurrence of a module below a root.
 
-    name: its canonical name: without the wrappers above it, "" for the root. prefix: the name that the
-    root's state_dict() gives it. Both end with a dot unless empty.
+    name: its canonical name, without the wrappers above it; "" for the root. prefix: the prefix of its keys
+    in the root's state_dict(). Both end with a dot unless empty.
     """
 
     name: str
@@ -33,17 +33,17 @@ class NamedModule:
 _FABRIC = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
 
 _WRAPPERS: tuple[tuple[str, str, dict[str, str]], ...] = (
-    # (module, class, {attribute that holds what is wrapped: the same in the keys of its state_dict()})
+    # (module, class, {attribute that holds the wrapped module: its part of the keys of state_dict()})
     ("torch.nn.parallel.distributed", "DistributedDataParallel", {"module": "module."}),
     ("torch.nn.parallel.data_parallel", "DataParallel", {"module": "module."}),
     ("torch._dynamo.eval_frame", "OptimizedModule", {"_orig_mod": "_orig_mod."}),
-    # Base of torch's checkpoint_wrapper and offload_wrapper; its hook takes the attribute out of the keys.
+    # Base of torch's checkpoint_wrapper and offload_wrapper; its hook removes the attribute from the keys.
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",
         {"_checkpoint_wrapped_module": ""},
     ),
-    # Its state_dict() is that of the module that the user has built; the other is DDP or the like around it.
+    # Its state_dict() is that of the user's module; the other attribute is DDP or the like around it.
     *((name, "_FabricModule", {"_original_module": "", "_forward_module": ""}) for name in _FABRIC),
 )
 
@@ -58,12 +58,12 @@ _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDat
 
 
 def named_modules(root: nn.Module) -> list[NamedModule]:
-    """Every module of a tree with its canonical name, wrappers included, in the order of state_dict()."""
+    """Every module of a tree, wrappers included, with its canonical name, in the order of state_dict()."""
     return list(_walk(root, "", "", _wrappers(), set()))
 
 
 def wrapped_by(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper wraps; None for what is no wrapper."""
+    """The module inside a wrapper; None for a module that is not a wrapper."""
     for kind, attributes in _wrappers():
         if isinstance(module, kind):
             return module._modules[next(iter(attributes))]
@@ -115,7 +115,7 @@ def _walk(
 
 
 def refuse_unsavable(key: str, root: nn.Module) -> None:
-    """Raises: UnsavableValueError for a wrapper whose parameters are not those of the modules inside it."""
+    """Raises: UnsavableValueError for FSDP1, whose parameters are not those of the modules inside it."""
     fsdp1 = loaded_class(*_FSDP1)
     if fsdp1 is None:
         return
@@ -129,9 +129,9 @@ def refuse_unsavable(key: str, root: nn.Module) -> None:
 
 
 def unwrapped_optimizer(entry: Any) -> Any:
-    """The optimizer that a framework's wrapper hands its steps to; anything else as it is.
+    """The optimizer inside a framework's wrapper; any other entry as it is.
 
-    A wrapper may hold a copy of the optimizer's attributes, which load_state_dict() leaves behind.
+    A wrapper may hold copies of the optimizer's attributes, which load_state_dict() would not update.
     """
     if not isinstance(entry, Optimizer) and type(entry).__module__.partition(".")[0] == "torch":
         return entry

@@ -111,5 +111,5 @@ def test_a_forged_form_is_damage(changed: dict[str, Any]) -> None:
 def test_parts_that_the_class_does_not_take_are_said_in_words() -> None:
     document, tensors = stored()
     del document["moment"]["$composite"]["parts"]["b"]
-    with pytest.raises(StateMismatchError, match="does not take its parts"):
+    with pytest.raises(StateMismatchError, match="does not accept its parts"):
         values.decode(document, tensors.__getitem__)
