@@ -1,1 +1,1 @@
-"""What a checkpoint directory holds: list, select, verify, mark, retain and delete. No torch."""
+"""The contents of a checkpoint directory: list, select, verify, mark, retain, delete. No torch."""

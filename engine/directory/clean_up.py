@@ -1,4 +1,4 @@
-"""Retention of a directory that may have a mirror: what is still owed to the mirror stays."""
+"""Retention of a run's directory: expired checkpoints are deleted, but not before they are mirrored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class MirrorStatus(Protocol):
-    """The part of a mirror that retention asks; it answers from memory, whatever its storage does."""
+    """What retention needs to know of a mirror. It answers from memory, never from its storage."""
 
     @property
     def in_flight(self) -> str | None: ...
@@ -38,15 +38,16 @@ def delete_expired(
     memory: Memory | None = None,
     failed_ids: Collection[str] = (),
 ) -> bool:
-    """Delete what the policy does not keep, and abandoned attempts; whether anything was deleted.
+    """Delete expired checkpoints and abandoned attempts. Returns whether anything was deleted.
 
-    `disk_full`: when there is nothing else to remove, one checkpoint goes that the mirror is owed.
-    `failed_ids`: ids that this run failed to commit.
-    `memory`: of earlier listings of the directory, so that this reads the manifests that are new.
-    Raises: LeaseLostError; StorageError when the directory cannot be listed.
+    Args:
+        disk_full: if there is nothing else to delete, delete one checkpoint that is still pending.
+        failed_ids: attempts that this run failed to commit.
+        memory: what earlier listings of the directory read, so that only new manifests are read.
+    Raises: LeaseLostError; StorageError if the directory cannot be listed.
     """
     lease.check()
-    removed: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
     last_resort = None
     if retention is not None:
         try:
@@ -54,30 +55,29 @@ def delete_expired(
         except NotFoundError:
             listed = []
         local = committed(listed)
-        # A hold that is newer than this listing is seen all the same: `reap` asks before each removal.
-        brought = {record.id for record in local} - set(failed_ids)
-        arriving = lease.arrivals.arriving(storage, brought, lease_name(lease.epoch))
-        policy = decide_retention(
-            [r for r in local if r.id not in arriving], retention, exempt=exempt_ids(listed)
-        )
-        owed = mirror.pending_ids(local) if mirror is not None else frozenset()
-        decisions = keep_pending(policy, owed)
+        # A hold set after this listing still counts: `reap` checks before each deletion.
+        candidates = {record.id for record in local} - set(failed_ids)
+        arriving = lease.arrivals.arriving(storage, candidates, lease_name(lease.epoch))
+        settled = [record for record in local if record.id not in arriving]
+        by_policy = decide_retention(settled, retention, exempt=exempt_ids(listed))
+        pending_ids = mirror.pending_ids(local) if mirror is not None else frozenset()
+        decisions = keep_pending(by_policy, pending_ids)
         if any(not decision.keep for decision in decisions):
             warn_no_best(storage, local, retention)
-        removed = reap(storage, decisions, lease=lease).removed
+        deleted = reap(storage, decisions, lease=lease).deleted
         if disk_full and mirror is not None:
-            last_resort = pending_to_delete(policy, owed, mirror.in_flight)
-    # With a listing of its own: what was removed by halves just now is cleared away in the same round.
-    removed += reap_abandoned(storage, lease=lease, failed_ids=failed_ids).removed
-    if not removed and last_resort is not None:
+            last_resort = pending_to_delete(by_policy, pending_ids, mirror.in_flight)
+    # It lists again, so that a checkpoint half deleted just now is deleted in the same round.
+    deleted += reap_abandoned(storage, lease=lease, failed_ids=failed_ids).deleted
+    if not deleted and last_resort is not None:
         path, why = last_resort.record.path, last_resort.why
-        log.warning("deleting %s before the mirror has a copy of it: %s", path, why)
-        removed = reap(storage, [last_resort], lease=lease).removed
-    return bool(removed)
+        log.warning("deleting %s before it was copied to the mirror: %s", path, why)
+        deleted = reap(storage, [last_resort], lease=lease).deleted
+    return bool(deleted)
 
 
 def warn_no_best(storage: Storage, records: Sequence[CheckpointRecord], retention: Retention) -> None:
-    """Say once of a directory that its best checkpoint cannot be told, before the first one is deleted."""
+    """Warn once per directory that no checkpoint counts as best, before the first one is deleted."""
     sentence = no_best_warning(records, retention)
     if sentence and first_time("no_best_warning", storage.uri, retention.rule.selector):
         log.warning("%s: %s", storage.uri, sentence)

@@ -1,12 +1,12 @@
-"""What a checkpoint directory holds: every attempt in it, committed, partial or damaged.
+"""List a checkpoint directory: every attempt in it, committed, partial or damaged.
 
-One pass lists the directories; then each manifest is read. On a store, whose listings come in pages, that
-pass leaves the shards out, and whether they have their full size only `verify` looks at. A listing that
-fails raises: an outage is never taken for an empty directory.
+One pass lists the directories; then each manifest is read. On a store, whose listings are paged, that pass
+leaves out the shards: only `verify` checks their sizes. A listing that fails raises: an outage is never
+mistaken for an empty directory.
 
-Which of several is the newest only their manifests tell, for their order is that of their commits: a run that
-goes back to step 100 commits step 110 after step 300. So `latest` takes one read of each, side by side, and
-nothing else (`Directory`).
+Checkpoints are ordered by commit, and only the manifests record that order: a run that goes back to step 100
+commits step 110 after step 300. So `latest` reads each manifest once, in parallel, and nothing else
+(`Directory`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _STORE_THREADS = 16
 class Listed:
     """One attempt in a checkpoint directory.
 
-    `record` is set for every one whose manifest can be read, damaged or not. `bytes` is what lies there.
-    `reason` says in a sentence why it is not committed. `on_hold`: exempted from retention by hand. `link`:
-    where it leads if it is a symbolic link: a name in this directory, or a path.
+    `record` is set whenever the manifest can be read, damaged or not. `bytes` is the size of its files.
+    `reason`: a sentence why it is not committed. `on_hold`: exempt from retention by command. `link`: the
+    target if it is a symbolic link: a name in this directory, or a path.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Listed:
 
     @property
     def step(self) -> int | None:
-        """The step, from the directory's name where there is no manifest to ask."""
+        """The step; without a manifest, from the directory's name."""
         if self.record is not None:
             return self.record.step
         named = parse_attempt_name(self.id.removeprefix(DEAD_PREFIX))
@@ -59,22 +59,22 @@ class Listed:
 
 
 Memory = dict[str, tuple[dict[str, int], Listed]]
-"""By directory, the names and sizes of its files and what was said of it: of committed checkpoints, which
-never change. Who lists again and again, as clean-up does after each save, then reads what is new."""
+"""By directory, the names and sizes of its files and its listing: for committed checkpoints, which never
+change. A caller that lists again and again, as clean-up does after each save, then reads only new manifests."""
 
 
 class Directory:
-    """One listing of a checkpoint directory. Its manifests are read when somebody asks for them, each once.
+    """One listing of a checkpoint directory. Its manifests are read on demand, each once.
 
-    NotFoundError when there is no such directory; StorageError when it cannot be listed.
+    NotFoundError if there is no such directory; StorageError if it cannot be listed.
 
     Args:
-        memory: of earlier listings of this storage; brought up to date. Not for whoever is to find damage: a
-            manifest whose bytes have changed since is taken for what it was.
-        heads: the listing, where the caller has one that is new enough.
+        memory: what earlier listings of this storage read; it is updated. Not for callers that look for
+            damage: a manifest whose bytes have changed since is not read again.
+        heads: the listing, if the caller has one that is recent enough.
     Attributes:
-        names: the attempts that have a manifest, and may be checkpoints.
-        others: the attempts that have none, or were abandoned.
+        names: the attempts with a manifest.
+        others: the attempts without one, and the abandoned ones.
     """
 
     def __init__(self, storage: Storage, memory: Memory | None = None, heads: Heads | None = None) -> None:
@@ -96,23 +96,23 @@ class Directory:
         self._read: dict[str, Listed | None] = {}
         self._memory: Memory = {} if memory is None else memory
         for name in self._memory.keys() - self._files.keys():
-            self._memory.pop(name, None)  # another thread may have been faster
+            self._memory.pop(name, None)  # another thread may have removed it
         self._unmarked: dict[str, Listed] = {}
-        """Of those that carry a mark of damage, what there was to say of them without."""
+        """By name, the listing of a checkpoint with a damage mark as it would be without the mark."""
         self._explained: dict[str, Listed] = {}
         self._newest: Manifest | None = None
         self._lock = threading.Lock()
 
     def read(self, names: Collection[str]) -> list[Listed]:
-        """What is to say of these `names`, by sequence. One that was retired since the listing is left out.
+        """These attempts, by sequence. One that was deleted since the listing is left out.
 
-        A mark of damage costs another read: its reason is "", and it counts, until `explained` has asked.
+        A damage mark is not read: the attempt is listed as damaged, with reason "", until `explained`.
         """
         _each(self._storage, self._look_at, [name for name in names if name not in self._read])
         return sorted((item for name in names if (item := self._read[name]) is not None), key=_order)
 
     def explained(self, item: Listed) -> Listed:
-        """The same, with the reason of its mark; without the mark, if that no longer holds."""
+        """The same, with the reason in its damage mark; or without the mark, if that no longer holds."""
         unmarked, known = self._unmarked.get(item.id), self._explained.get(item.id)
         if known is not None:
             return known
@@ -131,10 +131,10 @@ class Directory:
         found += _each(self._storage, self._unfinished, self.others)
         return sorted((item for item in found if item is not None), key=_order)
 
-    def holds_the_same(self) -> bool:
-        """Whether the directory still holds these checkpoints and no others.
+    def is_current(self) -> bool:
+        """Whether the directory still has these checkpoints and no others. Does not notice new damage.
 
-        Costs one look at the names in it, which is cheaper than a listing. Damage since then is not seen.
+        It lists only the names, which is cheaper than a full listing.
         """
         try:
             names = {entry.name for entry in self._storage.list_dir() if entry.is_dir}
@@ -146,7 +146,7 @@ class Directory:
         )
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest of a whole checkpoint; that of the newest one read so far is at hand."""
+        """The manifest of a committed checkpoint. The newest one read so far is cached."""
         newest = self._newest
         return newest if newest is not None and newest.id == name else read_manifest(self._storage, name)
 
@@ -161,7 +161,7 @@ class Directory:
         item, manifest = _with_manifest(self._storage, name, files, self._whole)
         if item is not None and (link := self._storage.link_target(name)) is not None:
             item = replace(item, link=link)
-        # A directory that is another checkpoint's is not made whole by losing a mark.
+        # A directory with another checkpoint's manifest stays damaged without the mark.
         if marked and item is not None and manifest is not None and manifest.id == name:
             self._unmarked[name] = item
             item = replace(item, status="damaged", reason="")
@@ -170,7 +170,7 @@ class Directory:
             if manifest is None or item is None or item.status != "committed":
                 return
             self._memory[name] = (self._files[name], item)
-            # One is kept, not all: they can be large.
+            # Only one is cached: they can be large.
             if self._newest is None or _age(manifest) > _age(self._newest):
                 self._newest = manifest
 
@@ -183,21 +183,20 @@ def list_checkpoints(
 ) -> list[Listed]:
     """Every attempt, by sequence; those without a readable manifest last. Other directories are ignored.
 
-    `memory`, `heads`: as `Directory` takes them.
-    A file's size that differs from the manifest's shows as damaged where the listing tells sizes: always on a
-    disk, seldom on a store. Changed bytes only `verify` finds.
-    NotFoundError when there is no such directory; StorageError when it cannot be listed.
+    `memory`, `heads`: see `Directory`. A file whose size differs from the manifest's makes it damaged, where
+    the listing includes sizes: always on a disk, seldom on a store. Only `verify` finds changed bytes.
+    NotFoundError if there is no such directory; StorageError if it cannot be listed.
     """
     return Directory(storage, memory, heads).everything()
 
 
 def committed(listed: Iterable[Listed]) -> list[CheckpointRecord]:
-    """The records that selectors and retention may see, oldest first."""
+    """The records of committed checkpoints, oldest first: the input of selectors and retention."""
     return [item.record for item in listed if item.status == "committed" and item.record is not None]
 
 
 def exempt_ids(listed: Sequence[Listed]) -> dict[str, str]:
-    """Ids that retention leaves alone, and why: what is held, and of links the link and what it leads to."""
+    """Ids that retention leaves alone, and why: checkpoints on hold, and links with their targets."""
     found: dict[str, str] = {}
     for item in listed:
         if item.link:
@@ -206,20 +205,19 @@ def exempt_ids(listed: Sequence[Listed]) -> dict[str, str]:
 
 
 def highest_sequence(listed: Iterable[Listed]) -> int:
-    """The highest commit number in the directory, damaged checkpoints included; 0 when there is none."""
+    """The highest commit number in the directory, damaged checkpoints included; 0 without any."""
     return max((item.record.sequence for item in listed if item.record is not None), default=0)
 
 
 def is_checkpoint_dir(storage: Storage) -> bool:
-    """Whether the storage's root is itself one checkpoint rather than a directory of them."""
+    """Whether the storage's root is itself a checkpoint, not a directory of checkpoints."""
     return storage.exists(MANIFEST)
 
 
 def read_manifest(storage: Storage, id: str) -> Manifest:
     """The manifest of the checkpoint in the directory `id`.
 
-    NotFoundError when it was never committed or has been retired; DamagedError when it is not what was
-    written; NewerFormatError.
+    NotFoundError if it was never committed or has been deleted; DamagedError; NewerFormatError.
     """
     return _manifest(storage, id)[0]
 
@@ -227,8 +225,8 @@ def read_manifest(storage: Storage, id: str) -> Manifest:
 def read_index(storage: Storage, manifest: Manifest, rank: int, *, name: str | None = None) -> ShardIndex:
     """The index of one rank's shards, checked against the manifest's receipt.
 
-    `name`: the checkpoint's directory where that is not the manifest's id. DamagedError unless the index is
-    the one that was written for this checkpoint; NotFoundError when it is gone.
+    `name`: the checkpoint's directory, if that is not the manifest's id. DamagedError unless it is the index
+    that was written for this checkpoint; NotFoundError if it is missing.
     """
     receipt = manifest.shards[rank]
     path = f"{name or manifest.id}/{receipt.index.file}"
@@ -260,7 +258,7 @@ def _manifest(storage: Storage, name: str) -> tuple[Manifest, bytes]:
 def _with_manifest(
     storage: Storage, name: str, files: dict[str, int], whole: bool
 ) -> tuple[Listed | None, Manifest | None]:
-    """What to say of a directory with a manifest, and that; None when it was retired since the listing."""
+    """List a directory with a manifest; also returns the manifest. None if it was deleted since."""
     on_hold, bytes = HELD in files, sum(files.values())
     try:
         manifest, raw = _manifest(storage, name)
@@ -272,7 +270,7 @@ def _with_manifest(
     if not whole:
         bytes = record.bytes
     if manifest.id != name:
-        reason = f"its manifest is that of {manifest.id}: the directory is a copy or was renamed"
+        reason = f"its manifest belongs to {manifest.id}: the directory is a copy or was renamed"
         return Listed(name, "damaged", record, bytes, reason, on_hold), manifest
     wrong = size_damage(manifest, files) if whole else []
     if wrong:
@@ -284,14 +282,14 @@ def _with_manifest(
 def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole: bool) -> Listed | None:
     reason = "no manifest: it is being written, or its run ended before the commit"
     if name.startswith(DEAD_PREFIX):
-        reason = "abandoned: the run that was writing it has lost the directory"
+        reason = "abandoned: the run that was writing it lost the directory to another run"
     if not whole:
         try:
             files = {entry.name: entry.bytes or 0 for entry in storage.list_dir(name)}
         except NotFoundError:
-            return None  # removed since the listing
+            return None  # deleted since the listing
     if files and not any(map(is_checkpoint_file, files)):
-        reason = "only files that Holdfast did not write: clean-up leaves them alone"
+        reason = "only files that Holdfast did not write: they are never deleted"
     return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
 
 
@@ -310,10 +308,10 @@ _Result = TypeVar("_Result")
 
 
 def _each(storage: Storage, work: Callable[[_Item], _Result], items: list[_Item]) -> list[_Result]:
-    """Apply `work` to each: side by side on a store, where each is a round trip."""
+    """Apply `work` to each item; in parallel on a store, where each costs a round trip."""
     if storage.is_local or len(items) < 2:
         return [work(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor  # costs start-up time that a local listing need not pay
+    from concurrent.futures import ThreadPoolExecutor  # imported late: it would slow down the start of a local listing
 
     with ThreadPoolExecutor(min(_STORE_THREADS, len(items))) as pool:
         return list(pool.map(work, items))

@@ -1,20 +1,20 @@
-"""What has been logged: clean-up runs after every save, and logs the same thing once."""
+"""Log each message once, although clean-up runs after every save."""
 
 from __future__ import annotations
 
 import threading
 
-_MOST = 4096
-_said: dict[tuple[str, ...], None] = {}
+_MAX_REMEMBERED = 4096
+_logged: dict[tuple[str, ...], None] = {}
 _lock = threading.Lock()
 
 
 def first_time(*about: str) -> bool:
-    """Whether this process has not said it yet. Of very many things the oldest are forgotten."""
+    """Whether this process has not logged it yet. It remembers the last 4096."""
     with _lock:
-        if about in _said:
+        if about in _logged:
             return False
-        _said[about] = None
-        if len(_said) > _MOST:
-            del _said[next(iter(_said))]
+        _logged[about] = None
+        if len(_logged) > _MAX_REMEMBERED:
+            del _logged[next(iter(_logged))]
         return True

@@ -1,7 +1,8 @@
-"""Marks beside a checkpoint's data: damaged (never tried first again) and held (exempt from retention).
+"""Marks on a checkpoint: damaged (passed over by `latest`) and on hold (exempt from retention).
 
-Both are small files in the checkpoint's directory, so that they go with it and need no table of their own. A
-mark of damage holds for the bytes that were seen: a copy that was still arriving is whole once it is there.
+Both are small files in the checkpoint's directory: they are deleted with it, and no table can go stale. A
+damage mark records the versions of the files that were read: if a copy was still arriving, its mark becomes
+void once it is complete.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ _MAX_MARK_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What a mark of damage says; `holds` is False once the files are others than those that were seen."""
+    """A damage mark. `holds` is False once the files differ from those that were read."""
 
     reason: str
     holds: bool
 
 
 def seen(storage: Storage, id: str) -> str:
-    """A digest over the versions of a checkpoint's files. Take it before they are read.
+    """A digest over the versions of a checkpoint's files. Take it before you read them.
 
     Raises: NotFoundError; StorageError.
     """
@@ -43,17 +44,17 @@ def seen(storage: Storage, id: str) -> str:
 
 
 def mark_damaged(storage: Storage, id: str, reason: str, *, seen: str | None = None) -> None:
-    """Mark a checkpoint as damaged; listings and `latest` then pass it over. The last reason stands.
+    """Mark a checkpoint as damaged; listings and `latest` then pass it over. The last reason wins.
 
-    `seen`: what the function of that name said before the damage was found; the mark holds while it says the
-    same. None: until it is taken away.
+    `seen`: the result of `seen()` from before the damage was found; the mark holds while that is unchanged.
+    None: it holds until it is cleared.
     """
     mark = {"reason": reason[:_MAX_REASON_CHARS]} | ({} if seen is None else {"seen": seen})
     storage.publish(f"{id}/{DAMAGED}", canonical_bytes(mark), exclusive=False)
 
 
 def read_damage_mark(storage: Storage, id: str) -> Mark:
-    """The mark of damage of a checkpoint. One that cannot be read holds; one that is gone does not.
+    """The damage mark of a checkpoint. One that cannot be parsed holds; a missing one does not.
 
     Raises: StorageError.
     """
@@ -68,12 +69,12 @@ def read_damage_mark(storage: Storage, id: str) -> Mark:
         value = None
     if not isinstance(value, dict):
         return Mark(reason, holds=True)
-    said, digest = value.get("reason"), value.get("seen")
-    return Mark(said if isinstance(said, str) and said else reason, _is_as_seen(storage, id, digest))
+    recorded, digest = value.get("reason"), value.get("seen")
+    return Mark(recorded if isinstance(recorded, str) and recorded else reason, _is_as_seen(storage, id, digest))
 
 
 def clear_damage_mark(storage: Storage, id: str) -> bool:
-    """Remove the mark of damage from a checkpoint that was found whole; whether there was one.
+    """Delete the damage mark of a checkpoint that was found whole. Returns whether there was one.
 
     Raises: StorageError.
     """
@@ -85,29 +86,29 @@ def clear_damage_mark(storage: Storage, id: str) -> bool:
 
 
 def hold(storage: Storage, id: str) -> None:
-    """Exempt a committed checkpoint from retention until `release`. NotFoundError if there is none."""
+    """Exempt a committed checkpoint from retention until `release`. NotFoundError if it does not exist."""
     _require(storage, id)
     storage.publish(f"{id}/{HELD}", b"", exclusive=False)
-    _require(storage, id)  # retention may have removed it before it could see the mark
+    _require(storage, id)  # retention may have deleted it before it saw the mark
 
 
 def release(storage: Storage, id: str) -> None:
-    """Give a checkpoint back to retention. Releasing one that is not held does nothing."""
+    """Let retention delete the checkpoint again. Does nothing for one that is not on hold."""
     _require(storage, id)
     storage.delete_file(f"{id}/{HELD}")
     storage.sync_dir(id)
 
 
 def _is_as_seen(storage: Storage, id: str, digest: object) -> bool:
-    if not isinstance(digest, str):  # of an older Holdfast, or meant to hold
+    if not isinstance(digest, str):  # written by an older Holdfast, or meant to hold until cleared
         return True
     try:
         return seen(storage, id) == digest
     except HoldfastError as error:
-        log.info("%s still counts as damaged: its files could not be checked for changes: %s", id, error)
+        log.info("%s still counts as damaged: could not check whether its files have changed: %s", id, error)
         return True
 
 
 def _require(storage: Storage, id: str) -> None:
     if not storage.exists(f"{id}/{MANIFEST}"):
-        raise NotFoundError(f"{storage.describe(id)} is no committed checkpoint: it never was, or is gone")
+        raise NotFoundError(f"{storage.describe(id)} is not a committed checkpoint: it was never committed, or was deleted")

@@ -1,4 +1,4 @@
-"""What a mirror is owed, in which order it gets it, and what that keeps in the local directory. Pure."""
+"""Which checkpoints are pending: still to be copied to the mirror, and kept locally until then. Pure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Decision, Retention, by_sequence, decide_retention
 
 PLAIN_REASONS = frozenset({"interval", "manual"})
-"""A checkpoint that was taken for these alone comes round again: `mirror_freq` thins those out."""
+"""Checkpoints taken only for these are periodic: `mirror_freq` mirrors some of them."""
 
-PENDING = "the mirror is still owed it"
+PENDING = "not yet copied to the mirror"
 
 
 def is_mirrored(record: CheckpointRecord, mirror_freq: int) -> bool:
-    """Whether the mirror is to get a checkpoint: every so many steps, and always for a reason of its own.
+    """Whether a run mirrors this checkpoint: any of special reason, and periodic ones by `mirror_freq`.
 
-    0 mirrors none of the plain ones. By steps like every other frequency, so that it needs no memory.
+    0 mirrors no periodic ones. The frequency is in steps, like every other, so that it needs no state.
     """
     if not set(record.reasons) <= PLAIN_REASONS:
         return True
@@ -30,14 +30,13 @@ def pending_copies(
     mirror_freq: int,
     retention: Retention | None,
 ) -> list[CheckpointRecord]:
-    """The local checkpoints that the mirror still has to get, newest first.
+    """The local checkpoints that are still to be copied to the mirror, newest first.
 
-    Newest first because that is what a lost node resumes from: a mirror that is slower than the saves would
-    otherwise stay as far behind as the backlog is long. What the mirror's own retention would remove as soon
-    as it arrived is not owed any more.
+    Newest first because a lost node resumes from the newest: otherwise a mirror slower than the saves would
+    lag by the whole backlog. A checkpoint that the mirror's own retention would delete at once is not pending.
     """
-    there = {record.id for record in mirror}
-    missing = [record for record in by_sequence(local) if record.id not in there]
+    mirrored = {record.id for record in mirror}
+    missing = [record for record in by_sequence(local) if record.id not in mirrored]
     return [
         record
         for record in reversed(missing)
@@ -46,7 +45,7 @@ def pending_copies(
 
 
 def keep_pending(decisions: Sequence[Decision], pending_ids: Collection[str]) -> list[Decision]:
-    """The decisions of the local retention, but for what the mirror is owed: that stays."""
+    """The decisions of the local retention, changed so that pending checkpoints are kept."""
     return [
         replace(decision, keep=True, why=PENDING)
         if not decision.keep and decision.record.id in pending_ids
@@ -58,15 +57,15 @@ def keep_pending(decisions: Sequence[Decision], pending_ids: Collection[str]) ->
 def pending_to_delete(
     decisions: Sequence[Decision], pending_ids: Collection[str], in_flight: str | None = None
 ) -> Decision | None:
-    """The owed checkpoint to delete when the disk is full: not kept by the policy, with an older owed one.
+    """The pending checkpoint to delete when the disk is full: expired, with an older pending one.
 
-    `decisions` are the policy's own, oldest first. The oldest owed one stays, so that the mirror's history
-    gets gaps before it gets shorter; so does the one being sent, and everything that the policy keeps.
+    `decisions` are the policy's own, oldest first. The oldest pending one stays, so that the mirror's history
+    gets gaps before it gets shorter. The one being sent stays, and all that the policy keeps.
     """
-    waiting = [decision for decision in decisions if decision.record.id in pending_ids]
-    for decision in waiting[1:]:
+    pending = [decision for decision in decisions if decision.record.id in pending_ids]
+    for decision in pending[1:]:
         if not decision.keep and decision.record.id != in_flight:
-            return replace(decision, why="the disk is full, and an older one is owed to the mirror as well")
+            return replace(decision, why="the disk is full, and an older one is pending, too")
     return None
 
 

@@ -1,9 +1,9 @@
-"""The only module that deletes checkpoints, and of them only what Holdfast wrote.
+"""The only module that deletes checkpoints. It deletes only files that Holdfast wrote.
 
-The manifest goes first and durably, then the files whose names the format gives, then the directory if it is
-empty: whenever that is interrupted, what is left is an attempt without a manifest, never a listed checkpoint
-without its data. The names tell what is Holdfast's: once the manifest is gone, nothing else could. A
-tombstone, written before and deleted last, tells such a remainder from a copy that is still arriving.
+First the manifest is deleted, durably, then the files whose names belong to the format, then the directory if
+it is empty. Whenever that is interrupted, an attempt without a manifest remains, never a listed checkpoint
+without its data. Holdfast's files are known by their names: without the manifest nothing else identifies
+them. A tombstone, written first and deleted last, tells such a remainder from a copy that is still arriving.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Reaped:
-    """What a round of deletions did.
+    """The result of a round of deletions.
 
-    removed: ids whose files are gone; the directory may stay, with what somebody else put there.
-    failed: (id, cause) of those that could not be removed; the next round tries again.
+    deleted: ids whose files were deleted; a directory that contains other files stays.
+    failed: (id, cause) of those that could not be deleted; the next round retries.
     """
 
-    removed: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()
 
 
 def reap(storage: Storage, decisions: Iterable[Decision], *, lease: Lease | None = None) -> Reaped:
-    """Remove every checkpoint that is not to be kept, unless it was put on hold since the decision.
+    """Delete every expired checkpoint, unless it was put on hold since the decision.
 
-    One that fails does not stop the others: it is logged and returned, not raised. `lease`: remembers what is
-    removed only by halves, for `reap_abandoned` to go on with.
+    A failure does not stop the others: it is logged and returned, not raised. `lease`: remembers checkpoints
+    that are only half deleted, so that `reap_abandoned` deletes the rest.
     """
-    surplus = [decision.record.id for decision in decisions if not decision.keep]
+    expired = [decision.record.id for decision in decisions if not decision.keep]
     if lease is not None:
-        lease.arrivals.removing.update(surplus)
-    return _remove_each(storage, surplus, _retire)
+        lease.arrivals.removing.update(expired)
+    return _delete_each(storage, expired, _delete_checkpoint)
 
 
 def reap_abandoned(
@@ -67,17 +67,19 @@ def reap_abandoned(
     failed_ids: Collection[str] = (),
     heads: Heads | None = None,
 ) -> Reaped:
-    """Remove attempts that nobody will ever commit. Only the lease's holder may; LeaseLostError otherwise.
+    """Delete attempts that will never be committed. Only the lease holder may; LeaseLostError otherwise.
 
-    They are: what a new holder has put aside (dead-*); what somebody had begun to delete; attempts that this
-    run has `failed_ids`, because they failed or were about to be removed; on a storage that cannot rename,
-    those of runs that held the directory before and died; and whatever else has no manifest and has not
-    changed for an hour (see `arrivals`).
-    Where the storage cannot rename, an earlier holder that only slept could still be between its last look at
-    the lease and its commit: nothing goes there until this lease has stood for as long as it takes to call a
-    holder dead. Uploads that have no end go with their attempts.
+    They are: attempts that a new holder has fenced (dead-*); half-deleted checkpoints; attempts in
+    `failed_ids`; on a storage that cannot rename, those of earlier holders that died; and any other attempt
+    without a manifest that has not changed for an hour (see `arrivals`).
+    Where the storage cannot rename, an earlier holder that was only suspended could still be between its last
+    check of the lease and its commit: nothing is deleted there until this lease is as old as STALE_SECS.
+    Unfinished uploads are aborted with their attempts.
 
-    `current`: ids that this run may be writing right now. `heads`: a listing that is new enough.
+    Args:
+        current: ids that this run may be writing right now.
+        failed_ids: attempts that this run failed to commit, or had begun to delete.
+        heads: a listing, if the caller has one that is recent enough.
     """
     lease.check()
     settled = storage.is_local or lease.held_secs >= STALE_SECS
@@ -85,7 +87,7 @@ def reap_abandoned(
     heads = heads or storage.list_heads()
     tree = dict(heads.tree)
     for name in uploads:
-        tree.setdefault(name, {})  # nothing but an upload without an end, which no listing shows
+        tree.setdefault(name, {})  # only unfinished uploads, which no listing shows
     lease.arrivals.keep_only(tree)
     failed_ids = lease.arrivals.removing.union(failed_ids)
     abandoned = []
@@ -94,30 +96,30 @@ def reap_abandoned(
             continue
         paths = uploads.get(name, [])
         if MANIFEST in files:
-            _remove_temporaries(storage, name, files)
-            # The answer to the start of an upload was lost, and another one begun.
+            _delete_temporaries(storage, name, files)
+            # The answer to the start of an upload was lost, and another upload was begun.
             if paths and name not in current and _is_abandoned(storage, name, lease, failed_ids, paths):
                 storage.abort_uploads(name)
             continue
         if heads.whole and files and not any(map(is_checkpoint_file, files)):
-            continue  # what is left there is somebody else's
+            continue  # only files that Holdfast did not write
         dead = name.startswith(DEAD_PREFIX) or (TOMBSTONE in files and name not in current)
         ours = settled and name not in current
         if dead or (ours and _is_abandoned(storage, name, lease, failed_ids, paths)):
             abandoned.append(name)
-    return _remove_each(storage, abandoned, _clear)
+    return _delete_each(storage, abandoned, _delete_uncommitted)
 
 
 def delete_attempt(storage: Storage, name: str) -> bool:
-    """Remove one failed attempt of this run, once no rank can still be writing into it.
+    """Delete one failed attempt of this run, once no rank can still be writing into it.
 
-    Returns whether it was removed: a directory that has a manifest after all stays, it is a checkpoint.
+    Returns whether it was deleted: one that turns out to have a manifest is a checkpoint, and stays.
     """
-    return _clear(storage, name)
+    return _delete_uncommitted(storage, name)
 
 
 def _uploads(storage: Storage) -> dict[str, list[str]]:
-    """By directory, the paths of uploads into it that have no end."""
+    """By directory, the paths of unfinished uploads into it."""
     found: dict[str, list[str]] = {}
     for path in sorted(storage.unfinished_uploads()):
         found.setdefault(path.partition("/")[0], []).append(path)
@@ -129,7 +131,7 @@ def _is_abandoned(
 ) -> bool:
     if name in failed_ids:
         return True
-    # Where a new holder can rename, it has put aside what its predecessors were writing.
+    # Where the storage can rename, a new holder has fenced its predecessors' attempts.
     if not storage.is_local and is_attempt_of(name, lease.predecessors):
         return True
     if lease.arrivals.is_over(storage, name, lease_name(lease.epoch), uploads):
@@ -137,52 +139,52 @@ def _is_abandoned(
     if first_time("arriving", storage.uri, name):
         log.info(
             "%s has no manifest, and no run of this directory began it. It may be a copy that is still "
-            "arriving: it stays until nothing in it has changed for an hour",
+            "arriving: it is kept until nothing in it has changed for an hour",
             storage.describe(name),
         )
     return False
 
 
-def _retire(storage: Storage, name: str) -> bool:
+def _delete_checkpoint(storage: Storage, name: str) -> bool:
     if storage.exists(f"{name}/{HELD}"):
-        log.info("%s/%s was put on hold: it stays", storage.uri, name)
+        log.info("%s/%s was put on hold: it is kept", storage.uri, name)
         return False
     reason = storage.why_not_ours(name)
     if reason:
         raise NotOursError(f"{storage.describe(name)} {reason}")
-    # On a full disk deleting is what helps. Interrupted without a tombstone, the rest stays for an hour.
+    # A full disk must not stop a deletion. Without a tombstone, an interrupted one is resumed after an hour.
     with contextlib.suppress(StorageFullError):
         storage.publish(f"{name}/{TOMBSTONE}", b"", exclusive=False)
     storage.delete_file(f"{name}/{MANIFEST}")
     storage.sync_dir(name)
-    _clear_files(storage, name)
+    _delete_files(storage, name)
     return True
 
 
-def _clear(storage: Storage, name: str) -> bool:
+def _delete_uncommitted(storage: Storage, name: str) -> bool:
     if storage.exists(f"{name}/{MANIFEST}"):  # committed since the listing
         return False
-    return _clear_files(storage, name)
+    return _delete_files(storage, name)
 
 
-def _clear_files(storage: Storage, name: str) -> bool:
-    """Whether there was anything of ours to remove."""
+def _delete_files(storage: Storage, name: str) -> bool:
+    """Delete our files in a directory, and the directory if it is then empty. Whether there were any."""
     cleared = storage.clear_dir(name, is_checkpoint_file)
     if cleared.left:
         names = [name if name.isprintable() else repr(name) for name in cleared.left[:_SHOWN]]
         shown = ", ".join(names) + ", ..." * (len(cleared.left) > _SHOWN)
         where = storage.describe(name)
-        _say_once(storage, name, f"{where} stays: it holds files that Holdfast did not write: {shown}")
+        _warn_once(storage, name, f"{where} is kept: it contains files that Holdfast did not write: {shown}")
     return cleared.removed > 0 or not cleared.left
 
 
-def _say_once(storage: Storage, name: str, sentence: str) -> None:
+def _warn_once(storage: Storage, name: str, sentence: str) -> None:
     if first_time("left", storage.uri, name, sentence):
         log.warning("%s", sentence)
 
 
-def _remove_temporaries(storage: Storage, name: str, files: Mapping[str, int]) -> None:
-    """Remove what publishing left beside the manifest: it has two names until the temporary one is gone."""
+def _delete_temporaries(storage: Storage, name: str, files: Mapping[str, int]) -> None:
+    """Delete the temporary name of the manifest, which an interrupted publish leaves beside it."""
     for file in files:
         if file.startswith(MANIFEST) and file.endswith(TMP_SUFFIX) and is_checkpoint_file(file):
             try:
@@ -190,22 +192,22 @@ def _remove_temporaries(storage: Storage, name: str, files: Mapping[str, int]) -
             except NotOursError:
                 return
             except StorageError as error:
-                log.warning("could not remove %s/%s/%s: %s", storage.uri, name, file, error)
+                log.warning("could not delete %s/%s/%s: %s", storage.uri, name, file, error)
 
 
-def _remove_each(storage: Storage, names: list[str], remove: Callable[[Storage, str], bool]) -> Reaped:
-    removed, failed = [], []
+def _delete_each(storage: Storage, names: list[str], delete: Callable[[Storage, str], bool]) -> Reaped:
+    deleted, failed = [], []
     for name in names:
         try:
-            if remove(storage, name):
-                removed.append(name)
+            if delete(storage, name):
+                deleted.append(name)
         except FileNotFoundError:
-            removed.append(name)  # somebody else was faster
+            deleted.append(name)  # another process was faster
         except NotOursError as error:
-            _say_once(storage, name, f"clean-up leaves it alone: {error}")
+            _warn_once(storage, name, f"clean-up leaves it alone: {error}")
         except StorageError as error:
-            log.warning("could not remove %s/%s, the next round tries again: %s", storage.uri, name, error)
+            log.warning("could not delete %s/%s; the next round retries: %s", storage.uri, name, error)
             failed.append((name, str(error)))
-    if removed:
+    if deleted:
         storage.sync_dir("")
-    return Reaped(tuple(removed), tuple(failed))
+    return Reaped(tuple(deleted), tuple(failed))

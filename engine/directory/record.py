@@ -1,4 +1,4 @@
-"""One committed checkpoint as the rest of the program talks about it: a few values out of its manifest."""
+"""The record of a committed checkpoint: the values of its manifest that selection and retention use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.format.digest import bytes_digest
 from engine.format.manifest import Manifest
 
 VAL_LOSS = "val_loss"
-"""The metric that `best` is decided by where nothing else is said; lower is better."""
+"""The default metric of `best`; lower is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +20,14 @@ class CheckpointRecord:
     id: str
     """The name of its directory."""
     path: str
-    """Printable path or URI of its directory; what `--resume` and the programs accept."""
+    """Printable path or URI of its directory, as `--resume` and the commands accept it."""
     step: int
     epoch: int
     tokens: int
     sequence: int
     """One above the highest in the directory when it was committed."""
     parent: str | None
-    """The id of the checkpoint that its run had last restored or saved, if any."""
+    """The id of the checkpoint that its run had restored or saved last, if any."""
     created: float
     """Unix time in seconds, by the clock of the machine that committed. For display only."""
     reasons: tuple[str, ...]
@@ -35,14 +35,14 @@ class CheckpointRecord:
     bytes: int
     """Size of all shard files and indexes."""
     manifest_digest: str
-    """Of the manifest's bytes as they stand in storage: two records are one checkpoint if it is equal."""
+    """Digest of the stored manifest: two records with the same digest are the same checkpoint."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     best: BestRule = DEFAULT
-    """By what its run decides which checkpoint is best."""
+    """How its run decides which checkpoint is best."""
 
     @property
     def val_loss(self) -> float | None:
-        """The validation loss, or None where there is none or it is not finite."""
+        """The validation loss; None if it is missing or not finite."""
         return DEFAULT.value(self.metrics)
 
 
@@ -51,7 +51,7 @@ def from_manifest(
 ) -> CheckpointRecord:
     """The record of a checkpoint in the directory `name` (default: its id) of the storage `root_uri`.
 
-    `manifest_digest`: of the manifest's bytes, where it is known; they are serialised again otherwise.
+    `manifest_digest`: of the manifest's bytes, if known; otherwise it is computed.
     """
     return CheckpointRecord(
         id=manifest.id,

@@ -1,7 +1,6 @@
-"""Which checkpoint a selector means: one answer, one error and one warning for every caller.
+"""Resolve a selector to a checkpoint: one answer, one error and one warning for every caller.
 
-`resolve` is pure and takes what was listed, of one tier or of two; `checkpoint_at` reads the manifest that a
-path names.
+`resolve` is pure and works on a listing of one tier or of two; `checkpoint_at` reads the manifest at a path.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """The checkpoint that is meant. `passed_over`: damaged ones that would have been chosen instead."""
+    """The selected checkpoint. `passed_over`: damaged ones that would have been selected instead."""
 
     record: CheckpointRecord
     passed_over: tuple[Listed, ...] = ()
 
 
 def resolve(listed: Sequence[Listed], selector: Selector, where: str) -> Resolved:
-    """The committed checkpoint that the selector means; `where` names the directory in the error.
+    """The committed checkpoint that the selector selects; `where` names the directory in the error.
 
     SelectorError lists the committed checkpoints, and why the others cannot be used.
     """
@@ -61,7 +60,7 @@ def resolve(listed: Sequence[Listed], selector: Selector, where: str) -> Resolve
 
 @dataclass(frozen=True, slots=True)
 class AtPath:
-    """The checkpoint at a path or URI: the address of its directory, its name there, and what it is."""
+    """The checkpoint at a path or URI: the directory it is in, its name there, and its manifest."""
 
     parent: str
     name: str
@@ -70,20 +69,20 @@ class AtPath:
 
 
 def checkpoint_at(address: str, options: Mapping[str, str] | None = None) -> AtPath:
-    """The committed checkpoint at a path or URI. SelectorError when there is none; DamagedError."""
+    """The committed checkpoint at a path or URI. SelectorError if there is none; DamagedError."""
     parent, name = split_uri(address)
     storage = open_storage(parent, options)
     try:
         return AtPath(parent, name, storage, read_manifest(storage, name))
     except NotFoundError as error:
         raise SelectorError(
-            f"no checkpoint lies at {storage.describe(name)}: it has no manifest.json. Give the directory of "
+            f"no checkpoint at {storage.describe(name)}: it has no manifest.json. Give the directory of "
             "one checkpoint (…/step-00000250-1f0c9a3e), or a selector such as latest"
         ) from error
 
 
 def log_passed_over(damaged: Sequence[Listed]) -> None:
-    """Log the damaged checkpoints that a selector would have meant."""
+    """Warn of the damaged checkpoints that a selector passed over."""
     for item in damaged:
         log.warning("passing over %s, which is damaged: %s", item.id, item.reason)
 
@@ -97,4 +96,4 @@ def _unusable(listed: Sequence[Listed], where: str) -> str:
     shown = [f"{item.id} is {item.status} ({item.reason})" for item in unusable[:_SHOWN]]
     more = f"; and {len(unusable) - _SHOWN} more" if len(unusable) > _SHOWN else ""
     counts = f"{damaged} damaged and {len(unusable) - damaged} partial"
-    return f". {where} also holds {counts}: {'; '.join(shown)}{more}"
+    return f". {where} also has {counts}: {'; '.join(shown)}{more}"

@@ -1,7 +1,7 @@
-"""Which checkpoints a newer commit has made dispensable: a pure decision over committed records.
+"""The retention policy: which checkpoints to keep, and which have expired. Pure.
 
-Only committed checkpoints are ever handed in: counting an attempt that may yet fail would delete the last
-good one in its favour. Latest, backup and best stay under every policy.
+It sees only committed checkpoints: if it counted an attempt that may still fail, it could delete the last good
+checkpoint. Latest, backup and best are kept under every policy.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from engine.errors import ConfigError
 from engine.format.best import DEFAULT, BestRule, Mode
 
 EPOCH_REASON = "epoch"
-"""The reason that an epoch's closing checkpoint carries."""
+"""The reason of a checkpoint that closes an epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How many checkpoints to keep: after each commit the others are deleted. None in its place keeps all."""
+    """Which checkpoints to keep; the others are deleted after each commit. None instead of it keeps all."""
 
     rolling: int = 10
-    """How many of the newest. Latest and backup stay even at 0."""
+    """How many of the newest to keep. Latest and backup are kept even at 0."""
     best: int = 1
-    """How many of the best by `metric`. The best one stays even at 0."""
+    """How many of the best by `metric` to keep. The best one is kept even at 0."""
     epochs: bool = True
-    """Keep every checkpoint that closed an epoch, for ever."""
+    """Keep every checkpoint that closed an epoch."""
     metric: str = "val_loss"
-    """Which of the metrics given to `save` decides what is best."""
+    """The metric, of those given to `save`, that decides which is best."""
     mode: Mode = "min"
     """Whether its lowest ("min") or its highest ("max") value is best."""
 
     @property
     def rule(self) -> BestRule:
-        """What decides which is best."""
+        """How to decide which is best."""
         return BestRule(self.metric, self.mode)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of one checkpoint, and why in words for a person."""
+    """Whether to keep one checkpoint, and a readable reason."""
 
     record: CheckpointRecord
     keep: bool
@@ -58,30 +58,30 @@ class Decision:
 
 
 def by_sequence(records: Collection[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Oldest first. Equal numbers (a directory copied in by hand) fall back on the id, so that all agree."""
+    """Oldest first. Equal numbers (a directory copied in by hand) are ordered by id, for one order everywhere."""
     return sorted(records, key=lambda record: (record.sequence, record.id))
 
 
 def best_first(records: Collection[CheckpointRecord], rule: BestRule) -> list[CheckpointRecord]:
-    """The best first, of equals the older; those without a finite value are left out."""
+    """Best first, of equals the older first; those without a finite value are left out."""
     scored = [(value, r) for r in records if (value := rule.value(r.metrics)) is not None]
     scored.sort(key=lambda pair: (rule.badness(pair[0]), pair[1].sequence, pair[1].id))
     return [record for _, record in scored]
 
 
 def rule_of(records: Collection[CheckpointRecord]) -> BestRule:
-    """By what the run that wrote the newest of them decides which is best."""
+    """How the run that wrote the newest of them decides which is best."""
     newest = max(records, key=lambda record: (record.sequence, record.id), default=None)
     return DEFAULT if newest is None else newest.best
 
 
 def metrics_of(records: Iterable[CheckpointRecord]) -> list[str]:
-    """The names of the metrics that any of them carries with a finite value."""
+    """The names of the metrics that have a finite value in any of them."""
     return sorted({name for r in records for name, value in r.metrics.items() if math.isfinite(value)})
 
 
 def metrics_in_words(records: Iterable[CheckpointRecord]) -> str:
-    """What metrics there are, for a message that none of them is the wanted one."""
+    """The available metrics, for a message that the requested one is missing."""
     records = list(records)
     if finite := metrics_of(records):
         return f"available metrics: {', '.join(finite)}"
@@ -97,10 +97,10 @@ def closes_epoch(record: CheckpointRecord) -> bool:
 def roles(
     records: Collection[CheckpointRecord], retention: Retention | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """By id, newest first, what a record serves as: of latest, backup, best, epoch, rolling, in that order.
+    """By id, newest first, the roles of each record: of latest, backup, best, epoch, rolling, in that order.
 
-    `best` marks as many as the policy keeps; the first of them is what the selector `best` finds. Without a
-    policy that of the run which wrote the newest decides.
+    `best` goes to as many as the policy keeps; the selector `best` finds the first of them. Without a policy,
+    the newest checkpoint's run defines `best`, and all are rolling.
     """
     rule = rule_of(records)
     policy = retention or Retention(rolling=len(records), metric=rule.metric, mode=rule.mode)
@@ -116,9 +116,9 @@ def roles(
 
 
 def no_best_warning(records: Sequence[CheckpointRecord], retention: Retention) -> str:
-    """What to say where nothing can be best, because no checkpoint carries the metric; "" where all is well.
+    """The warning that nothing is kept as best, because no checkpoint has the metric; "" if one has.
 
-    A run that gives no metrics at all, and has asked for nothing, has nothing to hear.
+    A run that uses the default and gives no metrics at all is not warned.
     """
     if not records or best_first(records, retention.rule):
         return ""

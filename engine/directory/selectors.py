@@ -1,6 +1,6 @@
-"""Names are queries: which committed checkpoint answers to "latest", "best", "epoch:3", ... Pure.
+"""Selectors ("latest", "best", "epoch:3", ...): parse one, and choose among the committed checkpoints. Pure.
 
-There are no pointer files that could go stale: every answer is computed from the committed records.
+No pointer files that could go stale: every answer is computed from the committed records.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A parsed selector. `number` is set for epoch and step only; `text` is what was typed.
+    """A parsed selector. `number` is set for epoch and step only; `text` is the user's input.
 
-    `rule`: what decides which is best; None leaves it to the run that wrote the newest checkpoint.
+    `rule`: how to decide which is best; None: as the run that wrote the newest checkpoint does.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class Selector:
 
 
 def parse_selector(text: str) -> Selector:
-    """Understand a selector. SelectorError for what is none; whether one answers, `choose` says."""
+    """Parse a selector. SelectorError if it is invalid; `choose` tells whether a checkpoint matches."""
     text = text.strip()
     match text:
         case "latest" | "backup" | "best":
@@ -65,36 +65,36 @@ def parse_selector(text: str) -> Selector:
         return Selector("id", text)
     if "/" in text or text in (".", ".."):
         return Selector("path", text)
-    raise SelectorError(f"{text!r} selects no checkpoint: use {FORMS}")
+    raise SelectorError(f"{text!r} is not a selector: use {FORMS}")
 
 
 def apply_best_rule(text: str, rule: BestRule) -> str:
-    """`best` by a run's own rule where it has one that is not the default; every other selector as it is.
+    """Replace `best` by the run's own rule, unless that is the default; other selectors stay unchanged.
 
-    By default the rule that the checkpoints' run has stored decides.
+    With the default, the rule stored in the checkpoints decides.
     """
     return rule.selector if rule != DEFAULT and text.strip() == "best" else text
 
 
 def choose(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord:
-    """The committed record that the selector means. SelectorError, listing what there is, if none is."""
+    """The committed record that the selector selects. If there is none, SelectorError lists what there is."""
     ordered = by_sequence(records)
     found = _FINDERS[selector.kind](ordered, selector)
     if found is None:
         why = _missing(selector, ordered)
-        raise SelectorError(f"no checkpoint answers to {selector.text!r}: {why}. {describe(ordered)}")
+        raise SelectorError(f"no checkpoint matches {selector.text!r}: {why}. {describe(ordered)}")
     return found
 
 
 def describe(records: Sequence[CheckpointRecord]) -> str:
-    """A sentence that lists what there is, newest first, for error messages."""
+    """A sentence that lists the checkpoints, newest first, for error messages."""
     if not records:
         return "There is no committed checkpoint"
     serving = roles(records)
     newest = list(reversed(by_sequence(records)))
     shown = [_one(record, serving[record.id]) for record in newest[:_SHOWN]]
     more = f" and {len(newest) - _SHOWN} older ones" if len(newest) > _SHOWN else ""
-    return f"There is: {'; '.join(shown)}{more}"
+    return f"Available: {'; '.join(shown)}{more}"
 
 
 def _one(record: CheckpointRecord, serving: tuple[str, ...]) -> str:
@@ -112,12 +112,12 @@ def _no_best(records: Sequence[CheckpointRecord], selector: Selector) -> str:
 def _missing(selector: Selector, records: Sequence[CheckpointRecord]) -> str:
     return {
         "latest": "nothing was committed",
-        "backup": "backup is the one before the latest, and there are not two",
+        "backup": "backup is the one before the latest, and there are fewer than two",
         "best": _no_best(records, selector),
-        "epoch": f"none closed epoch {selector.number}",
-        "step": f"none is of step {selector.number}",
-        "id": "none has this id",
-        "path": "none lies at this path",
+        "epoch": f"no checkpoint closed epoch {selector.number}",
+        "step": f"no checkpoint at step {selector.number}",
+        "id": "no checkpoint has this id",
+        "path": "no checkpoint at this path",
     }[selector.kind]
 
 
@@ -126,8 +126,8 @@ def _newest(records: Sequence[CheckpointRecord]) -> CheckpointRecord | None:
 
 
 def _find_path(records: Sequence[CheckpointRecord], selector: Selector) -> CheckpointRecord | None:
-    wanted = selector.text.rstrip("/")
-    return _newest([record for record in records if record.path.rstrip("/") == wanted])
+    path = selector.text.rstrip("/")
+    return _newest([record for record in records if record.path.rstrip("/") == path])
 
 
 _Finder = Callable[[Sequence[CheckpointRecord], Selector], "CheckpointRecord | None"]
@@ -141,4 +141,4 @@ _FINDERS: dict[Kind, _Finder] = {
     "id": lambda records, s: _newest([r for r in records if r.id == s.text]),
     "path": _find_path,
 }
-"""Each gets the records oldest first, so that the newest of several wins."""
+"""Each receives the records oldest first, so that the newest of several wins."""

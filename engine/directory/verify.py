@@ -1,4 +1,4 @@
-"""Check a checkpoint against what was written: sizes, indexes and headers, and unless quick every block."""
+"""Verify a checkpoint against what was written: sizes, indexes, headers and, unless quick, every block."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from engine.directory.coverage import coverage_damage
-from engine.directory.damage import Damage, size_damage
+from engine.directory.damage import Damage, coverage_damage, size_damage
 from engine.directory.listing import read_index, read_manifest
 from engine.errors import DamagedError, NewerFormatError, NotFoundError
 from engine.format.digest import DIGEST_BYTES, block_digests, expected_digest
@@ -20,10 +19,10 @@ from engine.format.names import MANIFEST
 from engine.storage.base import Storage
 
 WINDOW_BYTES = 8 << 20
-"""How much one thread reads at a time."""
+"""Bytes that one thread reads at a time."""
 
 MAX_BLOCKS_NAMED = 16
-"""Damaged blocks of one file that are named one by one; a wiped file has ten thousands."""
+"""How many damaged blocks of one file are reported one by one; an overwritten file has tens of thousands."""
 
 _BATCH = 16
 _FIRST_BYTES = 8
@@ -33,7 +32,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What verification found. `bytes` were read and compared, in `secs`."""
+    """The result of a verification. `bytes` were read and compared, in `secs`."""
 
     id: str
     ok: bool
@@ -53,10 +52,10 @@ def verify_checkpoint(
 ) -> VerifyResult:
     """Verify one checkpoint. Damage is returned, not raised, in the order of ranks and blocks.
 
-    `quick` skips the blocks: sizes, indexes, headers, and that the chunks make up every tensor. `progress`
-    is called with the number of further bytes checked, by one thread at a time.
-    NotFoundError when the checkpoint was never committed or is retired meanwhile; NewerFormatError when this
-    Holdfast cannot tell; StorageError when the storage fails.
+    `quick` skips the blocks, and checks sizes, indexes, headers and that the chunks cover every tensor.
+    `progress` is called with the number of bytes checked since the last call, by one thread at a time.
+    NotFoundError if the checkpoint was never committed or is deleted meanwhile; NewerFormatError if this
+    Holdfast cannot read it; StorageError if the storage fails.
     """
     return _Verification(storage, id, quick, progress, clock).run(threads)
 
@@ -71,7 +70,7 @@ class _Verification:
         self._progress = progress
         self._clock = clock
         self._lock = threading.Lock()
-        self._buffers = threading.local()  # one a thread: zeroing a fresh one costs as much as reading it
+        self._buffers = threading.local()  # one per thread: zeroing a new one costs as much as reading into it
         self._checked_bytes = 0
 
     def run(self, threads: int) -> VerifyResult:
@@ -110,21 +109,21 @@ class _Verification:
                     for shard in shards:
                         damage += self._blocks(shard, pool)
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # an interrupt must not wait for all that is queued
+                pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the queue
                 raise
         return damage
 
     def _require_manifest(self) -> None:
         if not self._storage.exists(f"{self._id}/{MANIFEST}"):
             raise NotFoundError(
-                f"{self._storage.describe(self._id)} is no committed checkpoint: it has no manifest, or was "
+                f"{self._storage.describe(self._id)} is not a committed checkpoint: it has no manifest, or was "
                 "deleted during the verification"
             )
 
     def _shard(
         self, manifest: Manifest, rank: int, broken: set[str]
     ) -> tuple[ShardIndex | None, list[Damage]]:
-        """One rank's index, and what is wrong with it and with the headers of its files."""
+        """One rank's index, and the damage of the index and of its files' headers."""
         file = manifest.shards[rank].index.file
         if file in broken:
             return None, []
@@ -151,7 +150,7 @@ class _Verification:
         except DamagedError as error:
             yield _document_damage(shard.file, "the header as written", error)
             return
-        if self._quick:  # it is read again with the blocks otherwise
+        if self._quick:  # otherwise it is counted with the blocks
             self._count(len(raw))
         stored = {name: (e.dtype, e.sizes, e.begin, e.end) for name, e in entries.items()}
         indexed = {p.chunk.name: (p.chunk.dtype, p.chunk.sizes, p.begin, p.end) for p in shard.chunks}
@@ -178,7 +177,7 @@ class _Verification:
                 for begins in _batches(range(0, shard.file_bytes, window_bytes)):
                     for found in pool.map(differing, begins):
                         bad += found
-            except DamagedError as error:  # it became shorter since it was listed
+            except DamagedError as error:  # the file was shortened after it was listed
                 return [_document_damage(shard.file, f"{shard.file_bytes} bytes", error)]
         named = [_block_damage(shard, block, digest) for block, digest in bad[:MAX_BLOCKS_NAMED]]
         if len(bad) > MAX_BLOCKS_NAMED:
@@ -186,10 +185,10 @@ class _Verification:
         return named
 
     def _buffer(self, window_bytes: int) -> memoryview:
-        held: bytearray | None = getattr(self._buffers, "held", None)
-        if held is None or len(held) < window_bytes:
-            held = self._buffers.held = bytearray(window_bytes)
-        return memoryview(held)[:window_bytes]
+        buffer: bytearray | None = getattr(self._buffers, "buffer", None)
+        if buffer is None or len(buffer) < window_bytes:
+            buffer = self._buffers.buffer = bytearray(window_bytes)
+        return memoryview(buffer)[:window_bytes]
 
     def _count(self, checked_bytes: int) -> None:
         with self._lock:
@@ -199,12 +198,12 @@ class _Verification:
 
 
 def _batches(begins: range) -> Iterator[range]:
-    """A few windows at a time: an error or interrupt ends the work with them, however large the file."""
+    """A few windows at a time, so that an error or interrupt ends the work soon in a file of any size."""
     return (begins[at : at + _BATCH] for at in range(0, len(begins), _BATCH))
 
 
 def _differing(shard: ShardFile, first_block: int, found: bytes) -> Iterator[tuple[int, bytes]]:
-    """(block, digest found) for each whose digest is not the recorded one."""
+    """(block, digest found) for each block whose digest differs from the recorded one."""
     begin = first_block * DIGEST_BYTES
     if shard.digests[begin : begin + len(found)] == found:
         return
@@ -231,5 +230,5 @@ def _block_damage(shard: ShardFile, block: int, digest: bytes) -> Damage:
 
 def _further_damage(shard: ShardFile, more: int, total: int) -> Damage:
     blocks = len(shard.digests) // DIGEST_BYTES
-    sentence = f"{shard.file}: {more} more blocks are not what was written, {total} of {blocks} in all"
-    return Damage(shard.file, None, f"{blocks} whole blocks", f"{total} damaged blocks", sentence)
+    sentence = f"{shard.file}: {more} more blocks are not what was written, {total} of {blocks} in total"
+    return Damage(shard.file, None, f"{blocks} intact blocks", f"{total} damaged blocks", sentence)

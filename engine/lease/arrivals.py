@@ -1,9 +1,9 @@
 """Tells abandoned attempts from checkpoints that are still being copied in.
 
-Somebody may copy a checkpoint into the directory while a run writes there: with `cp`, `rsync` or `aws s3
-sync`, for as long as that takes, in any order of files. Until its manifest is there it looks like an attempt
-that was left behind. An attempt that no known run began is therefore left alone until nothing in
-it has changed for a while, by this process's clock or by the storage's own.
+A user may copy a checkpoint into the directory while a run writes there: with `cp`, `rsync` or `aws s3
+sync`, for hours, in any order of files. Until its manifest arrives it looks like an abandoned attempt. So an
+attempt that no known run began is left alone until nothing in it has changed for QUIET_SECS, by this
+process's clock or by the storage's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.storage.base import Storage
 QUIET_SECS = 3600.0
 """An attempt that no known run began counts as abandoned after this long without a change.
 
-Long, because nothing is urgent: attempts that runs leave behind are known by other means and deleted at
+Long, because nothing is urgent: attempts that runs left behind are recognised by their names and deleted at
 once. A copy that waits for a slow network is worth more than the space.
 """
 
@@ -24,36 +24,36 @@ Fingerprint = tuple[tuple[str, str], ...]
 
 
 class Arrivals:
-    """What was seen of attempts that no known run began, and since when. Belongs to one lease."""
+    """The state of attempts that no known run began, and since when it is unchanged. One per lease."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._seen: dict[str, tuple[Fingerprint, float]] = {}
         self.removing: set[str] = set()
-        """What this holder has begun to delete: a half-deleted checkpoint is not somebody's copy."""
+        """Checkpoints that this holder has begun to delete: a half-deleted one is not an arriving copy."""
         self._settled: set[str] | None = None
 
     def is_over(self, storage: Storage, name: str, reference: str, uploads: Collection[str] = ()) -> bool:
         """Whether nothing in the directory `name` has changed for QUIET_SECS.
 
         Args:
-            reference: a file that was written a moment ago: its time is about now on the storage's own clock.
-            uploads: paths of uploads into the directory that have no end yet.
+            reference: a file written a moment ago; its time stands for now on the storage's clock.
+            uploads: paths of unfinished uploads into the directory.
         """
         quiet_secs = self._unchanged_secs(name, (*_fingerprint(storage, name), *((u, "") for u in uploads)))
         return quiet_secs >= QUIET_SECS or _age_secs(storage, name, reference) >= QUIET_SECS
 
     def settle(self, id: str) -> None:
-        """This holder has committed it itself."""
+        """This holder committed the checkpoint `id` itself: it is not arriving."""
         if self._settled is not None:
             self._settled.add(id)
 
     def arriving(self, storage: Storage, ids: Collection[str], reference: str) -> set[str]:
-        """Of the committed checkpoints `ids`, those that somebody else has brought since the first such call.
+        """Of the committed checkpoints `ids`, those that others have copied in since the first call.
 
-        Their sizes are right, but the bytes may still be on their way; and somebody who copies an old
-        checkpoint in wants it for something. Until they have been unchanged for QUIET_SECS, retention neither
-        deletes them nor deletes others because of them.
+        Their sizes are right, but their bytes may still be arriving; and an old checkpoint was copied in for
+        a reason. Until they have been unchanged for QUIET_SECS, retention neither deletes them nor deletes
+        others because of them.
         """
         if self._settled is None:
             self._settled = set(ids)
@@ -63,7 +63,7 @@ class Arrivals:
         return arriving
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Forget what is gone. A deleted checkpoint may come back as a copy."""
+        """Forget all other names. A deleted checkpoint may come back as a copy."""
         self.removing.intersection_update(names)
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
 
@@ -80,11 +80,11 @@ def _fingerprint(storage: Storage, name: str) -> Fingerprint:
     try:
         return tuple(sorted(storage.versions(name).items()))
     except NotFoundError:
-        return ()  # nothing but uploads, or just gone
+        return ()  # only unfinished uploads, or deleted since
 
 
 def _age_secs(storage: Storage, name: str, reference: str) -> float:
-    """How long ago it changed, by the storage's clock. 0 where that cannot be told."""
+    """Seconds since the last change, by the storage's clock; 0 where that is unknown."""
     try:
         changed, now = storage.last_change(name), storage.last_change(reference)
     except NotFoundError:

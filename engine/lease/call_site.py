@@ -1,4 +1,4 @@
-"""Where in the user's own code a call into Holdfast was made, for messages."""
+"""Which line of the user's code called Holdfast, for messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OURS = str(Path(__file__).resolve().parents[1])
 
 
 def calling_line() -> str:
-    """ "file:line" of the innermost caller outside this package; "" where a thread of ours calls."""
+    """ "file:line" of the innermost caller outside this package; "" in one of our own threads."""
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

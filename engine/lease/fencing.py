@@ -1,4 +1,4 @@
-"""What a new holder of the lease does first: put its predecessors' attempts out of their reach."""
+"""A new lease holder's first step: rename its predecessors' attempts, so that they cannot commit them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from engine.lease.lease_file import MAX_LEASE_BYTES, LeaseInfo
 from engine.storage.base import Heads, Storage
 
 SLACK_SECS = 30.0
-"""How much longer than its last heartbeat a holder may have lived and written."""
+"""How long after its last heartbeat a holder may still have written."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """An earlier holder. `changed`: of its lease, on the storage's clock; None where that cannot be told."""
+    """An earlier holder. `changed`: when its lease changed, on the storage's clock; None if unknown."""
 
     run_id: str
     released: bool
@@ -35,28 +35,28 @@ class _Holder:
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """What fencing found.
+    """The result of fencing.
 
     predecessors: ids of the runs that ended without releasing the directory.
-    heads: the directory as fencing left it; None where another process had a hand in it meanwhile.
+    heads: the directory as fencing left it; None if another process changed it meanwhile.
     """
 
     predecessors: frozenset[str]
     heads: Heads | None
 
 
-class _Fate(enum.Enum):
-    """What became of an attempt that was to be renamed."""
+class _Outcome(enum.Enum):
+    """Of an attempt that was to be renamed."""
 
-    DEAD = enum.auto()
+    FENCED = enum.auto()
     UNCLEAR = enum.auto()
     CANNOT_RENAME = enum.auto()
 
 
 def fence(storage: Storage, epoch: int) -> Fenced:
-    """Rename the attempts of earlier holders to dead-*, and remove old leases and probe files.
+    """Rename the attempts of earlier holders to dead-*, and delete old leases and probe files.
 
-    Attempts of nobody who held this directory stay: somebody may be copying a checkpoint into it.
+    Attempts of runs that never held this directory stay: a user may be copying a checkpoint into it.
     """
     heads = storage.list_heads()
     tree, left, is_known = heads.tree, dict(heads.tree), True
@@ -66,13 +66,13 @@ def fence(storage: Storage, epoch: int) -> Fenced:
             continue
         if not _was_left_by(storage, name, holders) or storage.why_not_ours(name):
             continue
-        fate = _bury(storage, name)
-        if fate is _Fate.CANNOT_RENAME:
+        outcome = _fence_attempt(storage, name)
+        if outcome is _Outcome.CANNOT_RENAME:
             break
-        is_known = is_known and fate is _Fate.DEAD
+        is_known = is_known and outcome is _Outcome.FENCED
         left[DEAD_PREFIX + name] = left.pop(name)
     for name in tree.get("", {}):
-        # A crash while a lease was written leaves lease-00000001.1f0c9a3e.tmp.
+        # A crash during the write of a lease leaves lease-00000001.1f0c9a3e.tmp.
         older = parse_lease(name.partition(".")[0] if name.endswith(TMP_SUFFIX) else name)
         if (older is not None and older < epoch) or name.startswith(PROBE_PREFIX):
             storage.delete_file(name)
@@ -94,16 +94,16 @@ def _holder(storage: Storage, epoch: int) -> _Holder | None:
         info = LeaseInfo.from_bytes(raw, epoch, what=storage.describe(name))
         return _Holder(info.run_id, info.released, storage.last_change(name))
     except (NotFoundError, DamagedError):
-        return None  # swept up by a faster one, or unreadable: its attempts go once they are quiet
+        return None  # deleted by a faster run, or unreadable: its attempts are deleted once they are quiet
 
 
 def _was_left_by(storage: Storage, name: str, holders: list[_Holder]) -> bool:
-    """Whether an earlier holder wrote it, and nobody since.
+    """Whether an earlier holder wrote it, and nobody has written to it since.
 
-    A run's own checkpoint may come back as a copy: that changes after the run has ended.
+    A run's own checkpoint may come back as a copy: such a copy changes after the run has ended.
     """
-    mine = [holder for holder in holders if is_attempt_of(name, [holder.run_id])]
-    if not mine:
+    writers = [holder for holder in holders if is_attempt_of(name, [holder.run_id])]
+    if not writers:
         return False
     try:
         changed = storage.last_change(name)
@@ -113,20 +113,20 @@ def _was_left_by(storage: Storage, name: str, holders: list[_Holder]) -> bool:
         not holder.released
         if changed is None or holder.changed is None
         else changed <= holder.changed + (0.0 if holder.released else SLACK_SECS)
-        for holder in mine
+        for holder in writers
     )
 
 
-def _bury(storage: Storage, name: str) -> _Fate:
-    """Rename an attempt to dead-*, where the storage can rename (attempt paths are unique anyway)."""
+def _fence_attempt(storage: Storage, name: str) -> _Outcome:
+    """Rename an attempt to dead-*, if the storage can rename (if not: no path is ever written twice)."""
     dead = DEAD_PREFIX + name
     try:
         if not storage.rename(name, dead):
-            return _Fate.CANNOT_RENAME
-    except (NotFoundError, AlreadyExistsError):  # another taker was here first
-        return _Fate.UNCLEAR
-    # Its writer may have committed after our listing. It cannot after the rename, so this answer is final.
+            return _Outcome.CANNOT_RENAME
+    except (NotFoundError, AlreadyExistsError):  # another new holder was faster
+        return _Outcome.UNCLEAR
+    # Its writer may have committed it after our listing. After the rename it cannot: this answer is final.
     if storage.exists(f"{dead}/{MANIFEST}"):
         storage.rename(dead, name)
-        return _Fate.UNCLEAR
-    return _Fate.DEAD
+        return _Outcome.UNCLEAR
+    return _Outcome.FENCED

@@ -1,11 +1,11 @@
 """One run at a time writes to a checkpoint directory: the lease.
 
-The lease is a file `lease-<epoch>`, created exclusively. Its holder counts a heartbeat up in it. The highest
-epoch is the holder. Taking over creates the next epoch, so that of several takers one wins, and a holder that
-was only asleep finds the higher number before it commits and stops.
+The lease is a file `lease-<epoch>`, created exclusively. Its holder increments a heartbeat in it. The highest
+epoch holds the directory. A takeover creates the next epoch: of several runs that try, one wins. A holder that
+was only suspended finds the higher epoch before its next commit, and stops.
 
-Within one boot and pid namespace, pid and start time say at once whether the holder lives. Anywhere else it
-counts as dead when its heartbeat has not changed for 60 s on the observer's own clock. Clocks of different
+Within one boot and pid namespace, pid and start time show at once whether the holder is alive. Anywhere else
+it counts as dead when its heartbeat has not changed for 60 s on the observer's own clock. Clocks of different
 machines are never compared, except for the age in a message.
 """
 
@@ -41,23 +41,23 @@ from engine.storage.base import Heads, Storage
 log = logging.getLogger(__name__)
 
 STALE_SECS = 60.0
-"""A heartbeat unchanged for so long, by the observer's clock, belongs to a dead holder."""
+"""A holder whose heartbeat has not changed for this long, by the observer's clock, is dead."""
 
 HEARTBEAT_SECS = 10.0
-"""How often the holder beats."""
+"""Interval between two heartbeats of the holder."""
 
 RELEASE_SECS = 60.0
-"""How long the end of a run waits for a storage that does not take the release: it is stale by then."""
+"""How long a run that ends waits for its storage to write the release: then the lease is stale anyway."""
 
 _ours: weakref.WeakValueDictionary[tuple[str, int], Lease] = weakref.WeakValueDictionary()
-"""The leases that this process has taken, by run and epoch."""
+"""The leases that this process has acquired, by run and epoch."""
 
 
 class Lease:
     """The right to write to a directory. Made by `acquire`; one process holds it for all ranks of a run.
 
-    Safe to use from several threads. As a context manager it is released at the end. A forked child does not
-    hold it: there `check` raises, and nothing is written.
+    Thread-safe. A context manager: it is released at the end. A forked child does not hold it: there `check`
+    raises, and nothing is written.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Lease:
         self._problem: Exception | None = None
         self._lost = False
         self.arrivals = Arrivals(clock)
-        """What is known of attempts in the directory that no run is known to have begun."""
+        """What is known of attempts that no known run began."""
         self.predecessors: frozenset[str] = frozenset()
         """Ids of runs that held the directory before and ended without releasing it."""
         self._heads: Heads | None = None
@@ -97,10 +97,10 @@ class Lease:
         wall: Callable[[], float] = time.time,
         alive: Callable[[ProcessIdentity], bool | None] = is_alive,
     ) -> Lease:
-        """Become the only writer, taking over from a dead holder. Waits up to `stale_secs` to see one dead.
+        """Become the only writer; take over from a dead holder. Waits up to `stale_secs` to see it dead.
 
-        Then what earlier holders were writing is renamed to dead-*, where the storage can rename: they
-        cannot commit it any more. DirectoryHeldError when a live run holds the directory.
+        Attempts that earlier holders were writing are then renamed to dead-*, where the storage can rename:
+        they can no longer commit them. DirectoryHeldError if a live run holds the directory.
         """
         me = process or ProcessIdentity.current()
         watch = _Watch(storage, clock)
@@ -122,7 +122,7 @@ class Lease:
                     if _overtaken(storage, info):
                         continue
                     if top is not None and not top.released:
-                        log.info("took %s over from %s, which is gone", storage.uri, top.describe())
+                        log.info("took over %s from %s, which has ended", storage.uri, top.describe())
                     fenced = fence(storage, epoch)
                     lease.predecessors, lease._heads = fenced.predecessors, fenced.heads
                 except HoldfastError:
@@ -131,18 +131,18 @@ class Lease:
                 return lease
 
     def take_heads(self) -> Heads | None:
-        """The listing that was made when this lease was acquired; once, because it ages and can be large."""
+        """The listing made when this lease was acquired. Only once: it ages, and can be large."""
         heads, self._heads = self._heads, None
         return heads
 
     @property
     def epoch(self) -> int:
-        """The number of this lease; higher than that of every earlier holder."""
+        """The number of this lease: higher than that of every earlier one."""
         return self._info.epoch
 
     @property
     def info(self) -> LeaseInfo:
-        """What the lease file says."""
+        """The contents of the lease file."""
         return self._info
 
     @property
@@ -151,33 +151,33 @@ class Lease:
         return self._clock() - self._acquired_at
 
     def heartbeat(self) -> None:
-        """Count the heartbeat up. LeaseLostError if it is lost; StorageError if it cannot be written."""
+        """Write the next heartbeat. LeaseLostError if the lease is lost; StorageError if the write fails."""
         self.check()
         with self._lock:
             if not self._info.released:
-                self._write(self._info.beaten(self._wall()))
+                self._write(self._info.next_heartbeat(self._wall()))
 
     def check(self) -> None:
-        """LeaseLostError if another run has taken the directory over. Call it right before a commit."""
+        """LeaseLostError if another run has taken over the directory. Call it right before a commit."""
         if self._home.left:
             raise LeaseLostError(
                 f"{self._storage.uri} is held by process {self._home.pid}, and this is a forked child of it: "
                 "only the parent may write there"
             )
         if not self._lost:
-            taker = self._find_taker()
-            if taker is None:
+            successor = self._find_successor()
+            if successor is None:
                 return
             self._lost = True
-            log.error("the lease on %s is lost to %s", self._storage.uri, taker)
+            log.error("the lease on %s was lost to %s", self._storage.uri, successor)
         raise LeaseLostError(
-            f"another run has taken {self._storage.uri} over, because this one (lease {self.epoch}) gave no "
-            "sign of life: nothing more may be committed here. Stop one of the two, or give this one another "
+            f"another run has taken over {self._storage.uri}, because this run (lease {self.epoch}) showed no "
+            "heartbeat: this run can no longer commit there. Stop one of the two, or give this one another "
             "--checkpoint_dir"
         )
 
     def start_heartbeat(self, interval_secs: float = HEARTBEAT_SECS) -> None:
-        """Beat from a background thread until `release`. A beat that fails is logged and tried again."""
+        """Write heartbeats from a background thread until `release`. A failed one is logged and retried."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._beat, args=(interval_secs,), name="holdfast-lease", daemon=True
@@ -185,17 +185,17 @@ class Lease:
             self._thread.start()
 
     def release(self) -> None:
-        """Stop the heartbeat and let the next run in at once. A lost lease is left to its new holder.
+        """Stop the heartbeat and let the next run start at once. A lost lease is left to its new holder.
 
-        Raises: StorageError; StorageUnavailableError also when the storage does not answer at all.
+        Raises: StorageError; StorageUnavailableError also if the storage does not answer at all.
         """
         if self._home.left:
             return
         thread = self._thread
         if thread is None:
-            self._let_go()
+            self._write_release()
             return
-        # The thread that beats writes the release, too: a call that never returns holds nobody else up.
+        # The heartbeat thread also writes the release: a call that never returns blocks only that thread.
         self._releasing = True
         self._stop.set()
         thread.join(RELEASE_SECS)
@@ -208,11 +208,11 @@ class Lease:
             raise self._problem
 
     def abandon(self) -> None:
-        """Stop the heartbeat and leave the lease as it is, to be taken over as that of a dead holder."""
+        """Stop the heartbeat without releasing: the next run takes the lease over as that of a dead holder."""
         self._stop.set()
 
     def try_release(self) -> None:
-        """Release after a failed start, whose error is the one to report."""
+        """Release, but only log a failure: for a start that failed with an error of its own to report."""
         try:
             self.release()
         except HoldfastError as error:
@@ -235,37 +235,37 @@ class Lease:
             try:
                 self.heartbeat()
             except LeaseLostError:
-                return  # logged; the next commit fails with it
-            except HoldfastError as error:  # any: what a client makes of a garbled answer is no StorageError
-                log.warning("a heartbeat in %s failed, the next one may pass: %s", self._storage.uri, error)
+                return  # logged; the next commit raises it
+            except HoldfastError as error:  # any: a garbled answer may raise something besides StorageError
+                log.warning("a heartbeat in %s failed; the next one is tried as usual: %s", self._storage.uri, error)
         if self._releasing:
             try:
-                self._let_go()
+                self._write_release()
             except Exception as error:
                 self._problem = error
 
-    def _let_go(self) -> None:
+    def _write_release(self) -> None:
         try:
             self.check()
-        except (LeaseLostError, NotFoundError):  # another run's now, or the whole directory is gone
+        except (LeaseLostError, NotFoundError):  # taken over, or the whole directory was deleted
             return
         with self._lock:
             if not self._info.released:
-                self._write(self._info.let_go())
+                self._write(self._info.as_released())
 
-    def _find_taker(self) -> str | None:
-        """Who has the directory instead of us. Also looks by name: network file systems cache listings."""
+    def _find_successor(self) -> str | None:
+        """Who holds the directory instead of us. Also checks by name: network file systems cache listings."""
         higher = [epoch for epoch in _epochs(self._storage) if epoch > self.epoch]
         if higher or self._storage.exists(lease_name(self.epoch + 1)):
             return f"the holder of lease {max(higher, default=self.epoch + 1)}"
         own = _read(self._storage, self.epoch)
         if own is not None and not own.same_holder(self._info):
-            return own.describe()  # the directory was emptied, and another run began to count at 1 again
+            return own.describe()  # the directory was emptied, and another run started at epoch 1 again
         return None
 
 
 class _Watch:
-    """Watches the newest lease: since when, on our own clock, its bytes have not changed."""
+    """Watches the newest lease: how long, on our own clock, its contents have not changed."""
 
     def __init__(self, storage: Storage, clock: Callable[[], float]) -> None:
         self._storage = storage
@@ -280,7 +280,7 @@ class _Watch:
         return self._clock() - self._since
 
     def look(self) -> LeaseInfo | None:
-        """The newest lease, or None when there is none."""
+        """The newest lease, or None."""
         top = None
         for epoch in sorted(_epochs(self._storage), reverse=True):
             top = _read(self._storage, epoch)
@@ -295,7 +295,7 @@ class _Watch:
         if not self._announced:
             self._announced = True
             log.info(
-                "%s was last held by %s: waiting up to %.0f s for a sign of life",
+                "%s was last held by %s: waiting up to %.0f s for a heartbeat",
                 self._storage.uri,
                 top.describe(),
                 stale_secs,
@@ -308,7 +308,7 @@ def _epochs(storage: Storage) -> list[int]:
 
 
 def _read(storage: Storage, epoch: int) -> LeaseInfo | None:
-    """A lease, or None when it is gone. An unreadable one is some holder's whom only time proves dead."""
+    """A lease, or None if it was deleted. An unreadable one counts as held until it is stale."""
     name = lease_name(epoch)
     try:
         raw = storage.read_bytes(name, max_bytes=MAX_LEASE_BYTES)
@@ -320,32 +320,32 @@ def _read(storage: Storage, epoch: int) -> LeaseInfo | None:
 
 
 def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], settle_secs: float) -> bool:
-    """Create the lease file; False when another run was first."""
+    """Create the lease file. False if another run was faster."""
     try:
         storage.publish(lease_name(info.epoch), info.to_bytes(), exclusive=True)
     except StorageError as error:
-        # The answer may have been lost, or belong to a repeated request, after the file was created.
+        # The file may exist all the same: the answer was lost, or is that of a repeated request.
         if not _is_ours(storage, info, error):
             if isinstance(error, AlreadyExistsError):
                 return False
-            # The holder of a later lease sweeps up what takers of earlier ones were about to publish.
+            # The holder of a later lease deletes the temporary files of earlier ones.
             if isinstance(error, NotFoundError) and _higher(storage, info.epoch):
                 return False
             raise
         return True
     if storage.supports_exclusive_create:
         return True
-    # Of several who overwrote each other, the last writer stands: wait for the others' writes, then look.
+    # If several runs overwrote each other, the last write wins: wait for the others' writes, then look.
     sleep(settle_secs)
     written = _read(storage, info.epoch)
     return written is not None and written.same_holder(info)
 
 
 def _overtaken(storage: Storage, info: LeaseInfo) -> bool:
-    """Whether a higher lease is there already: then ours, just created, is taken back.
+    """Whether a higher lease exists already: then ours, just created, is deleted again.
 
-    A look at the directory lists and then reads. While others take over from each other it may find that the
-    leases it has listed are gone, and see none at all: whoever then began at 1 would fence a live holder.
+    `look` lists the leases and then reads them. While other runs take over from each other, the listed ones may
+    be deleted before they are read, so that it sees none: a run that then began at 1 would fence a live holder.
     """
     if not _higher(storage, info.epoch):
         return False
@@ -359,7 +359,7 @@ def _higher(storage: Storage, epoch: int) -> bool:
 
 
 def _is_ours(storage: Storage, info: LeaseInfo, error: StorageError) -> bool:
-    """Whether the lease exists and is this one. What cannot be seen is not ours: `error` stands."""
+    """Whether the lease exists and is this one. False if it cannot be read: then `error` is raised."""
     try:
         found = _read(storage, info.epoch)
     except StorageError:

@@ -1,4 +1,4 @@
-"""What a lease file says, and what follows from it: a value and a pure decision."""
+"""The contents of a lease file, and the decision whether its holder is alive. Pure."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LeaseInfo:
     process: ProcessIdentity
     run_id: str
     heartbeat: int
-    """Counts up for as long as the holder lives."""
+    """Incremented for as long as the holder lives."""
     heartbeat_at: float
-    """Unix time of that heartbeat by the holder's clock. For messages only: clocks differ."""
+    """Unix time of the last heartbeat, by the holder's clock. For messages only: clocks differ."""
     released: bool
 
     def to_bytes(self) -> bytes:
@@ -51,19 +51,19 @@ class LeaseInfo:
 
     @classmethod
     def unreadable(cls, epoch: int) -> LeaseInfo:
-        """Stands for a lease file that cannot be understood: somebody's, who shows no heartbeat."""
+        """In place of a lease file that cannot be parsed: held by an unknown run without a heartbeat."""
         return cls(epoch, _NOBODY, "unknown", heartbeat=0, heartbeat_at=0.0, released=False)
 
-    def beaten(self, now: float) -> LeaseInfo:
+    def next_heartbeat(self, now: float) -> LeaseInfo:
         """The same lease, one heartbeat later."""
         return replace(self, heartbeat=self.heartbeat + 1, heartbeat_at=now)
 
-    def let_go(self) -> LeaseInfo:
-        """The same lease, given back."""
+    def as_released(self) -> LeaseInfo:
+        """The same lease, released."""
         return replace(self, released=True)
 
     def same_holder(self, other: LeaseInfo) -> bool:
-        """Whether both are one process's hold on one epoch."""
+        """Whether both are the same process holding the same epoch."""
         return (self.epoch, self.process, self.run_id) == (other.epoch, other.process, other.run_id)
 
     def describe(self) -> str:
@@ -92,11 +92,11 @@ def _field(value: object, name: str, what: str) -> Any:
 
 
 class Verdict(enum.Enum):
-    """What to think of the holder of the newest lease."""
+    """Whether a directory is held, judging by its newest lease."""
 
     FREE = "released by its holder, or the holder is dead"
     LIVE = "held by a live run"
-    UNKNOWN = "no sign of life yet: wait and look again"
+    UNKNOWN = "no heartbeat seen yet: wait and look again"
 
 
 def judge(
@@ -107,11 +107,11 @@ def judge(
     has_changed: bool,
     stale_secs: float,
 ) -> Verdict:
-    """Decide on the newest lease.
+    """Judge the newest lease, `top`.
 
-    `alive` asks about a process of our own boot and pid namespace; None means that it cannot say. Then, and
-    for all other processes, the heartbeat decides: `unchanged_secs` since it last changed under our eyes,
-    `has_changed` whether it ever did.
+    `alive` looks up a process of our own boot and pid namespace; None means unknown. Then, and for all other
+    processes, the heartbeat decides: whether it has changed since we began to watch (`has_changed`), and how
+    long ago (`unchanged_secs`).
     """
     if top.released:
         return Verdict.FREE

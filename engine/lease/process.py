@@ -1,4 +1,4 @@
-"""Which process this is, and whether another one on the same machine still lives."""
+"""Which process this is, and whether another one on the same machine is alive."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 _STATE_FIELD = 3
 _START_TIME_FIELD = 22
-_GONE_STATES = ("Z", "X")
+_DEAD_STATES = ("Z", "X")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process, such that no later process is mistaken for it. A pid alone is used again."""
+    """Identifies a process uniquely. A pid alone is reused by later processes."""
 
     host: str
-    """For people; no decision rests on it."""
+    """For messages only."""
     pid: int
     start_time: int
-    """Clock ticks after boot at which it started: field 22 of /proc/<pid>/stat."""
+    """When it started, in clock ticks after boot: field 22 of /proc/<pid>/stat."""
     boot_id: str
     pid_namespace: str
-    """As /proc/<pid>/ns/pid names it. Pids of another namespace (a container) mean nothing here."""
+    """The target of /proc/<pid>/ns/pid. Pids of another namespace (a container) mean nothing here."""
 
     @classmethod
     def current(cls) -> ProcessIdentity:
@@ -41,25 +41,25 @@ class ProcessIdentity:
 
 
 def is_alive(process: ProcessIdentity) -> bool | None:
-    """Whether a process of our own boot and pid namespace lives; None when /proc will not say.
+    """Whether a process of our own boot and pid namespace is alive; None if /proc does not tell.
 
-    A zombie counts as gone: it writes nothing any more, and in a container without an init it stays for ever.
+    A zombie counts as dead: it writes nothing more, and in a container without an init it stays for ever.
     """
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it exists and is another user's
+        pass  # it exists and belongs to another user
     try:
         state, start_time = _stat(str(process.pid))
     except FileNotFoundError:
-        return None  # gone since, or hidden from us (hidepid)
-    return start_time == process.start_time and state not in _GONE_STATES
+        return None  # it ended since, or is hidden from us (hidepid)
+    return start_time == process.start_time and state not in _DEAD_STATES
 
 
 def _stat(pid: str) -> tuple[str, int]:
-    """(state, start time). The command's name in field 2 may hold spaces and brackets: count from its end."""
+    """(state, start time). Field 2, the command's name, may contain spaces and brackets: count after it."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[_STATE_FIELD - 3], int(fields[_START_TIME_FIELD - 3])
 

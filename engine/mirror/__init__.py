@@ -1,1 +1,1 @@
-"""The second tier: copies of committed checkpoints, and what is still owed to it. No torch."""
+"""The mirror, a second directory with copies of committed checkpoints. No torch."""

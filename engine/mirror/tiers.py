@@ -1,4 +1,4 @@
-"""Two directories seen as one: each checkpoint once, as the copy that a restore would read. Pure."""
+"""Merge the listings of two directories: each checkpoint once, as the copy that a restore reads. Pure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ Tier = Literal["local", "mirror"]
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """Every checkpoint of both in `listed`, by sequence; `from_mirror`: ids whose copy is the mirror's."""
+    """`listed`: the checkpoints of both tiers, by sequence. `from_mirror`: ids taken from the mirror."""
 
     listed: tuple[Listed, ...]
     from_mirror: frozenset[str] = frozenset()
 
 
 def both_tiers(local: Iterable[Listed], mirror: Iterable[Listed]) -> Tiers:
-    """Of two copies the local one, which is nearer; one that is whole before any that is not."""
-    mine, theirs = ({item.id: item for item in tier} for tier in (local, mirror))
-    chosen = {id: _nearer(mine.get(id), theirs.get(id)) for id in {**mine, **theirs}}
+    """Prefer the local copy, which is faster to read, unless only the mirror's is committed."""
+    local_items, mirror_items = ({item.id: item for item in tier} for tier in (local, mirror))
+    ids = {**local_items, **mirror_items}
+    chosen = {id: _prefer(local_items.get(id), mirror_items.get(id)) for id in ids}
     listed = sorted((item for item, _ in chosen.values()), key=_order)
     return Tiers(tuple(listed), frozenset(id for id, (_, tier) in chosen.items() if tier == "mirror"))
 
 
-def _nearer(local: Listed | None, mirror: Listed | None) -> tuple[Listed, Tier]:
+def _prefer(local: Listed | None, mirror: Listed | None) -> tuple[Listed, Tier]:
     if local is None:
         assert mirror is not None
         return mirror, "mirror"
@@ -37,7 +38,7 @@ def _nearer(local: Listed | None, mirror: Listed | None) -> tuple[Listed, Tier]:
 
 
 def _order(item: Listed) -> tuple[int, int, str]:
-    """As `list_checkpoints` has it: by sequence, those without a readable manifest last."""
+    """The order of `list_checkpoints`: by sequence, those without a readable manifest last."""
     if item.record is not None:
         return 0, item.record.sequence, item.id
     return (1 if item.status == "damaged" else 2), 0, item.id

@@ -1,9 +1,9 @@
-"""Brings committed checkpoints to the mirror, in the background, and never gets in the way of a save.
+"""Copies committed checkpoints to the mirror in the background, without ever delaying a save.
 
-A thread of its own waits for commits, copies what is owed, and applies the run's retention to the mirror.
-Whatever the mirror does, it costs the training an event and a log line per outage; the next commit tries
-again, and so does time. What is left at the end is completed by the next start: copies that were broken off
-are continued, not repeated.
+A thread waits for commits, copies pending checkpoints, and applies the run's retention to the mirror. A fault
+of the mirror costs the training only an event and a log line per outage; it is retried after RETRY_SECS or at
+the next commit. Checkpoints still pending at the end are copied by the next run, which resumes interrupted
+copies.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from engine.storage.open import open_storage
 log = logging.getLogger(__name__)
 
 RETRY_SECS = 60.0
-"""After a failure, how long to wait for the next commit before trying again without one."""
+"""After a failure, how long to wait for the next commit before retrying without one."""
 
 CANCEL_SECS = 3.0
-"""How long a copy that was asked to stop may take to do so."""
+"""How long `close` waits for a cancelled copy to stop."""
 
 THREAD_NAME = "holdfast-mirror"
 _POLL_SECS = 0.2
 
 Patience = Callable[[], float | None]
-"""Seconds that are left for the mirror at the end of a run; None for as long as it gets on."""
+"""Seconds left for the mirror at the end of a run; None: no limit."""
 
 
 def no_limit() -> float | None:
-    """Wait for the mirror until it has everything, or fails."""
+    """Wait for the mirror until it is up to date, or fails."""
     return None
 
 
 def at_most(secs: float) -> Patience:
-    """Wait for the mirror for so long, from now on."""
+    """Wait for the mirror for at most `secs`, from now on."""
     end = time.monotonic() + secs
     return lambda: max(0.0, end - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorPlan:
-    """What a run wants of its mirror: see `owed.is_mirrored`; its policy (None keeps all); and its name."""
+    """How a run uses its mirror: `freq` (see `is_mirrored`), retention (None keeps all), and the run's id."""
 
     freq: int
     retention: Retention | None
@@ -76,17 +76,17 @@ class MirrorPlan:
 def open_mirror(
     mirror: str | os.PathLike[str] | None, local: Storage, options: Mapping[str, str] | None
 ) -> Storage | None:
-    """The storage of a mirror, if there is one. ConfigError when it is the directory itself."""
+    """The storage of the mirror, if there is one. ConfigError if it is the local directory itself."""
     if mirror is None:
         return None
     storage = open_storage(mirror, options)
     if storage.uri == local.uri:
-        raise ConfigError(f"{storage.uri} is both the directory and its mirror: give two different ones")
+        raise ConfigError(f"{storage.uri} is both the directory and its mirror: give two different directories")
     return storage
 
 
 def copies_hang() -> bool:
-    """Whether a mirror that was closed is still in a call to its storage, which may go on for long."""
+    """Whether a closed mirror's thread still hangs in a call to its storage."""
     return any(thread.name == THREAD_NAME for thread in threading.enumerate())
 
 
@@ -95,8 +95,8 @@ class Mirror:
 
     Args:
         local: the run's own directory.
-        storage: where the copies go.
-        on_event: told of "mirror_copied" and "mirror_failed", from the mirror's thread.
+        storage: the mirror's.
+        on_event: receives "mirror_copied" and "mirror_failed" events, in the mirror's thread.
     """
 
     def __init__(
@@ -111,72 +111,72 @@ class Mirror:
         self._on_event = on_event
         self._lease: Lease | None = None
         self._lock = threading.Lock()
-        self._there: tuple[CheckpointRecord, ...] = ()
-        self._seen_here: Memory = {}
-        self._held: Mapping[str, str] = {}
-        self._checked: set[str] = set()
+        self._mirrored: tuple[CheckpointRecord, ...] = ()
+        self._memory: Memory = {}
+        self._exempt: Mapping[str, str] = {}
+        self._verified: set[str] = set()
         self._refused: set[str] = set()
-        self._begun: set[str] = set()
-        """What this process has begun to send: half of it is nobody else's."""
+        self._sent: set[str] = set()
+        """Ids that this process has begun to send: a half-sent one is not another process's copy."""
         self._failure: str | None = None
-        self._left = 0
+        self._pending_count = 0
         self._wake, self._cancel = threading.Event(), threading.Event()
         self._closing = False
         self._home = Home()
         self.thread: threading.Thread | None = None
         self.in_flight: str | None = None
-        """The id that is being sent right now."""
+        """The id of the checkpoint being sent."""
         self.highest_sequence = 0
-        """The highest commit number that was seen in the mirror."""
+        """The highest commit number seen in the mirror."""
 
     def open(self, *, required: bool = True) -> None:
-        """Take the mirror's lease and see what it holds. Waits for a dead holder as any directory does.
+        """Acquire the mirror's lease and list it. Waits for a dead holder, as for any directory.
 
-        Raises: DirectoryHeldError when another run writes to the mirror; StorageError. A mirror that does
-            not answer raises only if it is `required`: where nothing lies locally, it alone knows how far the
-            commit numbers have come. Otherwise it is tried again later.
+        Raises: DirectoryHeldError if another run writes to the mirror; StorageError. A mirror that does not
+            answer raises only if it is `required`: without local checkpoints, only the mirror knows the
+            highest commit number. Otherwise it is retried later.
         """
         try:
             self._require_lease()
-            self._see()
+            self._refresh()
         except StorageUnavailableError as error:
             if required:
                 self.try_release()
                 raise
-            log.warning("the mirror does not answer, and gets what it is owed later: %s", error)
+            log.warning("the mirror does not answer; pending checkpoints are copied later: %s", error)
         except HoldfastError:
             self.try_release()
             raise
 
     def try_release(self) -> None:
-        """Let go of the lease, or of what is left of one that was lost. What fails at that is logged only."""
+        """Release the lease, if any, even one that was lost. Failures are only logged."""
         if self._lease is not None:
             self._lease.try_release()
             self._lease = None
 
     def start(self) -> None:
-        """Begin with what was owed already; from then on every `committed` is followed up."""
+        """Start the thread: it copies what is pending now, and again after every `committed`."""
         self._wake.set()
         # A daemon: a store that never answers must not keep the process.
         self.thread = threading.Thread(target=self._serve, name=THREAD_NAME, daemon=True)
         self.thread.start()
 
     def committed(self) -> None:
-        """There is a new local checkpoint. Returns at once."""
+        """Tell the mirror of a new local checkpoint. Returns at once."""
         self._wake.set()
 
     def pending_ids(self, local: Sequence[CheckpointRecord]) -> frozenset[str]:
-        """Which of the local checkpoints the mirror is owed, as far as is known. Asks no storage."""
+        """Which of the local checkpoints are pending, as far as is known. Calls no storage."""
         with self._lock:
-            there = self._there
-        pending = pending_copies(local, there, self._plan.freq, self._plan.retention)
+            mirrored = self._mirrored
+        pending = pending_copies(local, mirrored, self._plan.freq, self._plan.retention)
         return frozenset(record.id for record in pending)
 
     def close(self, patience: Patience = no_limit) -> bool:
-        """Send what is owed, for as long as `patience` allows, then let go of the mirror.
+        """Copy pending checkpoints for as long as `patience` allows, then release the mirror.
 
-        An outage ends it: the next start sends the rest. Returns False if a call to the storage hangs: its
-        thread is left behind then. In a forked child it does nothing: the copies are the parent's.
+        An outage ends it: the next run copies the rest. Returns False if a call to the storage hangs: then
+        its thread is abandoned. Does nothing in a forked child: the copies are the parent's.
         """
         if self._home.left:
             return True
@@ -194,45 +194,45 @@ class Mirror:
         self._cancel.set()
         self._wake.set()
         thread.join(CANCEL_SECS)
-        left_over = self._left_over()
-        if left_over:
+        count = self._count_pending()
+        if count:
             log.warning(
-                "the mirror %s is still owed %d checkpoint%s: the next start with it sends the rest",
+                "%d checkpoint%s not yet copied to the mirror %s: the next run with this mirror copies the rest",
+                count,
+                " is" if count == 1 else "s are",
                 self.storage.uri,
-                left_over,
-                "s" * (left_over != 1),
             )
         return not thread.is_alive()
 
     def catch_up(self) -> None:
-        """One round: send what is owed, then the mirror's retention.
+        """One round: copy pending checkpoints and apply the mirror's retention.
 
-        Raises: what the mirror's storage did; DirectoryHeldError, LeaseLostError; Cancelled.
+        Raises: StorageError; DirectoryHeldError; LeaseLostError; Cancelled.
         """
-        self._left = len(self._waiting())
+        self._pending_count = len(self._pending())
         lease = self._require_lease()
         lease.check()
-        self._see()
-        while record := self._next():
-            self._bring(record)
-            self._retire()
-        self._retire()
-        current = [record.id for record in self._waiting()]
-        reap_abandoned(self.storage, lease=lease, current=current, failed_ids=self._begun)
+        self._refresh()
+        while record := self._next_pending():
+            self._copy(record)
+            self._apply_retention()
+        self._apply_retention()
+        current = [record.id for record in self._pending()]
+        reap_abandoned(self.storage, lease=lease, current=current, failed_ids=self._sent)
 
     def recheck_earlier_copies(self) -> None:
-        """Read what earlier runs have brought, newest first, until there is something better to do.
+        """Verify the copies of earlier runs, newest first, until there is a new checkpoint to copy.
 
-        A store may have changed a byte meanwhile, and a run that has the local copy can still mend it. What
-        this run has brought itself was read when it arrived. Raises: as `catch_up`.
+        A store may have changed a byte meanwhile, and a run that has the local copy can repair it. This run's
+        own copies were verified when they arrived. Raises: as `catch_up`.
         """
         while not (self._wake.is_set() or self._cancel.is_set()):
             local = {record.id for record in self._local_records()}
-            done = self._checked | self._refused
-            known = [r for r in by_sequence(self._there) if r.id in local and r.id not in done]
-            if not known:
+            done = self._verified | self._refused
+            unverified = [r for r in by_sequence(self._mirrored) if r.id in local and r.id not in done]
+            if not unverified:
                 return
-            self._bring(known[-1])
+            self._copy(unverified[-1])
 
     def _serve(self) -> None:
         try:
@@ -250,7 +250,7 @@ class Mirror:
             self.try_release()
 
     def _try(self, work: Callable[[], None]) -> bool:
-        """Whether it worked. An outage is told once, not at every try."""
+        """Whether it succeeded. An outage is reported once, not at every retry."""
         try:
             work()
         except Cancelled:
@@ -260,48 +260,48 @@ class Mirror:
                 self.try_release()
             if self._failure != type(error).__name__:
                 self._failure = type(error).__name__
-                self._tell_failure(None, f"{error}" or self._failure)
+                self._report_failure(None, f"{error}" or self._failure)
             return False
         if self._failure is not None:
             log.info("the mirror %s works again", self.storage.uri)
             self._failure = None
         return True
 
-    def _see(self) -> None:
+    def _refresh(self) -> None:
         listed = list_checkpoints(self.storage, heads=self._require_lease().take_heads())
         with self._lock:
-            self._there = tuple(committed(listed))
-            self._held = exempt_ids(listed)
+            self._mirrored = tuple(committed(listed))
+            self._exempt = exempt_ids(listed)
             self.highest_sequence = max(self.highest_sequence, highest_sequence(listed))
-        self._checked &= {record.id for record in self._there}
+        self._verified &= {record.id for record in self._mirrored}
 
     def _local_records(self) -> list[CheckpointRecord]:
         try:
-            return committed(list_checkpoints(self._local, self._seen_here))
+            return committed(list_checkpoints(self._local, self._memory))
         except NotFoundError:
             return []
 
-    def _waiting(self) -> list[CheckpointRecord]:
-        """What is owed by now, newest first; saves go on meanwhile."""
-        waiting = pending_copies(self._local_records(), self._there, self._plan.freq, self._plan.retention)
-        return [record for record in waiting if record.id not in self._refused]
+    def _pending(self) -> list[CheckpointRecord]:
+        """The pending checkpoints, newest first; saves continue meanwhile."""
+        pending = pending_copies(self._local_records(), self._mirrored, self._plan.freq, self._plan.retention)
+        return [record for record in pending if record.id not in self._refused]
 
-    def _left_over(self) -> int:
-        """How many are owed at the end, those included that were committed while the last copy went out."""
+    def _count_pending(self) -> int:
+        """How many are pending at the end, including those committed during the last copy."""
         try:
-            return len(self._waiting())
+            return len(self._pending())
         except HoldfastError:
-            return self._left
+            return self._pending_count
 
-    def _next(self) -> CheckpointRecord | None:
-        waiting = self._waiting()
-        self._left = len(waiting)
-        return waiting[0] if waiting else None
+    def _next_pending(self) -> CheckpointRecord | None:
+        pending = self._pending()
+        self._pending_count = len(pending)
+        return pending[0] if pending else None
 
-    def _bring(self, record: CheckpointRecord) -> None:
-        """Have one checkpoint in the mirror, whole."""
+    def _copy(self, record: CheckpointRecord) -> None:
+        """Copy one checkpoint, or verify and repair its copy."""
         self.in_flight = record.id
-        self._begun.add(record.id)
+        self._sent.add(record.id)
         seen: str | None = None
         try:
             seen = marks.seen(self._local, record.id)
@@ -314,32 +314,32 @@ class Mirror:
                 cancel=self._cancel,
             )
         except (AlreadyExistsError, DamagedError, NotFoundError) as error:
-            self._pass_over(record, error, seen)
+            self._skip(record, error, seen)
             return
         finally:
             self.in_flight = None
-        self._checked.add(record.id)
-        is_new = record.id not in {known.id for known in self._there}
+        self._verified.add(record.id)
+        is_new = record.id not in {copy.id for copy in self._mirrored}
         if is_new:
             with self._lock:
-                self._there = (*self._there, record)
-            self._left -= 1
+                self._mirrored = (*self._mirrored, record)
+            self._pending_count -= 1
         if is_new or copied.sent_bytes:
-            self._tell_copied(record, copied)
+            self._report_copied(record, copied)
 
-    def _pass_over(self, record: CheckpointRecord, error: HoldfastError, seen: str | None) -> None:
-        """What cannot be sent must not hold up the others. An outage is raised again."""
+    def _skip(self, record: CheckpointRecord, error: HoldfastError, seen: str | None) -> None:
+        """A checkpoint that cannot be copied must not hold up the others. An outage is raised again."""
         if not self._local.exists(f"{record.id}/{MANIFEST}"):
-            log.info("%s was removed before the mirror had it", record.path)
+            log.info("%s was deleted before it was copied to the mirror", record.path)
             return
         if isinstance(error, NotFoundError):
             raise error
         self._refused.add(record.id)
         if isinstance(error, DamagedError):
             marks.mark_damaged(self._local, record.id, str(error), seen=seen)
-        self._tell_failure(record, f"{record.path} was not copied: {error}")
+        self._report_failure(record, f"{record.path} was not copied: {error}")
 
-    def _tell_copied(self, record: CheckpointRecord, copied: Copied) -> None:
+    def _report_copied(self, record: CheckpointRecord, copied: Copied) -> None:
         self._on_event(
             {
                 "event": "mirror_copied",
@@ -349,36 +349,37 @@ class Mirror:
                 "bytes": copied.bytes,
                 "sent_bytes": copied.sent_bytes,
                 "secs": copied.secs,
-                "owed": self._left,
+                "owed": self._pending_count,
             }
         )
 
-    def _tell_failure(self, record: CheckpointRecord | None, cause: str) -> None:
+    def _report_failure(self, record: CheckpointRecord | None, cause: str) -> None:
         log.error("mirror: %s", cause)
-        event = {"event": "mirror_failed", "path": self.storage.uri, "cause": cause, "owed": self._left}
+        owed = self._pending_count
+        event = {"event": "mirror_failed", "path": self.storage.uri, "cause": cause, "owed": owed}
         self._on_event(event | ({"step": record.step, "id": record.id} if record else {}))
 
-    def _retire(self) -> None:
-        """The run's retention, on the mirror. What is half sent is left to the end of a round."""
-        # A hold that is newer than the last look is seen all the same: `reap` asks before each removal.
+    def _apply_retention(self) -> None:
+        """Apply the run's retention to the mirror. Half-sent attempts are deleted at the end of a round."""
+        # A hold set after the last listing still counts: `reap` checks before each deletion.
         lease = self._require_lease()
-        brought = {record.id for record in self._there} - self._begun
-        arriving = lease.arrivals.arriving(self.storage, brought, lease_name(lease.epoch))
-        there = [record for record in self._there if record.id not in arriving]
-        decisions = decide_retention(there, self._plan.retention, self._held)
-        removed = set(reap(self.storage, decisions, lease=lease).removed)
-        self._begun -= removed
+        not_ours = {record.id for record in self._mirrored} - self._sent
+        arriving = lease.arrivals.arriving(self.storage, not_ours, lease_name(lease.epoch))
+        settled = [record for record in self._mirrored if record.id not in arriving]
+        decisions = decide_retention(settled, self._plan.retention, self._exempt)
+        deleted = set(reap(self.storage, decisions, lease=lease).deleted)
+        self._sent -= deleted
         with self._lock:
-            self._there = tuple(record for record in self._there if record.id not in removed)
+            self._mirrored = tuple(record for record in self._mirrored if record.id not in deleted)
 
     def _require_lease(self) -> Lease:
         if self._lease is None:
             self.storage.make_dir()
-            self._lease = Lease.acquire(self.storage, run_id=self._plan.run_id, sleep=self._pause)
+            self._lease = Lease.acquire(self.storage, run_id=self._plan.run_id, sleep=self._sleep)
             self._lease.start_heartbeat()
         return self._lease
 
-    def _pause(self, secs: float) -> None:
-        """Sleep, unless the run is over."""
+    def _sleep(self, secs: float) -> None:
+        """Sleep. Cancelled if the run ends meanwhile."""
         if self._cancel.wait(secs):
             raise Cancelled

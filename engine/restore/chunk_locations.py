@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
 
-from engine.directory.coverage import coverage_damage
+from engine.directory.damage import coverage_damage
 from engine.directory.listing import read_index
 from engine.errors import DamagedError
 from engine.format.index import ShardFile, ShardIndex

@@ -128,7 +128,7 @@ class Restorer:
         choice = choose_checkpoint(
             self.storage,
             selector,
-            listing=listing if listing is not None and listing.holds_the_same() else None,
+            listing=listing if listing is not None and listing.is_current() else None,
             passed_over=self._passed_over,
             options=self.storage_options,
             mirror=self.mirror,

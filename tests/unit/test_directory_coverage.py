@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.directory.coverage import coverage_damage
+from engine.directory.damage import coverage_damage
 from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
 from engine.format.manifest import Manifest, TensorInfo

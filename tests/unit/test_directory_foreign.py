@@ -44,7 +44,7 @@ def expire_all_but_two(storage: Storage) -> tuple[str, ...]:
     listed = list_checkpoints(storage)
     keep = Retention(rolling=0, best=0, epochs=False)
     policy = decide_retention(committed(listed), keep, exempt=exempt_ids(listed))
-    return reap(storage, policy).removed
+    return reap(storage, policy).deleted
 
 
 def files_below(root: Path) -> dict[str, bytes]:
@@ -65,8 +65,8 @@ RETIRE = """
             listed = list_checkpoints(storage)
             keep = Retention(rolling=0, best=0, epochs=False)
             policy = decide_retention(committed(listed), keep, exempt=exempt_ids(listed))
-            print("removed", reap(storage, policy).removed)
-            print("abandoned", reap_abandoned(storage, lease=lease).removed)
+            print("deleted", reap(storage, policy).deleted)
+            print("abandoned", reap_abandoned(storage, lease=lease).deleted)
 """
 
 
@@ -142,7 +142,7 @@ def test_a_link_in_a_checkpoints_place_is_read_and_never_removed(tmp_path: Path)
     }
     assert expire_all_but_two(storage) == ()
     assert item.record is not None
-    assert reap(storage, [Decision(item.record, False, "a decision from before it was a link")]).removed == ()
+    assert reap(storage, [Decision(item.record, False, "a decision from before it was a link")]).deleted == ()
     for change in (
         lambda: marks.hold(storage, linked),
         lambda: marks.mark_damaged(storage, linked, "bad"),
@@ -190,7 +190,7 @@ def test_an_unfinished_attempt_that_is_a_link_is_left_alone(tmp_path: Path, noth
     (root / theirs).symlink_to(tmp_path / "theirs" / theirs)
     storage = LocalStorage(root)
     with Lease.acquire(storage, run_id="run") as lease:
-        assert reap_abandoned(storage, lease=lease).removed == ()
+        assert reap_abandoned(storage, lease=lease).deleted == ()
     assert (root / theirs).is_symlink()
     assert files_below(tmp_path / "theirs") == before
 
@@ -342,10 +342,10 @@ def test_one_that_was_deleted_and_is_copied_back_is_a_copy(tmp_path: Path) -> No
     shutil.copytree(tmp_path / "run" / one, tmp_path / "kept")
     with Lease.acquire(storage, run_id="run") as lease:
         assert delete_expired(storage, lease, Retention(rolling=0, best=0, epochs=False))
-        assert not reap_abandoned(storage, lease=lease).removed
+        assert not reap_abandoned(storage, lease=lease).deleted
         (tmp_path / "run" / one).mkdir()
         shutil.copy(tmp_path / "kept" / "shard-00000.json", tmp_path / "run" / one)
-        assert not reap_abandoned(storage, lease=lease).removed
+        assert not reap_abandoned(storage, lease=lease).deleted
     assert (tmp_path / "run" / one / "shard-00000.json").exists()
 
 
@@ -376,11 +376,11 @@ def test_what_nobody_goes_on_with_is_removed_after_an_hour(storage: Storage) -> 
     id, now = write_checkpoint(storage, sequence=1, rows=2, commit=False), [0.0]
     with Lease.acquire(storage, run_id="run", clock=lambda: now[0], sleep=lambda _: None) as lease:
         now[0] = STALE_SECS
-        assert reap_abandoned(storage, lease=lease).removed == ()
+        assert reap_abandoned(storage, lease=lease).deleted == ()
         now[0] += QUIET_SECS - 0.1
-        assert reap_abandoned(storage, lease=lease).removed == ()
+        assert reap_abandoned(storage, lease=lease).deleted == ()
         now[0] += 0.1
-        assert reap_abandoned(storage, lease=lease).removed == (id,)
+        assert reap_abandoned(storage, lease=lease).deleted == (id,)
 
 
 def test_who_comes_later_goes_by_the_storages_clock(tmp_path: Path) -> None:
@@ -394,9 +394,9 @@ def test_who_comes_later_goes_by_the_storages_clock(tmp_path: Path) -> None:
     storage = OtherClock(tmp_path)
     id = write_checkpoint(storage, sequence=1, rows=2, commit=False)
     with Lease.acquire(storage, run_id="run") as lease:
-        assert reap_abandoned(storage, lease=lease).removed == ()
+        assert reap_abandoned(storage, lease=lease).deleted == ()
         ages["attempt"] = 10.0
-        assert reap_abandoned(storage, lease=lease).removed == (id,)
+        assert reap_abandoned(storage, lease=lease).deleted == (id,)
 
 
 @pytest.mark.parametrize("released", [True, False], ids=["released", "died"])

@@ -54,7 +54,7 @@ def take_lease(
 def test_the_manifest_goes_first_and_durably(tmp_path: Path) -> None:
     storage = RecordingStorage(tmp_path)
     one, two, three = write_many(tmp_path, 3)
-    assert reap(storage, decide(storage, 2)).removed == (one,)
+    assert reap(storage, decide(storage, 2)).deleted == (one,)
     assert storage.calls == [
         f"publish {one}/tombstone",
         f"delete_file {one}/manifest.json",
@@ -83,7 +83,7 @@ def test_what_an_older_run_had_begun_to_delete_goes_at_once(tmp_path: Path) -> N
     (arriving / "shard-00000.safetensors").write_bytes(b"half of it")
     storage = LocalStorage(tmp_path)
     lease = take_lease(storage)
-    assert reap_abandoned(storage, lease=lease).removed == (one,)
+    assert reap_abandoned(storage, lease=lease).deleted == (one,)
     assert names(tmp_path) == {two, three, arriving.name}
     lease.release()
 
@@ -94,7 +94,7 @@ def test_a_full_disk_does_not_keep_a_checkpoint_from_being_deleted(tmp_path: Pat
             raise StorageFullError("no space left")
 
     one, two, three = write_many(tmp_path, 3)
-    assert reap(Full(tmp_path), decide(LocalStorage(tmp_path), 2)).removed == (one,)
+    assert reap(Full(tmp_path), decide(LocalStorage(tmp_path), 2)).deleted == (one,)
     assert names(tmp_path) == {two, three}
 
 
@@ -112,7 +112,7 @@ def test_what_was_removed_by_halves_on_a_full_disk_goes_with_the_next_round(tmp_
     storage = LocalStorage(tmp_path)
     lease = take_lease(storage)
     assert reap(FullAndBusy(tmp_path), decide(storage, 2), lease=lease).failed == ((one, "busy"),)
-    assert reap_abandoned(storage, lease=lease).removed == (one,)
+    assert reap_abandoned(storage, lease=lease).deleted == (one,)
     assert names(tmp_path) == {two, three}
 
 
@@ -126,7 +126,7 @@ def test_the_second_name_of_a_manifest_goes(tmp_path: Path) -> None:
     )
     left.touch()
     theirs.touch()
-    assert reap_abandoned(storage, lease=take_lease(storage)).removed == ()
+    assert reap_abandoned(storage, lease=take_lease(storage)).deleted == ()
     assert (left.exists(), theirs.exists()) == (False, True)
 
 
@@ -166,7 +166,7 @@ def test_one_that_cannot_be_removed_does_not_stop_the_others(
 
     with caplog.at_level(logging.WARNING, "engine"):
         reaped = reap(Stubborn(tmp_path), decide(LocalStorage(tmp_path), 2))
-    assert reaped.removed == (two,)
+    assert reaped.deleted == (two,)
     assert reaped.failed == ((one, "busy"),)
     assert one in caplog.text
 
@@ -185,7 +185,7 @@ def test_one_put_on_hold_since_the_decision_stays(tmp_path: Path) -> None:
     one, *_ = write_many(tmp_path, 3)
     decisions = decide(storage, 2)
     marks.hold(storage, one)
-    assert reap(storage, decisions).removed == ()
+    assert reap(storage, decisions).deleted == ()
     assert one in names(tmp_path)
 
 
@@ -208,7 +208,7 @@ def test_abandoned_attempts_go_but_not_what_is_being_written(tmp_path: Path) -> 
     failed = write_checkpoint(tmp_path, sequence=4, commit=False)
     (tmp_path / "notes").mkdir()
     reaped = reap_abandoned(storage, lease=lease, current={mine}, failed_ids={failed})
-    assert set(reaped.removed) == {f"dead-{earlier}", failed}
+    assert set(reaped.deleted) == {f"dead-{earlier}", failed}
     assert names(tmp_path) == {whole, mine, "notes"}
 
 
@@ -229,9 +229,9 @@ def test_where_attempts_cannot_be_buried_they_stay_until_no_sleeper_can_commit(t
     attempt = written_by("r", tmp_path, sequence=1, commit=False)
     lease = take_lease(storage, now)
     now[0] = 59.9
-    assert reap_abandoned(storage, lease=lease).removed == ()
+    assert reap_abandoned(storage, lease=lease).deleted == ()
     now[0] = 60.0
-    assert reap_abandoned(storage, lease=lease).removed == (attempt,)
+    assert reap_abandoned(storage, lease=lease).deleted == (attempt,)
 
 
 def test_an_attempt_committed_since_the_listing_stays(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_an_attempt_committed_since_the_listing_stays(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     lease = take_lease(LocalStorage(tmp_path / "elsewhere"))
     storage = CommitsMeanwhile(tmp_path)
-    assert reap_abandoned(storage, lease=lease, failed_ids={attempt}).removed == ()
+    assert reap_abandoned(storage, lease=lease, failed_ids={attempt}).deleted == ()
     assert attempt in names(tmp_path)
     assert (tmp_path / attempt / "shard-00000.safetensors").exists()
 
@@ -290,6 +290,6 @@ def test_uploads_that_have_no_end_are_found_and_removed(tmp_path: Path) -> None:
     reap_abandoned(storage, lease=lease, current=[running])
     assert f"{unseen}/shard" in storage.uploads  # another run may still be writing: the lease is too young
     now[0] = 1000.0
-    assert reap_abandoned(storage, lease=lease, current=[running]).removed == (partial, unseen)
+    assert reap_abandoned(storage, lease=lease, current=[running]).deleted == (partial, unseen)
     assert storage.uploads == {f"{running}/shard", "notes/shard"}
     assert names(tmp_path) == {whole}
