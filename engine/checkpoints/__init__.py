@@ -1,3 +1,3 @@
-"""The program `python -m engine.checkpoints`: look at, verify, hold and prune checkpoints. No torch.
+"""The program `python -m engine.checkpoints`: list, verify, copy, hold, prune, convert checkpoints. No torch.
 
-Only export, import, merge and diff bring it in, when they run: they read tensors."""
+Only export, import, merge and diff load torch, when they run: they read tensors."""

@@ -1,4 +1,4 @@
-"""The command line. Flags are spelled with underscores; dashes are accepted in their place."""
+"""The command line. Flags have underscores; dashes are accepted, too."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PROGRAM = "python -m engine.checkpoints"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes become one sentence like every other error, not a usage text."""
+    """A mistake becomes one sentence like every other error, not a usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line; its `command` is always set. ConfigError for a mistake."""
+    """Parse the command line; `command` is always set. ConfigError for a mistake."""
     return _parser().parse_args([_with_underscores(argument) for argument in argv])
 
 
@@ -54,22 +54,22 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("target", metavar=target, nargs=nargs, help=_TARGETS[target])
         return added
 
-    listing = command("list", "DIR", "what a directory holds, and what each checkpoint serves as", json)
+    listing = command("list", "DIR", "list the checkpoints of a directory, and their roles", json)
     listing.add_argument(
-        "--mirror", metavar="URI", help="also what the run's mirror holds, and what it is still owed"
+        "--mirror", metavar="URI", help="also list the run's mirror, and what is not yet copied to it"
     )
-    copy = command("copy", "DIR_OR_CKPT", "copy checkpoints, verified on arrival; run again, it goes on")
+    copy = command("copy", "DIR_OR_CKPT", "copy checkpoints, verified on arrival; rerun to resume")
     copy.add_argument("to", metavar="DIR_TO", help="checkpoint directory to copy to: a path or an fsspec URI")
-    copy.add_argument("--select", help=f"only one: {_SELECTORS}")
-    show = command("show", "DIR_OR_CKPT", "one checkpoint's manifest", json)
+    copy.add_argument("--select", help=f"copy only one: {_SELECTORS}")
+    show = command("show", "DIR_OR_CKPT", "show the manifest of one checkpoint", json)
     show.add_argument("--select", default="latest", help=_SELECT)
     verify = command(
-        "verify", "DIR_OR_CKPT", "check every block against its digest; exit code 1 on damage", json
+        "verify", "DIR_OR_CKPT", "compare every block with its digest; exit code 1 on damage", json
     )
-    verify.add_argument("--quick", action="store_true", help="sizes, indexes and headers only")
+    verify.add_argument("--quick", action="store_true", help="check sizes, indexes and headers only")
     command("hold", "CKPT", "exempt a checkpoint from retention")
-    command("release", "CKPT", "give a held checkpoint back to retention")
-    prune = command("prune", "DIR", "apply a retention policy by hand, and say why each stays or goes")
+    command("release", "CKPT", "let retention delete a held checkpoint again")
+    prune = command("prune", "DIR", "apply a retention policy by hand, with a reason for each checkpoint")
     prune.add_argument(
         "--rolling", type=_count, metavar="N", help="keep the newest N (default: the run's, or 10)"
     )
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "--best_mode", choices=MODES, help="whether its lowest or highest is best (default: the run's)"
     )
     prune.add_argument("--no_epochs", action="store_true", help="do not keep those that closed an epoch")
-    prune.add_argument("--dry_run", action="store_true", help="only say what would happen")
+    prune.add_argument("--dry_run", action="store_true", help="only print what would be deleted")
     command(
         "selftest", "DIR", "is this storage safe for atomic commits, and how fast? exit code 1 if not", json
     )
@@ -98,10 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--model_only", action="store_true", help="leave the optimizer and the rest out")
     export.add_argument("--select", default="latest", help=_SELECT)
-    imported = command("import", "SRC", "commit another tool's checkpoint as one of ours")
+    imported = command("import", "SRC", "convert another tool's checkpoint to a Holdfast checkpoint")
     imported.add_argument("--to", required=True, metavar="DIR", help=_TARGETS["DIR"])
     imported.add_argument(
-        "--trust_pickle", action="store_true", help="load objects even if that runs code of their author's"
+        "--trust_pickle", action="store_true", help="unpickle objects, which runs any code that is in them"
     )
     merge = command("merge", "CKPT", "average the weights of checkpoints into a new one", nargs="+")
     merge.add_argument("--to", required=True, metavar="DIR", help=_TARGETS["DIR"])
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         type=_numbers,
         metavar="W,W,...",
-        help="one for each; their ratios matter (default: equal)",
+        help="one per checkpoint; only their ratios matter (default: equal)",
     )
     command("diff", "CKPT", "compare two checkpoints' tensors; exit code 1 if they differ", json, nargs=2)
     return parser
@@ -129,7 +129,7 @@ _TARGETS = {
 def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        # Without the text itself: it may well be a secret.
+        # Without the text itself: it may be a secret.
         raise argparse.ArgumentTypeError("give each option as KEY=VALUE")
     return key, value
 

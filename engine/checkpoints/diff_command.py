@@ -1,4 +1,4 @@
-"""`diff`: how two checkpoints differ, tensor by tensor."""
+"""`diff`: compare two checkpoints, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoints import text
-from engine.checkpoints.progress import cleaning_up_on_sigterm, meter
+from engine.checkpoints import terminal
 from engine.checkpoints.target import open_checkpoint
+from engine.checkpoints.terminal import cleaning_up_on_sigterm, meter
 
 if TYPE_CHECKING:
     from engine.convert.compare import Difference, TensorDifference
@@ -21,7 +21,7 @@ _HEADER = ("TENSOR", "LARGEST DIFFERENCE", "ELEMENTS")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the differences, as text or JSON. Exit code 1 when a tensor differs, as `diff` has it."""
+    """Print the differences, as text or JSON. Exit code 1 if any tensor differs, like `diff`."""
     from engine.convert.compare import diff_checkpoints
 
     before, after = (
@@ -34,12 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [storage.describe(name) for storage, name in (before, after)]
         print(json.dumps(as_json(found, *paths), indent=2))
     else:
-        print("\n".join(text.printable(line) for part in as_text(found) for line in part.split("\n")))
+        print("\n".join(terminal.printable(line) for part in as_text(found) for line in part.split("\n")))
     return 0 if found.same else EXIT_DIFFERENT
 
 
 def as_json(found: Difference, before: str, after: str) -> dict[str, Any]:
-    """Every difference, and by which tensors there is none."""
+    """All differences, and the names of equal tensors."""
     return {
         "before": before,
         "after": after,
@@ -65,14 +65,14 @@ def as_text(found: Difference) -> Iterator[str]:
         key=lambda item: (item.largest is not None, -(item.largest or 0.0)),
     )
     if moved:
-        yield text.table(_HEADER, [_row(item) for item in moved], frozenset({1, 2}))
+        yield terminal.table(_HEADER, [_row(item) for item in moved], frozenset({1, 2}))
     if found.values:
         yield f"other values differ: {', '.join(found.values)}"
     equal = [item for item in found.common if item.equal]
     by_digest = sum(item.compared == "digests" for item in equal)
     yield (
         f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed, "
-        f"{len(equal)} equal ({by_digest} of them by their digests alone)"
+        f"{len(equal)} equal ({by_digest} of them by digest alone)"
     )
 
 

@@ -1,4 +1,4 @@
-"""`list`: what a directory, and its mirror, hold, and what each checkpoint serves as."""
+"""`list`: the checkpoints of a directory, and of its mirror, with their roles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.checkpoints import text
+from engine.checkpoints import terminal
 from engine.checkpoints.target import open_directory, run_policy
 from engine.directory.listing import Listed, committed, list_checkpoints, read_manifest
 from engine.directory.pending import pending_copies
@@ -27,14 +27,14 @@ _HEADER = ("STEP", "EPOCH", "VAL LOSS", "SIZE", "RANKS", "AGE", "ROLES", "STATUS
 _TIERS_HEADER = (*_HEADER[:-1], "LOCAL", "MIRROR", _HEADER[-1])
 _RIGHT = frozenset(range(6))
 MIRROR_FREQ_FLAG = "mirror_freq"
-"""The training flag that says what a run mirrors; stored with its configuration."""
+"""The training flag that sets which checkpoints a run mirrors; stored with its configuration."""
 
 Roles = dict[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Mirrored:
-    """What stands in each tier, by id: the status there, "owed", or "-" for nothing."""
+    """By id, the status in each tier; in the mirror also "owed" for one that is pending."""
 
     uri: str
     local: Mapping[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _with_mirror(storage: Storage, mirror: Storage) -> tuple[list[Listed], Mirrored]:
-    """Both tiers as one listing. A local directory that is not there has been lost: the mirror remains."""
+    """Both tiers as one listing. A local directory that does not exist counts as empty: it may be lost."""
     local, copies = _look(storage), _look(mirror)
     records = committed(local)
     freq, policy = _mirror_freq(storage, local), run_policy(storage, records)
@@ -85,15 +85,15 @@ def _look(storage: Storage) -> list[Listed]:
     except NotFoundError:
         if storage.is_local:
             return []
-        raise  # a bucket that does not exist is a mistake
+        raise  # for a store, a missing bucket is a mistake
 
 
 def _mirror_freq(storage: Storage, local: list[Listed]) -> int:
-    """What the run that wrote the newest local checkpoint mirrors."""
+    """The `mirror_freq` of the run that wrote the newest local checkpoint."""
     for record in reversed(by_sequence(committed(local))):
         try:
             freq = read_manifest(storage, record.id).config.get(MIRROR_FREQ_FLAG)
-        except (DamagedError, NotFoundError):  # since the listing: ask the one before
+        except (DamagedError, NotFoundError):  # since the listing: try the one before
             continue
         return freq if isinstance(freq, int) and not isinstance(freq, bool) and freq >= 0 else 1
     return 1
@@ -102,7 +102,7 @@ def _mirror_freq(storage: Storage, local: list[Listed]) -> int:
 def as_json(
     item: Listed, serving: Roles, storage: Storage, mirrored: Mirrored | None = None
 ) -> dict[str, Any]:
-    """One entry of the JSON listing. What a partial or damaged one cannot tell is null."""
+    """One entry of the JSON listing. Unknown values, of a partial or damaged one, are null."""
     record = item.record
     entry: dict[str, Any] = {
         "step": item.step,
@@ -130,22 +130,23 @@ def as_text(
     mirrored: Mirrored | None = None,
     rule: BestRule = DEFAULT,
 ) -> str:
-    """A table, and below it why some are not committed. `now`: Unix time. `rule`: which metric to show."""
+    """A table, and below it why some are not committed. `now`: Unix time. `rule`: the metric to show."""
     names = _HEADER if mirrored is None else _TIERS_HEADER
     column = rule.label.upper() if rule == DEFAULT else f"{rule.label} ({rule.mode})"
     header = tuple(column if name == "VAL LOSS" else name for name in names)
-    lines = [text.table(header, [_row(item, serving, now, mirrored, rule) for item in listed], _RIGHT)]
-    lines += [f"{item.id}: {text.printable(item.reason)}" for item in listed if item.reason]
+    lines = [terminal.table(header, [_row(item, serving, now, mirrored, rule) for item in listed], _RIGHT)]
+    lines += [f"{item.id}: {terminal.printable(item.reason)}" for item in listed if item.reason]
     if mirrored is not None:
-        lines.append(_owed_line(mirrored))
+        lines.append(_pending_line(mirrored))
     return "\n".join(lines)
 
 
-def _owed_line(mirrored: Mirrored) -> str:
+def _pending_line(mirrored: Mirrored) -> str:
     if not mirrored.pending_bytes:
         return f"{mirrored.uri} is up to date"
     count, size = len(mirrored.pending_bytes), readable_bytes(sum(mirrored.pending_bytes.values()))
-    return f"{mirrored.uri} is still owed {count} checkpoint{'s' * (count != 1)}, {size}"
+    verb = "is" if count == 1 else "are"
+    return f"{count} checkpoint{'s' * (count != 1)}, {size}, {verb} not yet copied to {mirrored.uri}"
 
 
 def _row(
@@ -160,7 +161,7 @@ def _row(
         "-" if value is None else f"{value:.4f}",
         readable_bytes(item.bytes),
         str(record.world_size) if record else "-",
-        text.age(now - record.created) if record else "-",
+        terminal.age(now - record.created) if record else "-",
         ", ".join(serving.get(item.id, ())) or "-",
         status,
     )

@@ -1,4 +1,4 @@
-"""`selftest`: is this storage safe for atomic commits, and how fast is it?"""
+"""`selftest`: test whether a storage is safe for atomic commits, and how fast it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from engine.checkpoints.text import printable
+from engine.checkpoints.terminal import printable
 from engine.storage.open import open_storage
 from engine.storage.selftest import selftest
 
@@ -15,7 +15,7 @@ _MARKS = {True: "ok  ", False: "FAIL", None: "note"}
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Try the storage out and report. Exit code 1 when it is not safe."""
+    """Test the storage and report. Exit code 1 if it is not safe."""
     storage = open_storage(arguments.target, dict(arguments.storage_options), create=True)
     checks = []
     for check in selftest(storage):

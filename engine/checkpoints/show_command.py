@@ -1,4 +1,4 @@
-"""`show`: one checkpoint's manifest, readably."""
+"""`show`: print one checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from engine.checkpoints import text
+from engine.checkpoints import terminal
 from engine.checkpoints.target import find, open_target, run_policy, select
 from engine.directory.listing import Listed, committed, list_checkpoints, read_manifest
 from engine.directory.selectors import roles
@@ -20,7 +20,7 @@ from engine.text import readable_bytes
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the manifest of the checkpoint that was named or selected."""
+    """Print the manifest of the named or selected checkpoint."""
     target = open_target(arguments)
     storage = target.storage
     listed = list_checkpoints(storage)
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_json(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage: Storage) -> dict[str, Any]:
-    """The manifest as it is stored, and around it what the directory says about it."""
+    """The stored manifest, with the checkpoint's status and roles in its directory."""
     return {
         "path": storage.describe(item.id),
         "status": item.status,
@@ -49,13 +49,11 @@ def as_json(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
 
 
 def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage: Storage) -> Iterator[str]:
-    """The manifest in lines. Tensors are summed up by state and type: there may be thousands."""
+    """The manifest as lines. Tensors are summarised by state and type: there may be thousands."""
     created = datetime.fromtimestamp(manifest.created, UTC).isoformat(" ", "seconds")
     facts = {
         "checkpoint": storage.describe(item.id),
-        "status": item.status
-        + (", held" if item.on_hold else "")
-        + (f": {item.reason}" if item.reason else ""),
+        "status": item.status + ", held" * item.on_hold + (f": {item.reason}" if item.reason else ""),
         "roles": ", ".join(serving) or "-",
         "step": str(manifest.step),
         "epoch": str(manifest.epoch),
@@ -71,7 +69,7 @@ def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
         "software": _pairs(manifest.software) or "-",
     }
     width = max(map(len, facts))
-    yield from (f"{name.ljust(width)}  {text.printable(value)}" for name, value in facts.items())
+    yield from (f"{name.ljust(width)}  {terminal.printable(value)}" for name, value in facts.items())
     yield from _section("tensors", _tensor_table(manifest.tensors))
     yield from _section("aliases", _lines(manifest.aliases))
     yield from _section("shards", _shard_table(manifest))
@@ -84,11 +82,11 @@ def as_text(manifest: Manifest, item: Listed, serving: tuple[str, ...], storage:
 def _section(title: str, body: str) -> Iterator[str]:
     if body:
         yield f"\n{title}"
-        yield from (f"  {text.printable(line)}" for line in body.split("\n"))
+        yield from (f"  {terminal.printable(line)}" for line in body.split("\n"))
 
 
 def _tensor_table(tensors: Mapping[str, TensorInfo]) -> str:
-    """One line per state and type: how many tensors, elements and bytes."""
+    """One line per state and type: the number of tensors, elements and bytes."""
     counts: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -101,7 +99,7 @@ def _tensor_table(tensors: Mapping[str, TensorInfo]) -> str:
         (*key, str(counts[key]), str(elements[key]), readable_bytes(sizes[key])) for key in sorted(counts)
     ]
     header = ("STATE", "TYPE", "TENSORS", "ELEMENTS", "SIZE")
-    return text.table(header, rows, frozenset({2, 3, 4})) if rows else ""
+    return terminal.table(header, rows, frozenset({2, 3, 4})) if rows else ""
 
 
 def _shard_table(manifest: Manifest) -> str:
@@ -110,7 +108,7 @@ def _shard_table(manifest: Manifest) -> str:
         for shard in manifest.shards
         for receipt in (*shard.files, shard.index)
     ]
-    return text.table(("RANK", "FILE", "BYTES", "DIGEST"), rows, frozenset({0, 2}))
+    return terminal.table(("RANK", "FILE", "BYTES", "DIGEST"), rows, frozenset({0, 2}))
 
 
 def _lines(values: Mapping[str, Any]) -> str:

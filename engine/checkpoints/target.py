@@ -1,4 +1,4 @@
-"""What a command works on: a checkpoint directory, or one checkpoint inside it."""
+"""The target of a command: a checkpoint directory, or one checkpoint in it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from engine.storage.redact import redact_uri
 from engine.storage.uris import split_uri
 
 KEEP_FLAG = "keep_checkpoints"
-"""The training flag that says how many rolling checkpoints a run keeps; stored with its configuration."""
+"""The training flag that sets how many rolling checkpoints a run keeps; stored with its configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A directory's storage, and the name of the one checkpoint in it that was named, if any."""
+    """A directory's storage, and the name of one checkpoint in it if the target is one."""
 
     storage: Storage
     name: str | None
 
 
 def open_target(arguments: argparse.Namespace) -> Target:
-    """Open `arguments.target`. One checkpoint is known by its directory's name, or by its manifest."""
+    """Open `arguments.target`. A checkpoint is recognised by its directory's name, or by its manifest."""
     options = dict(arguments.storage_options)
     try:
         parent, name = split_uri(arguments.target)
-    except ConfigError:  # "/" or "s3://bucket": nothing but a directory
+    except ConfigError:  # "/" or "s3://bucket" can only be a directory
         return Target(open_storage(arguments.target, options), None)
     if parse_attempt_name(name.removeprefix(DEAD_PREFIX)) is not None:
         return Target(open_storage(parent, options), name)
@@ -45,7 +45,7 @@ def open_target(arguments: argparse.Namespace) -> Target:
 
 
 def open_directory(arguments: argparse.Namespace) -> Storage:
-    """Open a target that has to be a checkpoint directory. SelectorError if it is one checkpoint."""
+    """Open a target that must be a checkpoint directory. SelectorError if it is one checkpoint."""
     target = open_target(arguments)
     if target.name is not None:
         raise SelectorError(
@@ -56,40 +56,40 @@ def open_directory(arguments: argparse.Namespace) -> Storage:
 
 
 def open_checkpoint(arguments: argparse.Namespace) -> tuple[Storage, str]:
-    """Open a target that has to be one committed checkpoint. SelectorError or NotFoundError otherwise."""
+    """Open a target that must be one committed checkpoint. SelectorError or NotFoundError otherwise."""
     target = open_target(arguments)
     if target.name is None:
-        there_is = describe(committed(list_checkpoints(target.storage)))
+        available = describe(committed(list_checkpoints(target.storage)))
         raise SelectorError(
-            f"{redact_uri(arguments.target)} is not one checkpoint: give the path of one. {there_is}"
+            f"{redact_uri(arguments.target)} is not one checkpoint: give the path of one. {available}"
         )
     if not target.storage.exists(f"{target.name}/{MANIFEST}"):
         raise NotFoundError(
-            f"{redact_uri(arguments.target)} is no committed checkpoint: it never was, or is gone"
+            f"{redact_uri(arguments.target)} is not a committed checkpoint: never committed, or deleted"
         )
     return target.storage, target.name
 
 
 def select(storage: Storage, listed: list[Listed], text: str) -> CheckpointRecord:
-    """The committed record that a selector means; damaged ones that it would have meant are logged."""
+    """The committed record that a selector selects. Damaged ones that it passes over are logged."""
     found = resolve(listed, parse_selector(text), storage.uri)
     log_passed_over(found.passed_over)
     return found.record
 
 
 def find(listed: list[Listed], name: str) -> Listed:
-    """The attempt of that name; a stand-in for a directory whose name is not an attempt's."""
+    """The listed attempt of that name; a substitute for a directory whose name is not an attempt's."""
     return next((item for item in listed if item.id == name), Listed(name, "committed", None, 0))
 
 
 def run_policy(storage: Storage, records: list[CheckpointRecord]) -> Retention:
-    """The policy of the run that wrote the newest checkpoint, as far as it is stored: number and metric."""
+    """The stored part of the policy of the run that wrote the newest checkpoint: number and metric."""
     rule = rule_of(records)
     default = Retention(metric=rule.metric, mode=rule.mode)
     for record in reversed(by_sequence(records)):
         try:
             kept = read_manifest(storage, record.id).config.get(KEEP_FLAG)
-        except (DamagedError, NotFoundError):  # damaged or retired since the listing: ask the one before
+        except (DamagedError, NotFoundError):  # damaged or deleted since the listing: try the one before
             continue
         if isinstance(kept, int) and not isinstance(kept, bool) and kept >= 0:
             return replace(default, rolling=kept)

@@ -1,4 +1,4 @@
-"""`verify`: compare what is stored with what was written, one checkpoint or a whole directory."""
+"""`verify`: compare stored bytes with what was written, of one checkpoint or a whole directory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from engine.checkpoints import text
-from engine.checkpoints.progress import meter
+from engine.checkpoints import terminal
 from engine.checkpoints.target import find, open_target
+from engine.checkpoints.terminal import meter
 from engine.directory import marks
 from engine.directory.listing import Listed, list_checkpoints
 from engine.directory.verify import Progress, VerifyResult, verify_checkpoint
@@ -32,9 +32,9 @@ _STORE_THREADS = 8
 def run(arguments: argparse.Namespace) -> int:
     """Verify and report. Exit code 1 when anything is damaged.
 
-    In a directory, a checkpoint that cannot be judged (newer format) does not stop the others; it raises at
-    the end unless there is damage to report. One that is retired meanwhile is passed over. A checkpoint that
-    is found whole loses its mark of damage.
+    In a directory, a checkpoint of a newer format does not stop the others; its error is raised at the end,
+    unless there is damage to report. One that is deleted meanwhile is skipped. A checkpoint found whole loses
+    its damage mark.
     """
     target = open_target(arguments)
     storage = target.storage
@@ -61,15 +61,15 @@ def run(arguments: argparse.Namespace) -> int:
             except NewerFormatError as error:
                 errors.append(error)
             else:
-                cleared = results[-1].ok and not arguments.quick and _lost_its_mark(storage, item.id)
+                cleared = results[-1].ok and not arguments.quick and _clear_mark(storage, item.id)
                 if not arguments.json:
                     lines = report(results[-1], item, cleared=cleared, quick=arguments.quick)
                     print("\n".join(lines), flush=True)
     if arguments.json:
         print(json.dumps(as_json(results, storage), indent=2))
     if any(not result.ok for result in results):
-        for unjudged in errors:
-            print(f"error: {unjudged}", file=sys.stderr)
+        for unverified in errors:
+            print(f"error: {unverified}", file=sys.stderr)
         return EXIT_DAMAGED
     if errors:
         raise errors[0]
@@ -81,21 +81,21 @@ def report(
 ) -> Iterator[str]:
     """The lines about one checkpoint.
 
-    cleared: it was marked as damaged, and is no longer. quick: its data was not read.
+    cleared: its damage mark was just removed. quick: its data was not read.
     """
     size, rate = readable_bytes(result.bytes), readable_rate(result.bytes, result.secs)
     speed = f"{size} in {result.secs:.2f} s, {rate}"
     yield f"{'ok     ' if result.ok else 'DAMAGED'}  {result.id}  {speed}"
-    yield from (f"  {text.printable(damage.sentence)}" for damage in result.damage)
+    yield from (f"  {terminal.printable(damage.sentence)}" for damage in result.damage)
     if result.ok and item.status == "damaged":
         found = "its sizes and indexes are right" if quick else "nothing is wrong with it"
-        yield f"  {found}, but it is listed as damaged: {text.printable(item.reason)}"
+        yield f"  {found}, but it is listed as damaged: {terminal.printable(item.reason)}"
     if cleared:
         yield "  its damage mark was removed"
 
 
 def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
-    """The report of all checkpoints that could be judged."""
+    """The report of all checkpoints that could be verified."""
     return {
         "ok": all(result.ok for result in results),
         "checkpoints": [
@@ -112,7 +112,7 @@ def as_json(results: list[VerifyResult], storage: Storage) -> dict[str, Any]:
     }
 
 
-def _lost_its_mark(storage: Storage, id: str) -> bool:
+def _clear_mark(storage: Storage, id: str) -> bool:
     try:
         return marks.clear_damage_mark(storage, id)
     except StorageError as error:

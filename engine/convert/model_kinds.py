@@ -2,7 +2,7 @@
 
 The library converts any model tensor by tensor. A `ModelKind` adds what that cannot give: it maps another
 tool's names and layout to its own, and writes Hugging Face's files. Kinds are passed to `import_checkpoint`
-and `export_checkpoint`; `engine.checkpoints.kinds` finds those that are installed.
+and `export_checkpoint`; `engine.checkpoints.convert_commands` finds those that are installed.
 """
 
 from __future__ import annotations

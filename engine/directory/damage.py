@@ -15,7 +15,7 @@ from engine.geometry import first_overlap, show
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One difference from what was written. `block`: number of a digest block of the file, from 0, or None."""
+    """One difference from what was written. `block`: number of a digest block, from 0, or None."""
 
     file: str
     block: int | None

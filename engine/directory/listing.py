@@ -60,7 +60,7 @@ class Listed:
 
 Memory = dict[str, tuple[dict[str, int], Listed]]
 """By directory, the names and sizes of its files and its listing: for committed checkpoints, which never
-change. A caller that lists again and again, as clean-up does after each save, then reads only new manifests."""
+change. A caller that lists repeatedly, as clean-up does after each save, then reads only new manifests."""
 
 
 class Directory:
@@ -311,7 +311,9 @@ def _each(storage: Storage, work: Callable[[_Item], _Result], items: list[_Item]
     """Apply `work` to each item; in parallel on a store, where each costs a round trip."""
     if storage.is_local or len(items) < 2:
         return [work(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor  # imported late: it would slow down the start of a local listing
+    from concurrent.futures import (
+        ThreadPoolExecutor,  # imported late: it would slow down the start of a local listing
+    )
 
     with ThreadPoolExecutor(min(_STORE_THREADS, len(items))) as pool:
         return list(pool.map(work, items))

@@ -70,7 +70,9 @@ def read_damage_mark(storage: Storage, id: str) -> Mark:
     if not isinstance(value, dict):
         return Mark(reason, holds=True)
     recorded, digest = value.get("reason"), value.get("seen")
-    return Mark(recorded if isinstance(recorded, str) and recorded else reason, _is_as_seen(storage, id, digest))
+    if isinstance(recorded, str) and recorded:
+        reason = recorded
+    return Mark(reason, _is_as_seen(storage, id, digest))
 
 
 def clear_damage_mark(storage: Storage, id: str) -> bool:
@@ -111,4 +113,5 @@ def _is_as_seen(storage: Storage, id: str, digest: object) -> bool:
 
 def _require(storage: Storage, id: str) -> None:
     if not storage.exists(f"{id}/{MANIFEST}"):
-        raise NotFoundError(f"{storage.describe(id)} is not a committed checkpoint: it was never committed, or was deleted")
+        where = storage.describe(id)
+        raise NotFoundError(f"{where} is not a committed checkpoint: never committed, or deleted")

@@ -33,7 +33,7 @@ def pending_copies(
     """The local checkpoints that are still to be copied to the mirror, newest first.
 
     Newest first because a lost node resumes from the newest: otherwise a mirror slower than the saves would
-    lag by the whole backlog. A checkpoint that the mirror's own retention would delete at once is not pending.
+    lag by the whole backlog. One that the mirror's own retention would delete at once is not pending.
     """
     mirrored = {record.id for record in mirror}
     missing = [record for record in by_sequence(local) if record.id not in mirrored]

@@ -1,7 +1,7 @@
 """The retention policy: which checkpoints to keep, and which have expired. Pure.
 
-It sees only committed checkpoints: if it counted an attempt that may still fail, it could delete the last good
-checkpoint. Latest, backup and best are kept under every policy.
+It sees only committed checkpoints: if it counted an attempt that may still fail, it could delete the last
+good checkpoint. Latest, backup and best are kept under every policy.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Decision:
 
 
 def by_sequence(records: Collection[CheckpointRecord]) -> list[CheckpointRecord]:
-    """Oldest first. Equal numbers (a directory copied in by hand) are ordered by id, for one order everywhere."""
+    """Oldest first. Equal numbers (a directory copied in by hand) are ordered by id."""
     return sorted(records, key=lambda record: (record.sequence, record.id))
 
 

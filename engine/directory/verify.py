@@ -70,7 +70,7 @@ class _Verification:
         self._progress = progress
         self._clock = clock
         self._lock = threading.Lock()
-        self._buffers = threading.local()  # one per thread: zeroing a new one costs as much as reading into it
+        self._buffers = threading.local()  # one per thread: to zero a new one costs as much as a read
         self._checked_bytes = 0
 
     def run(self, threads: int) -> VerifyResult:
@@ -116,8 +116,8 @@ class _Verification:
     def _require_manifest(self) -> None:
         if not self._storage.exists(f"{self._id}/{MANIFEST}"):
             raise NotFoundError(
-                f"{self._storage.describe(self._id)} is not a committed checkpoint: it has no manifest, or was "
-                "deleted during the verification"
+                f"{self._storage.describe(self._id)} is not a committed checkpoint: it has no manifest, or "
+                "was deleted during the verification"
             )
 
     def _shard(

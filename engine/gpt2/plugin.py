@@ -1,4 +1,4 @@
-"""Where `engine.checkpoints.kinds` finds the example's model kinds; torch is imported when it asks."""
+"""The example's model kinds, for `engine.checkpoints.convert_commands`; they import torch when called."""
 
 from __future__ import annotations
 

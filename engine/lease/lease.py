@@ -1,8 +1,8 @@
 """One run at a time writes to a checkpoint directory: the lease.
 
 The lease is a file `lease-<epoch>`, created exclusively. Its holder increments a heartbeat in it. The highest
-epoch holds the directory. A takeover creates the next epoch: of several runs that try, one wins. A holder that
-was only suspended finds the higher epoch before its next commit, and stops.
+epoch holds the directory. A takeover creates the next epoch: of several runs that try, one wins. A holder
+that was only suspended finds the higher epoch before its next commit, and stops.
 
 Within one boot and pid namespace, pid and start time show at once whether the holder is alive. Anywhere else
 it counts as dead when its heartbeat has not changed for 60 s on the observer's own clock. Clocks of different
@@ -171,8 +171,8 @@ class Lease:
             self._lost = True
             log.error("the lease on %s was lost to %s", self._storage.uri, successor)
         raise LeaseLostError(
-            f"another run has taken over {self._storage.uri}, because this run (lease {self.epoch}) showed no "
-            "heartbeat: this run can no longer commit there. Stop one of the two, or give this one another "
+            f"another run has taken over {self._storage.uri}, because this one (lease {self.epoch}) showed "
+            "no heartbeat: it can no longer commit there. Stop one of the two, or give this one another "
             "--checkpoint_dir"
         )
 
@@ -208,7 +208,7 @@ class Lease:
             raise self._problem
 
     def abandon(self) -> None:
-        """Stop the heartbeat without releasing: the next run takes the lease over as that of a dead holder."""
+        """Stop the heartbeat without releasing: the next run takes over as from a dead holder."""
         self._stop.set()
 
     def try_release(self) -> None:
@@ -237,7 +237,7 @@ class Lease:
             except LeaseLostError:
                 return  # logged; the next commit raises it
             except HoldfastError as error:  # any: a garbled answer may raise something besides StorageError
-                log.warning("a heartbeat in %s failed; the next one is tried as usual: %s", self._storage.uri, error)
+                log.warning("a heartbeat in %s failed, the next may succeed: %s", self._storage.uri, error)
         if self._releasing:
             try:
                 self._write_release()
@@ -344,8 +344,9 @@ def _create(storage: Storage, info: LeaseInfo, sleep: Callable[[float], None], s
 def _overtaken(storage: Storage, info: LeaseInfo) -> bool:
     """Whether a higher lease exists already: then ours, just created, is deleted again.
 
-    `look` lists the leases and then reads them. While other runs take over from each other, the listed ones may
-    be deleted before they are read, so that it sees none: a run that then began at 1 would fence a live holder.
+    `look` lists the leases and then reads them. While other runs take over from each other, the listed ones
+    may be deleted before they are read, so that it sees none: a run that then began at 1 would fence a live
+    holder.
     """
     if not _higher(storage, info.epoch):
         return False

@@ -81,7 +81,7 @@ def open_mirror(
         return None
     storage = open_storage(mirror, options)
     if storage.uri == local.uri:
-        raise ConfigError(f"{storage.uri} is both the directory and its mirror: give two different directories")
+        raise ConfigError(f"{storage.uri} is both the directory and its mirror: give two directories")
     return storage
 
 
@@ -197,7 +197,7 @@ class Mirror:
         count = self._count_pending()
         if count:
             log.warning(
-                "%d checkpoint%s not yet copied to the mirror %s: the next run with this mirror copies the rest",
+                "%d checkpoint%s not yet copied to the mirror %s: the next run with it copies the rest",
                 count,
                 " is" if count == 1 else "s are",
                 self.storage.uri,

@@ -202,7 +202,6 @@ def changed(block: int, span: str) -> str:
     return rf"{SHARD}: block {block} \(bytes {span}\) has changed: {found}"
 
 
-
 CASES: dict[str, Case] = {
     "truncated_shard": Case(truncate(SHARD, 5000), "damaged", f"{SHARD} has 5000 bytes: [0-9]+ were written"),
     "longer_shard": Case(append, "damaged", f"{SHARD} has [0-9]+ bytes: [0-9]+ were written"),
@@ -295,27 +294,27 @@ CASES: dict[str, Case] = {
     "duplicated_chunk": Case(
         nothing,
         "committed",
-        r"'model\.w' is stored twice in part: \[0:20, 0:1024\] in shard-00000\.safetensors "
+        r"'model\.w' is partly stored twice: \[0:20, 0:1024\] in shard-00000\.safetensors "
         r"overlaps \[0:20, 0:1024\] in shard-00001\.safetensors",
         chunks=[_EVEN[0], [w(0, 20), _BIAS]],
     ),
     "overlapping_chunks": Case(
         nothing,
         "committed",
-        r"'model\.w' is stored twice in part: \[0:21, 0:1024\] in shard-00000\.safetensors "
+        r"'model\.w' is partly stored twice: \[0:21, 0:1024\] in shard-00000\.safetensors "
         r"overlaps \[20:40, 0:1024\] in shard-00001\.safetensors",
         chunks=[[w(0, 21)], _EVEN[1]],
     ),
     "wrong_dtype": Case(
         nothing,
         "committed",
-        rf"{SHARD} holds 'model\.w' as I32 \[40, 1024\]: the manifest says F32 \[40, 1024\]",
+        rf"{SHARD} has 'model\.w' as I32 \[40, 1024\]: the manifest says F32 \[40, 1024\]",
         chunks=[_EVEN[0], [w(20, 40, "I32"), _BIAS]],
     ),
     "hole": Case(
         nothing,
         "committed",
-        r"'model\.w' \(F32 \[40, 1024\]\) has a hole: the shards hold 39936 of its 40960 elements",
+        r"'model\.w' \(F32 \[40, 1024\]\) has a hole: the shards have 39936 of its 40960 elements",
         chunks=[[w(0, 19)], [*_EVEN[1], Chunk("model.extra", "F32", (COLUMNS,), (0,), (COLUMNS,))]],
     ),
     "flipped_bit_in_manifest": Case(flip("manifest.json", 30), "damaged", ".*manifest.json"),
@@ -333,7 +332,7 @@ CASES: dict[str, Case] = {
     "manifest_of_other_checkpoint": Case(
         take_from_older("manifest.json"),
         "damaged",
-        r"its manifest is that of step-00000010-00000001|.*shard-00000\.json has changed",
+        r"its manifest belongs to step-00000010-00000001|.*shard-00000\.json has changed",
     ),
     "path_escaping": Case(
         edit_manifest(point_outside), "damaged", r".*manifest\.json.*'\.\./\.\./etc/passwd' is not part 0"
@@ -351,6 +350,6 @@ CASES: dict[str, Case] = {
             directory, tensors={"model.w": TensorInfo("F32", W), "model.c": TensorInfo("F32", (8,))}
         ),
         "committed",
-        r"'model\.c' \(F32 \[8\]\) has a hole: the shards hold 0 of its 8 elements",
+        r"'model\.c' \(F32 \[8\]\) has a hole: the shards have 0 of its 8 elements",
     ),
 }

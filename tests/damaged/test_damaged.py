@@ -56,7 +56,7 @@ def test_a_newer_format_is_not_damage(name: str, tmp_path: Path) -> None:
 
 def test_one_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     _, damaged = write_case(tmp_path, "missing_manifest")
-    with pytest.raises(NotFoundError, match="no committed checkpoint"):
+    with pytest.raises(NotFoundError, match="not a committed checkpoint"):
         verify_checkpoint(LocalStorage(tmp_path), damaged)
 
 

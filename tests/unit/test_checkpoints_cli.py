@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from engine.checkpoints import text
+from engine.checkpoints import terminal
 from engine.checkpoints.arguments import _parser
 from engine.directory import marks
 from engine.directory.listing import list_checkpoints
@@ -211,7 +211,7 @@ def test_a_selector_without_an_answer_lists_what_there_is(
     run: Program, directory: Path, selector: str
 ) -> None:
     ran = run("show", directory, "--select", selector)
-    ran.refused(selector, "There is: step:60 (latest); step:50 (backup)", "0 damaged and 1 partial")
+    ran.refused(selector, "Available: step:60 (latest); step:50 (backup)", "0 damaged and 1 partial")
 
 
 @pytest.mark.parametrize("selector", ["latest", "best"])
@@ -227,8 +227,8 @@ def test_a_damaged_checkpoint_that_was_meant_is_named(run: Program, directory: P
 def test_what_cannot_be_used_is_counted_only_where_there_is_some(run: Program, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     ran = run("show", tmp_path, "--select", "backup")
-    ran.refused("There is: step:10 (latest)")
-    assert "also holds" not in ran.err
+    ran.refused("Available: step:10 (latest)")
+    assert "also has" not in ran.err
 
 
 def test_a_selector_that_is_none(run: Program, directory: Path) -> None:
@@ -284,7 +284,7 @@ def test_verify_of_nothing(run: Program, tmp_path: Path) -> None:
     run("verify", tmp_path).refused("nothing to verify")
     write_checkpoint(tmp_path, commit=False)
     run("verify", tmp_path).refused("nothing to verify", "only 1 partial")
-    run("verify", tmp_path / id_of(1)).refused("no committed checkpoint")
+    run("verify", tmp_path / id_of(1)).refused("not a committed checkpoint")
     run("verify", tmp_path / id_of(2)).refused(id_of(2))
 
 
@@ -313,7 +313,7 @@ def test_hold_and_release(run: Program, directory: Path) -> None:
     one = directory / id_of(1)
     assert run("hold", one).code == 0
     assert held() == {id_of(1)}
-    assert "stays     " + id_of(1) in run("prune", directory, "--rolling=2", "--dry_run").out
+    assert "kept          " + id_of(1) in run("prune", directory, "--rolling=2", "--dry_run").out
     assert run("release", one).code == 0
     assert held() == set()
 
@@ -321,7 +321,7 @@ def test_hold_and_release(run: Program, directory: Path) -> None:
 @pytest.mark.parametrize("command", ["hold", "release"])
 def test_hold_wants_one_committed_checkpoint(run: Program, directory: Path, command: str) -> None:
     run(command, directory).refused("is not one checkpoint", "step:60 (latest)")
-    run(command, directory / id_of(9)).refused(id_of(9), "no committed checkpoint")
+    run(command, directory / id_of(9)).refused(id_of(9), "not a committed checkpoint")
     run(command, directory / id_of(8)).refused(id_of(8))
 
 
@@ -334,13 +334,13 @@ def test_prune_says_why_each_one_stays_or_goes(run: Program, directory: Path) ->
     assert not list(directory.glob("lease-*"))
     said = [re.split(r"  +", line, maxsplit=3) for line in ran.out.splitlines()]
     assert [(word, id, why) for word, id, _, why in said] == [
-        ("stays", id_of(1), "held"),
-        ("stays", id_of(2), "best (val loss 1.5)"),
-        ("would go", id_of(3), "older than the newest 3, without a validation loss"),
-        ("stays", id_of(4), "closed epoch 2, among the newest 3"),
-        ("stays", id_of(5), "backup, among the newest 3"),
-        ("stays", id_of(6), "latest, among the newest 3"),
-        ("would go", id_of(9), "no manifest: it is being written, or its run ended before the commit"),
+        ("kept", id_of(1), "held"),
+        ("kept", id_of(2), "best (val loss 1.5)"),
+        ("would delete", id_of(3), "older than the newest 3, without a validation loss"),
+        ("kept", id_of(4), "closed epoch 2, among the newest 3"),
+        ("kept", id_of(5), "backup, among the newest 3"),
+        ("kept", id_of(6), "latest, among the newest 3"),
+        ("would delete", id_of(9), "no manifest: it is being written, or its run ended before the commit"),
     ]
 
 
@@ -349,7 +349,7 @@ def test_prune_removes_what_it_said(run: Program, directory: Path) -> None:
     ran = run("prune", directory, "--rolling", "2", "--no-epochs")
     assert (ran.code, ran.err) == (0, "")
     assert ids(directory) == [id_of(2), id_of(5), id_of(6)]
-    assert ran.out.splitlines()[-1].startswith("removed 4, ")
+    assert ran.out.splitlines()[-1].startswith("deleted 4, ")
     assert run("prune", directory, "--rolling", "0", "--best", "0").code == 0
     assert ids(directory) == [id_of(2), id_of(5), id_of(6)], "latest, backup and best always stay"
 
@@ -471,7 +471,7 @@ def test_on_a_store(run: Program) -> None:
     ("secs", "shown"), [(-5, "now"), (0.4, "now"), (59, "59 s"), (61, "1 min"), (7200, "2 h"), (3e5, "3 d")]
 )
 def test_ages(secs: float, shown: str) -> None:
-    assert text.age(secs) == shown
+    assert terminal.age(secs) == shown
 
 
 def process(*argv: str, **given: Any) -> subprocess.CompletedProcess[str]:

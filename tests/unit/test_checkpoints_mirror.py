@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def test_copy_a_directory(run: Program, source: Path, tmp_path: Path, kind: str)
     assert "173 kB in" in ran.out
     assert steps_in(second) == [10, 20, 30]
     again = run("copy", source, second.uri)
-    assert [line.split()[0] for line in again.out.splitlines()] == ["there"] * 3
+    assert [line.split()[0] for line in again.out.splitlines()] == ["present"] * 3
     assert "nothing was sent" in again.out
     back = run("copy", second.uri, tmp_path / "back")
     assert back.code == 0
@@ -110,11 +111,11 @@ def test_copy_of_nothing_and_to_nowhere(run: Program, source: Path, tmp_path: Pa
     run("copy", tmp_path / "nowhere", tmp_path / "there").refused(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     run("copy", tmp_path / "empty", tmp_path / "there").refused("nothing to copy")
-    run("copy", source / id_of(9), tmp_path / "there").refused("no committed checkpoint")
+    run("copy", source / id_of(9), tmp_path / "there").refused("not a committed checkpoint")
     run("copy", source, source).refused("both source and target")
     run("copy", source, "").refused("empty")
     run("copy", source).refused("DIR_TO")
-    run("copy", source / id_of(1), tmp_path / "there", "--select=best").refused("leave --select out")
+    run("copy", source / id_of(1), tmp_path / "there", "--select=best").refused("omit --select")
     run("copy", source, tmp_path / "there", "--select=step:7").refused("step:30")
     assert not (tmp_path / "there").exists()
     write_checkpoint(tmp_path / "other", sequence=1, seed=5)
@@ -142,7 +143,7 @@ def test_list_shows_both_tiers_and_what_is_owed(run: Program, source: Path, tmp_
     assert rows[id_of(3)][-3:-1] == ["committed", "owed"]
     assert rows[id_of(4)][-3:-1] == ["committed", "owed"]
     assert rows[id_of(9)][-3:-1] == ["partial", "-"]
-    assert ran.out.splitlines()[-1] == f"{mirror} is still owed 2 checkpoints, 346 kB"
+    assert ran.out.splitlines()[-1] == f"2 checkpoints, 346 kB, are not yet copied to {mirror}"
     entries = {
         entry["step"]: entry
         for entry in run("list", source, "--mirror", mirror, "--json").json["checkpoints"]
@@ -158,7 +159,8 @@ def test_list_follows_the_runs_own_frequency(run: Program, tmp_path: Path) -> No
         write_checkpoint(tmp_path / "a", sequence=sequence, config={"keep_checkpoints": 3, "mirror_freq": 20})
     (tmp_path / "b").mkdir()
     ran = run("list", tmp_path / "a", "--mirror", tmp_path / "b")
-    assert ran.out.splitlines()[-1].startswith(f"{tmp_path / 'b'} is still owed 1 checkpoint, ")
+    last = ran.out.splitlines()[-1]
+    assert re.fullmatch(rf"1 checkpoint, .*, is not yet copied to {tmp_path / 'b'}", last)
 
 
 def test_list_of_a_lost_node(run: Program, source: Path, tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def test_export_flags(run: Program, trained: tuple[Path, list[str]], tmp_path: P
         (["import", "{tmp}/nowhere", "--to", "{tmp}/x"], ["nothing lies at", "nowhere"]),
         (["import", "{run}/{one}", "--to", "{tmp}/x"], ["a Holdfast checkpoint already"]),
         (["merge", "{run}/{one}", "--to", "{tmp}/x"], ["two checkpoints"]),
-        (["merge", "{run}/{one}", "{run}", "--to", "{tmp}/x"], ["is not one checkpoint", "There is: step:3"]),
+        (["merge", "{run}/{one}", "{run}", "--to", "{tmp}/x"], ["is not one checkpoint", "Available: step"]),
         (["merge", "{run}/{one}", "{run}/{two}", "--to", "{tmp}/x", "--weights=1"], ["1 weights for 2"]),
         (["merge", "{run}/{one}", "{run}/{two}", "--to", "{tmp}/x", "--weights=a,b"], ["'a,b'", "1,1,2"]),
         (["diff", "{run}/{one}"], ["CKPT"]),
-        (["diff", "{run}/{one}", "{tmp}/step-00000001-00000000"], ["no committed checkpoint"]),
+        (["diff", "{run}/{one}", "{tmp}/step-00000001-00000000"], ["not a committed checkpoint"]),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -207,13 +207,13 @@ def test_a_signal_leaves_nothing_behind(
         run("export", directory, "--to", tmp_path / "in.pt", "--format=torch")
     code = (
         "import os, sys\n"
-        "from engine.checkpoints import progress\n"
+        "from engine.checkpoints import terminal\n"
         "from engine.entry import enter\n"
-        f"hit = progress.Meter(lambda n: None, lambda n: os.kill(os.getpid(), {int(signum)}))\n"
+        f"hit = terminal.Meter(lambda n: None, lambda n: os.kill(os.getpid(), {int(signum)}))\n"
         "import contextlib\n"
         "@contextlib.contextmanager\n"
         "def meter(title):\n    yield hit\n"
-        "progress.meter = meter\n"
+        "terminal.meter = meter\n"
         f"sys.argv[1:] = {[str(a) for a in argv]!r}\n"
         "enter('engine.checkpoints.dispatch')\n"
     )

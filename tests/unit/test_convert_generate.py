@@ -73,9 +73,9 @@ def test_what_is_printed_does_nothing_to_the_terminal(
         (["--top_k", "-1"], "--top_k is -1"),
         (["--promt", "x"], "--promt"),
         (["--checkpoint_dir", "/nowhere/at/all"], "holds no checkpoint"),
-        (["--checkpoint_dir", "/nowhere/at/all", "--from", "best"], "no checkpoint answers to 'best'"),
+        (["--checkpoint_dir", "/nowhere/at/all", "--from", "best"], "no checkpoint matches 'best'"),
         (["--from", "/nowhere/at/all"], "/nowhere/at/all"),
-        (["--from", "newest"], "'newest' selects no checkpoint"),
+        (["--from", "newest"], "'newest' is not a selector"),
         (["--storage_options", "hunter2"], "entry 1"),
     ],
 )

@@ -197,7 +197,7 @@ def test_the_run_and_everything_outside_it_agree(tmp_path: Path, capsys: pytest.
     assert main(["show", str(tmp_path), "--select", "best"]) == 0
     assert ids[1] in capsys.readouterr().out
     assert main(["prune", str(tmp_path), "--rolling", "0", "--dry_run"]) == 0
-    assert f"stays     {ids[1]}" in capsys.readouterr().out
+    assert f"kept          {ids[1]}" in capsys.readouterr().out
     other = ["--best_metric", "val_loss", "--best_mode", "min"]
     assert main(["prune", str(tmp_path), "--rolling", "0", *other]) == 0
     left = [item.id for item in list_checkpoints(LocalStorage(tmp_path))]

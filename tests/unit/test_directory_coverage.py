@@ -54,30 +54,30 @@ def test_whole(ranks: list[list[Chunk]]) -> None:
 @pytest.mark.parametrize(
     ("ranks", "sentence"),
     [
-        ([[]], "'w' (F32 [8, 4]) has a hole: the shards hold 0 of its 32 elements"),
+        ([[]], "'w' (F32 [8, 4]) has a hole: the shards have 0 of its 32 elements"),
         (
             [[chunk((0, 4), (0, 4))], [chunk((5, 8), (0, 4))]],
-            "'w' (F32 [8, 4]) has a hole: the shards hold 28 of its 32 elements",
+            "'w' (F32 [8, 4]) has a hole: the shards have 28 of its 32 elements",
         ),
         (
             [[chunk((0, 5), (0, 4))], [chunk((4, 8), (0, 4))]],
-            "'w' is stored twice in part: [0:5, 0:4] in rank0 overlaps [4:8, 0:4] in rank1",
+            "'w' is partly stored twice: [0:5, 0:4] in rank0 overlaps [4:8, 0:4] in rank1",
         ),
         (  # as many elements as there should be, but not the right ones
             [[chunk((0, 4), (0, 4))], [chunk((0, 4), (0, 4))]],
-            "'w' is stored twice in part: [0:4, 0:4] in rank0 overlaps [0:4, 0:4] in rank1",
+            "'w' is partly stored twice: [0:4, 0:4] in rank0 overlaps [0:4, 0:4] in rank1",
         ),
         (
             [[chunk((0, 8), (0, 4), dtype="BF16")]],
-            "rank0 holds 'w' as BF16 [8, 4]: the manifest says F32 [8, 4]",
+            "rank0 has 'w' as BF16 [8, 4]: the manifest says F32 [8, 4]",
         ),
         (
             [[chunk((0, 8), (0, 4), shape=(9, 4))]],
-            "rank0 holds 'w' as F32 [9, 4]: the manifest says F32 [8, 4]",
+            "rank0 has 'w' as F32 [9, 4]: the manifest says F32 [8, 4]",
         ),
         (
             [[chunk((0, 8), (0, 4))], [chunk((0, 8), (0, 4), name="v")]],
-            "rank1 holds a tensor 'v' that the manifest does not know",
+            "rank1 has a tensor 'v' that the manifest does not list",
         ),
     ],
     ids=["nothing", "hole", "overlap", "duplicate", "dtype", "shape", "unknown"],
@@ -93,7 +93,7 @@ def test_scalars_and_empty_tensors() -> None:
     assert damage([scalar, empty], tensors=tensors) == []
     assert damage([scalar], tensors=tensors) == [], "an empty tensor needs no chunk"
     (sentence,) = damage([scalar], [scalar], tensors=tensors)
-    assert "'s' is stored twice in part: [] in rank0 overlaps [] in rank1" in sentence
+    assert "'s' is partly stored twice: [] in rank0 overlaps [] in rank1" in sentence
 
 
 @st.composite

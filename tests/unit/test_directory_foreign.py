@@ -95,9 +95,9 @@ def test_what_is_mounted_below_an_expired_checkpoint_stays(tmp_path: Path) -> No
         RETIRE.replace("committed(listed)", "[item.record for item in listed if item.record]"),
         "left()",
     )
-    assert f"removed ('{one}',)" in said
+    assert f"deleted ('{one}',)" in said
     assert "['papers/thesis', 'scratch/results', 'shard-00009.json']" in said
-    assert said.count("it holds files that Holdfast did not write: papers, scratch, shard-00009.json") == 1
+    assert said.count("it contains files that Holdfast did not write: papers, scratch, shard-00009.json") == 1
     assert files_below(home) == {"papers/thesis": b"precious", "index": b"precious"}
 
 
@@ -120,7 +120,7 @@ def test_a_directory_that_is_mounted_in_a_checkpoints_place_is_left_alone(
         """,
         RETIRE,
     )
-    assert said.count("removed ()") == said.count("abandoned ()") == 2
+    assert said.count("deleted ()") == said.count("abandoned ()") == 2
     assert said.count("is a mount point: what is mounted there is left alone") == 1
     assert files_below(tmp_path / "theirs") == before
 
@@ -219,8 +219,8 @@ def test_what_holdfast_did_not_write_stays_and_is_said_once(
     assert sorted(entries) == [".manifest.json.Xa1", "NOTES.txt", "eval", "shard-00000.safetensors.bak"]
     assert [item.id for item in list_checkpoints(storage) if item.status == "committed"] == [two, three]
     (left,) = [item for item in list_checkpoints(storage) if item.id == one]
-    assert left.reason == "only files that Holdfast did not write: clean-up leaves them alone"
-    assert caplog.text.count("it holds files that Holdfast did not write") == 1
+    assert left.reason == "only files that Holdfast did not write: they are never deleted"
+    assert caplog.text.count("it contains files that Holdfast did not write") == 1
 
 
 def test_empty_directories_links_and_odd_files_in_an_expired_checkpoint(

@@ -190,7 +190,7 @@ def test_held_ones_are_listed_as_held(tmp_path: Path) -> None:
 def test_only_a_committed_one_can_be_held(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     id = write_checkpoint(tmp_path, commit=False)
-    with pytest.raises(NotFoundError, match="no committed checkpoint"):
+    with pytest.raises(NotFoundError, match="not a committed checkpoint"):
         marks.hold(storage, id)
     with pytest.raises(NotFoundError):
         marks.release(storage, id)

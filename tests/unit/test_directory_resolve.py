@@ -58,15 +58,15 @@ def test_the_error_lists_what_is_whole_and_says_why_the_rest_cannot_be_used() ->
             listed(damaged=(4,), partial=("step-00000005-00000005",)), parse_selector("step:9"), "/runs/a"
         )
     text = str(caught.value)
-    assert text.startswith("no checkpoint answers to 'step:9'")
-    assert "There is: step:3 (latest); step:2 (backup, best); step:1" in text
-    assert "/runs/a also holds 1 damaged and 1 partial: " in text
+    assert text.startswith("no checkpoint matches 'step:9'")
+    assert "Available: step:3 (latest); step:2 (backup, best); step:1" in text
+    assert "/runs/a also has 1 damaged and 1 partial: " in text
     assert "step-00000004-00000004 is damaged (block 4 has changed)" in text
     assert "step-00000005-00000005 is partial (no manifest)" in text
 
 
 def test_of_many_that_cannot_be_used_three_are_named() -> None:
-    with pytest.raises(SelectorError, match=r"also holds 4 damaged and 0 partial: .*; and 1 more$") as caught:
+    with pytest.raises(SelectorError, match=r"also has 4 damaged and 0 partial: .*; and 1 more$") as caught:
         resolve(listed(damaged=(1, 2, 3, 4)), parse_selector("latest"), "/runs/a")
     assert str(caught.value).count("is damaged (") == 3
 
@@ -86,7 +86,5 @@ def test_a_path_names_a_checkpoint_or_the_error_says_where_none_is(tmp_path: Pat
     id = write_checkpoint(tmp_path / "run", step=30)
     found = checkpoint_at(str(tmp_path / "run" / id))
     assert (found.parent, found.name, found.manifest.step) == (str(tmp_path / "run"), id, 30)
-    with pytest.raises(
-        SelectorError, match=f"no checkpoint lies at {tmp_path}/run/other: it has no manifest"
-    ):
+    with pytest.raises(SelectorError, match=f"no checkpoint at {tmp_path}/run/other: it has no manifest"):
         checkpoint_at(str(tmp_path / "run" / "other"))

@@ -81,12 +81,12 @@ def test_of_equal_losses_the_older_is_best() -> None:
     ("records", "text", "why"),
     [
         ([], "latest", "nothing was committed"),
-        ([record(1)], "backup", "there are not two"),
+        ([record(1)], "backup", "there are fewer than two"),
         ([record(1, loss=math.inf), record(2)], "best", "none has a finite val_loss"),
-        ([record(1, epoch=4)], "epoch:4", "none closed epoch 4"),
-        ([record(1)], "step:7", "none is of step 7"),
-        ([record(1)], "step-00000001-ffffffff", "none has this id"),
-        ([record(1)], "/elsewhere/" + record(1).id, "none lies at this path"),
+        ([record(1, epoch=4)], "epoch:4", "no checkpoint closed epoch 4"),
+        ([record(1)], "step:7", "no checkpoint at step 7"),
+        ([record(1)], "step-00000001-ffffffff", "no checkpoint has this id"),
+        ([record(1)], "/elsewhere/" + record(1).id, "no checkpoint at this path"),
     ],
 )
 def test_nothing_answers(records: list, text: str, why: str) -> None:
@@ -104,7 +104,7 @@ def test_the_error_lists_what_there_is_newest_first() -> None:
     with pytest.raises(SelectorError) as raised:
         choose(BRANCHED, parse_selector("step:999"))
     assert str(raised.value).endswith(
-        "There is: step:200 (latest, epoch:1); step:150 (backup); step:500 (best); step:200 (epoch:1);"
+        "Available: step:200 (latest, epoch:1); step:150 (backup); step:500 (best); step:200 (epoch:1);"
         " step:100"
     )
 

@@ -129,7 +129,7 @@ def test_a_path_to_a_directory_of_checkpoints_says_what_to_type(three: Path) -> 
 
 
 def test_a_path_to_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SelectorError, match=r"no checkpoint lies at .*/no/such/place"):
+    with pytest.raises(SelectorError, match=r"no checkpoint at .*/no/such/place"):
         begin(tmp_path, resume="/no/such/place")
 
 
