@@ -13,7 +13,7 @@ MODES: tuple[str, ...] = get_args(Mode)
 
 @dataclass(frozen=True, slots=True)
 class BestRule:
-    """The metric that decides, and whether its lowest (min) or highest (max) value is best."""
+    """The deciding metric, and whether its lowest (min) or highest (max) value is best."""
 
     metric: str = "val_loss"
     mode: Mode = "min"
@@ -25,12 +25,12 @@ class BestRule:
             raise ValueError(f"mode {str(self.mode)[:80]!r}: it must be min or max")
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
-        """What decides; None where there is none, or it is not finite: such a checkpoint is never best."""
+        """The metric's value; None if it is missing or not finite: such a checkpoint is never best."""
         value = metrics.get(self.metric)
         return value if value is not None and math.isfinite(value) else None
 
     def badness(self, value: float) -> float:
-        """A key to sort values by, the best first."""
+        """A sort key: the best value sorts first."""
         return value if self.mode == "min" else -value
 
     def beats(self, value: float, other: float) -> bool:
@@ -39,18 +39,18 @@ class BestRule:
 
     @property
     def label(self) -> str:
-        """The metric in words."""
+        """The metric's name in messages."""
         return "val loss" if self.metric == "val_loss" else self.metric
 
     @property
     def selector(self) -> str:
-        """The selector that means the best by this rule, whatever the checkpoints say."""
+        """The selector of the best by this rule, independent of the rule stored in the checkpoints."""
         return f"best:{self.metric}:{self.mode}"
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """As in the manifest."""
         return {"metric": self.metric, "mode": self.mode}
 
 
 DEFAULT = BestRule()
-"""What holds where nothing is said; a manifest says nothing of it then."""
+"""The rule of a run that sets none; a manifest omits it."""

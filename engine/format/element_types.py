@@ -1,7 +1,7 @@
-"""The element types of safetensors that the format uses, by their names there.
+"""The element types that the format uses, by their safetensors names.
 
-Types of less than a byte are left out: a chunk's begin could fall inside a byte. `F4` comes in pairs, as in
-torch: an element is a byte of two values, and only a safetensors header counts the values.
+Types smaller than a byte are excluded: a chunk could begin inside a byte. `F4` comes in pairs, as in torch:
+an element is a byte of two values, and only a safetensors header counts the values.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ ITEMSIZES: dict[str, int] = {
     "BOOL": 1,
     "F4": 1,
 }
-"""Bytes of one element, by safetensors name."""
+"""Bytes per element, by safetensors name."""
 
 _VALUES_EACH = {"F4": 2}
-"""Values in one element, where a header counts values."""
+"""Values per element, for types whose header counts values."""
 
 
 def header_sizes(dtype: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a safetensors header gives of these sizes. ValueError for a scalar of pairs."""
+    """The shape in a safetensors header for these sizes. ValueError for a scalar of pairs."""
     each = _VALUES_EACH.get(dtype, 1)
     if each == 1:
         return sizes
@@ -47,17 +47,17 @@ def header_sizes(dtype: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def sizes_of_header(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The inverse of `header_sizes`. DamagedError for values that do not come in whole elements."""
+    """The inverse of `header_sizes`. DamagedError if the values do not fill whole elements."""
     each = _VALUES_EACH.get(dtype, 1)
     if each == 1:
         return shape
     if not shape or shape[-1] % each:
-        raise DamagedError(f"{dtype} {list(shape)} does not come in whole bytes")
+        raise DamagedError(f"{dtype} {list(shape)} does not fill whole bytes")
     return (*shape[:-1], shape[-1] // each)
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one element. DamagedError for a name that is not in the table."""
+    """Bytes per element. DamagedError for an unknown name."""
     try:
         return ITEMSIZES[dtype]
     except (KeyError, TypeError):

@@ -1,7 +1,7 @@
-"""Typed access to the fields of a parsed document, so that every reader refuses the same things alike.
+"""Typed access to the fields of a parsed document, with the same checks and errors for every reader.
 
-A document from storage is untrusted: each field is checked for its type and range before it is used, and
-the error names the document and the field.
+A document from storage is untrusted: the type and range of each field are checked before it is used, and the
+error names the document and the field.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _DIGEST = re.compile(r"[0-9a-f]{32}", re.ASCII)
 class Fields:
     """One JSON object of a document; `what` names it in errors.
 
-    `finish()` refuses fields that were never asked for: a field that a reader ignores is one that could
-    change its meaning.
+    `finish()` refuses fields that were never read: a field that a reader ignores could change the document's
+    meaning.
     """
 
     __slots__ = ("_left", "_value", "what")
@@ -43,7 +43,7 @@ class Fields:
         return self._value[name]
 
     def has(self, name: str) -> bool:
-        """Whether there is such a field; for the few that may be left out."""
+        """Whether the field exists; for the few that are optional."""
         return name in self._value
 
     def integer(self, name: str, *, least: int = 0, most: int = MAX_INT) -> int:
@@ -102,12 +102,12 @@ class Fields:
             raise self.wrong(name, value, "an array of text")
         return tuple(value)
 
-    def wrong(self, name: str, value: object, wanted: str) -> DamagedError:
-        """The error for a field that holds something else than was wanted."""
-        return DamagedError(f"{self.what} has {_short(value)} as {name!r}, where {wanted} belongs")
+    def wrong(self, name: str, value: object, expected: str) -> DamagedError:
+        """The error for a field with an unexpected value."""
+        return DamagedError(f"{self.what} has {_short(value)} as {name!r}: expected {expected}")
 
     def finish(self) -> None:
-        """DamagedError if the object holds a field that nobody asked for."""
+        """DamagedError if the object has a field that was never read."""
         if self._left:
             raise DamagedError(f"{self.what} has an unknown field {sorted(self._left)[0][:40]!r}")
 
@@ -126,7 +126,7 @@ def are_extents(values: Iterable[object]) -> bool:
 
 
 def validated(what: str, build: Callable[[], T]) -> T:
-    """Build a value whose own validation raises ValueError, as DamagedError that names the document."""
+    """Build a value; a ValueError of its own validation becomes a DamagedError that names the document."""
     try:
         return build()
     except DamagedError as error:

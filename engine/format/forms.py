@@ -1,7 +1,7 @@
-"""The `$` forms that stored values may take, and the format version that each of them needs.
+"""The `$` forms of stored values, and the format version that each of them needs.
 
-A document is written as version 2 exactly when something in it needs version 2, so that an older Holdfast
-says "newer" of it and not "damaged", and goes on reading everything else.
+A document is written as version 2 only if something in it needs version 2: an older Holdfast then reports it
+as newer, not as damaged, and can still read everything else.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from typing import Any
 
 FIRST_VERSION = 1
-"""What is written where nothing needs more."""
+"""The version of documents that need nothing newer."""
 
 FORMAT_VERSION = 2
-"""The newest version that is written and read."""
+"""The newest version that this Holdfast writes and reads."""
 
 FORMS: dict[str, int] = {
     "$tensor": 1,
@@ -45,14 +45,14 @@ FORMS: dict[str, int] = {
     "$array": 2,
     "$composite": 2,
 }
-"""Form -> the version that brought it. A `$` key that is not listed here is damage."""
+"""Form -> the version that introduced it. A `$` key that is not listed here is damage."""
 
 DTYPES: dict[str, int] = {"F4": 2}
-"""Element type -> the version that brought it, where that is not the first."""
+"""Element type -> the version that introduced it, if that is not the first."""
 
 
 def version_needed(*values: Any, dtypes: Iterable[str] = ()) -> int:
-    """The format version that a document with these JSON values and element types has to declare."""
+    """The format version that a document with these JSON values and element types must declare."""
     needed = max((DTYPES.get(dtype, FIRST_VERSION) for dtype in dtypes), default=FIRST_VERSION)
     left = [*values]
     while left and needed < FORMAT_VERSION:
@@ -66,7 +66,7 @@ def version_needed(*values: Any, dtypes: Iterable[str] = ()) -> int:
 
 
 def without_order(value: Any) -> Any:
-    """The same values, with every dict of text keys as a JSON object: alike for dicts in different orders."""
+    """The same values, with every dict of text keys as a JSON object, so that their order does not matter."""
     if isinstance(value, list):
         return [without_order(item) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A rank's index: where each of its chunks lies, the digest of every block, and its rank-local values."""
+"""A rank's index: the location of each chunk, the digest of every block, and rank-local values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.format.names import parse_attempt_name, shard_file
 MAX_WORLD_SIZE = 1_000_000
 
 _CHUNK_FIELDS = ("name", "dtype", "shape", "offsets", "sizes", "begin", "end")
-"""Of a chunk in JSON."""
+"""The keys of a chunk in JSON."""
 _chunk_values = itemgetter(*_CHUNK_FIELDS)
 
 
@@ -48,8 +48,8 @@ class ShardFile:
 class ShardIndex:
     """What rank `rank` of `world_size` stored in the attempt directory `attempt`.
 
-    `files` are its parts 0, 1, ... (none if it had nothing to write); `local` is a JSON object of
-    rank-local values by state key.
+    `files` are its parts 0, 1, ... (none if it wrote no tensors); `local` is a JSON object of rank-local
+    values by state key.
     """
 
     attempt: str
@@ -69,7 +69,7 @@ class ShardIndex:
 
     @property
     def chunks(self) -> tuple[tuple[ShardFile, PlacedChunk], ...]:
-        """Every chunk with the file that holds it, in file order."""
+        """Every chunk with its file, in file order."""
         return tuple((shard, placed) for shard in self.files for placed in shard.chunks)
 
     def to_bytes(self) -> bytes:
@@ -91,8 +91,8 @@ class ShardIndex:
     def from_bytes(cls, raw: bytes, *, what: str) -> ShardIndex:
         """Parse and validate. `what` names the document in errors.
 
-        DamagedError unless sizes, ranges, shapes, dtypes and digest counts agree with each other;
-        NewerFormatError for a newer format. That files have these sizes is for the caller to compare.
+        DamagedError unless sizes, ranges, shapes, dtypes and digest counts agree; NewerFormatError for a
+        newer format. The caller compares the files' sizes.
         """
         fields = Fields(parse_canonical(raw, what=what), what)
         check_version(fields)
@@ -109,7 +109,7 @@ class ShardIndex:
 
 
 def check_version(fields: Fields) -> None:
-    """Take the field "format_version"; NewerFormatError or DamagedError unless it is read here."""
+    """Read the field "format_version". NewerFormatError or DamagedError unless this Holdfast reads it."""
     version = fields.integer("format_version", least=1)
     if version > FORMAT_VERSION:
         raise NewerFormatError(
@@ -157,7 +157,7 @@ def _file_from_json(fields: Fields) -> ShardFile:
 
 
 def _chunk_from_json(item: Any, what: str) -> PlacedChunk:
-    # Hundreds in each index, and a restore waits for all of them: `Fields` comes in where one is wrong.
+    # Hundreds in each index, and a restore waits for all of them: slow `Fields` only for one that is wrong.
     placed = _well_formed(item)
     if placed is not None:
         return placed
@@ -175,7 +175,7 @@ def _chunk_from_json(item: Any, what: str) -> PlacedChunk:
 
 
 def _well_formed(item: Any) -> PlacedChunk | None:
-    """The chunk, or None where anything about it is wrong. `Chunk` itself looks into shapes and extents."""
+    """The chunk, or None if anything is wrong. `Chunk` itself checks shapes and extents."""
     try:
         name, dtype, shape, offsets, sizes, begin, end = _chunk_values(item)
         if len(item) != len(_CHUNK_FIELDS) or not type(name) is type(dtype) is str:

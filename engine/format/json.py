@@ -1,8 +1,8 @@
-"""Canonical JSON: one value has one serialisation, so that a digest over the bytes is a digest of the value.
+"""Canonical JSON: each value has one serialisation, so that a digest of the bytes is a digest of the value.
 
-Canonical means: keys sorted, no spaces, UTF-8 without escapes that are not needed, no NaN or Infinity,
-integers within 64 bits, at most `MAX_DEPTH` containers deep. A file that parses but is not canonical was
-not written by us as it stands, and counts as damaged.
+Canonical means: sorted keys, no spaces, UTF-8 without unnecessary escapes, no NaN or Infinity, integers
+within 64 bits, at most `MAX_DEPTH` nested containers. A file that parses but is not canonical was changed
+after it was written: it is damaged.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 from engine.errors import DamagedError
 
 MAX_DEPTH = 64
-"""Containers inside containers that a document may have."""
+"""How deep a document may nest containers."""
 
 MAX_BYTES = 256 << 20
 """Largest JSON document that is read: the index of a shard of 1.5 TB."""
 
 MAX_VALUES = 8_000_000
-"""Values in one document. Parsed, a value of two bytes takes up to 70: this bounds what is allocated."""
+"""Most values in one document. A value of two bytes takes up to 70 parsed: this limits the memory."""
 
 MAX_INT = 2**63 - 1
-"""Largest integer in a document, in either direction: what other languages' readers can hold."""
+"""Largest absolute integer in a document: readers in other languages have 64 bits."""
 
 _MAX_INT_DIGITS = 19
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _LONG_NUMBER = re.compile(rb"(?<![0-9.])[0-9]{%d}" % _MAX_INT_DIGITS)  # not the digits after a point
 _MAX_SPLIT_BYTES = 4 << 20
-"""Longer documents are not split at their quotes: each part of two bytes would take 45."""
+"""Longer documents are not split at their quotes: each part of two bytes would take 45 bytes."""
 _ONE_DIGIT = bytes.maketrans(b"0123456789", b"0000000000")
 _LONG_RUN = b"0" * _MAX_INT_DIGITS
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
@@ -39,7 +39,7 @@ _ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
 
 
 def canonical_bytes(value: object) -> bytes:
-    """Serialise a JSON value canonically. ValueError names the key path of whatever is not JSON."""
+    """Serialise a JSON value canonically. ValueError names the key path of a value that is not JSON."""
     _check(value, "", MAX_DEPTH)
     return _spell(value)
 
@@ -47,8 +47,8 @@ def canonical_bytes(value: object) -> bytes:
 def parse_canonical(raw: bytes, *, what: str, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
     """Parse bytes that `canonical_bytes` wrote.
 
-    `what` names the document in errors. DamagedError: too large, too deep, not JSON, or not canonical
-    (which covers duplicate keys: they do not survive a round trip).
+    `what` names the document in errors. DamagedError: too large, too deep, not JSON, or not canonical (which
+    includes duplicate keys: they do not survive a round trip).
     """
     value, has_long_numbers = _parse(raw, what, max_bytes, max_depth, None)
     try:
@@ -70,23 +70,23 @@ def parse_bounded(
     pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
     constants: bool = False,
 ) -> Any:
-    """Parse any JSON of bounded size and depth; DamagedError otherwise. It need not be canonical.
+    """Parse JSON of bounded size and depth, canonical or not. DamagedError otherwise.
 
-    constants: take NaN and Infinity, which Python's own json writes and JSON does not know.
+    constants: accept NaN and Infinity, which Python's json writes although they are not JSON.
     """
     return _parse(raw, what, max_bytes, max_depth, pairs_hook, constants=constants)[0]
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`pairs_hook` for documents that are not canonical: refuse duplicate keys, do not keep the last."""
+    """`pairs_hook` for documents that are not canonical: refuse duplicate keys."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("an object names the same key twice")
+        raise ValueError("an object has the same key twice")
     return found
 
 
 def encode_metric(value: float) -> float | str:
-    """A metric as JSON can hold it: a finite float, or "nan", "inf", "-inf"."""
+    """A metric as a JSON value: a finite float, or "nan", "inf", "-inf"."""
     value = float(value)
     if math.isfinite(value):
         return value
@@ -111,24 +111,24 @@ def _parse(
     *,
     constants: bool = False,
 ) -> tuple[Any, bool]:
-    """The value, and whether the document has numbers of so many digits that they may be beyond 64 bits."""
+    """The value, and whether the document has numbers so long that they may exceed 64 bits."""
     if len(raw) > max_bytes:
-        raise DamagedError(f"{what} has {len(raw)} bytes, more than the {max_bytes} that are ever written")
+        raise DamagedError(f"{what} has {len(raw)} bytes, more than the limit of {max_bytes}")
     structure = _outside_strings(raw)
     if structure.count(b",") + structure.count(b"[") + structure.count(b"{") > MAX_VALUES:
-        raise DamagedError(f"{what} holds more than the {MAX_VALUES} values that are ever written")
+        raise DamagedError(f"{what} has more values than the limit of {MAX_VALUES}")
     brackets = structure.translate(_ONE_BRACKET, _NOT_BRACKETS)
     if _deeper_than(brackets, max_depth):
         if brackets.count(b"[") != brackets.count(b"]"):
-            raise DamagedError(f"{what} is not valid JSON: its brackets do not match, it may be cut off")
+            raise DamagedError(f"{what} is not valid JSON: its brackets do not match; it may be truncated")
         raise DamagedError(f"{what} is nested more than {max_depth} levels deep")
-    # Most documents have no long run of digits, which is found much faster than where one begins.
+    # Most documents have no long run of digits, and to find that out is much faster than to find one.
     has_long_numbers = _LONG_RUN in structure.translate(_ONE_DIGIT) and bool(_LONG_NUMBER.search(structure))
     try:
         value = json.loads(
             raw.decode("utf-8"),
             parse_constant=None if constants else _refuse_constant,
-            parse_int=_int if has_long_numbers else None,  # a call of Python for each integer
+            parse_int=_int if has_long_numbers else None,  # it would call Python for each integer
             object_pairs_hook=pairs_hook,
         )
     except (ValueError, RecursionError) as error:
@@ -137,14 +137,14 @@ def _parse(
 
 
 def _outside_strings(raw: bytes) -> bytes:
-    """The document without its strings; one that does not end reaches to the end."""
-    if len(raw) <= _MAX_SPLIT_BYTES and b"\\" not in raw:  # no quote in a string: splitting is quicker
+    """The document without its strings; an unterminated one extends to the end."""
+    if len(raw) <= _MAX_SPLIT_BYTES and b"\\" not in raw:  # no quote in a string: splitting is faster
         return b"".join(raw.split(b'"')[::2])
     return _STRING.sub(b"", raw)
 
 
 def _check(value: object, path: str, levels_left: int) -> None:
-    """Refuse what is not JSON, with its key path; also what json.dumps would quietly change."""
+    """Refuse values that are not JSON, or that json.dumps would silently change; name the key path."""
     if value is None or isinstance(value, bool):
         return
     if isinstance(value, str):
@@ -173,7 +173,7 @@ def _check_items(value: dict[Any, Any] | list[Any] | tuple[Any, ...], path: str,
             _check(item, f"{path}.{key}" if path else key, levels_left - 1)
     else:
         for position, item in enumerate(value):
-            if type(item) is int and -MAX_INT <= item <= MAX_INT:  # shapes and offsets: spare the path text
+            if type(item) is int and -MAX_INT <= item <= MAX_INT:  # shapes and offsets: no path text for each
                 continue
             _check(item, f"{path}[{position}]", levels_left - 1)
 
@@ -186,10 +186,10 @@ def _check_text(text: str, path: str) -> None:
 
 
 def _deeper_than(brackets: bytes, max_depth: int) -> bool:
-    """Whether [ and ] nest deeper than that (or do not match), found before a parser recurses into them.
+    """Whether [ and ] nest deeper than that, or do not match. Checked before a parser recurses into them.
 
-    The parser's own recursion limit would not do: a program may have raised it, and C stacks overflow then.
-    Each round strips the innermost level, in C and in time linear in the document.
+    The parser's own recursion limit does not suffice: a program may have raised it, and then C stacks
+    overflow. Each round strips the innermost level, in C and in time linear in the document.
     """
     for _ in range(max_depth):
         if not brackets:
@@ -205,16 +205,16 @@ def _int(text: str) -> int:
 
 
 def _spell(value: object) -> bytes:
-    """Of JSON as a parser returns it: json.dumps would quietly change other keys and values to text.
+    """Serialise a parsed JSON value (json.dumps would silently change other keys and values to text).
 
-    ValueError, without a key path, for what a parser lets through: numbers like 1e400, and broken Unicode.
+    ValueError, without a key path, for values that a parser accepts: numbers like 1e400, and broken Unicode.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8")
 
 
 def _fault(value: object, error: ValueError) -> ValueError:
-    """The error with the key path, which the C encoder's own does not have."""
+    """The error with the key path, which the C encoder's error lacks."""
     try:
         _check(value, "", MAX_DEPTH)
     except ValueError as named:

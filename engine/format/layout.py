@@ -1,7 +1,7 @@
-"""Where each chunk lies in a rank's shard files: plain safetensors, without gaps, data on a 4 KiB boundary.
+"""The layout of a rank's shard files: plain safetensors, without gaps, data on a 4 KiB boundary.
 
-The header follows https://huggingface.co/docs/safetensors (8-byte little-endian length, JSON, data) and
-carries the sharding metadata of torch's HuggingFaceStorageReader, which derives each tensor's global shape
+The header follows https://huggingface.co/docs/safetensors (8-byte little-endian length, JSON, data) and has
+the sharding metadata of torch's HuggingFaceStorageReader, which derives each tensor's global shape
 and chunks from "saved_offsets" (torch/distributed/checkpoint/hf_storage.py, read_metadata).
 """
 
@@ -20,13 +20,13 @@ from engine.format.json import canonical_bytes, parse_bounded, unique_pairs
 from engine.format.names import parse_shard_file, shard_file
 
 ALIGN_BYTES = 4096
-"""Boundary on which a shard's data starts: direct I/O and page-aligned readers need it."""
+"""Boundary on which a shard's data begins: direct I/O and page-aligned readers need it."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""What safetensors readers accept for the JSON part of a header."""
+"""Largest JSON part of a header that safetensors readers accept."""
 
 MAX_DIMS = 64
-"""As many dimensions as a torch tensor may have."""
+"""The most dimensions of a torch tensor."""
 
 MAX_NAME_CHARS = 4096
 
@@ -55,7 +55,7 @@ class Chunk:
                 f" for {len(self.shape)} dimensions"
             )
         for offset, size, extent in zip(self.offsets, self.sizes, self.shape, strict=True):
-            whole = type(offset) is int and type(size) is int  # no calls: hundreds of chunks an index
+            whole = type(offset) is int and type(size) is int  # no calls: an index has hundreds of chunks
             if not (whole and 0 <= offset <= offset + size <= extent):
                 raise ValueError(
                     f"chunk of {self.name!r}: offsets {self.offsets} and sizes {self.sizes}"
@@ -86,7 +86,7 @@ class PlacedChunk:
 
 @dataclass(frozen=True, slots=True)
 class ShardLayout:
-    """One shard file to be: its header, then its chunks by begin, without gaps, up to `file_bytes`."""
+    """The plan of one shard file: its header, then its chunks by begin, without gaps, up to `file_bytes`."""
 
     file: str
     header: bytes
@@ -113,7 +113,7 @@ class HeaderEntry(NamedTuple):
 
 
 def check_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> None:
-    """ValueError unless name, safetensors dtype and global shape can be those of a tensor."""
+    """ValueError unless name, safetensors dtype and global shape are valid for a tensor."""
     if not name or len(name) > MAX_NAME_CHARS or name == _METADATA_KEY:
         raise ValueError(f"{name[:40]!r} cannot name a tensor")
     if dtype not in ITEMSIZES:
@@ -127,7 +127,7 @@ def check_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> None:
 def check_tiling(file: str, chunks: tuple[PlacedChunk, ...], file_bytes: int) -> None:
     """ValueError unless the chunks, in this order, cover [first begin, file_bytes), each name once."""
     if not chunks:
-        raise ValueError(f"{file} holds no chunk")
+        raise ValueError(f"{file} has no chunk")
     position = chunks[0].begin
     if position <= _LENGTH_BYTES or position % ALIGN_BYTES:
         raise ValueError(f"{file}: data begins at byte {position}, which is not a multiple of {ALIGN_BYTES}")
@@ -140,14 +140,14 @@ def check_tiling(file: str, chunks: tuple[PlacedChunk, ...], file_bytes: int) ->
     if position != file_bytes:
         raise ValueError(f"{file}: the chunks end at byte {position}, the file at {file_bytes}")
     if len({placed.chunk.name for placed in chunks}) != len(chunks):
-        raise ValueError(f"{file} holds two chunks of one name")
+        raise ValueError(f"{file} has two chunks of one name")
 
 
 def plan_files(rank: int, chunks: Iterable[Chunk]) -> tuple[ShardLayout, ...]:
-    """Lay out a rank's chunks, in any order, as its shard files; the same chunks give the same layout.
+    """Lay out a rank's chunks as its shard files; the same chunks, in any order, give the same layout.
 
-    Part k holds the k-th chunk (by offsets) of every name that has that many: within one file a name is
-    unique, and under another name stock DCP would take a chunk for another tensor. No chunks, no files.
+    Part k has the k-th chunk (by offsets) of every name with that many: a name is unique within one file, and
+    stock DCP would read a chunk under another name as another tensor. No chunks, no files.
     """
     parts: list[list[Chunk]] = []
     repeats: dict[str, int] = {}
@@ -161,7 +161,7 @@ def plan_files(rank: int, chunks: Iterable[Chunk]) -> tuple[ShardLayout, ...]:
 
 
 def _lay_out(file: str, chunks: list[Chunk]) -> ShardLayout:
-    """`chunks` in file order. Element sizes descend, so every chunk begins on a multiple of its own."""
+    """`chunks`: in file order. Element sizes descend, so that every chunk begins on a multiple of its own."""
     header = _header(chunks)
     position = len(header)
     placed = []
@@ -198,9 +198,9 @@ def _header(chunks: list[Chunk]) -> bytes:
 
 
 def header_bytes(first: bytes, file_bytes: int, *, what: str = "the shard") -> int:
-    """Length of the whole header (the 8 length bytes included), from a file's first 8 bytes.
+    """Length of the whole header, including the 8 length bytes, from a file's first 8 bytes.
 
-    DamagedError unless it fits both the file and safetensors' limit: read no more before this check.
+    DamagedError unless it fits into both the file and safetensors' limit: read no more before this check.
     """
     if len(first) < _LENGTH_BYTES or file_bytes < _LENGTH_BYTES:
         found_bytes = min(len(first), file_bytes)
@@ -212,10 +212,10 @@ def header_bytes(first: bytes, file_bytes: int, *, what: str = "the shard") -> i
 
 
 def parse_header(raw: bytes, file_bytes: int, *, what: str = "the shard") -> dict[str, HeaderEntry]:
-    """Parse a shard's first bytes, the whole header at least, into its tensors.
+    """Parse a shard's header, from its first bytes, into its tensors.
 
-    `file_bytes` is the file's real size. DamagedError unless dtypes, shapes and ranges agree with each
-    other and the ranges cover the data part of the file exactly. Nothing of a declared size is allocated.
+    `file_bytes` is the file's actual size. DamagedError unless dtypes, shapes and ranges agree and the ranges
+    cover the file's data exactly. Nothing of a declared size is allocated.
     """
     data_begin = header_bytes(raw, file_bytes, what=what)
     if len(raw) < data_begin:

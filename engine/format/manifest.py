@@ -1,8 +1,8 @@
-"""The root manifest: the file whose presence makes a directory a checkpoint.
+"""The manifest: the file whose presence makes a directory a checkpoint.
 
-It is O(tensors + ranks): the chunk lists live in the shard indexes. Its key "digest" is the digest of the
-canonical bytes of everything else, so a manifest vouches for itself, and through its receipts for every
-other file. The frame (canonical JSON, "format_version", "digest") stays the same in newer formats.
+Its size is O(tensors + ranks): the chunk lists are in the shard indexes. Its key "digest" is the digest of
+the canonical bytes of everything else. So a manifest verifies itself and, through its receipts, every other
+file. The frame (canonical JSON, "format_version", "digest") stays the same in newer formats.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REASONS = ("interval", "epoch", "best", "signal", "final", "manual", "import", "
 """Why a checkpoint was taken; one may have several."""
 
 BEST_VERSION = 2
-"""The format version that brought the field `best`."""
+"""The format version that introduced the field `best`."""
 
 _TENSOR_KEYS = {"dtype", "shape"}
 
@@ -47,7 +47,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileReceipt:
-    """A file as its writer reported it: bytes, and digest (of a shard: over its block digests)."""
+    """A file as its writer reported it: its size and digest (of a shard: over its block digests)."""
 
     file: str
     bytes: int
@@ -56,7 +56,7 @@ class FileReceipt:
 
 @dataclass(frozen=True, slots=True)
 class ShardReceipt:
-    """What one rank wrote: its shard files, parts 0, 1, ..., and its index."""
+    """The files that one rank wrote: its shard files, parts 0, 1, ..., and its index."""
 
     rank: int
     files: tuple[FileReceipt, ...]
@@ -81,15 +81,15 @@ class Manifest:
 
     id          name of the attempt directory
     sequence    commit number in this directory, one above the highest before it; orders checkpoints
-    parent      id that the run had loaded or committed before, or None (lineage)
+    parent      id that the run had restored or committed before, or None (lineage)
     parents     ids that were merged into this one
     tokens      training tokens seen; `created` is Unix time in seconds
-    metrics     by name; non-finite values are allowed, and never count as best
+    metrics     by name; non-finite values are allowed, but never best
     mesh        e.g. {"names": ["dp"], "shape": [4]}
     tensors     by name; `aliases` are further names of them (tied weights)
     objects     JSON values that all ranks share, by state key; `config` is the training configuration
     shards      one receipt per rank, in rank order
-    best        by which metric the run decides which checkpoint is best; format version 2 unless the default
+    best        how the run decides which checkpoint is best; format version 2 unless the default
     """
 
     id: str
@@ -119,7 +119,7 @@ class Manifest:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all shard files and indexes; the manifest itself is not counted."""
+        """Bytes of all shard files and indexes, without the manifest."""
         return sum(shard.total_bytes for shard in self.shards)
 
     def to_bytes(self) -> bytes:
@@ -131,15 +131,15 @@ class Manifest:
     def from_bytes(cls, raw: bytes, *, what: str) -> Manifest:
         """Parse and validate; `what` names the document in errors.
 
-        DamagedError unless the digest fits and everything declared agrees; NewerFormatError for a newer
-        format. That the files have the sizes of their receipts is for the caller to compare.
+        DamagedError unless the digest matches and all fields agree; NewerFormatError for a newer format. The
+        caller compares the files' sizes with the receipts.
         """
         fields = Fields(parse_canonical(raw, what=what), what)
         own_digest = fields.digest("digest")
-        # Canonical bytes stay so without one key. Were the same text inside a value, nothing would fit.
+        # Canonical bytes stay canonical without one key. The same text inside a value would not match.
         rest = raw.replace(f'"digest":"{own_digest}",'.encode(), b"", 1)
         if digest.bytes_digest(rest) != own_digest:
-            raise DamagedError(f"{what} does not fit its own digest: it was changed after it was written")
+            raise DamagedError(f"{what} does not match its own digest: it was changed after it was written")
         check_version(fields)
         values = _values_from_json(fields)
         fields.finish()
@@ -203,22 +203,22 @@ class Manifest:
             raise ValueError(f"{len(self.shards)} shards for a world size of {self.world_size}")
         for rank, shard in enumerate(self.shards):
             if shard.rank != rank:
-                raise ValueError(f"the shard of rank {shard.rank} stands at place {rank}")
+                raise ValueError(f"the shard of rank {shard.rank} is at position {rank}")
 
     def _check_tensors(self) -> None:
         for name, info in self.tensors.items():
             check_tensor(name, info.dtype, info.shape)
         for alias, name in self.aliases.items():
             if alias in self.tensors or name not in self.tensors:
-                raise ValueError(f"the alias {alias[:80]!r} of {name[:80]!r} does not lead to a tensor")
+                raise ValueError(f"the alias {alias[:80]!r} of {name[:80]!r} does not name a tensor")
         needed_bytes = sum(info.tensor_bytes for info in self.tensors.values())
         stored_bytes = sum(receipt.bytes for shard in self.shards for receipt in shard.files)
-        if needed_bytes > stored_bytes:  # else a small file could make a reader allocate any amount
+        if needed_bytes > stored_bytes:  # otherwise a small file could make a reader allocate any amount
             raise ValueError(f"tensors of {needed_bytes} bytes in shards of {stored_bytes}")
 
 
 def _values_from_json(fields: Fields) -> dict[str, Any]:
-    """The constructor's arguments, each of the right type; ranges across fields are the constructor's."""
+    """The constructor's arguments, each of the right type; the constructor checks across fields."""
     what = fields.what
     parent = fields.take("parent")
     if parent is not None and not isinstance(parent, str):
@@ -267,7 +267,7 @@ def _texts_by_name(fields: Fields, name: str) -> dict[str, str]:
 
 
 def _tensor_from_json(name: str, value: Any, what: str) -> TensorInfo:
-    # Hundreds in each manifest, and listing reads every manifest: `Fields` comes in where one is wrong.
+    # Hundreds in each manifest, and listing reads every manifest: slow `Fields` only for one that is wrong.
     if isinstance(value, dict) and value.keys() == _TENSOR_KEYS:
         dtype, shape = value["dtype"], value["shape"]
         is_shape = isinstance(shape, list) and len(shape) <= MAX_DIMS and are_extents(shape)

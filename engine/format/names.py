@@ -1,4 +1,4 @@
-"""The names of files and directories, and which paths may be touched at all."""
+"""The names of files and directories, and the check that a stored path is safe."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ MANIFEST = "manifest.json"
 """The commit: a directory with this file is a checkpoint."""
 
 HELD = "held"
-"""Marker in a checkpoint that retention must leave alone."""
+"""Marks a checkpoint on hold: retention leaves it alone."""
 
 DAMAGED = "damaged.json"
-"""Marker in a checkpoint that failed verification."""
+"""Marks a checkpoint that failed verification."""
 
 TOMBSTONE = "tombstone"
-"""Marker in a checkpoint that is being deleted. It sorts last, so that it is deleted last."""
+"""Marks a checkpoint that is being deleted. It sorts last, so that it is deleted last."""
 
 DEAD_PREFIX = "dead-"
-"""Put before an attempt's name when a later run has taken the directory over."""
+"""Prefixed to an attempt's name when a later run takes over the directory."""
 
 TMP_SUFFIX = ".tmp"
-"""End of a file's name while it is not whole yet; one that a crash left behind may be removed."""
+"""Suffix of an incomplete file; one that a crash left behind may be deleted."""
 
 PROBE_PREFIX = "probe-"
-"""Begins the name of the file by which ranks see that they share a directory."""
+"""Prefix of the file by which ranks check that they share a directory."""
 
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4096
@@ -43,7 +43,7 @@ _HEX = re.compile(r"[0-9a-f]{8}", re.ASCII)
 def attempt_name(step: int, attempt_hex: str) -> str:
     """The directory of one save attempt: step-00000250-1f0c9a3e. `attempt_hex`: 8 lower-case hex digits."""
     if not 0 <= step < 10**18 or not _HEX.fullmatch(attempt_hex):
-        raise ValueError(f"no attempt name for step {step} and {attempt_hex!r}: 8 hex digits needed")
+        raise ValueError(f"no attempt name for step {step} and {attempt_hex!r}: give 8 hex digits")
     return f"step-{step:08d}-{attempt_hex}"
 
 
@@ -75,7 +75,7 @@ def _sha256(text: str) -> str:
 
 
 def shard_file(rank: int, part: int = 0) -> str:
-    """File of a rank's tensors. Parts above 0 hold further chunks of names that part 0 has already."""
+    """File of a rank's tensors. Parts above 0 have further chunks of names that part 0 has already."""
     return f"shard-{rank:05d}.safetensors" if part == 0 else f"shard-{rank:05d}-{part}.safetensors"
 
 
@@ -94,9 +94,9 @@ def index_file(rank: int) -> str:
 
 
 def is_checkpoint_file(name: str) -> bool:
-    """Whether this format gives that name to a file inside an attempt; temporary ones included.
+    """Whether this format gives that name to a file in an attempt, temporary ones included.
 
-    What has another name in there was not written by Holdfast, and is not Holdfast's to delete.
+    Holdfast did not write files with other names, and never deletes them.
     """
     stem = name
     if name.endswith(TMP_SUFFIX):
@@ -110,7 +110,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 def lease_name(epoch: int) -> str:
-    """File of the lease of that epoch; names sort as epochs do up to eight digits."""
+    """File of the lease of that epoch; up to eight digits, names sort like epochs."""
     return f"lease-{epoch:08d}"
 
 
@@ -121,17 +121,17 @@ def parse_lease(name: str) -> int | None:
 
 
 def safe_relative(path: str) -> str:
-    """Return `path` if it stays below its root, in plain names; HostilePathError otherwise.
+    """Return `path` if it is a relative path below its root, in plain names; HostilePathError otherwise.
 
     Refused: empty, absolute, "." and ".." and empty components, backslashes, NUL and other unprintable
-    characters (a printed name must not deceive), components above 255 bytes. Symbolic links are the
-    storage's business.
+    characters (a printed name must not deceive), components above 255 bytes. The storage handles symbolic
+    links.
     """
     shown = ascii(path[:80])
     if not path or path.startswith("/"):
         raise HostilePathError(f"the stored path {shown} is not relative: refused")
     if "\\" in path or not path.isprintable():
-        raise HostilePathError(f"the stored path {shown} holds characters that no checkpoint uses: refused")
+        raise HostilePathError(f"the stored path {shown} has characters that no checkpoint uses: refused")
     if len(path.encode("utf-8")) > MAX_PATH_BYTES:
         raise HostilePathError(f"the stored path {shown}... is longer than {MAX_PATH_BYTES} bytes: refused")
     for component in path.split("/"):

@@ -326,7 +326,7 @@ CASES: dict[str, Case] = {
             (directory / "manifest.json").read_bytes().replace(b'"step":20', b'"step":21')
         ),
         "damaged",
-        r".*manifest\.json does not fit its own digest: it was changed after it was written",
+        r".*manifest\.json does not match its own digest: it was changed after it was written",
     ),
     "manifest_newer": Case(edit_manifest(set_field("format_version", 3)), "damaged", "newer"),
     "manifest_of_other_checkpoint": Case(
