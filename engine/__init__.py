@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from engine.directory.retention import Retention
     from engine.loaders import ReshardableLoader
     from engine.options import Checks, FailurePolicy, MirrorOptions, StorageOptions
-    from engine.save.handle import SaveHandle
+    from engine.save.outcomes import SaveHandle
     from engine.stopping import StopSignals
 
 if sys.platform != "linux":
@@ -107,7 +107,7 @@ _HOMES = {
     "MirrorOptions": "engine.options",
     "ReshardableLoader": "engine.loaders",
     "Retention": "engine.directory.retention",
-    "SaveHandle": "engine.save.handle",
+    "SaveHandle": "engine.save.outcomes",
     "StopSignals": "engine.stopping",
     "StorageOptions": "engine.options",
 }

@@ -46,15 +46,13 @@ from engine.save.arguments import (
     whole_numbers,
 )
 from engine.save.assembly import SaverOptions, make_saver
-from engine.save.at_exit import call_at_exit
 from engine.save.commit import SaveInfo, software_versions
-from engine.save.event_listener import Listener, guarded
-from engine.save.handle import SaveHandle
-from engine.save.outcomes import Outcomes
+from engine.save.events import Listener, guarded
+from engine.save.outcomes import Outcomes, SaveHandle
 from engine.save.plain_config import plain_config
 from engine.save.run_directory import RunDirectory
 from engine.save.saver import Busy, Saver, most_secs
-from engine.save.unreferenced import close_behind, forgetful
+from engine.save.unclosed import call_at_exit, close_unreferenced, forgetful
 from engine.state.capture import StateCapture
 from engine.storage.base import Storage
 from engine.storage.open import open_storage
@@ -179,13 +177,13 @@ class Checkpointer:
             options = SaverOptions(busy, timeout_secs, checks, memory_budget_bytes, overlap)
             saver = make_saver(ranks, calls, capture, self._directory, options, self._outcomes)
             try:  # last, so that an earlier failure leaves no lease behind
-                self._directory.take(channel, tier.freq if tier else 1, timeout_secs)
+                self._directory.acquire(channel, tier.freq if tier else 1, timeout_secs)
             except HoldfastError:
                 saver.copier.remove()
                 raise
             self._saver = saver
         self._home = Home()
-        self._forget_at_exit = call_at_exit(forgetful(self._at_exit))
+        self._cancel_at_exit = call_at_exit(forgetful(self._at_exit))
         self._closed = False
 
     def save(
@@ -265,7 +263,7 @@ class Checkpointer:
         check_switches(model_only=model_only, strict=strict)
         if self._saver is not None:
             self._saver.settle(Request(RESTORE, selector))
-            self._saver.state_replaced()
+            self._saver.planner.state_replaced()
         filter = Filter(model_only, tuple(include), tuple(exclude), strict, check_rename(rename))
         with torch.inference_mode(False):  # an optimizer cannot change tensors made in inference mode
             record = self._restorer.restore(selector, filter, self._directory.take_listing())
@@ -340,7 +338,7 @@ class Checkpointer:
         if self._closed or self._home.left:
             return
         self._closed = True
-        self._forget_at_exit()
+        self._cancel_at_exit()
         saver = self._saver
         try:
             if saver is not None:
@@ -362,7 +360,7 @@ class Checkpointer:
     def __del__(self) -> None:
         """No reference is left: release the directory. Unlike `close`, this raises nothing."""
         if not self._closed and not self._home.left:
-            close_behind(self._at_exit)
+            close_unreferenced(self._at_exit)
 
     def _raise_newest(self) -> None:
         failure = self._saver.flight.take_failure(newest=True) if self._saver is not None else None

@@ -171,3 +171,8 @@ class RestoreFailedError(HoldfastError, RuntimeError):
 
 class MemoryBudgetError(HoldfastError, MemoryError):
     """The snapshot needs more host memory than its budget allows."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a later save of the same state may succeed after this error."""
+    return error.may_pass if isinstance(error, HoldfastError) else isinstance(error, OSError)

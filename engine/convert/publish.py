@@ -23,7 +23,7 @@ from engine.format.manifest import TensorInfo
 from engine.format.names import attempt_name
 from engine.lease.lease import Lease
 from engine.save.commit import SaveInfo, check_receipts, commit, confirm_files, software_versions
-from engine.save.receipt import Receipt
+from engine.save.messages import Receipt
 from engine.save.write import write_rank
 from engine.storage.base import Storage
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from engine.mirror.uploader import copies_hang
 from engine.process_end import end_at_once
-from engine.save.at_exit import anything_hangs
+from engine.save.unclosed import anything_hangs
 
 
 def end_process(

@@ -9,7 +9,7 @@ from typing import Protocol
 from engine.errors import HoldfastError, LeaseLostError, SaveFailedError, SaveStuckError
 from engine.run.recorder import Recorder
 from engine.run.schedule import may_skip
-from engine.save.handle import SaveHandle
+from engine.save.outcomes import SaveHandle
 
 log = logging.getLogger(__name__)
 

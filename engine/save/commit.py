@@ -22,8 +22,7 @@ from engine.format.digest import bytes_digest
 from engine.format.manifest import FileReceipt, Manifest, ShardReceipt, TensorInfo
 from engine.format.names import MANIFEST
 from engine.lease.lease import Lease
-from engine.save.outcomes import all_may_pass
-from engine.save.receipt import Receipt, failures
+from engine.save.messages import Receipt, all_may_pass, failures
 from engine.save.replicas import Comparison
 from engine.storage.base import Storage
 from engine.storage.confirm import is_as_written, loses_data

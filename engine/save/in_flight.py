@@ -1,4 +1,4 @@
-"""The save in flight, as the training thread sees it: its thread, its handle, and what became of it."""
+"""The save in flight, as the training thread sees it: its thread, its handle and its outcome."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import threading
 from dataclasses import dataclass
 
 from engine.errors import HoldfastError, SaveFailedError, SaveStuckError
-from engine.save.at_exit import leave_despite
+from engine.save import events
 from engine.save.commit import SaveInfo
-from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
-from engine.save.outcomes import Outcomes
+from engine.save.outcomes import Outcomes, SaveHandle
+from engine.save.unclosed import exit_without
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +25,15 @@ class Flight:
     stuck: bool = False
     """Whether the save in flight hangs in a call that never returns."""
     handle: SaveHandle | None = None
-    """Of the newest save."""
+    """The newest save's."""
     _thread: threading.Thread | None = None
     _step: int = 0
-    """What the thread saves, or has saved."""
+    """The step that the thread saves or has saved."""
 
     def start(self, job: Job) -> None:
-        """Have the background thread write it."""
+        """Start the background thread that writes the save."""
         self.handle, self._step = job.handle, job.info.step
-        # Not a daemon: a save that everyone forgot about still finishes before the interpreter exits.
+        # Not a daemon: a save that nobody waits for still finishes before the interpreter exits.
         self._thread = threading.Thread(
             target=self.runner.run, args=(job,), name=f"holdfast-save-{job.info.step}", daemon=False
         )
@@ -41,7 +41,7 @@ class Flight:
 
     @property
     def writing(self) -> bool:
-        """Whether the background thread is at work."""
+        """Whether the background thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
@@ -55,10 +55,10 @@ class Flight:
         return self.handle is not None and self.handle.failed()
 
     def wait(self, most_secs: float, timeout: float | None = None) -> None:
-        """Wait for the save in flight, whatever its outcome.
+        """Wait until the save in flight ends, committed or failed.
 
-        Raises: TimeoutError after `timeout` seconds; without any, SaveStuckError after `most_secs`, by which
-            every deadline of the save has passed. From then on it is not waited for any more.
+        Raises: TimeoutError after `timeout` seconds. Without a timeout, SaveStuckError after `most_secs`,
+            when every deadline of the save has passed; later calls no longer wait for it.
         """
         thread = self._thread
         if thread is None:
@@ -72,37 +72,46 @@ class Flight:
             raise TimeoutError(running)
         if not self.stuck:
             self.stuck = True
-            leave_despite(thread)
+            exit_without(thread)
         raise SaveStuckError(
             f"rank {self.runner.channel.rank}: {running} after {most_secs:g} s more, {self.runner.doing}: "
             "the storage does not answer. Look at the kernel log and the mount"
         )
 
     def take_failure(self, *, newest: bool = False) -> SaveFailedError | None:
-        """What has to be raised of the newest save, if that has failed and nobody has been told.
+        """The newest save's failure, if the training thread must raise it; it then counts as reported.
 
-        `newest`: there will be no other save, so nothing is endured.
+        `newest`: no further save follows, so no failure is tolerated.
         """
-        failure = self.handle.untold_failure() if self.handle is not None else None
-        if self.handle is None or failure is None or (not newest and self.outcomes.endures(failure)):
+        failure = self.handle.unreported_failure() if self.handle is not None else None
+        if self.handle is None or failure is None or (not newest and self.outcomes.tolerates(failure)):
             return None
-        self.handle.mark_told()
+        self.handle.mark_reported()
         return failure if newest else self.outcomes.final(failure)
 
     def never_began(self, info: SaveInfo, secs: float, error: HoldfastError) -> SaveHandle:
-        """A save that not all ranks came to, or that found the one before hanging: failed like any other.
+        """The handle of a save that failed before it began: a rank was missing, or the previous save hangs.
 
-        Raises: `error`, unless it is endured; that rank 0 has decided of one that hangs.
+        Raises: `error`, unless it is tolerated. Rank 0 has already decided that about a save that hangs.
         """
         self.outcomes.note(None)
-        if not isinstance(error, SaveStuckError) and not self.outcomes.endures(error):
+        if not isinstance(error, SaveStuckError) and not self.outcomes.tolerates(error):
             raise error
         failure = SaveFailedError(f"the checkpoint of step {info.step} was not saved: {error}")
         failure.__cause__ = error
         log.error("%s", failure)
-        event = {"event": "save_failed", "step": info.step, "blocked_secs": secs, "secs": secs}
-        event |= {"reasons": list(info.reasons), "secs_by_cause": {}, "bytes": 0, "cause": str(error)}
-        self.runner.on_event(event)
+        self.runner.on_event(
+            events.ended(
+                "save_failed",
+                info.step,
+                info.reasons,
+                blocked_secs=secs,
+                total_secs=secs,
+                secs={},
+                size_bytes=0,
+                cause=str(error),
+            )
+        )
         self.handle = SaveHandle(info.step)
         self.handle.set_failure(failure)
         return self.handle

@@ -1,12 +1,12 @@
 """One save on its background thread, from a staged snapshot to the outcome that every rank learns.
 
     every rank   write shards, index, directory -> receipt
-    rank 0       all receipts in and confirmed -> manifest = the commit -> outcome to all
-    every rank   outcome -> handle; acknowledged, so that rank 0 may forget it
+    rank 0       all receipts are in and confirmed -> manifest = the commit -> outcome to all ranks
+    every rank   outcome -> handle; acknowledgement, so that rank 0 can delete the outcome from the store
     rank 0       retention
 
-Whatever fails on one rank travels in its receipt, so that all ranks learn the cause and nobody waits for a
-deadline that is not needed.
+A rank's failure travels in its receipt, so that all ranks learn the cause and none waits for a deadline
+without need.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,17 +26,25 @@ from engine.errors import (
     LateRanksError,
     ReplicaMismatchError,
     SaveFailedError,
+    may_pass,
 )
-from engine.format.best import BestRule
-from engine.format.json import canonical_bytes, parse_canonical
+from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
 from engine.ranks.calls import Call, end_call
-from engine.ranks.coordination import Channel
-from engine.save import documents
+from engine.ranks.coordination import Channel, Clock
+from engine.save import documents, events
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
-from engine.save.handle import SaveHandle
-from engine.save.outcomes import Outcomes, may_pass
-from engine.save.receipt import Receipt, failures, lacked_space
+from engine.save.events import Listener
+from engine.save.messages import (
+    RETRY,
+    Receipt,
+    failures,
+    lacked_space,
+    message_of,
+    outcome_from_bytes,
+    outcome_to_bytes,
+)
+from engine.save.outcomes import Outcomes, SaveHandle
 from engine.save.replicas import Comparison
 from engine.save.run_directory import RunDirectory
 from engine.save.snapshot_check import Digests, check_written
@@ -48,21 +56,20 @@ from engine.storage.base import Storage
 log = logging.getLogger(__name__)
 
 OUTCOME_GRACE_SECS = 60.0
-"""How much longer than for receipts the ranks wait for rank 0's word: it also has to commit."""
+"""Rank 0 waits for receipts, then commits; the other ranks wait this much longer for its outcome."""
 ACKNOWLEDGE_SECS = 30.0
-_AGAIN = b"again"
 
 
 @dataclass(slots=True)
 class Job:
-    """Everything the background thread needs of one save; nothing in it changes under its feet.
+    """Everything that the background thread needs of one save. The training thread no longer changes it.
 
-    call: the call of all ranks that this save is; its key is the prefix of this save's in the store.
-    problem: what already failed on this rank in the training thread; its receipt carries it.
-    staged: what this rank writes, while it is still being copied.
-    kinds: what kind of entry each key of `objects` is.
-    comparison: what this save compares of what several ranks hold.
-    live_digests: what has to be found when the files are read back; empty when that is not asked for.
+    call: this save as a call of all ranks; its key prefixes the save's keys in the store.
+    problem: this rank's failure in the training thread; its receipt reports it.
+    staged: what this rank writes, possibly while it is still being copied.
+    kinds: the kind of entry of each key of `objects`.
+    comparison: this save's comparison of replicas.
+    live_digests: the digests that the files must have when they are read back; empty without that check.
     """
 
     call: Call
@@ -88,129 +95,61 @@ class JobRunner:
     """Runs jobs, one at a time. Its channel belongs to the background thread.
 
     Args:
-        directory: where the save goes. Rank 0 publishes the manifest there, then deletes what has expired.
-        outcomes: hears of every save before anybody who waits for it.
+        directory: where to save. Rank 0 publishes the manifest there, then deletes expired checkpoints.
+        outcomes: counts every save before its handle is done.
     """
 
     directory: RunDirectory
     channel: Channel
     timeout_secs: float
     outcomes: Outcomes
-    on_event: Callable[[dict[str, Any]], None]
-    clock: Callable[[], float] = time.monotonic
+    on_event: Listener
+    clock: Clock = time.monotonic
     doing: str = ""
-    """What the background thread is at, in words, for the message of whoever waits too long."""
+    """What the background thread is doing, for the message about a save that hangs."""
 
     @property
     def storage(self) -> Storage:
         return self.directory.storage
 
     def run(self, job: Job) -> None:
-        """Carry one save through. Never raises: the outcome is in the handle."""
+        """Run one save to its end. Never raises: the handle gets the outcome."""
         try:
             record = self._run(job)
         except BaseException as error:
             failure = _as_failure(job, error)
             log.error("%s", failure)
             self.outcomes.note(None)
-            self._emit(job, "save_failed", cause=_words(error))
+            self._emit(job, "save_failed", job.staged.file_bytes, cause=message_of(error))
             job.handle.set_failure(failure)
             return
         self.outcomes.note(record)
-        self._emit(job, "save_committed", path=record.path, bytes=record.bytes, id=record.id)
+        self._emit(job, "save_committed", record.bytes, path=record.path, id=record.id)
         job.handle.set_record(record)
         if self.channel.rank == 0:
             self.doing = "deleting expired checkpoints"
             try:
                 self.directory.clean_up()
             except Exception as error:
-                log.warning(
-                    "cleaning up after step %d failed and will be tried again: %s", job.info.step, error
-                )
+                log.warning("clean-up after step %d failed; the next one tries again: %s", job.info.step,
+                error)
 
     def _run(self, job: Job) -> CheckpointRecord:
         record = self._attempt(job, job.call.key, job.started + self.timeout_secs, may_retry=True)
-        if record is None:  # the disk was full, and room was made
+        if record is None:  # the disk was full, and rank 0 has made room
             deadline = self.clock() + self.timeout_secs
             record = self._attempt(job, f"{job.call.key}/again", deadline, may_retry=False)
         assert record is not None
         return record
 
     def _attempt(self, job: Job, key: str, deadline: float, *, may_retry: bool) -> CheckpointRecord | None:
-        """Write and commit; None on every rank when all are to try once more."""
+        """Write and commit; None on every rank if all must write once more."""
         self.doing = "writing this rank's shards"
         receipt = self._write(job)
         self.doing = "waiting for the other ranks"
-        started = self.clock()
-        if self.channel.rank != 0:
-            self.channel.gather(f"{key}/receipt", receipt.to_bytes(), 0)
-            raw = self.channel.broadcast(
-                f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
-            )
-            if raw.startswith(documents.ASKING):
-                own = documents.answer(raw, self.channel.rank, job.kinds, job.objects)
-                self.channel.gather(f"{key}/values", own, 0)
-                key = f"{key}/told"
-                raw = self.channel.broadcast(
-                    f"{key}/outcome", None, max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
-                )
-            with contextlib.suppress(CoordinationError):  # rank 0 may be gone; its word stands
-                self.channel.gather(f"{key}/ack", b"1", 0)
-            return None if raw == _AGAIN else _record_from(raw)
-        record: CheckpointRecord | None = None
-        failure: BaseException | None = None
-        try:
-            raws = self.channel.gather(
-                f"{key}/receipt",
-                receipt.to_bytes(),
-                max(1.0, deadline - self.clock()),
-                what=str(job.call.request),
-            )
-            assert raws is not None
-            job.secs["receipts"] = self.clock() - started
-            receipts = [Receipt.from_bytes(raw) for raw in raws]
-            again = may_retry and lacked_space(receipts) and self._make_room(job)
-            wanted = {} if failures(receipts) else documents.to_ask([receipt.shared for receipt in receipts])
-            different: list[str] = []
-            if wanted:
-                own = documents.answer(canonical_bytes({"0": wanted.get(0, [])}), 0, job.kinds, job.objects)
-                # From here on the others wait for the outcome under another key.
-                asked_by, key = key, f"{key}/told"
-                self.doing = "asking the other ranks for their values"
-                told = documents.ask(self.channel, asked_by, wanted, own, max(1.0, deadline - self.clock()))
-                job.objects, different = documents.put_together(job.objects, told, merge_documents)
-            record = None if again else self._commit(job, receipts, different, deadline)
-        except BaseException as error:
-            failure = error
-            self.doing = "removing the failed attempt"
-            self._clean_up(job, error)
-            if isinstance(error, LateRanksError):
-                with contextlib.suppress(CoordinationError):
-                    end_call(self.channel, job.call)
-        if record is None and failure is None:
-            self._tell(job, key, _AGAIN)
-            return None
-        document = {
-            "error": "" if failure is None else _words(failure),
-            "may_pass": failure is not None and may_pass(failure),
-            "replicas": isinstance(failure, ReplicaMismatchError),
-            "record": record and record_to_json(record),
-        }
-        late = failure.ranks if isinstance(failure, LateRanksError) else ()
-        self._tell(job, key, canonical_bytes(document), late)
-        if failure is not None:
-            raise failure
-        return record
-
-    def _make_room(self, job: Job) -> bool:
-        """The disk is full, and every rank has stopped writing: clear the attempt, then old checkpoints."""
-        self.doing = "making room on a full disk"
-        try:
-            delete_attempt(self.storage, job.info.attempt)
-            return self.directory.delete_expired(disk_full=True)
-        except HoldfastError as problem:
-            log.warning("no room could be made for step %d: %s", job.info.step, problem)
-            return False
+        if self.channel.rank == 0:
+            return self._lead(job, receipt, key, deadline, may_retry=may_retry)
+        return self._follow(job, receipt, key, deadline)
 
     def _write(self, job: Job) -> Receipt:
         rank = self.channel.rank
@@ -234,6 +173,73 @@ class JobRunner:
             return Receipt(rank, job.info.attempt, error=f"{type(error).__name__}: {error}")
         return Receipt(rank, job.info.attempt, shard, job.shared_digests, replicas, dict(job.secs))
 
+    def _follow(self, job: Job, receipt: Receipt, key: str, deadline: float) -> CheckpointRecord | None:
+        """Every rank but 0: send the receipt, answer rank 0's questions, wait for its outcome."""
+        self.channel.gather(f"{key}/receipt", receipt.to_bytes(), 0)
+        raw = self._await_outcome(key, deadline)
+        if raw.startswith(documents.ASKING):
+            own = documents.answer(raw, self.channel.rank, job.kinds, job.objects)
+            self.channel.gather(f"{key}/values", own, 0)
+            key = f"{key}/told"
+            raw = self._await_outcome(key, deadline)
+        with contextlib.suppress(CoordinationError):  # rank 0 may be gone; its outcome stands
+            self.channel.gather(f"{key}/ack", b"1", 0)
+        return outcome_from_bytes(raw)
+
+    def _await_outcome(self, key: str, deadline: float) -> bytes:
+        left_secs = max(1.0, deadline + OUTCOME_GRACE_SECS - self.clock())
+        return self.channel.broadcast(f"{key}/outcome", None, left_secs)
+
+    def _lead(
+        self, job: Job, receipt: Receipt, key: str, deadline: float, *, may_retry: bool
+    ) -> CheckpointRecord | None:
+        """Rank 0: collect the receipts, commit, and tell every rank the outcome."""
+        retry = False
+        record: CheckpointRecord | None = None
+        failure: BaseException | None = None
+        try:
+            receipts = self._collect_receipts(job, receipt, key, deadline)
+            retry = may_retry and lacked_space(receipts) and self._make_room(job)
+            wanted = {} if failures(receipts) else documents.to_ask([receipt.shared for receipt in receipts])
+            different: list[str] = []
+            if wanted:
+                own = documents.answer(canonical_bytes({"0": wanted.get(0, [])}), 0, job.kinds, job.objects)
+                # From here on the other ranks wait for the outcome under another key.
+                asked_by, key = key, f"{key}/told"
+                self.doing = "asking the other ranks for their values"
+                told = documents.ask(self.channel, asked_by, wanted, own, max(1.0, deadline - self.clock()))
+                job.objects, different = documents.put_together(job.objects, told, merge_documents)
+            if not retry:
+                record = self._commit(job, receipts, different, deadline)
+        except BaseException as error:
+            failure = error
+            self._abandon(job, error)
+        late = failure.ranks if isinstance(failure, LateRanksError) else ()
+        self._tell(job, key, RETRY if retry else outcome_to_bytes(record, failure), late)
+        if failure is not None:
+            raise failure
+        return record
+
+    def _collect_receipts(self, job: Job, receipt: Receipt, key: str, deadline: float) -> list[Receipt]:
+        started = self.clock()
+        left_secs = max(1.0, deadline - started)
+        raws = self.channel.gather(
+            f"{key}/receipt", receipt.to_bytes(), left_secs, what=str(job.call.request)
+        )
+        assert raws is not None
+        job.secs["receipts"] = self.clock() - started
+        return [Receipt.from_bytes(raw) for raw in raws]
+
+    def _make_room(self, job: Job) -> bool:
+        """The disk is full and every rank has stopped writing: delete the attempt, then old checkpoints."""
+        self.doing = "making room on a full disk"
+        try:
+            delete_attempt(self.storage, job.info.attempt)
+            return self.directory.delete_expired(disk_full=True)
+        except HoldfastError as problem:
+            log.warning("no room could be made for step %d: %s", job.info.step, problem)
+            return False
+
     def _commit(
         self, job: Job, receipts: list[Receipt], different: list[str], deadline: float
     ) -> CheckpointRecord:
@@ -243,17 +249,20 @@ class JobRunner:
         confirm_files(self.storage, job.info.attempt, shards, deadline, clock=self.clock)
         if self.clock() > deadline + OUTCOME_GRACE_SECS / 2:
             raise SaveFailedError(
-                f"rank 0 was not ready to commit within {self.timeout_secs:g} s; the other ranks count the "
-                "save as failed by now. Look at its log for a slow disk or a hang"
+                f"rank 0 was not ready to commit within {self.timeout_secs:g} s; the other ranks may have "
+                "counted the save as failed. Look at rank 0's log for a slow disk or a hang"
             )
         record = self.directory.publish(job.info, shards, job.tensors, job.aliases, job.objects)
         job.secs["commit"] = self.clock() - started
         return record
 
-    def _clean_up(self, job: Job, error: BaseException) -> None:
-        """Remove a failed attempt, unless a late rank may still be writing into it: then the reaper will."""
+    def _abandon(self, job: Job, error: BaseException) -> None:
+        """Delete a failed attempt, unless a late rank may still write into it: the reaper will then."""
+        self.doing = "deleting the failed attempt"
         self.directory.failed_ids.add(job.info.attempt)
         if isinstance(error, LateRanksError):
+            with contextlib.suppress(CoordinationError):
+                end_call(self.channel, job.call)
             return
         try:
             delete_attempt(self.storage, job.info.attempt)
@@ -261,10 +270,10 @@ class JobRunner:
             log.warning("the failed attempt %s was left behind: %s", job.info.attempt, problem)
 
     def _tell(self, job: Job, key: str, outcome: bytes, late: Sequence[int] = ()) -> None:
-        """Give every rank the outcome, and see that they have it before the key goes.
+        """Send the outcome, and wait until every rank has it before its key is deleted.
 
-        Ranks that cannot be told change nothing about it: what is committed is. The key stays for those that
-        are late, and nobody waits for them once more.
+        The outcome stands even if a rank cannot be told. The key stays for late ranks; nothing waits for them
+        again.
         """
         self.doing = "telling the other ranks the outcome"
         try:
@@ -272,55 +281,30 @@ class JobRunner:
             self.channel.gather(f"{key}/ack", b"1", ACKNOWLEDGE_SECS, without=late)
             if not late:
                 self.channel.forget([f"{key}/outcome"])
-        except CoordinationError as error:  # that they are late among others
-            log.warning("the outcome of step %d did not reach everyone: %s", job.info.step, error)
+        except CoordinationError as error:  # late ranks included
+            log.warning("the outcome of step %d did not reach every rank: %s", job.info.step, error)
 
-    def _emit(self, job: Job, event: str, **more: Any) -> None:
-        document = {
-            "event": event,
-            "step": job.info.step,
-            "blocked_secs": job.blocked_secs,
-            "secs": self.clock() - job.started,
-            "reasons": list(job.info.reasons),
-            "secs_by_cause": {cause: round(value, 6) for cause, value in job.secs.items()},
-            "bytes": job.staged.file_bytes,
-            **more,
-        }
-        try:
-            self.on_event(document)
-        except Exception:
-            log.exception("a listener failed on %s of step %d", event, job.info.step)
-
-
-def record_to_json(record: CheckpointRecord) -> dict[str, Any]:
-    """A record as ranks send it to each other."""
-    return {name: getattr(record, name) for name in record.__slots__} | {
-        "best": record.best.to_json(),
-        "reasons": list(record.reasons),
-        "metrics": {name: str(value) for name, value in record.metrics.items()},
-    }
-
-
-def _record_from(raw: bytes) -> CheckpointRecord:
-    document = parse_canonical(raw, what="the outcome of a save")
-    if document["replicas"]:
-        raise ReplicaMismatchError(document["error"])
-    if document["error"]:
-        raise SaveFailedError(document["error"], may_pass=document["may_pass"])
-    fields = document["record"]
-    fields["reasons"] = tuple(fields["reasons"])
-    fields["best"] = BestRule(**fields["best"])
-    fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
-    return CheckpointRecord(**fields)
+    def _emit(self, job: Job, event: str, size_bytes: int, **more: Any) -> None:
+        self.on_event(
+            events.ended(
+                event,
+                job.info.step,
+                job.info.reasons,
+                blocked_secs=job.blocked_secs,
+                total_secs=self.clock() - job.started,
+                secs=job.secs,
+                size_bytes=size_bytes,
+                **more,
+            )
+        )
 
 
 def _as_failure(job: Job, error: BaseException) -> SaveFailedError:
-    words = f"the checkpoint of step {job.info.step} was not saved: {_words(error)}"
-    apart = isinstance(error, ReplicaMismatchError)
-    failure = ReplicaMismatchError(words) if apart else SaveFailedError(words, may_pass=may_pass(error))
+    message = f"the checkpoint of step {job.info.step} was not saved: {message_of(error)}"
+    failure = (
+        ReplicaMismatchError(message)
+        if isinstance(error, ReplicaMismatchError)
+        else SaveFailedError(message, may_pass=may_pass(error))
+    )
     failure.__cause__ = error
     return failure
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__

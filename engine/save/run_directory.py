@@ -1,9 +1,10 @@
-"""The checkpoint directory as the run that writes to it holds it: lease, order of checkpoints, mirror."""
+"""The checkpoint directory of the run that writes to it: its lease, the order of checkpoints, the mirror."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +13,17 @@ from engine.directory.listing import Directory, Memory, committed, highest_seque
 from engine.directory.reaper import reap_abandoned
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention
-from engine.errors import DirectoryHeldError, HoldfastError
+from engine.errors import DirectoryHeldError, HoldfastError, NotFoundError, StorageError
 from engine.format.best import DEFAULT
 from engine.format.manifest import ShardReceipt, TensorInfo
-from engine.format.names import lease_name
+from engine.format.names import PROBE_PREFIX, lease_name
 from engine.lease.lease import STALE_SECS, Lease
 from engine.mirror.uploader import Mirror, MirrorPlan, Patience
 from engine.ranks.agreement import all_agree, rank0_decides
 from engine.ranks.coordination import Channel
 from engine.save.commit import SaveInfo, commit
-from engine.save.directory_probe import probe_shared
-from engine.save.event_listener import Listener
-from engine.save.unreferenced import settle
+from engine.save.events import Listener
+from engine.save.unclosed import wait_for_unreferenced
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class RunDirectory:
     Args:
         run_id: names this run in the lease and in the probe.
         second: the storage of the mirror, if there is one.
-        parent: id of the checkpoint that the next one follows.
+        parent: id of the next checkpoint's predecessor.
     """
 
     storage: Storage
@@ -48,15 +48,15 @@ class RunDirectory:
     lease: Lease | None = None
     mirror: Mirror | None = None
     failed_ids: set[str] = field(default_factory=set)
-    """Ids that this run failed to commit. A rank that was late may still write into one."""
+    """Ids that this run failed to commit. A late rank may still write into one."""
     _sequence: int = 0
     _seen: Memory = field(default_factory=dict)
     _listing: Directory | None = None
 
-    def take(self, channel: Channel, mirror_freq: int, timeout_secs: float) -> None:
-        """Rank 0 takes the leases; then every rank checks that it sees the same directory.
+    def acquire(self, channel: Channel, mirror_freq: int, timeout_secs: float) -> None:
+        """Rank 0 acquires the leases; then every rank checks that it sees the same directory.
 
-        Raises: whatever kept a rank from it, on every rank; nothing is held then.
+        Raises: a rank's failure, on every rank; no lease is held then.
         """
 
         def acquire() -> dict[str, Any]:
@@ -64,13 +64,13 @@ class RunDirectory:
                 self._acquire(mirror_freq)
             except DirectoryHeldError:
                 self._try_release()
-                if not settle(timeout_secs):
+                if not wait_for_unreferenced(timeout_secs):
                     raise
-                self._acquire(mirror_freq)  # it may have been held by a Checkpointer that nobody holds
+                self._acquire(mirror_freq)  # its holder may have been an unreferenced Checkpointer
             return {}
 
         try:
-            # Rank 0 may have to watch for so long whether another holder lives.
+            # Rank 0 may need STALE_SECS to see whether another holder is alive.
             rank0_decides(channel, "start/lease", acquire, timeout_secs + STALE_SECS)
             problem: Exception | None = None
             try:
@@ -102,9 +102,9 @@ class RunDirectory:
             self.mirror.open(required=self._sequence == 0)
 
     def take_listing(self) -> Directory | None:
-        """The listing that was made when the directory was acquired, for the first restore.
+        """The listing made when the directory was acquired, for the first restore.
 
-        None after a commit, after an earlier call, and where this rank has not acquired the directory.
+        None after a commit, after an earlier call, and on ranks that have not acquired the directory.
         """
         listing, self._listing = self._listing, None
         return listing
@@ -125,9 +125,9 @@ class RunDirectory:
         aliases: Mapping[str, str],
         objects: Mapping[str, Any],
     ) -> CheckpointRecord:
-        """Commit a save, on rank 0 alone, once every shard is confirmed."""
+        """Commit a save whose shards are all confirmed. On rank 0 only."""
         self._listing = None
-        # Counted up before the attempt: a manifest whose publishing failed may be there all the same.
+        # Count before publishing: even if that fails, the manifest may exist.
         self._sequence = max(self._sequence, self.mirror.highest_sequence if self.mirror else 0) + 1
         record = commit(
             self.storage,
@@ -147,13 +147,13 @@ class RunDirectory:
         return record
 
     def clean_up(self) -> None:
-        """After a commit, on rank 0: tell the mirror, then delete expired checkpoints."""
+        """After a commit, on rank 0: notify the mirror, then delete expired checkpoints."""
         if self.mirror is not None:
             self.mirror.committed()
         self.delete_expired()
 
     def delete_expired(self, *, disk_full: bool = False) -> bool:
-        """Whether anything was deleted. Never latest, backup or best."""
+        """Delete expired checkpoints, never latest, backup or best. Returns whether any was deleted."""
         assert self.lease is not None
         return delete_expired(
             self.storage,
@@ -166,7 +166,7 @@ class RunDirectory:
         )
 
     def release(self, mirror_patience: Patience, *, stuck: bool) -> None:
-        """Close the mirror and give the directory back; with a save that hangs it stays this run's."""
+        """Close the mirror and release the directory. If a save hangs, this run keeps the directory."""
         if self.retention is not None and self.retention != Retention(rolling=self.retention.rolling):
             warn_no_best(self.storage, committed(item for _, item in self._seen.values()), self.retention)
         if self.mirror is not None and stuck:
@@ -187,12 +187,60 @@ def close_mirror(
     retention: Retention | None,
     failed_ids: Collection[str] = (),
 ) -> None:
-    """Close the mirror, then remove what the last clean-up spared because the mirror was owed it.
+    """Close the mirror, then delete expired checkpoints that the last clean-up kept as pending copies.
 
-    What fails here is tried again by the next run's clean-up.
+    The next run's clean-up retries what fails here.
     """
     mirror.close(patience)
     try:
         delete_expired(storage, lease, retention, mirror, failed_ids=failed_ids)
     except HoldfastError as error:
-        log.warning("cleaning up after the mirror failed, the next run tries again: %s", error)
+        log.warning("clean-up after closing the mirror failed; the next run tries again: %s", error)
+
+
+def probe_shared(
+    storage: Storage,
+    channel: Channel,
+    nonce: str,
+    timeout_secs: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Check that all ranks see the same directory: rank 0 writes a nonce, and every rank reads it.
+
+    Raises: StorageError on a rank that sees another directory, naming the rank and the directory.
+    """
+    if channel.world_size == 1:
+        return
+    path = f"{PROBE_PREFIX}{nonce}"
+
+    def write() -> str:
+        storage.publish(path, nonce.encode(), exclusive=False)
+        return storage.uri
+
+    uri = rank0_decides(channel, "start/nonce", write, timeout_secs)
+    problem: StorageError | None = None
+    # A network file system may serve an older listing for a while.
+    deadline = clock() + min(timeout_secs / 2, 30.0)
+    while True:
+        try:
+            storage.read_bytes(path, max_bytes=1024)
+            break
+        except NotFoundError:
+            if clock() >= deadline:
+                problem = StorageError(
+                    f"rank {channel.rank} does not see in {storage.uri} the file that rank 0 wrote to {uri}: "
+                    "every rank must see the same checkpoint directory; give a shared path or a URI. Ranks "
+                    "that save into separate directories need separate process_groups"
+                )
+                break
+        except StorageError as error:
+            problem = error  # raised below: rank 0 waits for this rank first
+            break
+        sleep(0.5)
+    channel.gather("start/probed", b"1", timeout_secs)
+    if channel.rank == 0:
+        storage.delete_file(path)
+    if problem is not None:
+        raise problem

@@ -1,16 +1,16 @@
-"""The training thread's side of a save: decide, capture, copy, hand over to the background thread.
+"""The training thread's side of a save: decide, capture, plan, copy, and start the background thread.
 
-One save is in flight at a time, by construction. Whether the one before is still being written differs
-between ranks for a moment, so rank 0 alone decides what to do about it, and every other rank waits for its
-word (`engine.ranks.calls`): one store round trip a save, no collective.
+Only one save is in flight at a time. For a moment the ranks may disagree on whether the previous save is
+still being written, so rank 0 alone decides what to do about it, and the other ranks wait for its decision
+(`engine.ranks.calls`): one store round trip per save, no collective.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from engine.errors import (
     CoordinationError,
@@ -18,36 +18,34 @@ from engine.errors import (
     LateRanksError,
     SaveFailedError,
     SaveStuckError,
-    StateError,
+    may_pass,
 )
-from engine.format.manifest import TensorInfo
+from engine.format.json import canonical_bytes
 from engine.format.names import new_attempt
 from engine.gc_pause import CollectorPause
 from engine.options import Checks
 from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_arrive, open_call
 from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
-from engine.ranks.coordination import Channel
-from engine.save import documents
+from engine.ranks.coordination import Channel, Clock
+from engine.save import documents, events
 from engine.save.commit import SaveInfo
-from engine.save.handle import SaveHandle
+from engine.save.events import Listener
 from engine.save.in_flight import Flight
 from engine.save.job import Job, JobRunner
-from engine.save.local_view import Moment, look, mesh_description
-from engine.save.missed_save import answer_on
-from engine.save.outcomes import Outcomes, may_pass
-from engine.save.replicas import Comparison, Replicas, buffer_digests
+from engine.save.messages import Receipt, message_of
+from engine.save.outcomes import Outcomes, SaveHandle
+from engine.save.planner import LocalState, Planner
+from engine.save.replicas import Comparison, Replicas
 from engine.save.snapshot import Snapshot
 from engine.save.snapshot_check import live_digests
 from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_copy import Copier
-from engine.save.write_plan import agree_on_plan
 from engine.state.capture import StateCapture
-from engine.state.sharing import Offer
 
 Busy = Literal["wait", "skip"]
 
 STUCK_GRACE_SECS = 90.0
-"""On top of a save's deadlines: for its commit and its clean-up."""
+"""Added to a save's deadlines, for its commit and its clean-up."""
 
 
 @dataclass(slots=True)
@@ -55,11 +53,10 @@ class Saver:
     """Takes snapshots and starts their background save. Used from the training thread only.
 
     Args:
-        calls: which save all ranks are in; the number of a call and its attempt are rank 0's.
+        calls: matches the ranks' saves; rank 0 numbers them and names their attempts.
         run_id: makes attempt names unique.
-        busy: what to do when the save before is still being written.
+        busy: what to do while the previous save is still being written.
         timeout_secs: how long ranks wait for each other within one save.
-        checks: what to compare at every save beyond the everyday.
     """
 
     capture: StateCapture
@@ -73,35 +70,29 @@ class Saver:
     busy: Busy
     timeout_secs: float
     checks: Checks
-    on_event: Callable[[dict[str, Any]], None]
-    clock: Callable[[], float] = time.monotonic
+    on_event: Listener
+    clock: Clock = time.monotonic
     flight: Flight = field(init=False)
     replicas: Replicas = field(init=False)
+    planner: Planner = field(init=False)
     _pause: CollectorPause = field(default_factory=CollectorPause)
-    _replaced: bool = False
-    """Whether a restore has put other values into the state since the last plan."""
-    _tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
-    _aliases: Mapping[str, str] = field(default_factory=dict)
     _read_by_all: int = 0
     """How many announcements every rank has read once the newest save that was not skipped is committed."""
 
     def __post_init__(self) -> None:
         self.flight = Flight(self.runner, self.outcomes)
         self.replicas = Replicas(self.checks.replicas)
-        self.calls.on_missed = answer_on(self.channel)
-
-    def state_replaced(self) -> None:
-        """A restore has put other values into the state: the next save compares all replicas. Every rank."""
-        self.replicas.forget()
-        self._replaced = True
+        self.planner = Planner(self.capture, self.snapshot, self.replicas, self.channel)
+        # Of the channel alone: with this object in it, it would be a reference cycle.
+        self.calls.on_missed = functools.partial(answer_missed, self.channel)
 
     def save(self, info: SaveInfo) -> SaveHandle:
         """Snapshot the state and start writing it. Every rank calls it for the same step.
 
-        `info.attempt` and `info.mesh` are filled in here.
-        Raises: StateError, MemoryBudgetError or whatever else this rank could not do; the other ranks learn
-            of it as the failure of this save. SaveFailedError when a save before has failed, nobody has been
-            told, and it is not endured: nothing is saved then.
+        Fills in `info.attempt`, `info.world_size` and `info.mesh`.
+        Raises: this rank's failure, such as StateError or MemoryBudgetError; the other ranks receive it as
+            the failure of this save. SaveFailedError when an earlier save has failed, no call has raised that
+            yet, and it is not tolerated: nothing is saved then.
         """
         with self._pause:
             return self._save(info)
@@ -109,7 +100,7 @@ class Saver:
     def _save(self, info: SaveInfo) -> SaveHandle:
         started = self.clock()
         try:
-            call, moment = self._decide(Request(SAVE, info.step))
+            call, state = self._decide(Request(SAVE, info.step))
         except CoordinationError as error:
             return self.flight.never_began(info, self.clock() - started, error)
         if call.term("action") == "skip":
@@ -118,32 +109,31 @@ class Saver:
             stuck = SaveStuckError(str(call.term("cause")))
             return self.flight.never_began(info, self.clock() - started, stuck)
         waited = self.clock()
-        self.on_event({"event": "save_started", "step": info.step, "reasons": list(info.reasons)})
-        self._plan(call, moment)
+        self.on_event(events.started(info.step, info.reasons))
+        self.planner.plan(call, state, self.timeout_secs, committed=self.flight.committed)
         planned = self.clock()
-        mesh = mesh_description(moment.captured.tensors)
         attempt = str(call.term("attempt"))
-        info = replace(info, attempt=attempt, world_size=self.channel.world_size, mesh=mesh)
-        job = self._job(call, info, moment, started)
+        info = replace(info, attempt=attempt, world_size=self.channel.world_size, mesh=state.mesh())
+        job = self._job(call, info, state, started)
         job.secs.update(wait=waited - started, capture=planned - waited, copy=0.0)
-        # Started before the copy: it writes each part of the staging buffer as soon as that is filled.
+        # Before the copy: the background thread writes each part of the staging buffer once it is filled.
         self.flight.start(job)
-        if moment.problem is None:
-            self._copy(moment, job)
+        if state.problem is None:
+            self._copy(state, job)
         job.blocked_secs = self.clock() - started
-        if moment.problem is not None:
-            if self.outcomes.policy.on_failure == "warn" and may_pass(moment.problem):
-                return job.handle  # which has it, and whoever saves next is told if there are too many
-            # The caller gets the cause at once and in its own class: nobody need be told of it again.
-            job.handle.mark_told()
-            raise moment.problem
-        self._announce_snapshot(job)
+        if state.problem is not None:
+            if self.outcomes.policy.on_failure == "warn" and may_pass(state.problem):
+                return job.handle  # it raises the failure; the next save raises it if there are too many
+            # This call raises the cause itself, in its own class: the failure needs no further report.
+            job.handle.mark_reported()
+            raise state.problem
+        self.on_event(events.snapshotted(info.step, job.blocked_secs, job.staged.file_bytes, job.secs))
         return job.handle
 
     def prepare(self) -> None:
-        """Plan and take the staging buffer now, so that the first save need not. Every rank calls it.
+        """Plan and allocate the staging buffer now instead of in the first save. Every rank calls it.
 
-        Raises: what `save` would raise for this state; every rank then raises.
+        Raises: what `save` would raise for this state, on every rank.
         """
         with self._pause:
             self._prepare(Request(PREPARE))
@@ -151,30 +141,29 @@ class Saver:
     def _prepare(self, request: Request) -> None:
         self.settle(request)
         call = open_call(self.calls, request, together=self.capture.asks_together)
-        moment = self._look()
-        moment.planning = True
-        self._plan(call, moment)
+        state = self._look(planning=True)
+        self.planner.plan(call, state, self.timeout_secs, committed=self.flight.committed)
         try:
-            # Who has not come to the planning is not waited for once more.
-            secs = LATE_VERDICT_SECS if isinstance(moment.problem, LateRanksError) else self.timeout_secs
-            all_agree(self.channel, call.key, moment.problem, secs, what=str(request))
+            # Do not wait a second time for ranks that missed the planning.
+            secs = LATE_VERDICT_SECS if isinstance(state.problem, LateRanksError) else self.timeout_secs
+            all_agree(self.channel, call.key, state.problem, secs, what=str(request))
         except HoldfastError as error:
-            self.snapshot.forget_plan()  # a plan that one rank could not take is none
+            self.snapshot.forget_plan()  # the plan is void unless every rank has adopted it
             if isinstance(error, CoordinationError):
                 end_call(self.channel, call)
             raise
 
     def settle(self, request: Request) -> None:
-        """Have no save in flight before a call of all ranks that bears none."""
+        """Wait for the save in flight before a call of all ranks that must not overlap with one."""
         self._begin(request)
         try:
             self.wait()
         except BaseException as error:
-            self.calls.cancel(str(error) or type(error).__name__)
+            self.calls.cancel(message_of(error))
             raise
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save in flight, whatever its outcome. Raises: as `Flight.wait`."""
+        """Wait until the save in flight ends, committed or failed. Raises: as `Flight.wait`."""
         self.flight.wait(self._most_secs, timeout)
 
     @property
@@ -182,140 +171,103 @@ class Saver:
         return most_secs(self.timeout_secs)
 
     def _begin(self, request: Request) -> None:
-        """Tell the others that rank 0 has come, when they have to wait for it all the same."""
+        """On rank 0, if it must wait for the save in flight: announce that it has reached this call."""
         if self.channel.rank == 0 and self.flight.writing:
             self.calls.begin(request)
 
-    def _decide(self, request: Request) -> tuple[Call, Moment]:
-        """Rank 0's word on this save ("go" or "skip"), and this rank's state."""
-        if self.channel.rank != 0:
-            call = self.calls.join(request)
-            if call.term("action") in ("skip", "fail"):
-                return call, Moment()
-            self.wait()
-            if call.term("action") == "raise":
-                # The same on every rank: each knows the outcome of the save before by now.
-                told = self.flight.handle.take_failure() if self.flight.handle else None
-                if told is not None and (self.outcomes.policy.on_failure == "raise" or not told.may_pass):
-                    raise told
-                raise SaveFailedError(str(call.term("cause"))) from told
-            if call.term("together"):
-                all_arrive(self.channel, call, self.timeout_secs)
-            moment = self._look()
-            moment.planning = bool(call.term("replan"))
-            return call, moment
+    def _decide(self, request: Request) -> tuple[Call, LocalState]:
+        """Rank 0's decision on this save (its term "action"), and this rank's state if there is a save."""
+        return self._lead(request) if self.channel.rank == 0 else self._follow(request)
+
+    def _follow(self, request: Request) -> tuple[Call, LocalState]:
+        """Every rank but 0: wait for rank 0's decision and obey."""
+        call = self.calls.join(request)
+        if call.term("action") in ("skip", "fail"):
+            return call, LocalState()
+        self.wait()
+        if call.term("action") == "raise":
+            # All ranks raise the same: each knows the outcome of the previous save now.
+            own = self.flight.handle.take_failure() if self.flight.handle else None
+            if own is not None and (self.outcomes.policy.on_failure == "raise" or not own.may_pass):
+                raise own
+            raise SaveFailedError(str(call.term("cause"))) from own
+        if call.term("together"):
+            all_arrive(self.channel, call, self.timeout_secs)
+        return call, self._look(planning=bool(call.term("replan")))
+
+    def _lead(self, request: Request) -> tuple[Call, LocalState]:
+        """Rank 0: decide and announce it."""
         if self.busy == "skip" and self.flight.writing:
-            return self._announce(request, "skip"), Moment()
+            return self._announce(request, "skip"), LocalState()
         self._begin(request)
         try:
             self.wait()
         except SaveStuckError as error:
-            # One more failure, as `never_began` counts it: rank 0 decides for all what becomes of it.
-            endured = self.outcomes.endures(error, more=1)
-            call = self._announce(request, "fail" if endured else "raise", cause=str(error))
-            if endured:
-                return call, Moment()
+            # `never_began` will count this failure on every rank; rank 0 decides for all whether to raise it.
+            tolerated = self.outcomes.tolerates(error, uncounted=1)
+            call = self._announce(request, "fail" if tolerated else "raise", cause=str(error))
+            if tolerated:
+                return call, LocalState()
             raise
         failure = self.flight.take_failure()
         if failure is not None:
             self._announce(request, "raise", cause=str(failure))
             raise failure
         if self.capture.asks_together:
-            # The others look now, too, and what they find is said while planning.
-            self._forget_decisions()
-            call = self._announce(request, "go", replan=True, together=True)
-            self._read_by_all = self.calls.mark()
+            # All ranks look at their state together, and report what went wrong while planning.
+            call = self._announce_go(request, replan=True, together=True)
             all_arrive(self.channel, call, self.timeout_secs)
-            moment = self._look()
-            moment.planning = True
-            return call, moment
-        moment = self._look()
-        # With a problem of its own rank 0 calls for a plan too: that is where the others hear of it first.
-        # After a failed save some rank may have none: it ran out of memory, or was refused.
-        moment.planning = moment.changed or moment.problem is not None or self.flight.failed or self._replaced
-        self._forget_decisions()
-        call = self._announce(request, "go", replan=moment.planning)
+            return call, self._look(planning=True)
+        state = self._look()
+        # Plan also after a problem on rank 0, because the other ranks learn of it in the planning; and after
+        # a failed save, because some rank may have lost its plan: it ran out of memory, or its offer was
+        # refused.
+        replan = state.changed or state.problem is not None or self.flight.failed or self.planner.replaced
+        state.planning = replan
+        return self._announce_go(request, replan=replan, together=False), state
+
+    def _announce_go(self, request: Request, *, replan: bool, together: bool) -> Call:
+        """Announce a save that takes place, under a new attempt name."""
+        if self.flight.committed:
+            # Every rank took part in that save, so it has read its decision and all earlier ones. Not the
+            # later ones: rank 0 skips a save without waiting for the others, so they may be behind.
+            self.calls.forget(self._read_by_all)
+            self._read_by_all = 0
+        assert isinstance(request.subject, int)
+        # Chosen by rank 0: nodes may have counted different numbers of restarts.
+        attempt = new_attempt(request.subject, self.run_id, f"{self.run_id}/{self.calls.deciding}")
+        call = self._announce(request, "go", replan=replan, together=together, attempt=attempt)
         self._read_by_all = self.calls.mark()
-        return call, moment
+        return call
 
     def _announce(
         self,
         request: Request,
-        action: str,
+        action: Literal["go", "skip", "fail", "raise"],
         *,
         cause: str = "",
         replan: bool = False,
         together: bool = False,
+        attempt: str = "",
     ) -> Call:
-        terms = {"action": action, "cause": cause, "replan": replan, "together": together, "attempt": ""}
-        if action == "go":
-            assert isinstance(request.subject, int)
-            # Rank 0's alone: nodes may have different ideas of how often they were restarted.
-            key = f"{self.run_id}/{self.calls.deciding}"
-            terms["attempt"] = new_attempt(request.subject, self.run_id, key)
+        terms = {
+            "action": action,
+            "cause": cause,
+            "replan": replan,
+            "together": together,
+            "attempt": attempt,
+        }
         return self.calls.decide(request, terms)
 
-    def _forget_decisions(self) -> None:
-        """Whoever took part in a save has read the word on it, and all words before.
-
-        Not the words that followed: rank 0 waits for nobody to skip a save, so the others may be behind.
-        """
-        if self.flight.committed:
-            self.calls.forget(self._read_by_all)
-            self._read_by_all = 0
-
-    def _look(self) -> Moment:
+    def _look(self, *, planning: bool = False) -> LocalState:
         self._pause.begin()
-        return look(self.capture, self.snapshot)
+        state = self.planner.look()
+        state.planning = planning
+        return state
 
-    def _plan(self, call: Call, moment: Moment) -> None:
-        """Take part in planning when rank 0 says so."""
-        if not moment.planning:
-            if moment.changed and moment.problem is None:
-                moment.problem = StateError(
-                    f"the tensors of rank {self.channel.rank}'s state have changed since the last save, "
-                    "those of rank 0 have not; change the state on all ranks before the same save"
-                )
-            return
-        self._replaced = False
-        if self.flight.committed:
-            self.replicas.confirm()
-        try:
-            plan = agree_on_plan(
-                self.channel,
-                f"{call.key}/plan",
-                self._offer(moment),
-                moment.problem,
-                self.timeout_secs,
-                self.replicas.compared,
-                str(call.request),
-            )
-            self._tensors, self._aliases = plan.tensors, plan.aliases
-            self.snapshot.adopt(plan.parts)
-            self.replicas.adopt(plan, self.snapshot.memory)
-        except Exception as error:
-            self.snapshot.forget_plan()
-            moment.problem = error
-
-    def _offer(self, moment: Moment) -> Offer:
-        """What this rank brings to a plan; its failure is kept, as that of `_look`."""
-        if moment.problem is None and self.channel.world_size > 1:
-            held = self.snapshot.memory
-            try:
-                return Offer(
-                    self.snapshot.held,
-                    buffer_digests(held, moment.captured.buffers),
-                    moment.captured.aliases,
-                    any(item.tensor.device.type != "cpu" for item in held),
-                    moment.captured.stateless,
-                )
-            except Exception as error:
-                moment.problem = error
-        return Offer([] if moment.problem else self.snapshot.held, {}, moment.captured.aliases)
-
-    def _copy(self, moment: Moment, job: Job) -> None:
+    def _copy(self, state: LocalState, job: Job) -> None:
         started = self.clock()
-        guarded = moment.captured.guarded
+        guarded = state.captured.guarded
         try:
             if self.snapshot.staging is not None:
                 self.snapshot.staging.wait_ready()
@@ -329,25 +281,25 @@ class Saver:
             self.copier.copy(eager, overlapped, job.staged)
             job.secs["copy"] = self.clock() - started
         except BaseException as error:
-            # The background thread waits for the copy: it has to learn of every error.
+            # The background thread waits for the copy, so it must learn of every error.
             job.staged.fail(error)
             if not isinstance(error, Exception):
                 raise
-            moment.problem = error
+            state.problem = error
 
-    def _job(self, call: Call, info: SaveInfo, moment: Moment, started: float) -> Job:
-        captured = moment.captured
+    def _job(self, call: Call, info: SaveInfo, state: LocalState, started: float) -> Job:
+        captured = state.captured
         kinds = self.capture.kinds(captured.shared)
         local = dict(captured.local)
-        if self.channel.world_size > 1:  # a module's extra state may differ between ranks, as its buffers may
+        if self.channel.world_size > 1:  # a module's extra state may differ between ranks, like its buffers
             local |= {key: value for key, value in captured.shared.items() if kinds[key] == "module"}
         begun = self.clock()
         comparison = Comparison()
-        if moment.problem is None:
+        if state.problem is None:
             try:
                 comparison = self.replicas.look(self.snapshot.memory, call.number)
             except Exception as error:
-                moment.problem = error
+                state.problem = error
         return Job(
             call=call,
             info=info,
@@ -355,29 +307,30 @@ class Saver:
             staged=StagedSnapshot(self.snapshot.staging, self.copier.finish),
             local=local,
             objects=captured.shared,
-            aliases=self._aliases,
-            tensors=self._tensors,
+            aliases=self.planner.aliases,
+            tensors=self.planner.tensors,
             shared_digests={name: documents.digest(value) for name, value in captured.shared.items()},
             kinds=kinds,
             comparison=comparison,
             secs={"compare": self.clock() - begun} if comparison.found else {},
             started=started,
-            problem=moment.problem,
+            problem=state.problem,
         )
 
-    def _announce_snapshot(self, job: Job) -> None:
-        causes = [cause for cause in ("wait", "capture", "compare", "copy") if cause in job.secs]
-        self.on_event(
-            {
-                "event": "save_snapshotted",
-                "step": job.info.step,
-                "blocked_secs": job.blocked_secs,
-                "bytes": job.staged.file_bytes,
-                "secs_by_cause": {cause: round(job.secs[cause], 6) for cause in causes},
-            }
-        )
+
+def answer_missed(channel: Channel, call: Call, reason: str) -> None:
+    """Answer a save that this rank has missed, with `reason` as its failure, so that rank 0 need not wait."""
+    if call.request.kind != SAVE or call.term("action") in ("skip", "raise"):
+        return
+    if call.term("replan"):
+        offer = {"error": reason, "may_pass": True, "held": []}
+        channel.gather(f"{call.key}/plan/held", canonical_bytes(offer), 0)
+    attempt = str(call.term("attempt") or "")
+    receipt = Receipt(channel.rank, attempt, error=f"{CoordinationError.__name__}: {reason}")
+    channel.gather(f"{call.key}/receipt", receipt.to_bytes(), 0)
+    channel.gather(f"{call.key}/ack", b"1", 0)
 
 
 def most_secs(timeout_secs: float) -> float:
-    """By then every deadline of a save has passed: a disk that is full costs it its time twice."""
+    """The time after which every deadline of a save has passed; a save that meets a full disk runs twice."""
     return 2 * timeout_secs + STUCK_GRACE_SECS

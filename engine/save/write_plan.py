@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import PeerFailedError, StateError
+from engine.errors import PeerFailedError, StateError, may_pass
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.layout import Chunk
 from engine.format.manifest import TensorInfo
 from engine.ranks.agreement import VERDICT_GRACE_SECS
 from engine.ranks.coordination import Channel
 from engine.save.division import Part, divide
-from engine.save.outcomes import may_pass
 from engine.save.snapshot import chunk_to_json
 from engine.state.sharing import (
     Group,

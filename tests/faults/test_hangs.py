@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import SaveFailedError, SaveStuckError
 from engine.lease.lease_file import LeaseInfo
-from engine.save.handle import SaveHandle
+from engine.save.outcomes import SaveHandle
 from engine.storage.local import LocalStorage
 from tests.faults.invariants import committed_steps
 from tests.faults.world import PATIENCE_SECS, Rank, World, job

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.lease.lease import Lease
-from engine.save.directory_probe import probe_shared
+from engine.save.run_directory import probe_shared
 from tests.faults.layer import Act, lost, swallowed
 from tests.faults.test_other_sweeps import start_with_each_operation_changed
 from tests.faults.test_two_jobs import Hours

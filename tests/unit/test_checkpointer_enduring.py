@@ -25,9 +25,11 @@ from engine.errors import (
     StorageFullError,
     TornSnapshotError,
     UnsavableValueError,
+    may_pass,
 )
 from engine.options import FailurePolicy
-from engine.save.outcomes import Outcomes, all_may_pass, may_pass
+from engine.save.messages import all_may_pass
+from engine.save.outcomes import Outcomes
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 
 
@@ -77,11 +79,11 @@ def test_what_is_endured() -> None:
     full, state = StorageFullError("full"), UnsavableValueError("state")
     outcomes = Outcomes(FailurePolicy("warn", 2))
     outcomes.note(None)
-    assert outcomes.endures(full)
-    assert not outcomes.endures(state)
+    assert outcomes.tolerates(full)
+    assert not outcomes.tolerates(state)
     outcomes.note(None)
-    assert not outcomes.endures(full)
-    assert not Outcomes(FailurePolicy("raise", 2)).endures(full)
+    assert not outcomes.tolerates(full)
+    assert not Outcomes(FailurePolicy("raise", 2)).tolerates(full)
 
 
 @pytest.fixture

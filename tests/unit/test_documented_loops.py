@@ -17,7 +17,7 @@ import torch
 
 import engine
 from engine import Checkpointer
-from engine.save.handle import SaveHandle
+from engine.save.outcomes import SaveHandle
 from tests.documents import GUIDE, README, blocks, spans
 
 Names = dict[str, Any]

@@ -24,8 +24,8 @@ from engine.format.names import parse_lease
 from engine.lease.lease import Lease
 from engine.mirror.uploader import Mirror
 from engine.run.preemption import Preemption, Request
-from engine.save import at_exit as exit_module
-from engine.save.handle import SaveHandle
+from engine.save import unclosed as exit_module
+from engine.save.outcomes import SaveHandle
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.tiers import steps_in

@@ -12,7 +12,7 @@ import pytest
 
 from engine.mirror.uploader import THREAD_NAME
 from engine.run.end import end_process
-from engine.save.at_exit import leave_despite
+from engine.save.unclosed import exit_without
 
 PROGRAM = """
 import atexit, sys
@@ -61,7 +61,7 @@ def test_what_hangs_does_not_keep_the_process_nor_its_exit_code(hangs: str) -> N
     thread = threading.Thread(target=release.wait, name=name, daemon=True)
     thread.start()
     if hangs == "save":
-        leave_despite(thread)
+        exit_without(thread)
     left: list[int] = []
     try:
         end_process(3, {}, leave_at_once=left.append)

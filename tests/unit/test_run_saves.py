@@ -10,7 +10,7 @@ from engine.errors import LeaseLostError, SaveFailedError, SaveStuckError, State
 from engine.run.console import Console
 from engine.run.recorder import Recorder
 from engine.run.saves import Saves
-from engine.save.handle import SaveHandle
+from engine.save.outcomes import SaveHandle
 
 
 class FakeSaver:

@@ -19,7 +19,7 @@ from engine.errors import (
 from engine.format.manifest import FileReceipt, ShardReceipt, TensorInfo
 from engine.lease.lease import Lease
 from engine.save.commit import SaveInfo, check_receipts, commit, confirm_files, software_versions
-from engine.save.receipt import Receipt
+from engine.save.messages import Receipt
 from engine.storage.local import LocalStorage
 
 ATTEMPT = "step-00000007-aaaaaaaa"

@@ -24,10 +24,10 @@ from engine.ranks.calls import SAVE, Call, Request
 from engine.ranks.coordination import Channel
 from engine.save import job as job_module
 from engine.save.commit import SaveInfo, commit, confirm_files
-from engine.save.handle import SaveHandle
-from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner, record_to_json
-from engine.save.outcomes import Outcomes
-from engine.save.receipt import Receipt
+from engine.save.events import guarded
+from engine.save.job import OUTCOME_GRACE_SECS, Job, JobRunner
+from engine.save.messages import Receipt, record_to_json
+from engine.save.outcomes import Outcomes, SaveHandle
 from engine.save.run_directory import RunDirectory
 from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_buffer import StagingBuffer
@@ -93,7 +93,7 @@ class Rig:
             channel,
             self.timeout_secs,
             cast(Outcomes, SimpleNamespace(note=lambda record: self.outcomes.append((channel.rank, record)))),
-            lambda event: self.events.append((channel.rank, event)),
+            guarded(lambda event: self.events.append((channel.rank, event))),
             clock=self.clock,
         )
 
@@ -387,7 +387,7 @@ def test_a_connection_that_is_lost_after_the_commit_does_not_undo_it(
     (record,) = rig.committed()
     assert [rank for rank, result in enumerate(results) if result == record] == told
     assert all(isinstance(results[rank], SaveFailedError) for rank in range(3) if rank not in told)
-    assert "the outcome of step 7 did not reach everyone" in caplog.text
+    assert "the outcome of step 7 did not reach every rank" in caplog.text
 
 
 def test_a_failure_keeps_its_cause_when_it_cannot_be_told(rig: Rig) -> None:

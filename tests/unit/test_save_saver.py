@@ -17,9 +17,8 @@ from engine.options import Checks, FailurePolicy
 from engine.ranks.calls import Calls
 from engine.ranks.coordination import Channel
 from engine.save.commit import SaveInfo
-from engine.save.handle import SaveHandle
 from engine.save.job import Job, JobRunner
-from engine.save.outcomes import Outcomes
+from engine.save.outcomes import Outcomes, SaveHandle
 from engine.save.saver import Busy, Saver
 from engine.save.snapshot import Snapshot
 from engine.save.staging_copy import Copier

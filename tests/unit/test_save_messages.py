@@ -9,7 +9,7 @@ import pytest
 from engine.errors import DamagedError
 from engine.format.json import canonical_bytes, parse_canonical
 from engine.format.manifest import FileReceipt, ShardReceipt
-from engine.save.receipt import Receipt, failures
+from engine.save.messages import Receipt, failures
 
 DIGEST = "0123456789abcdef" * 2
 

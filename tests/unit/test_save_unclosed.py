@@ -17,8 +17,8 @@ import torch
 
 from engine import Checkpointer
 from engine.errors import DirectoryHeldError
-from engine.save import unreferenced
-from engine.save.unreferenced import close_behind, forgetful, settle
+from engine.save import unclosed
+from engine.save.unclosed import close_unreferenced, forgetful, wait_for_unreferenced
 from engine.storage.local import LocalStorage
 from tests.support.controlled import DEADLINE_SECS, ControlledStorage, use
 from tests.support.tiers import steps_in
@@ -136,8 +136,8 @@ def test_the_state_goes_with_the_last_reference(
     trained = {"model": model, "optimizer": optimizer, "n": {"n": 1}}
     left = weakref.ref(model), weakref.ref(optimizer)
     use_it(tmp_path, trained)
-    while unreferenced._closing:
-        unreferenced._closing.pop().join(DEADLINE_SECS)
+    while unclosed._closing:
+        unclosed._closing.pop().join(DEADLINE_SECS)
     del trained, model, optimizer
     assert [reference() for reference in left] == [None, None]
 
@@ -159,12 +159,12 @@ def test_a_dropped_method_does_nothing() -> None:
 
 def test_settling_waits_only_so_long() -> None:
     go = threading.Event()
-    close_behind(lambda: go.wait(DEADLINE_SECS) and None)
-    assert settle(0.0)
-    assert len(unreferenced._closing) == 1
+    close_unreferenced(lambda: go.wait(DEADLINE_SECS) and None)
+    assert wait_for_unreferenced(0.0)
+    assert len(unclosed._closing) == 1
     go.set()
-    assert settle(DEADLINE_SECS)
-    assert not settle(0.0)
+    assert wait_for_unreferenced(DEADLINE_SECS)
+    assert not wait_for_unreferenced(0.0)
 
 
 SCRIPT = """

@@ -8,7 +8,7 @@ import pytest
 
 from engine.directory.record import CheckpointRecord
 from engine.errors import SaveFailedError
-from engine.save.handle import SaveHandle
+from engine.save.outcomes import SaveHandle
 from tests.support.records import record
 
 
@@ -72,7 +72,7 @@ def test_whoever_asked_the_handle_has_been_told() -> None:
 
 def test_a_failure_that_was_raised_by_save_itself_is_not_told_again() -> None:
     handle = SaveHandle(7)
-    handle.mark_told()
+    handle.mark_reported()
     handle.set_failure(SaveFailedError("unsavable"))
     assert handle.take_failure() is None
     with pytest.raises(SaveFailedError):
