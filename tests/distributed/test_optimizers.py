@@ -25,9 +25,12 @@ SECS = 60.0
 
 
 class Counting(torch.optim.AdamW):
-    """Counts in numbers, as older optimizers do."""
+    """Counts in numbers, as older optimizers do; the count shows in the weights."""
 
     def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= 1 + self.state.get(parameter, {}).get("count", 0)
         loss = super().step(closure)
         for entry in self.state.values():
             entry["count"] = entry.get("count", 0) + 1

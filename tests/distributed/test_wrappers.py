@@ -116,6 +116,10 @@ def restore(rank: int, world_size: int, directory: str, way: Callable[[int], Any
     wrapped, optimizer = start(way, 2)
     with Checkpointer(directory, {"model": wrapped, "optimizer": optimizer}, read_only=True) as checkpointer:
         checkpointer.restore()
+    for parameter in wrapped.parameters():
+        for name in ("exp_avg", "exp_avg_sq"):
+            lie = [getattr(t, "placements", None) for t in (optimizer.state[parameter][name], parameter)]
+            assert lie[0] == lie[1], "whatever wrapper it was saved under"
     found = picture(wrapped, optimizer)
     train(wrapped, optimizer, 1)  # what was filled is what trains
     return found, picture(wrapped, optimizer)

@@ -174,17 +174,17 @@ def test_a_save_that_hangs_on_rank_0_is_a_failure_on_all_ranks(policy: FailurePo
         save(one, 4)
         found: list[Any] = []
         try:
-            found.append(save(one, 5))
+            handle = save(one, 5)
+            with pytest.raises(SaveFailedError) as caught:
+                handle.result()
+            found += ["endured", str(caught.value)]
         except SaveFailedError as error:
             found += [type(error), str(error)]
-        else:
-            with pytest.raises(SaveFailedError) as caught:
-                found.pop().result()
-            found += ["endured", str(caught.value)]
-        if channel.rank == 0:
+        finally:
             writer.gate.set()
-            one.wait(DEADLINE_SECS)
-            released.set()
+            if channel.rank == 0:
+                one.wait(DEADLINE_SECS)
+                released.set()
         assert released.wait(DEADLINE_SECS)
         return [*found, ended(one, 6)]
 
