@@ -103,6 +103,10 @@ class Ranks:
             raise RanksFailed("\n".join(errors))
         return [answers[rank][1] for rank in range(self.world_size)]
 
+    def threads(self) -> int:
+        """Threads of the rank that has most of them."""
+        return max(len(os.listdir(f"/proc/{process.pid}/task")) for process in self._processes)
+
     def close(self) -> None:
         """End the processes, whatever they are doing."""
         self.closed = True
