@@ -1,8 +1,8 @@
-"""Tensors that cannot be read into as they lie in memory: they are read beside it, and written at the end.
+"""Buffers for tensors that cannot be read into directly: they are filled first, and copied at the end.
 
-That is a tensor with elements that share memory (an expanded one), tensors that overlap with each other
-(views of one storage), and one that reads its memory conjugated or negated. Values and strides stay exact:
-where the checkpoint holds different values for the same memory, the restore fails and names the tensors.
+Those are tensors whose elements share memory (expanded ones), tensors that overlap with each other (views of
+one storage), and lazily conjugated or negated ones. Values and strides stay exact: where the checkpoint holds
+different values for the same memory, the restore fails and names the tensors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BounceBuffers:
-    """Memory beside the odd ones among the destinations.
+    """Buffers for those of the destinations that need one.
 
     Attributes:
-        tensors: all destinations, with that memory in place of theirs.
+        tensors: all destinations, with buffers in place of such tensors.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         spans: list[Span] = []
         odd: dict[str, torch.Tensor] = {}
         self._shares: dict[str, str] = {}
-        for name, tensor in tensors.items():  # once, and little for each: there may be 10,000
+        for name, tensor in tensors.items():  # there may be 10,000: one pass, and little work for each
             if type(tensor) not in _PLAIN_TYPES or carries_boxes(tensor):
                 continue
             if tensor.is_contiguous():
@@ -54,7 +54,7 @@ class BounceBuffers:
         self.tensors = {**tensors, **self._beside}
 
     def finish(self) -> None:
-        """Write what was read into the live tensors.
+        """Copy the buffers into the live tensors.
 
         Raises: RestoreFailedError when tensors that share memory were saved with different values.
         """
@@ -83,7 +83,7 @@ def may_overlap(tensor: torch.Tensor) -> bool:
 
 
 def neighbours(spans: Iterable[Span]) -> dict[str, str]:
-    """The tensors whose memory reaches into that of another one, each with that one's name."""
+    """The tensors that overlap with another one, each with that one's name."""
     found: dict[str, str] = {}
     farthest: Span = (0, 0, "")
     for span in sorted(spans):
@@ -105,7 +105,7 @@ def _span_bytes(tensor: torch.Tensor) -> int:
 
 
 def _plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, one after the other in memory of their own."""
+    """The same values in contiguous memory of their own."""
     return tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
@@ -113,7 +113,7 @@ def _write(live: torch.Tensor, values: torch.Tensor) -> None:
     if not may_overlap(live):
         live.copy_(values)
         return
-    # Element by element into the memory behind it: where several share a place, any of them.
+    # Element by element into the memory behind it: where elements share memory, any of them may win.
     if not (live.is_conj() or live.is_neg()):
         word = _WORDS[live.element_size()]
         live, values = live.view(word), values.view(word)

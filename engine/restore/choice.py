@@ -1,4 +1,4 @@
-"""Which checkpoint a selector means, where it lies, and what is left when it is damaged. Rank 0's work."""
+"""Which checkpoint a selector means, in the directory or its mirror, without damaged ones. Runs on rank 0."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from engine.storage.open import open_storage
 class Choice:
     """A checkpoint to restore.
 
-    `target` is the directory or URI to open it at, "" for the run's own or its mirror, as `tier` says; `name`
-    its directory there, which a copy may have renamed.
+    target: the directory or URI to open, or "" for the run's own directory or its mirror, as `tier` says.
+    name: the checkpoint's directory there, which a copy may have renamed.
     """
 
     target: str
@@ -63,14 +63,13 @@ def choose_checkpoint(
 ) -> Choice | None:
     """The checkpoint that the selector means; None when `latest` finds nothing at all.
 
-    Reads what decides it and no more: a listing, one manifest of each checkpoint that may be meant, and of
-    the mirror those alone that are not whole here.
+    Reads only what decides it: a listing, the manifest of each checkpoint that may be meant, and from the
+    mirror only those that are not whole here.
 
     Args:
-        passed_over: ids that failed to restore just now, and `in_mirror` of them; `latest` walks back past
-            them.
-        listing: of `storage`, where the caller has one that is new enough.
-        mirror: the second tier: the newest whole checkpoint of both counts, and the local copy is nearer.
+        passed_over: copies that have just failed to restore (`copy_name`); `latest` passes over them.
+        listing: of `storage`, if the caller has a recent one.
+        mirror: the second tier: the newest whole checkpoint of both tiers is chosen, the local copy first.
     Raises: SelectorError listing what there is; DamagedError when everything there is damaged or partial;
         StorageError when the storage cannot be listed: an outage is not "no checkpoints".
     """
@@ -109,12 +108,12 @@ class _View:
     _looked_at_mirror: bool = field(init=False, default=False)
 
     def candidates(self) -> Tiers:
-        """The checkpoints that may be meant. The mirror's copy of one that is whole here is not looked at."""
+        """The checkpoints that may be meant. The mirror is not asked for those that are whole here."""
         wanted = _may_match(self.selector)
         mine = _read(self.local, lambda name: wanted(name) and name not in self.passed_over)
         whole = {item.id for item in mine if item.status == "committed"}
         if whole and self.selector.kind == "id":
-            return both_tiers(mine, [])  # decided: a mirror that does not answer stops nothing
+            return both_tiers(mine, [])  # decided: a mirror that does not answer must not matter
         theirs = _read(
             self._see_mirror(),
             lambda name: wanted(name) and name not in whole and in_mirror(name) not in self.passed_over,
@@ -122,7 +121,7 @@ class _View:
         return both_tiers(mine, theirs)
 
     def everything(self) -> Tiers:
-        """All that lies in both."""
+        """All checkpoints of both tiers."""
         mine, theirs = (
             [] if directory is None else directory.everything()
             for directory in (self.local, self._see_mirror())
@@ -133,7 +132,7 @@ class _View:
         )
 
     def directory(self, tiers: Tiers, id: str) -> Directory:
-        """Where that copy lies which `tiers` has chosen."""
+        """The directory of the copy that `tiers` has."""
         found = self._mirrored if id in tiers.from_mirror else self.local
         assert found is not None
         return found
@@ -157,7 +156,7 @@ def _read(directory: Directory | None, wanted: Callable[[str], bool]) -> list[Li
 
 
 def _may_match(selector: Selector) -> Callable[[str], bool]:
-    """Which directories' names leave it open whether they are meant."""
+    """Tells names of directories that the selector may mean."""
     match selector.kind:
         case "id":
             return lambda name: name == selector.text
@@ -187,7 +186,7 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
 
 
 def _without_void_marks(view: _View, tiers: Tiers, selector: Selector) -> Tiers:
-    """The same without damage marks that no longer hold. Asks only about those that make a difference."""
+    """The same without damage marks that are void. Only marks that change the answer are checked."""
     for marked in [item for item in tiers.listed if item.status == "damaged" and not item.reason]:
         if marked.record is None:
             continue

@@ -39,7 +39,7 @@ from engine.storage.base import Storage
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A checkpoint that rank 0 has chosen, as every rank knows it.
+    """A checkpoint that rank 0 has chosen, as every rank sees it.
 
     name: its directory in `storage`. key: the prefix of the ranks' notes about it.
     """

@@ -1,8 +1,8 @@
-"""Where the saved chunks lie, and the ranks' indexes, of which each rank reads only those that it needs.
+"""Where the saved chunks are, and the saved ranks' indexes, of which a rank reads only those that it needs.
 
-An index holds its rank's chunks, its block digests and its own values. Who fills its tensors needs the
-chunks of all ranks, but the digests of few files and, as a rule, no values but its own. So rank 0 reads every
-index and hands the chunks on; the others read the indexes of the files that they read from.
+An index holds its rank's chunks, block digests and own values. A rank that fills its tensors needs the chunks
+of all saved ranks, but the digests of few files and usually only its own values. So rank 0 reads every index
+and tells the others where the chunks are; they read only the indexes of the files that they read from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.storage.base import Storage
 LocatedChunks = Mapping[str, list[tuple[ShardFile, PlacedChunk]]]
 
 MOST_BYTES = 4 << 20
-"""Longer lists of chunks are not handed on, to one rank after another: all read the indexes at once."""
+"""Longer lists of chunks are not sent to one rank after another: all ranks read the indexes in parallel."""
 
 _THREADS = 8
 
@@ -42,8 +42,7 @@ class ChunkLocation:
 class Indexes:
     """The indexes of one checkpoint, checked against its manifest; each is read once, when it is needed.
 
-    As a sequence: the saved ranks' own values, by rank.
-    Raises: DamagedError, NotFoundError, StorageError from whatever reads an index.
+    Raises: DamagedError, NotFoundError, StorageError from any method.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, name: str) -> None:
@@ -53,11 +52,11 @@ class Indexes:
         self._read: dict[int, ShardIndex] = {}
 
     def fetch(self, ranks: Iterable[int]) -> list[ShardIndex]:
-        """The indexes of these ranks; those that were not read yet are read side by side."""
+        """The indexes of these ranks; missing ones are read in parallel."""
         wanted = list(ranks)
         lacking = [rank for rank in dict.fromkeys(wanted) if rank not in self._read]
         if len(lacking) == 1:
-            # A thread beside this one would have to ask for the interpreter lock again and again.
+            # Another thread would compete with this one for the interpreter lock.
             self._read[lacking[0]] = self._read_one(lacking[0])
         elif lacking:
             with ThreadPoolExecutor(min(_THREADS, len(lacking))) as pool:
@@ -73,7 +72,7 @@ class Indexes:
 
 
 class LocalValues(Sequence[Mapping[str, Any]]):
-    """Each saved rank's own values. Reading one brings its index."""
+    """Each saved rank's own values; access reads that rank's index."""
 
     def __init__(self, indexes: Indexes, world_size: int) -> None:
         self._indexes = indexes
@@ -96,7 +95,7 @@ class LocalValues(Sequence[Mapping[str, Any]]):
 def locate_chunks(manifest: Manifest, indexes: Sequence[ShardIndex]) -> LocatedChunks:
     """Every saved chunk by tensor name, with the file that holds it. Pure.
 
-    Raises: DamagedError when the indexes do not describe the manifest's tensors, whole and once.
+    Raises: DamagedError unless the indexes cover each of the manifest's tensors exactly once.
     """
     places: dict[str, list[tuple[ShardFile, PlacedChunk]]] = defaultdict(list)
     for index in indexes:
@@ -118,7 +117,7 @@ def locations_of(indexes: Sequence[ShardIndex]) -> dict[str, list[ChunkLocation]
 
 
 def describe_locations(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str | None:
-    """All chunks as JSON, for the ranks that have not read these indexes; None when that would be too long.
+    """All chunks as JSON, for ranks that have not read these indexes; None when it would be too long.
 
     Raises: DamagedError as `chunk_places`.
     """
@@ -137,7 +136,7 @@ def describe_locations(manifest: Manifest, indexes: Sequence[ShardIndex]) -> str
         for index in indexes
         for shard in index.files
     ]
-    # Not through the checks for what comes from a user: these are names of files and numbers.
+    # Without the checks for users' values: these are only names of files and numbers.
     text = json.dumps(files, separators=(",", ":"))
     return text if len(text) <= MOST_BYTES else None
 

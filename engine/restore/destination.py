@@ -1,6 +1,6 @@
-"""Where a checkpoint goes: the live tensors that are filled in place, and the objects that are handed JSON.
+"""Where a checkpoint is restored to: live tensors that are filled in place, and objects that get values.
 
-Each kind of entry has a module of its own: `modules`, `optimizers`, `entries`. Here they are put together.
+Each kind of entry has its own module: `modules`, `optimizers`, `entries`. This one puts them together.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 
 class Destination:
-    """The live state of one rank, made ready to receive one checkpoint. Nothing is changed before `finish`.
+    """The live state of one rank, prepared for one checkpoint. No value is changed before `finish`.
 
     Args:
         capture: the state.
         manifest: the checkpoint's.
         locals_: each saved rank's rank-local JSON.
-        seed: for the random streams of a rank that did not exist when the checkpoint was taken.
-        filter: the part of it to restore, and whether it has to fit exactly.
+        seed: for the random streams of a rank that did not exist when the checkpoint was saved.
+        filter: the part of it to restore, and whether it has to match exactly.
     Attributes:
-        tensors: what to read, by a name of the destination; of the saved dtype and global shape, or of one
-            with more rows.
+        tensors: what to read into, by a name of the destination. Each has the saved dtype and global shape,
+            or more rows.
         sources: the saved name of each.
         match: how the checkpoint's tensors match the state's.
     """
@@ -105,13 +105,13 @@ class Destination:
 
     @property
     def unexpected(self) -> tuple[str, ...]:
-        """What the checkpoint has and this rank has no place for: names of tensors, and state keys."""
+        """The names of tensors and the state keys that the checkpoint has and this rank does not."""
         return (*self.match.unexpected, *self._modules.unexpected, *self._unknown_keys())
 
     def check(self, what: str, unexpected: Collection[str] | None = None) -> None:
-        """Raise StateMismatchError with every difference, if it has to fit; nothing has been changed yet.
+        """Raise StateMismatchError with every difference if it has to match; nothing was changed so far.
 
-        `unexpected`: what no rank has a place for; None: all that this one has none for.
+        `unexpected`: the names that no rank has a place for; None: those that this one has no place for.
         """
         self._check_patterns(what)
         saved = self._saved.keys
@@ -131,7 +131,7 @@ class Destination:
             log.warning("%s", summary(match, what))
 
     def abandon(self) -> None:
-        """Nothing will be read: leave everything without what was made to read into."""
+        """Nothing will be read: remove the tensors that were made to read into."""
         self._modules.abandon()
 
     def finish(self) -> None:
@@ -142,7 +142,7 @@ class Destination:
         self._entries.finish()
 
     def _check_patterns(self, what: str) -> None:
-        """A pattern that means nothing would restore nothing and report success."""
+        """Refuse patterns that match nothing: they would restore nothing and report success."""
         live, aliases = self._capture.fixed_tensors()
         stored = {*self._manifest.tensors, *self._manifest.aliases}
         documents = self._manifest.objects
@@ -160,7 +160,7 @@ class Destination:
                 f"is restored as a whole: name {parts[0].partition('.')[0]!r}, or keep the part and put it "
                 "back afterwards; nothing was changed"
             )
-        # Patterns that name no key of their own ("*.exp_avg") may mean state of optimizers.
+        # Patterns without a state key ("*.exp_avg") may mean state of optimizers.
         moments = [name for name in (*live, *stored) if name.partition(".")[0] in self._capture.optimizers]
 
         def nowhere(*, excluded: bool) -> list[str]:
@@ -168,7 +168,7 @@ class Destination:
             return [pattern for pattern in found if not any(fnmatchcase(name, pattern) for name in moments)]
 
         stray = nowhere(excluded=True)
-        if stray and self._rank == 0:  # one list may be for many checkpoints, so no error
+        if stray and self._rank == 0:  # no error: one list may serve for many checkpoints
             log.warning("exclude names %s, which neither %s nor the state has", ", ".join(stray), what)
         unknown = nowhere(excluded=False)
         if unknown and self._filter.strict:
@@ -178,18 +178,18 @@ class Destination:
             )
 
     def _missing_classes(self) -> list[str]:
-        """Values of modules and optimizers that cannot be made here."""
+        """One sentence for each value of a module or optimizer whose class this program lacks."""
         fixed = [key for key in self._keys if isinstance(self._capture.state[key], nn.Module | Optimizer)]
         documents = {key: self._saved.json(key) for key in fixed}
         return [f"{key}: {line}" for key in fixed for line in values.missing_classes(documents[key])]
 
     def _others(self) -> dict[str, Any]:
-        """The wanted entries that are neither module nor optimizer."""
+        """The selected entries that are neither modules nor optimizers."""
         entries = {key: self._capture.state[key] for key in self._keys}
         return {key: entry for key, entry in entries.items() if not isinstance(entry, nn.Module | Optimizer)}
 
     def _unknown_keys(self) -> list[str]:
-        """Keys of saved values that the state lacks and of which no tensor tells."""
+        """The keys of saved values that the state lacks and that no unexpected tensor is below."""
         if self._filter.model_only:
             return []
         told = {name.partition(".")[0] for name in self.match.unexpected}
@@ -198,7 +198,7 @@ class Destination:
         return [f"{key} (all of it)" for key in unknown if self._filter.takes_key(key)]
 
     def _live(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The wanted tensors of modules, and their further names."""
+        """The selected tensors of modules, and their aliases."""
         tensors, aliases = self._capture.fixed_tensors()
         apart = self._modules.absent | self._modules.loose
         optimizers = set(self._capture.optimizers)
@@ -210,7 +210,7 @@ class Destination:
         return kept, {alias: name for alias, name in aliases.items() if name in kept}
 
     def _takes(self, name: str) -> bool:
-        """Whether a tensor of a module or optimizer is wanted, live or saved."""
+        """Whether a tensor of a module or optimizer is selected, live or saved."""
         if self._filter.model_only and name.partition(".")[0] not in self._capture.modules:
             return False
         return self._filter.takes(name)
@@ -218,9 +218,9 @@ class Destination:
     def _match(self, live: Mapping[str, torch.Tensor], aliases: Mapping[str, str]) -> Match:
         infos = {name: TensorInfo(from_torch(t.dtype, name), global_shape(t)) for name, t in live.items()}
         fixed = set(self._capture.modules)
-        # A key that the state lacks altogether is unexpected; all but modules match their tensors themselves.
+        # The tensors of a key that the state lacks are unexpected; entries that are not modules match theirs.
         generic = {PER_RANK_PREFIX, *(key for key in self._capture.state if key not in fixed)}
-        # Tensors inside values (extra state) are read for those values.
+        # Tensors inside values (extra state) are read with those values.
         inside = {name for key in fixed for name in values.tensor_names(self._saved.json(key))}
         inside = (inside - live.keys()) | self._modules.loose
         saved = {

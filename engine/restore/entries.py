@@ -1,7 +1,7 @@
-"""Entries of the state that are neither module nor optimizer: they are handed what was saved.
+"""Entries of the state that are neither modules nor optimizers: they are given what was saved.
 
-Their `load_state_dict` is called, or plain values are replaced in place. Tensors are read into the ones that
-they have where those fit, else into new ones. Random number generators come last.
+Their `load_state_dict` is called, or plain values are replaced in place. Tensors are read into the entry's
+own where these fit, else into new ones. Random number generators are restored last.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 
 class Entries:
-    """The wanted entries of one rank, and what the checkpoint has for them. Nothing changes before `finish`.
+    """The selected entries of one rank, and what the checkpoint has for them. No change before `finish`.
 
     Args:
         entries: by state key.
         per_rank: keys whose values belong to a rank.
-        takes_rng: whether the random number generators are wanted.
-        seed: for the random streams of a rank that did not exist when the checkpoint was taken.
+        takes_rng: whether to restore the random number generators.
+        seed: for the random streams of a rank that did not exist when the checkpoint was saved.
     Attributes:
-        differences: by key, one sentence on why an entry cannot take what was saved under its key.
+        differences: by key, one sentence on why an entry cannot accept what was saved under its key.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Entries:
         self._will_read()
 
     def finish(self) -> None:
-        """Hand every entry its value, after all tensors were read. Generators come last.
+        """Give every entry its value, after all tensors were read. Generators come last.
 
-        Raises: RestoreFailedError when an entry does not take it, with what was restored and what was not.
+        Raises: RestoreFailedError when an entry does not accept it, with what was restored and what was not.
         """
-        # The random streams after all others: to load those may draw from these.
+        # Generators after all other entries: loading those may draw random numbers.
         left = sorted(set(self._kept) - set(self.differences), key=self._is_generator)
         done: list[str] = []
         for key in left:
@@ -157,7 +157,7 @@ class Entries:
         saved = self._saved
         if saved.same_world:
             document = saved.locals_[saved.rank].get(RNG_KEY)
-            if document is not None:  # an imported model brings none: the generators stay as they are
+            if document is not None:  # an imported model has none: the generators keep their state
                 rng.restore(saved.decoded(document))
             return
         if saved.rank == 0:
@@ -172,7 +172,7 @@ class Entries:
 
 
 def entry_difference(key: str, entry: Any, document: Any, saved: Saved) -> str:
-    """Why an entry cannot take what was saved, in a sentence; else ""."""
+    """Why an entry cannot accept what was saved, in a sentence; else ""."""
     missing = values.missing_classes(document)
     if missing:
         return f"{key}: {missing[0]}"
@@ -217,7 +217,7 @@ def kind_difference(key: str, entry: Any, document: Any, manifest: Manifest) -> 
 
 
 def _form_of(document: Any) -> tuple[str, Any]:
-    """The `$` form of a document and what is in it; no form for JSON that stands for itself."""
+    """The `$` form of a document and its content; ("", None) for plain JSON."""
     if isinstance(document, dict) and len(document) == 1:
         ((form, inner),) = document.items()
         if form.startswith("$"):
@@ -250,13 +250,17 @@ def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Excepti
 
 
 def restore_cast_tensors(entry: Any, saved: Any) -> None:
-    """Give the optimizers inside of an object the saved tensors where torch has cast them."""
+    """Replace state tensors that torch has cast, in optimizers inside an object, by the saved ones.
+
+    A list of optimizers behind one state_dict() is an entry like any other. Its load_state_dict() calls
+    torch's, which casts moments to the dtype of their parameters.
+    """
     if keeps_optimizers(entry):
         _walk(saved, entry.state_dict(), inside=False)
 
 
 def _walk(saved: Any, live: Any, *, inside: bool) -> None:
-    """inside: below the state dict of an optimizer, whose state is the live one and no copy of it."""
+    """inside: below the state dict of an optimizer, which holds the live state and not a copy."""
     if isinstance(saved, Mapping) and isinstance(live, Mapping):
         inside = inside or {"state", "param_groups"} <= saved.keys()
         for key, value in saved.items():

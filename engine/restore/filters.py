@@ -1,4 +1,4 @@
-"""Which part of a checkpoint is to be restored, and how exactly it has to fit. Pure."""
+"""Which part of a checkpoint to restore, and how exactly it has to match. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """A choice among the names of a state.
+    """Selects names of a state.
 
-    model_only: modules, nothing else.
-    include, exclude: shell patterns over tensor names ("model.transformer.h.*") and state keys ("loader",
-        "model"), which mean all below them; no include means everything. What is left out keeps its live
-        value.
-    strict: everything wanted must be in both, with equal shape and dtype. Otherwise what matches is loaded,
-        a tensor that has grown in its first dimension is filled as far as the saved one goes, and the rest
-        stays as it is.
-    rename: saved name -> live name, of tensors, of state keys, and of all below them. The patterns are over
-        live names.
+    model_only: modules only.
+    include, exclude: shell patterns for tensor names ("model.transformer.h.*") and state keys ("loader",
+        "model"), which select everything below them; no include selects everything. Whatever is left out
+        keeps its live value.
+    strict: everything selected must be in both, with equal shape and dtype. Otherwise matching tensors are
+        loaded, a tensor that has more rows than when it was saved is filled with the saved rows, and all
+        others keep their values.
+    rename: saved name -> live name, of tensors and state keys and of everything below them. The patterns
+        match live names.
     """
 
     model_only: bool = False
@@ -34,14 +34,14 @@ class Filter:
         return not (self.model_only or self.include or self.exclude)
 
     def takes(self, name: str) -> bool:
-        """Whether the tensor of that name is wanted: by its own name, or by that of its state key."""
+        """Whether the tensor of that name is selected, by its own name or its state key."""
         return self.takes_value(name.partition(".")[0], name)
 
     def unknown(self, names: Collection[str], keys: Collection[str], *, excluded: bool = False) -> list[str]:
-        """The patterns to include, or to exclude, that mean nothing here: spelled wrong, it seems.
+        """The include (or exclude) patterns that match nothing here, probably typing errors.
 
         Args:
-            names: what there is below modules. Below other state keys anything may be named.
+            names: all names below modules; below other state keys any name is allowed.
             keys: the state keys.
         """
         modules = {name.partition(".")[0] for name in names}
@@ -54,19 +54,19 @@ class Filter:
         ]
 
     def inside(self, keys: Collection[str]) -> list[str]:
-        """The patterns for a part of one of these state keys, whose values come whole."""
+        """The patterns for a part of one of these state keys, whose values are restored as a whole."""
         found = [(pattern, pattern.partition(".")[0]) for pattern in (*self.include, *self.exclude)]
         return [pattern for pattern, key in found if key in keys and not _covers(pattern, key)]
 
     def takes_value(self, key: str, name: str) -> bool:
-        """Whether something below a state key is wanted that has a name of its own but may be no tensor."""
+        """Whether a name below a state key is selected; it need not be a tensor's."""
         if not self.include and not self.exclude:
             return True
         included = not self.include or any(_covers(p, key) or fnmatchcase(name, p) for p in self.include)
         return included and not any(_covers(p, key) or fnmatchcase(name, p) for p in self.exclude)
 
     def takes_key(self, key: str) -> bool:
-        """Whether the values under a state key are wanted, by its name or by a pattern for all below it."""
+        """Whether the values under a state key are selected, by its name or a pattern for all below it."""
         included = not self.include or any(_covers(pattern, key) for pattern in self.include)
         return included and not any(_covers(pattern, key) for pattern in self.exclude)
 

@@ -34,8 +34,8 @@ Located = Mapping[str, Sequence[tuple[ShardFile, PlacedChunk]] | Mapping[int, tu
 class Slice:
     """A box of a saved chunk and the local memory that it fills.
 
-    `chunk` is a position in the list that was planned with; the box is
-    [offsets, offsets + lengths) inside that chunk; `to` has the shape `lengths` (a scalar has none).
+    `chunk` is the chunk's position among the tensor's chunks; the box is [offsets, offsets + lengths) inside
+    that chunk; `to` has the shape `lengths` (a scalar has none).
     """
 
     name: str
@@ -45,7 +45,7 @@ class Slice:
     to: torch.Tensor
 
 
-@torch.no_grad()  # with gradients each look at a local tensor would make a node of their graph
+@torch.no_grad()  # otherwise each access to a local tensor would add a node to the autograd graph
 def plan_slices(
     tensors: Mapping[str, torch.Tensor],
     infos: Mapping[str, TensorInfo],
@@ -54,12 +54,12 @@ def plan_slices(
     """What to read to fill `tensors` (plain, DTensor, or carriers of boxes) in place. No collective.
 
     Args:
-        tensors: destinations by name. One may have more rows than was saved: those are left as they are.
+        tensors: destinations by name. One may have more rows than were saved: the others keep their values.
         infos: dtype and global shape of each saved tensor.
-        chunks: the saved chunks of each tensor that together cover it.
+        chunks: the saved chunks of each tensor, which together cover it.
     """
     slices = [
-        # Told apart here: planned by DCP, 600 of them would be a sixth of what a warm restore's plan takes.
+        # Planned without DCP: for 600 of them DCP took a sixth of the planning time of a warm restore.
         Slice(name, 0, (0,) * tensor.ndim, tuple(tensor.shape), tensor.detach())
         for name, tensor in tensors.items()
         if _is_one_chunk(tensor, chunks[name])
@@ -75,7 +75,7 @@ def plan_slices(
     saved = {
         name: TensorStorageMetadata(
             TensorProperties(dtype=to_torch(infos[name].dtype)),
-            # The destination's own: the planner would refuse a tensor that has grown.
+            # The destination's shape: the planner would refuse a tensor that has grown.
             torch.Size(global_shape(tensor)),
             [_storage_metadata(chunk.offsets, chunk.sizes) for chunk in chunks[name]],
         )
@@ -94,7 +94,7 @@ def plan_slices(
 
 
 def _is_one_chunk(tensor: torch.Tensor, chunks: Sequence[Chunk]) -> bool:
-    """Whether a rank that holds all of the tensor finds all of it in one saved chunk."""
+    """Whether this rank has the whole tensor and one saved chunk has all of it."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not carries_boxes(tensor)
@@ -104,22 +104,23 @@ def _is_one_chunk(tensor: torch.Tensor, chunks: Sequence[Chunk]) -> bool:
 
 
 class _Shards:
-    """Plans DTensors as DCP would, but asks it once for each kind of shard.
+    """Plans DTensors as DCP would, but calls DCP once for each kind of shard.
 
-    A model has hundreds of tensors and a dozen of kinds; to ask for each is most of a resharding plan's time.
+    A model has hundreds of tensors and a dozen kinds; calling DCP for each tensor is most of the time that
+    the planning of a resharding restore takes.
     """
 
     def __init__(self) -> None:
         self._boxes: dict[Hashable, list[ChunkStorageMetadata]] = {}
 
     def slices(self, name: str, tensor: torch.Tensor, chunks: Sequence[Chunk]) -> list[Slice] | None:
-        """What fills a DTensor whose local tensor is plain; None for any other, which is left to DCP."""
+        """The slices for a DTensor whose local tensor is plain; None for any other, which DCP plans."""
         if type(tensor) is not DTensor or carries_boxes(tensor):
             return None
-        if tensor.device_mesh.get_coordinate() is None:  # this rank is not in it
+        if tensor.device_mesh.get_coordinate() is None:  # this rank is not in the mesh
             return None
         local = tensor.to_local().detach()
-        if type(local) is not torch.Tensor:  # it may know of boxes of its own
+        if type(local) is not torch.Tensor:  # it may have boxes of its own
             return None
         boxes = self._boxes_of(tensor)
         if len(boxes) != 1 or boxes[0].sizes != local.shape:
@@ -130,7 +131,7 @@ class _Shards:
     def _boxes_of(self, tensor: DTensor) -> list[ChunkStorageMetadata]:
         kind = (tensor.device_mesh, tensor.placements, tensor.shape)
         if kind not in self._boxes:
-            # What DCP's planner calls. Over a plain local tensor it depends on nothing else; a test compares.
+            # DCP's planner calls it. For a plain local tensor it depends on nothing else; a test compares.
             self._boxes[kind] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
         return self._boxes[kind]
 
@@ -179,12 +180,12 @@ def plan_reads(
     places: Mapping[str, list[ChunkLocation]],
     indexes: Indexes,
 ) -> tuple[list[Slice], Located]:
-    """What to read, and where it lies with the digests to check it by; reads the indexes that takes.
+    """The slices to read, and where their chunks and digests are; reads the indexes that they need.
 
     Args:
         tensors: what to fill, by a name of the destination.
         sources: the saved name of each.
-        places: where every saved chunk lies.
+        places: where every saved chunk is.
     """
     held = {name: places[saved] for name, saved in sources.items()}
     slices = plan_slices(

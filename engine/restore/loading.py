@@ -1,4 +1,4 @@
-"""Hand a module what its state_dict() held besides live tensors, after those were filled in place."""
+"""Hand a module what its state_dict() held besides live tensors, after these were filled in place."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def load_values(
     *,
     strict: bool,
 ) -> None:
-    """Give a module its saved values: through load_state_dict(), where code of its own takes part.
+    """Give a module its saved values, through load_state_dict() where code of its own takes part.
 
-    loose: saved tensors for which it has none to fill.
-    Raises: RestoreFailedError naming the module when it does not take them.
+    loose: saved tensors that match no live tensor.
+    Raises: RestoreFailedError naming the module when it does not accept them.
     """
     module = module_to_ask(module)
     tree = named_modules(module)
@@ -52,7 +52,7 @@ def load_values(
             _set_extra_state(tree, document)
             return
         with torch.no_grad():
-            # What state_dict() hands out may be rounded, and loading it round the live tensors.
+            # Values of state_dict() may be rounded, and loading them would round the live tensors.
             exact = _copies(tree) if tree_any(_is_tensor, document) else {}
             now = read_state_dict(key, module)
             unused = _load(module, _whole(now, tree, {**document, **loose}), strict=strict)
@@ -79,21 +79,21 @@ def set_to_none(module: nn.Module, names: set[str]) -> None:
 
 
 def has_own_loader(name: str, tree: Sequence[NamedModule]) -> bool:
-    """Whether code that is not torch's may take what was saved under a canonical name."""
+    """Whether code outside torch may load what was saved under a canonical name."""
     return overrides_loading(tree[0].module) or has_own_loading(_innermost(name, tree).module)
 
 
 def _innermost(name: str, tree: Sequence[NamedModule]) -> NamedModule:
-    # The last of the longest: a wrapper has the name of what it wraps and comes before it.
+    # The last of the longest names: a wrapper has the name of the module inside and comes before it.
     return max(
         (len(named.name), number, named) for number, named in enumerate(tree) if name.startswith(named.name)
     )[2]
 
 
 def _whole(now: StateDict, tree: Sequence[NamedModule], saved: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The state dict to load: the live tensors, which are filled by now, and what was saved besides."""
+    """The state dict to load: the live tensors, which have been filled, and the saved values."""
     whole: dict[Any, Any] = {now.key_of[name]: now.tensors[name] for name in now.live_key_of}
-    # What is left out keeps its live value.
+    # A value that is left out keeps its live value.
     whole |= {now.key_of[n]: value for n, value in now.values.items() if n != UPDATE_COUNTS}
     for name, value in saved.items():
         spelled = now.key_of.get(name)
@@ -105,26 +105,26 @@ def _whole(now: StateDict, tree: Sequence[NamedModule], saved: Mapping[Any, Any]
 
 
 def _load(module: nn.Module, whole: Mapping[Any, Any], *, strict: bool) -> set[str]:
-    """Load a state dict. Returns the keys that nothing took."""
+    """Load a state dict. Returns the keys that nothing has loaded."""
     if overrides_loading(module):
         takes_strict = "strict" in inspect.signature(module.load_state_dict).parameters
         module.load_state_dict(whole, **({} if strict or not takes_strict else {"strict": False}))
         return set()
-    # Missing keys are no harm: the live tensors have been filled.
+    # Missing keys do no harm: the live tensors have been filled.
     return {spelled_as(module, name) for name in module.load_state_dict(whole, strict=False).unexpected_keys}
 
 
 def _tell_untaken(key: str, module: nn.Module, saved: Mapping[Any, Any]) -> None:
-    """Warn of values that a hook adds to state_dict() and no hook takes from it, if they differ now.
+    """Warn of values that a hook adds to state_dict() and no hook loads, if the live ones differ.
 
-    Most are made from the weights, for another program to read, and are equal.
+    Most are computed from the weights for another program, and are equal.
     """
     live = read_state_dict(key, module).values
     for name, value in saved.items():
         difference = first_difference(f"{key}.{name}", value, live.get(name))
         if difference:
             log.warning(
-                "%s: nothing in load_state_dict() of %s takes it, so it was not restored",
+                "%s: nothing in load_state_dict() of %s loads it, so it was not restored",
                 difference,
                 type(module).__qualname__,
             )
@@ -144,7 +144,7 @@ def _fill(tree: Sequence[NamedModule], exact: Mapping[str, torch.Tensor]) -> Non
 def _set_extra_state(tree: Sequence[NamedModule], saved: Mapping[str, Any]) -> None:
     for named in tree:
         key = named.name + EXTRA_STATE
-        # A wrapper (DDP, torch.compile) has the canonical name of what it wraps.
+        # A wrapper (DDP, torch.compile) has the canonical name of the module inside.
         has_some = type(named.module).get_extra_state is not nn.Module.get_extra_state
         if has_some and key in saved:
             named.module.set_extra_state(saved[key])

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the live state? Every difference at once, before a byte is read. Pure."""
+"""Match a checkpoint's tensors with the live ones; all differences in one report, before any read. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Match:
     """How saved tensors match live ones.
 
     matched: live name -> saved name. missing: live, not saved. unexpected: saved, not live.
-    mismatched: one sentence for each that is in both but differs.
-    grown: live name -> saved name of those among them that only have more rows here than when saved.
+    mismatched: one sentence for each tensor that is in both but differs.
+    grown: live name -> saved name of the mismatched tensors that only have more rows here than when saved.
     """
 
     matched: Mapping[str, str] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def match_tensors(
 ) -> Match:
     """Match by name; a tensor with several names (tied weights) matches under any of them.
 
-    Weights that were tied when saved and are apart now match the same saved tensor.
+    Weights that were tied when saved and are not tied here match the same saved tensor.
     """
     names: dict[str, list[str]] = {name: [name] for name in live}
     for alias, name in live_aliases.items():
@@ -75,15 +75,15 @@ def match_tensors(
 
 
 def report(match: Match, what: str) -> str:
-    """One message with every difference, the first of each kind spelled out: why nothing was restored."""
-    parts = [f"{what} does not fit the state it is to be restored into; nothing was changed"]
+    """The error message with every difference: the first of each kind in full."""
+    parts = [f"{what} does not fit the state; nothing was changed"]
     parts += differences(match)
     parts.append("Build what the saved run had, leave parts out with exclude=, or choose another checkpoint")
     return "\n".join(parts)
 
 
 def summary(match: Match, what: str) -> str:
-    """One message on a restore that took what fitted: a table with every tensor that did not."""
+    """The warning of a restore that loaded what matches: a table of everything that did not."""
     head = f"from {what}: {len(match.matched)} tensors loaded, {len(match.grown)} filled as far as they go"
     rows = [(title, line) for title, lines in _kinds(match) for line in lines]
     width = max((len(title) for title, _ in rows), default=0)
@@ -99,7 +99,7 @@ def _kinds(match: Match) -> tuple[tuple[str, Sequence[str]], ...]:
 
 
 def differences(match: Match) -> list[str]:
-    """A paragraph for each kind of difference there is."""
+    """A paragraph for each kind of difference."""
     parts = []
     for title, lines in _kinds(match):
         if lines:

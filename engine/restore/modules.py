@@ -1,7 +1,7 @@
 """The modules of a state, made ready to receive one checkpoint.
 
-Their tensors are filled in place. What else their state_dict() held when saved is a document beside them:
-extra state, what hooks and overrides had added. It is handed back after all tensors were read.
+Their tensors are filled in place. Their documents hold what else was in state_dict() when it was saved: extra
+state, and what hooks and overrides had added. Those values are handed back after all tensors were read.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from engine.state.wrappers import NamedModule, named_modules, wrapped_by
 
 
 class Modules:
-    """The wanted modules. They get tensors to read into, which `abandon` takes away again.
+    """The selected modules. Tensors that they lack are made to read into; `abandon` removes these again.
 
     Args:
-        keys: the wanted state keys.
+        keys: the selected state keys.
     Attributes:
-        missing, unexpected: what state_dict() holds besides tensors, in the live state only and in the
-            checkpoint only.
+        missing, unexpected: values of state_dict() that only the live state or only the checkpoint has.
         absent: names of live buffers that were None when saved.
-        differences: one sentence for each tensor made of tensors that is of another kind than when saved.
-        loose: names of saved tensors that go through load_state_dict(): no live tensor can be filled.
+        differences: one sentence for each composite tensor that differs in kind from the saved one.
+        loose: names of saved tensors that are handed to load_state_dict(), as no live tensor can be filled.
     """
 
     def __init__(self, capture: StateCapture, keys: list[str], saved: Saved, filter: Filter) -> None:
@@ -54,7 +53,7 @@ class Modules:
         self.loose: set[str] = set()
 
     def prepare(self) -> None:
-        """Make what the modules lack. To be called before everything else is looked at."""
+        """Make the tensors that modules lack, and compare. Call it before any other method."""
         made = []
         for key, capture in self._modules():
             late = self._document(key, None).get(LATE_BUFFERS, ())
@@ -71,14 +70,14 @@ class Modules:
             self._compare(key, capture, document)
 
     def will_read(self, live: Mapping[str, torch.Tensor]) -> None:
-        """Have the tensors inside of documents read, and the loose ones."""
+        """Register the tensors inside documents, and the loose ones, to be read."""
         for key, _ in self._modules():
             self._saved.will_read(self._saved.json(key), live)
         for name in self.loose:
             self._saved.will_read({"$tensor": name}, {})
 
     def abandon(self) -> None:
-        """Nothing will be read: leave the modules without the tensors that were made to read into."""
+        """Nothing will be read: remove the tensors that were made to read into."""
         self._missing_tensors.abandon()
 
     def is_empty(self, key: str) -> bool:
@@ -102,12 +101,12 @@ class Modules:
         return ((key, capture) for key, capture in self._capture.modules.items() if key in self._keys)
 
     def _info(self, key: str, name: str) -> TensorInfo | None:
-        """What was saved under a module's tensor name, if it is wanted."""
+        """What was saved under a module's tensor name, if it is selected."""
         manifest, full = self._saved.manifest, f"{key}.{name}"
         return manifest.tensors.get(manifest.aliases.get(full, full)) if self._filter.takes(full) else None
 
     def _document(self, key: str, saved: Saved | None) -> dict[Any, Any]:
-        """What was saved besides tensors, as far as it is wanted. Without `saved`, blank tensors."""
+        """The selected values that were saved besides tensors. Without `saved`, with blank tensors."""
         document = self._saved.json(key) or {}
         found = saved.decoded(document) if saved else values.decode(document, self._saved.blank)
         if not isinstance(found, dict):
@@ -128,7 +127,7 @@ class Modules:
                 continue
             mine = live.get(name)
             if mine is None:
-                # Older checkpoints have all that state_dict() handed out among the tensors.
+                # Older checkpoints have every tensor that state_dict() returned among the tensors.
                 loose = name in capture.value_names or has_own_loader(name, tree)
             else:
                 fits = isinstance(mine, torch.nn.Parameter) or tuple(mine.shape) == info.shape
@@ -150,7 +149,7 @@ class Modules:
         for name, here in capture.composites().items():
             full, then = f"{key}.{name}", saved.get(name)
             if then != here and self._filter.takes(full):
-                was = _kind(then) if then else "no tensor that is made of others"
+                was = _kind(then) if then else "a tensor that is not made of others"
                 self.differences.append(f"{full}: saved as {was}, here {_kind(here)}")
 
 
@@ -159,16 +158,16 @@ def _kind(described: Mapping[str, Any]) -> str:
 
 
 class MissingTensors:
-    """Makes them, so that there is something to read into, and takes them away when nothing will be read."""
+    """Makes tensors that fresh modules lack (of lazy modules, buffers that are None), and can undo it."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def make(self, module: nn.Module, info: Callable[[str], TensorInfo | None], late: Sequence[str]) -> bool:
-        """Make what a module lacks and the checkpoint has. Returns whether there was something to make.
+        """Make what a module lacks and the checkpoint has. Returns whether anything was made.
 
-        info: dtype and global shape of what is to be read under a canonical name; None for what is not.
-        late: names of buffers that were registered in training.
+        info: dtype and global shape of what will be read under a canonical name; None if nothing will.
+        late: names of buffers that were registered during training.
         """
         before = len(self._undo)
         for named in named_modules(module):
@@ -210,7 +209,7 @@ def _forget_shape(tensor: torch.Tensor, kind: type, data: torch.Tensor) -> None:
 
 
 def _device_of(child: nn.Module, root: nn.Module) -> torch.device:
-    """Where the nearest tensor is: nothing else says where a buffer that is None belongs."""
+    """The device of the nearest tensor: a buffer that is None has none."""
     for module in (child, root):
         for tensor in (*module.parameters(), *module.buffers()):
             return torch.device(tensor.device)

@@ -1,4 +1,7 @@
-"""Hyperparameters belong to parameters, not to group numbers: each live group gets those of its own."""
+"""How a saved optimizer matches a live one: parameters by name, hyperparameters by parameter. Pure.
+
+Hyperparameters belong to parameters, not to group numbers: each live group gets those of its parameters.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +20,21 @@ from engine.state.optimizer_state_dicts import LIVE_FLAGS, first_difference
 _NOT_HYPERPARAMETERS = {"params", "param_names", *LIVE_FLAGS}
 
 _TELLING = {"betas", "momentum", "rho", "alpha", "lambd", "etas", "lr_decay", "beta2_decay", "max_iter"}
-"""Hyperparameters that one optimizer of torch has and another lacks."""
+"""Hyperparameters that tell torch's optimizers apart."""
 
 
 def match_names(
     live: Mapping[str, Sequence[str]], owner: str, saved: Collection[str], aliases: Mapping[str, str]
 ) -> dict[str, str]:
-    """Live name -> saved name, of those that the checkpoint knows.
+    """Live name -> saved name, for the parameters that the checkpoint has.
 
-    One saved parameter may be several here: weights that were tied when saved and are not any more.
+    One saved parameter may be several here: weights that were tied when saved and are not tied here.
 
     Args:
         live: the optimizer's name of each parameter -> all of its full names.
-        owner: the state key of the module that the optimizer's names are in; "" where they are full.
-        saved: names as saved, full or within one module.
-        aliases: further full names of saved tensors.
+        owner: the state key of the module that the live names are relative to; "" where they are full.
+        saved: the saved names, full or relative to one module.
+        aliases: other full names of saved tensors.
     """
     names = set(saved)
     found: dict[str, str] = {}
@@ -41,7 +44,7 @@ def match_names(
         match = next((candidate for candidate in (name, *short, *full) if candidate in names), None)
         if match is not None:
             found[name] = match
-    # Saved within one module, and here in full: whichever one parameter alone can be.
+    # Saved relative to one module, and full here: only unambiguous names match.
     left: dict[str, list[str]] = {}
     for name in live.keys() - found.keys():
         left.setdefault(live[name][0].partition(".")[2], []).append(name)
@@ -50,14 +53,14 @@ def match_names(
 
 
 def class_difference(key: str, optimizer: Optimizer, document: OptimizerDocument) -> str:
-    """Why an optimizer is not of the class that was saved, in a sentence; else "".
+    """Why an optimizer's class is not the saved one, in a sentence; else "".
 
-    Another class may have fields of the same names and mean others by them.
+    State fields with equal names may mean other things in another class.
     """
     was, here = document.class_name, class_name(optimizer)
     if was:
         return "" if was == here else f"{key}: saved from a {was}, here a {here}"
-    # Saved before classes were written down: told by what each cannot do without.
+    # Checkpoints of early versions have no class: compare the hyperparameters that a class needs.
     saved = {name for group in document.groups for name in group}
     live = {name for group in optimizer.param_groups for name in group}
     lacks, strange = (live - saved) & _TELLING, (saved - live) & _TELLING
@@ -71,8 +74,11 @@ def class_difference(key: str, optimizer: Optimizer, document: OptimizerDocument
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A parameter group: the saved names of its parameters, its other values, and live names that were in no
-    group when saved."""
+    """A parameter group.
+
+    names: the saved names of its parameters. values: all else in the group. unknown: live names of parameters
+    that were in no group when saved.
+    """
 
     names: Sequence[str]
     values: Mapping[str, Any]
@@ -85,17 +91,17 @@ class Group:
 
 
 def live_group(names: Sequence[str], values: Mapping[str, Any], saved_names: Mapping[str, str]) -> Group:
-    """A live group, whose parameters may have had other names when saved."""
+    """A live group under saved names: its parameters may have had other names when saved."""
     found = [saved_names[name] for name in names if name in saved_names]
     return Group(found, values, [name for name in names if name not in saved_names])
 
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """What the live groups get.
+    """The hyperparameters that the live groups get.
 
-    values: by group. conflicts: one sentence for each value that a group cannot take. notes: one sentence for
-    each group that the checkpoint has no values for.
+    values: by group. conflicts: one sentence for each value that a group cannot have. notes: one sentence for
+    each group without saved values.
     """
 
     values: Sequence[Mapping[str, Any]]
@@ -106,17 +112,17 @@ class Assigned:
 def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Callable[[str], bool]) -> Assigned:
     """Give each live group the saved hyperparameters of its parameters.
 
-    Groups may be in another order. A group merged of several takes what they agree on. When a saved group was
-    split, and the live parts differ from each other in a value, the saved one would undo that: a conflict,
-    as is a value on which merged groups differ, and one that a live tensor would round.
+    Groups may be in another order. A live group may be merged from several saved ones. These are conflicts: a
+    value in which merged groups differ; a value of a split group in which its live parts differ, because the
+    saved one would undo that; a value that a live tensor would round.
 
     Args:
         key: the optimizer's, for messages.
-        takes: whether a hyperparameter is wanted; others keep their live values.
+        takes: whether to restore a hyperparameter; others keep their live values.
     """
     home = {name: number for number, group in enumerate(saved) for name in group.names}
     homes = [list(dict.fromkeys(home[name] for name in group.names if name in home)) for group in live]
-    # Nothing tells which one an empty group was but the order of the empty ones.
+    # Empty groups can only be matched by their order.
     empty = [number for number, group in enumerate(saved) if group.is_empty]
     here = [number for number, group in enumerate(live) if group.is_empty]
     if len(empty) == len(here):
@@ -161,7 +167,7 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
 
 
 def _split_differs(name: str, number: int, live: Sequence[Group], homes: Sequence[Sequence[int]]) -> bool:
-    """Whether live groups that were one group with this one do not have one value of a hyperparameter."""
+    """Whether the live groups that were one group when saved differ in a hyperparameter."""
     parts = [
         group
         for group, of in zip(live, homes, strict=True)
@@ -177,7 +183,7 @@ def _differ(one: Any, two: Any) -> bool:
 
 
 def _rounds(live: Any, value: Any) -> bool:
-    """Whether a live scalar tensor that is filled with a number would then hold another one."""
+    """Whether a live scalar tensor would round the number that it is filled with."""
     if not isinstance(value, int | float) or not isinstance(live, torch.Tensor) or live.ndim:
         return False
     try:
@@ -199,7 +205,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class Unread:
-    """A value whose tensors are not known before they were read."""
+    """A value with tensors, which are unknown until they were read."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
@@ -219,5 +225,5 @@ def _no_tensor(name: str) -> torch.Tensor:
 
 
 def known(document: Any) -> Any:
-    """A saved value as far as it is known before tensors are read."""
+    """A saved value, or an `Unread` one if it has tensors."""
     return Unread(document) if values.tensor_names(document) else values.decode(document, _no_tensor)

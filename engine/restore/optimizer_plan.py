@@ -106,7 +106,7 @@ class OptimizerPlan:
         return taken
 
     def _plan_values(self) -> None:
-        """Have the tensors inside of values read: nested in a parameter's state, in groups, and elsewhere."""
+        """Register the tensors inside values to be read: in parameters' state, in groups, and elsewhere."""
         document = self.document
         for path, value in document.counters.items():
             name, field = split_path(path, self._names)
@@ -178,7 +178,7 @@ class OptimizerPlan:
                 grown[name] = tensor
                 planned[name] = self._allocate(live, field, here, zeros=True)
         self.differences += lines
-        if len(lines) > len(grown):  # a part of a parameter's state is worse than none
+        if len(lines) > len(grown):  # a part of a parameter's state is worse than the state that it has
             self.kept.add(live)
         else:
             self.sources |= sources
@@ -188,10 +188,10 @@ class OptimizerPlan:
             self.fields[live] = {name.removeprefix(f"{key}.state.{live}."): name for name in planned} | same
 
     def _memory(self, name: str, live: str, field: str, own: Any, info: TensorInfo) -> torch.Tensor:
-        """The live tensor where it can take what was saved, else a new one."""
+        """The live tensor where it has the saved shape, else a new one."""
         if isinstance(own, torch.Tensor) and not is_composite(own):
             found = detached(own, like=self.capture.parameters[live])
-            # Memory of another tensor would be read into twice.
+            # Memory that it shares with another tensor would be read into twice.
             pointer = pointer_of(found) if global_shape(found) == info.shape else None
             if pointer is not None and (not pointer or pointer not in self._pointers):
                 self._pointers.add(pointer)
@@ -224,7 +224,7 @@ class OptimizerPlan:
         return assign(self.capture.key, live, saved, lambda name: self.takes(f"{prefix}{name}"))
 
     def _order_difference(self) -> list[str]:
-        """What it tells by the position of parameters is right in the saved order only."""
+        """An own state_dict() that refers to parameters by position needs the saved order."""
         if self.document.own is None or not self.takes_all:
             return []
         names = self.capture.group_names()

@@ -1,8 +1,8 @@
 """From slices of chunks to byte ranges of files, sorted and grouped into windows. Pure.
 
-A slice is a box inside a chunk that is stored row-major. Where the box covers whole rows the bytes are one
-run, read exactly. Where it covers only part of each row (a tensor saved by rows, wanted by columns) the
-touched rows are read whole and the wanted part is copied out: one large read beats thousands of small ones.
+A slice is a box inside a chunk, which is stored row-major. Where the box covers whole rows, its bytes are one
+run, which is read exactly. Where it covers only a part of each row (a tensor saved by rows and restored by
+columns), whole rows are read and the part is copied out: one large read beats thousands of small ones.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 WINDOW_BYTES = 4 << 20
-"""Most bytes that a reader thread holds at a time, but for a single row that is longer."""
+"""The most bytes that a reader thread holds at a time, unless a single row is longer."""
 
 LEAST_RUN_BYTES = 64 << 10
-"""Shorter runs are read together with what lies between them."""
+"""Shorter runs are read together with the bytes between them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A byte range [begin, end) of one file and what of it goes where.
+    """A byte range [begin, end) of one file, and where its bytes go.
 
     The range holds `rows` rows of shape `row_sizes`. Of each row the box [row_offsets, row_offsets +
     row_lengths) is wanted; it fills rows [to_row, to_row + rows) of the destination at index `to_index`
@@ -68,7 +68,7 @@ def cut_slice(
         begin: the chunk's first byte in its file.
         sizes, offsets, lengths: the chunk's box, and the wanted box inside it.
         contiguous: whether the destination is one run of memory.
-        most_bytes: no piece is longer, unless a single row is.
+        most_bytes: the longest piece, unless a single row is longer.
     """
     if not math.prod(lengths):
         return
@@ -79,7 +79,7 @@ def cut_slice(
     while dim > 0 and lengths[dim] == sizes[dim]:
         dim -= 1
     run_bytes = math.prod(lengths[dim:]) * itemsize
-    if contiguous and dim == 0:  # whole rows, as nearly always: one run, for what the loops below take longer
+    if contiguous and dim == 0:  # whole rows, nearly always: one run, without the slower loops below
         first = begin + offsets[0] * math.prod(sizes[1:]) * itemsize
         yield Piece(number, first, first + run_bytes, flat=True)
         return
@@ -143,14 +143,14 @@ def _element(start: Sequence[int], sizes: Sequence[int]) -> int:
 def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes: int) -> list[Window]:
     """Group the pieces of one file into windows on block boundaries, in file order.
 
-    Flat pieces are cut at window ends, so that no block is read twice on their account; others stay whole.
-    Pieces in the same or in adjoining blocks share a window. Pieces may overlap: a tied weight that is
-    restored into two tensors.
+    Flat pieces are cut at window ends, so that they make no block be read twice; others stay whole. Pieces in
+    the same or in adjoining blocks share a window. Pieces may overlap: a tied weight may be restored into two
+    tensors.
     """
     windows: list[Window] = []
     waiting: list[Piece] = []
     begin = end = 0
-    # What is cut off goes back among the others: with overlaps it need not be the next in file order.
+    # The rest of a cut piece goes back into the heap: with overlaps it need not be the next in file order.
     heap = [(piece.begin, piece.end, number, piece) for number, piece in enumerate(pieces)]
     heapq.heapify(heap)
     while heap:
@@ -179,10 +179,10 @@ def group(pieces: Sequence[Piece], block_bytes: int, file_bytes: int, most_bytes
 
 
 def direct_pieces(pieces: Sequence[Piece], fits: Callable[[Piece], bool]) -> list[Piece]:
-    """The pieces of one window that can be read straight into their destinations, in file order.
+    """The pieces of one window that can be read directly into their destinations, in file order.
 
-    `pieces` are in file order; `fits` says whether a destination is memory that can be read into. None
-    where pieces overlap: a byte of the file can be read to one place only.
+    `pieces` are in file order; `fits` tells whether a destination can be read into. [] where pieces overlap:
+    a byte of the file can be read into one place only.
     """
     if any(after.begin < before.end for before, after in itertools.pairwise(pieces)):
         return []

@@ -1,7 +1,7 @@
 """Read slices of a checkpoint into tensors: exact ranges, in parallel, every block verified.
 
-Each thread has one buffer of a few MiB and works off windows of a file, so that memory above the destinations
-stays bounded whatever the state's size.
+Each thread has one buffer of a few MiB and reads windows of a file, so that the memory beyond the
+destinations is bounded for a state of any size.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from engine.storage.base import Reader, Storage
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How many windows of a file are held in memory at a time, and how many of them are being read.
+    """How many windows are in memory at a time (`threads`), and how many of them are being read (`requests`).
 
-    Threads beyond the requests begin when one has had to wait: what is at hand takes no more of them.
+    Threads beyond the requests start when one of them had to wait: cached files need no more threads.
     """
 
     threads: int
@@ -38,12 +38,12 @@ class Pace:
 
 
 LOCAL_PACE = Pace(threads=4, requests=2)
-"""Two requests keep a disk busy, while other threads digest and copy out what came before: see DECISIONS 34.
-Larger windows leave the processor's caches before they are copied out (16 MiB: cold restores took 15 %
+"""Two requests keep a disk busy while other threads digest and copy out earlier windows: see DECISIONS 34.
+Larger windows drop out of the processor's caches before they are copied out (16 MiB: cold restores took 15 %
 longer, warm ones 13 %)."""
 
 STORE_PACE = Pace(threads=8, requests=8)
-"""A store answers each read after a round trip, and gives one connection a part of the line only."""
+"""A store answers each read after a round trip, and one connection gets only a part of the bandwidth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _check_size(storage: Storage, directory: str, reader: Reader, shard: ShardFi
 
 
 def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], pace: Pace) -> None:
-    """Work the windows off, in file order; the first failure stops the rest."""
+    """Load the windows in file order; the first failure stops the rest."""
     turn = iter(plan)
     lock = threading.Lock()
     stop = threading.Event()
@@ -137,7 +137,7 @@ def _run(loader: WindowLoader, plan: Sequence[tuple[str, Window]], pace: Pace) -
                 return
             yield entry
 
-    # From pinned memory a copy to a CUDA device takes no detour over another buffer.
+    # A copy from pinned memory to a CUDA device needs no other buffer.
     pinned = any(item.to.device.type == "cuda" for item in loader.slices)
 
     def work(at_once: bool) -> None:

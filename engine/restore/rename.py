@@ -1,8 +1,8 @@
-"""A checkpoint under other names: what `restore(rename={saved: live})` looks at. Pure.
+"""A checkpoint under live names: by `restore(rename={saved: live})`, and as this rank sees its own. Pure.
 
-A name in `rename` stands for itself and for all below it: "model.encoder" for "model.encoder.0.weight" too.
-Everything that goes by the name follows: an optimizer's state of those parameters, extra state, each rank's
-own. What the checkpoint itself has under a live name that was given away is left out.
+A name in `rename` applies to itself and to everything below it: "model.encoder" also to
+"model.encoder.0.weight". Everything with that name follows: an optimizer's state of those parameters, extra
+state, each rank's own values. What the checkpoint has under a live name that another name takes is left out.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def own_view(
     rank: int,
     world_size: int,
 ) -> Manifest:
-    """The manifest with this rank's own of `keys` in place of all ranks' own. Pure.
+    """The manifest with this rank's own tensors and values of `keys` under live names, without other ranks'.
 
-    Raises: StateError at another world size than the saved one: nobody knows whose is whose then.
+    Raises: StateError at another world size than the saved one: the ranks do not correspond then.
     """
     if not keys:
         return manifest
@@ -124,7 +124,7 @@ class _Names:
                 )
 
     def of(self, name: str) -> str:
-        """The live name of a name that says all of its path."""
+        """The live name of a full name."""
         start = name
         while start:
             if start in self._rename:
@@ -142,7 +142,7 @@ class _Names:
         return prefix + live
 
     def _of_optimizer(self, key: str, name: str, live: str) -> str:
-        """Below ".state." stands a parameter, which may have another name now."""
+        """The part below ".state." is a parameter, which may have another name here."""
         parameters = self._parameters.get(key)
         before, dot, path = name.partition(".state.")
         if not parameters or not dot:
@@ -152,7 +152,7 @@ class _Names:
         return f"{self.of(before)}.state.{new}.{field}"
 
     def _parameters_of(self, names: Sequence[str]) -> dict[str, str]:
-        """Saved name -> live name of an optimizer's parameters: full ones, or those within one module."""
+        """Saved name -> live name of an optimizer's parameters, full or relative to one module."""
         full = {name: self._full_parameter(name) for name in names}
         apart = len({live.partition(".")[0] for live in full.values() if live}) > 1
         return {
@@ -161,14 +161,14 @@ class _Names:
         }
 
     def _full_parameter(self, name: str) -> str:
-        """The full live name of an optimizer's parameter; "" where no tensor tells of it."""
+        """The full live name of an optimizer's parameter; "" when no tensor has it."""
         if name in self._everything:
             return self.of(name)
         found = [full for key in sorted(self._modules) if (full := f"{key}.{name}") in self._everything]
         return next((self.of(full) for full in found if self.of(full) != full), found[0] if found else "")
 
     def live_names(self, names: Mapping[str, Any]) -> dict[str, str]:
-        """Stored name -> live name, without those whose place was given to another."""
+        """Stored name -> live name, without names that another name takes."""
         found = {name: self.tensor(name) for name in names}
         taken: dict[str, str] = {}
         for name, live in found.items():
@@ -179,14 +179,14 @@ class _Names:
         return {name: live for name, live in found.items() if live != name or not self._is_given_away(name)}
 
     def _is_given_away(self, name: str) -> bool:
-        """Whether another name was given this name's place, or that of all below a part of it."""
+        """Whether another name takes this name, or a prefix of it."""
         start = _own(name)[1]
         while start and not any(live == start != saved for saved, live in self._rename.items()):
             start = start.rpartition(".")[0]
         return bool(start)
 
     def loose(self, stored: Mapping[str, str]) -> dict[str, Json]:
-        """Documents for tensors of modules that are entries by themselves here."""
+        """Documents for tensors that were in a module when saved and are state entries here."""
         return {live: {"$tensor": live} for live, name in stored.items() if "." not in live and "." in name}
 
     def documents(self, documents: Mapping[str, Json]) -> dict[str, Json]:
@@ -196,14 +196,14 @@ class _Names:
         for key, document in documents.items():
             live = self.of(key)
             if live == key and key in self._rename.values() and key not in self._rename:
-                continue  # its place was given to another
+                continue  # another key takes its name
             if live in moved:
                 raise StateMismatchError(f"rename maps two state keys to {live}; nothing was changed")
             if live != key:
                 moved.add(live)
             renamed = with_tensor_names(document, self.tensor)
             if "." in live and isinstance(renamed, dict) and renamed.keys() == {"$tensor"}:
-                continue  # an entry by itself when saved, and a module's tensor here
+                continue  # a state entry when saved, and a module's tensor here
             if key in self._parameters:
                 found[live] = _with_parameters(renamed, self._parameters[key])
             elif key in self._modules and isinstance(renamed, dict) and not _is_form(renamed):
@@ -218,7 +218,7 @@ class _Names:
             new, _, rest = self.of(f"{key}.{name}").partition(".")
             found.setdefault(new, {})[rest] = value
             return
-        # Lists of names, and values by name.
+        # A note is a list of names, or values by name.
         for below in value:
             new, _, rest = self.of(f"{key}.{below}").partition(".")
             note = found.setdefault(new, {}).setdefault(name, type(value)())
@@ -229,7 +229,7 @@ class _Names:
 
 
 def _own(name: str) -> tuple[str, str]:
-    """(the prefix of a rank's own name or "", the name that any rank has)."""
+    """(the prefix of a name that is one rank's own, or ""; the name without it)."""
     first, _, rest = name.partition(".")
     if first != PER_RANK_PREFIX:
         return "", name

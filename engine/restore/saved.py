@@ -1,4 +1,4 @@
-"""One checkpoint as one rank sees it: its documents, and the tensors inside of them."""
+"""One checkpoint as one rank sees it: its documents, and the tensors inside them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from engine.state.tensor_format import to_torch
 
 
 class Saved:
-    """The saved values of a checkpoint, and memory to read the tensors inside of them into.
+    """The saved values of a checkpoint, and memory to read the tensors inside them into.
 
     Args:
         manifest: the checkpoint's.
         locals_: each saved rank's rank-local JSON.
         rank, world_size: of the run that restores.
-        names: of what is declared per rank, which `manifest` has under live names.
+        names: the names of what is declared per rank; `manifest` has them as live names.
     Attributes:
-        tensors: what is read for values, by saved name.
+        tensors: the memory to read values' tensors into, by saved name.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Saved:
 
     @property
     def own(self) -> Mapping[str, Any]:
-        """The rank-local values of this very rank, or of rank 0 where the world was another."""
+        """This rank's own saved values; those of rank 0 if the world size was another."""
         return self.locals_[self.rank if self.same_world else 0] if self.locals_ else {}
 
     @property
@@ -57,14 +57,14 @@ class Saved:
 
     @property
     def keys(self) -> set[str]:
-        """Every state key that the checkpoint has something for."""
+        """Every state key of the checkpoint."""
         names = (*self.manifest.tensors, *self.manifest.aliases)
         return self.value_keys | {name.partition(".")[0] for name in names}
 
     def json(self, key: str) -> Any:
-        """The document under a state key that is not declared per rank; None where there is none.
+        """The document under a state key that is not declared per rank; None if it has none.
 
-        Of a module's extra state ranks keep their own, as of its buffers: submodule name -> value.
+        A rank's own values of a module's extra state come first: submodule name -> value.
         """
         shared = self.manifest.objects.get(key)
         if key in self._names.keys:
@@ -80,14 +80,14 @@ class Saved:
         return info
 
     def blank(self, name: str) -> torch.Tensor:
-        """A tensor of that dtype and shape with any values: to look at a document before anything is read."""
+        """A tensor of that dtype and shape with arbitrary values, to decode a document before it is read."""
         info = self.info(name)
         return torch.empty(info.shape, dtype=to_torch(info.dtype))
 
     def own_name(self, name: str) -> str:
-        """The name in the checkpoint of this rank's own value of a tensor; `name` where none was kept.
+        """The saved name of this rank's own value of a tensor; `name` if it has none.
 
-        Ranks keep their own of a module's buffers: the running statistics of a batch norm.
+        Ranks have own values of a module's buffers (the running statistics of a batch norm).
         """
         if self._names.of(name) != name:
             return self._names.of(name)
@@ -96,9 +96,9 @@ class Saved:
         return own if kept else name
 
     def will_read(self, document: Any, live: Mapping[str, torch.Tensor], *, keep: bool = False) -> None:
-        """Have the tensors inside a document read: into the live ones of that name where those fit.
+        """Register the tensors inside a document to be read: into the live ones of that name if these fit.
 
-        keep: `decoded` returns those very tensors, for a container that goes on holding them.
+        keep: `decoded` returns those live tensors themselves, for a container that holds them.
         """
         for name in values.tensor_names(document):
             info = self.info(name)

@@ -1,4 +1,4 @@
-"""Stored values by state key, without any object to restore them into. Rank-local, and verified as ever."""
+"""`Checkpointer.read`: saved values by state key, without objects to restore into. Rank-local, verified."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def read_stored(
     """What a checkpoint holds, by state key; {} when `latest` finds nothing at all.
 
     Args:
-        include: shell patterns over tensor names and state keys, as for a restore; none means everything.
-        rank, world_size: of the run that asks: values saved per rank are those of this rank.
+        include: shell patterns for tensor names and state keys, as for a restore; () means everything.
+        rank, world_size: the caller's: values saved per rank are those of this rank.
     Raises: SelectorError, also when nothing matches `include`; DamagedError; StorageError.
     """
     passed_over: set[str] = set()
@@ -81,7 +81,7 @@ def _read(
 
 
 class _Contents:
-    """The wanted part of a checkpoint, by what it belongs to, and memory to read its tensors into."""
+    """The selected part of a checkpoint, and memory to read its tensors into."""
 
     def __init__(self, saved: Saved, filter: Filter) -> None:
         self._saved = saved
@@ -103,7 +103,7 @@ class _Contents:
         self.tensors = saved.tensors
 
     def values(self) -> dict[str, Any]:
-        """By state key; the tensors have been read."""
+        """The values by state key; the tensors must have been read."""
         return {key: self._value(key) for key in sorted({*self._fields, *self._documents})}
 
     def _value(self, key: str) -> Any:
@@ -120,9 +120,9 @@ class _Contents:
 
 
 def _fields(saved: Saved, documents: Mapping[str, Any], filter: Filter) -> dict[str, dict[str, str]]:
-    """By state key, the tensors that no document refers to: modules' and optimizers', under all names.
+    """By state key, the tensors that no document refers to: those of modules and optimizers, under all names.
 
-    Of what ranks have of their own (buffers, what is declared per rank), this rank's.
+    Where ranks have their own (buffers, keys declared per rank), this rank's.
     """
     manifest = saved.manifest
     inside = {name for key, document in documents.items() for name in value_tensors(key, document)}
@@ -140,7 +140,7 @@ def _fields(saved: Saved, documents: Mapping[str, Any], filter: Filter) -> dict[
 def _optimizer(
     saved: Saved, document: OptimizerDocument, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """As its state_dict(), with parameters by name; other optimizers inside of it stand under "inner"."""
+    """The optimizer's state_dict() with parameters by name; optimizers inside it are under "inner"."""
     known = sorted((name for names in document.names for name in names), key=len, reverse=True)
     state: dict[str, Any] = {name: saved.decoded(entry) for name, entry in document.entries.items()}
     counters = {path: saved.decoded(value) for path, value in document.counters.items()}

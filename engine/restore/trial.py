@@ -1,8 +1,8 @@
 """Try an object's `load_state_dict` on a stand-in, before anything is overwritten.
 
-What was saved of an entry may be something that it refuses (an enabled GradScaler refuses the empty state of
-a disabled one). Weights would have been read by then. So what needs no tensors is given to a shallow copy
-first, of which whatever `load_state_dict` commonly changes in place is copied, too.
+An entry may refuse what was saved (an enabled GradScaler refuses the empty state of a disabled one), and
+weights would have been read before. So a value without tensors is given to a stand-in first: a shallow copy,
+with copies of the attributes that `load_state_dict` commonly changes in place.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from engine.state import rng
 
 _ATOMS = {int, float, str, bool, bytes, complex, type(None)}
 _MOST_ELEMENTS = 1 << 16
-"""Larger tensors are shared with the stand-in: what fits into JSON does not fill them."""
+"""Larger tensors are shared with the stand-in: values from JSON do not fill them."""
 
 
 class _Plain:
-    """An object that has nothing but its `__dict__`."""
+    """An object with only a `__dict__`."""
 
 
 def refusal(entry: Any, value: Any) -> str:
-    """What the entry's `load_state_dict` says against `value`, in words; "" when it takes it or is not tried.
+    """The error of the entry's `load_state_dict` for `value`; "" when it accepts it or is not tried.
 
-    Not tried are iterables, whose copy could start workers, and objects that a plain copy does not stand for:
-    one that does not take the state that the entry itself has now proves nothing.
+    Iterables are not tried, because a copy could start workers. A stand-in that does not accept the entry's
+    own current state proves nothing.
     """
     if not _has_stand_in(entry) or hasattr(type(entry), "__iter__") or hasattr(type(entry), "__next__"):
         return ""
     generators = rng.capture()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when the entry itself is loaded
+            warnings.simplefilter("ignore")  # they are shown when the entry itself is loaded
             said = _try(entry, value)
             return "" if not said or _try(entry, entry.state_dict()) else said
     finally:
@@ -49,7 +49,7 @@ def refusal(entry: Any, value: Any) -> str:
 
 
 def _try(entry: Any, value: Any) -> str:
-    """What a stand-in for the entry says against a value; "" when it takes it, or when there is none."""
+    """The error of a stand-in's `load_state_dict` for a value; "" when it accepts it or cannot be made."""
     try:
         trial, given = _stand_in(entry, {}), copy.deepcopy(value)
     except Exception:
@@ -67,14 +67,14 @@ def _has_stand_in(entry: Any) -> bool:
         hasattr(kind, "load_state_dict")
         and hasattr(entry, "__dict__")
         and "load_state_dict" not in vars(entry)  # it would load the entry itself
-        and not hasattr(kind, "__del__")  # the copy's end would close what the entry still uses
+        and not hasattr(kind, "__del__")  # deleting the copy would close what the entry still uses
         and not isinstance(entry, nn.Module | Optimizer | torch.Tensor)
-        and kind.__basicsize__ == _Plain.__basicsize__  # no slots, nothing that C keeps
+        and kind.__basicsize__ == _Plain.__basicsize__  # no slots, no fields of a C extension
     )
 
 
 def _stand_in(value: Any, made: dict[int, Any]) -> Any:
-    """A copy of a stateful object, of what it holds, and of the stateful objects among that."""
+    """A copy of a stateful object and of its attributes, stateful objects among them included."""
     kind = type(value)
     if kind in _ATOMS:
         return value

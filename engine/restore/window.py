@@ -1,9 +1,9 @@
-"""Load one window of a file: every block verified, every wanted byte where it belongs.
+"""Load one window of a file: verify every block and put the bytes into their destinations.
 
-Two ways. What the page cache holds is read straight into the destinations, only the rest of the window's
-blocks into the thread's buffer: one pass over memory less. What has to come from the disk is read into the
-buffer, which lies on a page boundary, so that direct reads can fill it, and copied out. Blocks are digested
-on their way: a bad one fails the restore before it reports success, but not before its bytes were copied.
+A window in the page cache is read directly into the destinations, and only the rest of its blocks into the
+thread's buffer, which saves a pass over memory. A window on the disk is read into the buffer, which is
+page-aligned for direct reads, and copied out. Blocks are digested on the way: a damaged one fails the restore
+before it reports success, but after its bytes were copied.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from engine.storage.base import Reader, Storage
 class WindowLoader:
     """Loads windows; shared by the reader threads.
 
-    addresses: of each slice the destination's memory, 0 where it cannot be filled as plain bytes.
-    turns: how many of them may be waiting for the storage at a time.
-    waited: set once one had to.
+    addresses: the memory of each slice's destination; 0 if it cannot be filled as plain bytes.
+    turns: bounds how many threads wait for the storage at a time.
+    waited: set once a thread had to wait.
     """
 
     storage: Storage
@@ -44,7 +44,7 @@ class WindowLoader:
     waited: threading.Event
 
     def load(self, name: str, window: Window, buffer: torch.Tensor) -> None:
-        """Read, verify, and put in place. `buffer` has room for the window.
+        """Read, verify and copy out. `buffer` has room for the window.
 
         Raises: DamagedError naming file, block, expected and found digest; StorageError.
         """
@@ -65,7 +65,7 @@ class WindowLoader:
                 self._copy_out(piece, window, raw)
 
     def _read_cached(self, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
-        """Whether the whole window was in the page cache: `chosen` are in place then, the rest in `raw`."""
+        """Whether the whole window was in the page cache: then `chosen` are filled and `raw` has the rest."""
         places = self._places(window, chosen, raw.data_ptr())
         block_bytes = self.files[name].block_bytes
         count, found = self.readers[name].read_at_hand(window.begin, places, block_bytes)
@@ -75,7 +75,7 @@ class WindowLoader:
         return True
 
     def _copy_direct(self, name: str, window: Window, chosen: list[Piece], raw: torch.Tensor) -> list[Piece]:
-        """Verify what was read. Returns what was copied in the same pass: `chosen`, if the loops in C can."""
+        """Verify what was read. Returns the pieces copied in the same pass: `chosen`, or none without C."""
         block_bytes = self.files[name].block_bytes
         if kernels.library is None or not chosen:
             self._verify(name, window, block_digests(_bytes_of(raw), block_bytes))
@@ -85,16 +85,16 @@ class WindowLoader:
         return chosen
 
     def _places(self, window: Window, chosen: Sequence[Piece], rest: int | None) -> list[Place]:
-        """The destinations of `chosen`, in file order, and between them places for the window's other bytes.
+        """The destinations of `chosen` in file order, and between them those of the window's other bytes.
 
-        rest: the address of memory for the whole window, where those belong; None: nowhere.
+        rest: the address of memory for the whole window, for the other bytes; None: they are dropped.
         """
         places: list[Place] = []
         at = window.begin
         for piece in chosen:
             if at < piece.begin:
                 places.append((0 if rest is None else rest + at - window.begin, piece.begin - at))
-            # Worked out, not asked of a view: a window may hold thousands of small tensors.
+            # Computed, not taken from a view: a window may hold thousands of small tensors.
             places.append((self.addresses[piece.slice] + piece.to_row, piece.end - piece.begin))
             at = piece.end
         if at < window.end:
@@ -123,13 +123,13 @@ class WindowLoader:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where a tensor's bytes are in host memory, as they are saved; 0 where they are not."""
+    """The address of a tensor's bytes, as they are saved, in host memory; 0 if they are not there."""
     plain = tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
     return tensor.data_ptr() if plain else 0
 
 
 def copy_out(piece: Piece, raw: torch.Tensor, item: Slice) -> None:
-    """Copy the wanted part of a piece, whose bytes are `raw`, into its destination."""
+    """Copy the part that the slice needs of a piece, whose bytes are `raw`, into its destination."""
     if piece.flat:
         _target(piece, item).copy_(raw)
         return

@@ -151,8 +151,7 @@ def _parameters(groups: Any) -> list[int]:
 
 
 def check_optimizers_stand_alone(path: str, entry: Any, depth: int = 0) -> None:
-    """Refuse optimizers inside a dict or list, and results of `optimizer.state_dict()`, which go stale.
-    """
+    """Refuse optimizers inside a dict or list, and results of `optimizer.state_dict()`, which go stale."""
     if depth and isinstance(entry, Optimizer):
         raise UnsavableValueError(
             f"{path} is an optimizer inside of a dict or list; give each optimizer a key of its own in the "

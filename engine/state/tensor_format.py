@@ -93,7 +93,7 @@ def _odd(tensor: torch.Tensor) -> tuple[str, str]:
         return f"a quantized ({str(tensor.dtype).removeprefix('torch.')})", dtype_remedy(tensor.dtype)
     if isinstance(tensor, DTensor) and hasattr(type(tensor.to_local()), "__tensor_flatten__"):
         inside = type(tensor.to_local()).__qualname__
-        return f"a distributed {inside}", "shards of tensors made of tensors have no place in the whole"
+        return f"a distributed {inside}", "the parts of its shards have no position in the global tensor"
     if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
         return "a partial", "redistribute() it to Replicate or Shard placements, which adds up its parts"
     if tensor.device.type == "meta":

@@ -116,7 +116,7 @@ def test_documents_of_stages_are_put_together() -> None:
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (document(group("a", lr=2)), "the hyperparameters of a are not the same"),
+        (document(group("a", lr=2)), "the hyperparameters of a differ between rank"),
         (document(group("b", lr=1), counters={"a.n": 2}), r"a\.n is 1 on one rank and 2"),
         (document(group("b", lr=1), extra=[["all", 2]], counters={"a.n": 1}), "its state differs"),
         (document(group("b", lr=1), own={"total": 2}), "state_dict"),

@@ -232,7 +232,7 @@ def test_a_read_that_fails_stops_all_and_closes_everything(fail_at: int, threads
 SMALL_WINDOWS = 256 << 10
 
 
-def test_what_is_at_hand_takes_no_more_threads_than_requests(
+def test_cached_files_take_no_more_threads_than_requests(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes cores and nothing else: more threads would be in each other's way."""
@@ -242,7 +242,7 @@ def test_what_is_at_hand_takes_no_more_threads_than_requests(
         at_work.add(threading.current_thread())
         return fill(loader, *args)
 
-    monkeypatch.setattr(WindowLoader, "_read_at_hand", here)
+    monkeypatch.setattr(WindowLoader, "_read_cached", here)
     wanted = blank({"large": saved.tensors["large"]})
     read_slices(saved.storage, "step", saved.slices(wanted), saved.places, pace=Pace(20, 1, SMALL_WINDOWS))
     assert equal(wanted, {"large": saved.tensors["large"]})
@@ -271,7 +271,7 @@ def test_the_disk_is_read_while_others_digest_and_copy(saved: Saved, monkeypatch
 
     monkeypatch.setattr(LocalReader, "read_into", read_into)
     monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
-    monkeypatch.setattr(WindowLoader, "_read_at_hand", lambda *_: False)
+    monkeypatch.setattr(WindowLoader, "_read_cached", lambda *_: False)
     wanted = blank({"large": saved.tensors["large"]})
     read_slices(saved.storage, "step", saved.slices(wanted), saved.places, pace=Pace(4, 2, SMALL_WINDOWS))
     assert equal(wanted, {"large": saved.tensors["large"]})
@@ -309,7 +309,7 @@ def test_only_so_many_wait_for_the_disk_at_a_time(saved: Saved, monkeypatch: pyt
     monkeypatch.setattr(read_module.threading, "Semaphore", Turns)
     monkeypatch.setattr(LocalReader, "read_into", read_into)
     monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
-    monkeypatch.setattr(WindowLoader, "_read_at_hand", lambda *_: False)
+    monkeypatch.setattr(WindowLoader, "_read_cached", lambda *_: False)
     pace = Pace(4, 3, SMALL_WINDOWS)
     read_slices(saved.storage, "step", saved.slices(blank(saved.tensors)), saved.places, pace=pace)
     assert 3 in counts
