@@ -251,14 +251,14 @@ def test_cached_files_take_no_more_threads_than_requests(
 
 def fill(loader: WindowLoader, name: str, window: Window, chosen: Sequence[Piece], raw: torch.Tensor) -> bool:
     loader.readers[name].read_into(window.begin, memoryview(raw.numpy()))
-    loader._copy_straight(name, window, chosen, raw)
+    loader._copy_direct(name, window, chosen, raw)
     return True
 
 
 def test_the_disk_is_read_while_others_digest_and_copy(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two windows are not copied before the next two are being read."""
     begun, copied = threading.Semaphore(0), iter([3, 1])
-    into, copy = LocalReader.read_into, WindowLoader._copy_straight
+    into, copy = LocalReader.read_into, WindowLoader._copy_direct
 
     def read_into(reader: LocalReader, offset: int, view: memoryview) -> None:
         begun.release()
@@ -270,7 +270,7 @@ def test_the_disk_is_read_while_others_digest_and_copy(saved: Saved, monkeypatch
         return copy(loader, *args)
 
     monkeypatch.setattr(LocalReader, "read_into", read_into)
-    monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
+    monkeypatch.setattr(WindowLoader, "_copy_direct", copy_straight)
     monkeypatch.setattr(WindowLoader, "_read_cached", lambda *_: False)
     wanted = blank({"large": saved.tensors["large"]})
     read_slices(saved.storage, "step", saved.slices(wanted), saved.places, pace=Pace(4, 2, SMALL_WINDOWS))
@@ -296,7 +296,7 @@ def test_only_so_many_wait_for_the_disk_at_a_time(saved: Saved, monkeypatch: pyt
             self.release()
 
     reads, copies = [], []
-    into, copy = LocalReader.read_into, WindowLoader._copy_straight
+    into, copy = LocalReader.read_into, WindowLoader._copy_direct
 
     def read_into(reader: LocalReader, offset: int, view: memoryview) -> None:
         reads.append(threading.current_thread() in inside)
@@ -308,7 +308,7 @@ def test_only_so_many_wait_for_the_disk_at_a_time(saved: Saved, monkeypatch: pyt
 
     monkeypatch.setattr(read_module.threading, "Semaphore", Turns)
     monkeypatch.setattr(LocalReader, "read_into", read_into)
-    monkeypatch.setattr(WindowLoader, "_copy_straight", copy_straight)
+    monkeypatch.setattr(WindowLoader, "_copy_direct", copy_straight)
     monkeypatch.setattr(WindowLoader, "_read_cached", lambda *_: False)
     pace = Pace(4, 3, SMALL_WINDOWS)
     read_slices(saved.storage, "step", saved.slices(blank(saved.tensors)), saved.places, pace=pace)
