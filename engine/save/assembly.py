@@ -1,4 +1,4 @@
-"""Puts a saver together: where its snapshot lies, how it is copied, what writes it."""
+"""Builds a Saver from its parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SaverOptions:
-    """What the caller of a Checkpointer chose about saving."""
+    """A Checkpointer's options for saving."""
 
     busy: Busy
     timeout_secs: float
@@ -41,7 +41,7 @@ def make_saver(
     options: SaverOptions,
     outcomes: Outcomes,
 ) -> Saver:
-    """A saver of this state into that directory."""
+    """A saver of this state to that directory."""
     device = state_device(capture.state)
     stream, reason = overlap_stream(options.overlap, device, lambda: why_unguarded(capture.state))
     log.info("snapshots: %s", reason)

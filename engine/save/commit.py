@@ -1,4 +1,4 @@
-"""Rank 0's last act of a save: all receipts in, everything seen with its own eyes, then the manifest."""
+"""Rank 0's end of a save: check all receipts, confirm every file in storage, publish the manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SaveInfo:
-    """What the manifest says about a save beside its shards."""
+    """The manifest's fields about a save, apart from its shards."""
 
     step: int
     attempt: str
@@ -45,7 +45,7 @@ class SaveInfo:
     config: Mapping[str, Any] = field(default_factory=dict)
     software: Mapping[str, str] = field(default_factory=dict)
     parents: tuple[str, ...] = ()
-    """The ids that were merged into this one."""
+    """The ids of the checkpoints that were merged into this one."""
 
 
 def check_receipts(
@@ -57,8 +57,8 @@ def check_receipts(
     """Every rank's shard. Pure.
 
     Args:
-        different: a sentence for each JSON value that should be the same on all ranks and is not.
-        comparison: what the digests in the receipts stand for, where replicas were compared.
+        different: a sentence for each JSON value that must be equal on all ranks and is not.
+        comparison: interprets the receipts' digests, if replicas were compared.
     Raises: PeerFailedError with every failed rank's cause; ReplicaMismatchError when a replicated value
         differs between ranks.
     """
@@ -76,7 +76,7 @@ def check_receipts(
         raise ReplicaMismatchError(
             "the ranks have diverged: "
             + "; ".join(lines)
-            + ". Find out why. If a value is meant to differ, give it another name on each rank, make it "
+            + ". Find out why. If a value is meant to differ, give it a different name on each rank, make it "
             "part of a DTensor, or name its state key in per_rank; if rank 0 alone decides it, name its "
             "state key in rank0"
         )
@@ -92,10 +92,10 @@ def confirm_files(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """See every reported file, in its full size, from this rank's own node.
+    """Check from rank 0's node that every reported file exists in its full size.
 
-    This is what notices a directory that the nodes do not share. Files are opened by name until the
-    deadline, because NFS caches listings. Raises: SaveFailedError naming the file and its rank.
+    This detects a directory that the nodes do not share. A file missing from the listing is looked up by name
+    until the deadline, because NFS caches listings. Raises: SaveFailedError naming the file and its rank.
     """
     listed = {entry.name: entry.bytes for entry in storage.list_dir(attempt)}
     for shard in shards:
@@ -145,9 +145,9 @@ def commit(
     best: BestRule = DEFAULT,
     now: Callable[[], float] = time.time,
 ) -> CheckpointRecord:
-    """Publish the manifest. From here on the checkpoint is listed.
+    """Publish the manifest, and with it the checkpoint.
 
-    Raises: LeaseLostError when another run has taken the directory over; StorageError; SaveFailedError when
+    Raises: LeaseLostError when another run has taken over the directory; StorageError; SaveFailedError when
         the storage lost the manifest.
     """
     manifest = Manifest(
@@ -175,25 +175,25 @@ def commit(
     if lease is not None:
         lease.check()
     storage.publish(f"{info.attempt}/{MANIFEST}", raw, exclusive=True)
-    _see_manifest(storage, f"{info.attempt}/{MANIFEST}", raw)
+    _read_back(storage, f"{info.attempt}/{MANIFEST}", raw)
     return from_manifest(manifest, storage.uri, manifest_digest=bytes_digest(raw))
 
 
-def _see_manifest(storage: Storage, path: str, raw: bytes) -> None:
-    """Read the manifest back: a storage that reports success and loses it must not count as committed.
+def _read_back(storage: Storage, path: str, raw: bytes) -> None:
+    """Read the manifest back, because a storage may report success and lose the file.
 
-    Raises: SaveFailedError when it is definitely not there as written. An outage proves nothing: the
-    storage has confirmed the manifest before.
+    Raises: SaveFailedError when the manifest is certainly not there as written. An outage proves nothing: the
+    storage has already confirmed the manifest.
     """
     try:
         as_written = is_as_written(storage, path, raw)
     except StorageError as error:
-        log.warning("%s could not be read back, but was reported written: %s", storage.describe(path), error)
+        log.warning("%s was reported written but could not be read back: %s", storage.describe(path), error)
         return
     if not as_written:
         raise SaveFailedError(loses_data(storage, path))
 
 
 def software_versions(**more: str) -> dict[str, str]:
-    """What wrote a checkpoint, for its manifest."""
+    """The software that writes a checkpoint, for its manifest."""
     return {"python": platform.python_version(), "platform": platform.platform(), **more}

@@ -1,13 +1,13 @@
-"""Who writes which part of the state: every byte once, replicas sharing the work. Pure.
+"""Divides the state among ranks so that every byte is written once and replicas share the work. Pure.
 
-DCP's planner says which boxes of which global tensors a rank holds. Boxes that several ranks hold
-(DDP, the replicate dimension of HSDP, an optimizer's step counts) are divided over their holders by
-bytes, large ones split by rows, so that N replicas each copy and write 1/N. DCP itself gives a replicated
-tensor to one rank whole.
+Each rank holds certain boxes of the global tensors. A box that several ranks hold (with DDP, along the
+replicate dimension of HSDP, an optimizer's step counts) is divided among its holders by bytes, and large
+boxes are split by rows, so that N replicas each copy and write 1/N. DCP itself assigns a whole replicated
+tensor to one rank.
 
-Buffers of modules are not divided: ranks may hold different values of them, and a tensor put together from
-rows of several ranks would be nobody's. The lowest rank that holds one writes it whole; the others write
-their own value beside it, where it is kept (`engine.state.sharing`).
+Buffers of modules are not divided: their values may differ between ranks, and rows from several ranks would
+make a tensor that no rank has. The lowest rank that holds a buffer writes it whole; the others write their
+own values beside it if these are kept (`engine.state.sharing`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.state.sharing import SharedBox
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one rank writes of one box that it holds.
+    """The part of one box that one of its holders writes.
 
     `held` is the box's position in the rank's own list; rows [start, start + length) along dimension
     `dim` of that box become `chunk`. A scalar has dim 0 and length 1.
@@ -46,9 +46,9 @@ def divide(
 
     Args:
         held: for each rank, the boxes that it holds, in the order of its own list.
-        shared_boxes: what is known of those that several ranks hold; buffers among them are not divided.
+        shared_boxes: information about boxes that several ranks hold; buffers among them are not divided.
     Returns: for each rank, the parts that it writes.
-    Raises: StateError when the boxes of a tensor overlap or leave a hole, or ranks disagree about it.
+    Raises: StateError when the boxes of a tensor overlap or leave a hole, or ranks disagree on the tensor.
     """
     holders: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
     for rank, chunks in enumerate(held):
@@ -74,14 +74,14 @@ def divide(
                 parts[rank].append(_whole(written, position))
         else:
             shared[tuple(rank for rank, _ in places)].append(chunk)
-    # The widest groups last: they can still even out what narrower ones left uneven.
+    # The largest groups last: they can balance what smaller groups left unbalanced.
     for ranks in sorted(shared, key=lambda ranks: (len(ranks), ranks)):
         _divide_group(ranks, shared[ranks], holders, loads, parts)
     return parts
 
 
 def own_chunk(chunk: Chunk, rank: int) -> Chunk:
-    """A rank's own value of a whole tensor, under a name of that rank."""
+    """A rank's own value of a whole tensor, under that rank's own name."""
     return Chunk(per_rank_name(rank, chunk.name), chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
@@ -92,13 +92,13 @@ def _divide_group(
     loads: list[int],
     parts: list[list[Part]],
 ) -> None:
-    """Lay the group's boxes end to end and cut the line where each rank has its fill."""
+    """Lay the group's boxes end to end and cut the line where each rank's quota is full."""
     quotas = _fill(ranks, loads, sum(chunk.chunk_bytes for chunk in chunks))
     order = sorted(ranks, key=lambda rank: (-quotas[rank], rank))
     place = {chunk: dict(holders[chunk]) for chunk in chunks}
     turn = 0
     room = quotas[order[0]]
-    # Large boxes first, so that the small indivisible ones fall where the room is.
+    # Large boxes first: the small, indivisible ones then fill the gaps.
     for chunk in sorted(chunks, key=lambda chunk: (-chunk.chunk_bytes, chunk.name, chunk.offsets)):
         dim, rows, row_bytes = _rows(chunk)
         start = 0
@@ -107,7 +107,7 @@ def _divide_group(
                 turn += 1
                 room += quotas[order[turn]]
             last = turn + 1 == len(order)
-            # Half a row over is nearer to the quota than half a row under.
+            # Round to the nearest row, over or under the quota.
             take = rows - start if last else min(rows - start, max(1, round(room / (row_bytes or 1))))
             rank = order[turn]
             part = _part(chunk, place[chunk][rank], dim, start, take)
@@ -118,7 +118,7 @@ def _divide_group(
 
 
 def _fill(ranks: tuple[int, ...], loads: list[int], total_bytes: int) -> dict[int, int]:
-    """How many of `total_bytes` each rank takes, so that the lowest loads rise to one level."""
+    """Each rank's share of `total_bytes`, such that the lowest loads rise to the same level."""
     by_load = sorted(ranks, key=lambda rank: loads[rank])
     below: list[int] = []
     level = 0
@@ -131,7 +131,7 @@ def _fill(ranks: tuple[int, ...], loads: list[int], total_bytes: int) -> dict[in
 
 
 def _rows(chunk: Chunk) -> tuple[int, int, int]:
-    """(dimension, rows, bytes a row) along which a box can be cut and its parts stay contiguous."""
+    """(dimension, rows, bytes per row) for cutting a box into contiguous parts."""
     dim = row_dimension(chunk.sizes)
     if dim is None:
         return 0, 1, chunk.chunk_bytes

@@ -1,13 +1,13 @@
-"""One JSON value for each state key, of what all ranks have under it.
+"""Merges the ranks' JSON values into one for each state key.
 
-Ranks send digests with their receipts. Where those are equal and rank 0 has the value, that is all. Otherwise
-rank 0 asks one rank of each digest for its value, and puts them together:
+Receipts carry digests of the values. If a key's digests are equal and rank 0 has the key, rank 0's value is
+used. Otherwise rank 0 asks one rank per digest for its value and merges the answers:
 
-    module      names of submodules -> values (extra state): the union, the lowest rank's where they differ
-    optimizer   the union by parameter names, when the ranks' optimizers have different parameters
-    any other   has to be equal on all ranks that have the key
+    module      submodule name -> value (extra state): the union; where ranks differ, the lowest rank's value
+    optimizer   the union by parameter names, if the ranks' optimizers have different parameters
+    any other   must be equal on all ranks that have the key
 
-    rank 0       receipts -> which values are needed -> all ranks
+    rank 0       receipts -> the values that it needs -> all ranks
     every rank   the values that it was asked for -> rank 0
 """
 
@@ -27,21 +27,21 @@ Kind = Literal["module", "optimizer", "value"]
 Json = Any
 
 ASKING = b"values of "
-"""Begins rank 0's word that it needs values before there can be an outcome."""
+"""Prefix of rank 0's request for values, sent in place of the outcome."""
 
 _SHOWN_CHARS = 80
 
 
 def digest(value: Any) -> str:
-    """Of a value that ranks compare: not by the order of keys, which a dict made from a set has by chance."""
+    """Digest of a value that ranks compare. Ignores key order, which is random in a dict made from a set."""
     raw = canonical_bytes(value)
     return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)
 
 
 def to_ask(shared: Sequence[Mapping[str, str]]) -> dict[int, list[str]]:
-    """Which keys' values rank 0 needs, and of which rank, from all ranks' digests. Pure.
+    """The keys whose values rank 0 needs, by rank, given all ranks' digests. Pure.
 
-    Rank 0's own value is asked for, too, where there is another to compare it with.
+    Includes rank 0's own values where another rank's differs.
     """
     wanted: dict[int, list[str]] = {}
     for key in sorted({key for digests in shared for key in digests}):
@@ -58,7 +58,7 @@ def to_ask(shared: Sequence[Mapping[str, str]]) -> dict[int, list[str]]:
 def ask(
     channel: Channel, key: str, wanted: Mapping[int, list[str]], own: bytes, timeout_secs: float
 ) -> list[dict[str, tuple[Kind, Json]]]:
-    """Get the values from every rank that has been chosen. Called by rank 0; `own` is its `answer`."""
+    """On rank 0: collect the values in `wanted` from their ranks. `own` is rank 0's own `answer`."""
     request = canonical_bytes({str(rank): keys for rank, keys in wanted.items()})
     channel.broadcast(f"{key}/outcome", ASKING + request, 0)
     raws = channel.gather(f"{key}/values", own, timeout_secs)
@@ -71,7 +71,7 @@ def ask(
 
 
 def answer(wanted: bytes, rank: int, kinds: Mapping[str, Kind], objects: Mapping[str, Json]) -> bytes:
-    """What this rank has been asked for by `ASKING` and what follows it."""
+    """This rank's values for rank 0's request, which begins with `ASKING`."""
     keys = parse_canonical(wanted.removeprefix(ASKING), what="rank 0's request").get(str(rank), ())
     return canonical_bytes({key: [kinds.get(key, "value"), objects[key]] for key in keys})
 
@@ -81,11 +81,11 @@ def put_together(
     told: Sequence[Mapping[str, tuple[Kind, Json]]],
     merge_optimizers: Callable[[str, list[Json]], Json],
 ) -> tuple[dict[str, Json], list[str]]:
-    """One value for each key, and a sentence for each key whose values do not go together. Pure.
+    """One value for each key, and a sentence for each key whose values cannot be merged. Pure.
 
     Args:
         objects: rank 0's own values.
-        told: what each rank has been asked for, by rank.
+        told: the values that each rank was asked for, by rank.
     """
     merged = dict(objects)
     problems = []
@@ -120,7 +120,7 @@ def _one(
 
 
 def first_difference(path: str, one: Json, two: Json) -> tuple[str, Json, Json]:
-    """(key path, value, value) of the first place at which two JSON values differ; ("", ...) if none."""
+    """(key path, value, value) of the first difference of two JSON values; ("", ...) if there is none."""
     if _is_plain_dict(one) and _is_plain_dict(two):
         for key in sorted({*one, *two}):
             if key not in one or key not in two:

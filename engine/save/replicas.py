@@ -1,7 +1,7 @@
-"""Are replicas equal? Digests of what several ranks hold, taken in `save`, compared before the commit.
+"""Compares replicas: digests of what several ranks hold, taken in `save` and compared before the commit.
 
-What is in host memory is digested where it lies. Samples of the rest (device memory, tensors with gaps) are
-gathered into one tensor a device; the background thread fetches and digests it.
+Contiguous host memory is digested in place. Samples of other tensors (on a device, or with gaps) are gathered
+into one tensor per device, which the background thread fetches and digests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _digest: Callable[[memoryview], bytes] = xxhash.xxh3_64_digest
 
 @dataclass(slots=True)
 class _Staged:
-    """Samples of one device, in one tensor: (group, place among its digests, bytes) of each."""
+    """Samples from one device, in one tensor. places: (group, index among its digests, bytes) of each."""
 
     samples: torch.Tensor
     places: list[tuple[int, int, int]]
@@ -38,7 +38,7 @@ class _Staged:
     def fetch(self, found: Mapping[int, list[bytes]]) -> None:
         samples = self.samples
         if self.event is not None:
-            # On a stream of its own: the default one waits for whatever training has queued since.
+            # On a separate stream: the default one first runs everything that training has queued since.
             with torch.cuda.stream(torch.cuda.Stream(samples.device)):  # type: ignore[no-untyped-call]
                 self.event.wait()
                 samples = samples.cpu()
@@ -50,7 +50,7 @@ class _Staged:
 
 @dataclass(slots=True)
 class Comparison:
-    """What one save compares: this rank's digests, and at rank 0 what all ranks' digests stand for.
+    """One save's comparison: this rank's digests, and on rank 0 the means to interpret all ranks' digests.
 
     names: for each group, the names of its runs, in the order of its digests.
     """
@@ -61,14 +61,14 @@ class Comparison:
     names: Callable[[int], list[str]] = lambda group: []
 
     def texts(self) -> dict[str, str]:
-        """The digests as text, by group, for the receipt. Waits for what a device has to send. Any thread."""
+        """The digests as text, by group, for the receipt. Waits for samples on a device. Any thread."""
         for staged in self.staged:
             staged.fetch(self.found)
         self.staged = []
         return {str(group): pack(b"".join(digests)) for group, digests in self.found.items()}
 
     def differences(self, texts: Sequence[Mapping[str, str]]) -> list[str]:
-        """One sentence for each tensor that differs, of all ranks' `texts` in rank order. At rank 0."""
+        """On rank 0: one sentence for each tensor that differs, given all ranks' `texts` in rank order."""
         lines = []
         for number, group in enumerate(self.groups):
             first = group.ranks[0]
@@ -100,15 +100,15 @@ class Comparison:
                 words = f"{name} differs between rank {ranks[0]} and rank {ranks[1]}"
                 if name in buffers:
                     words += (
-                        " (a buffer that was equal when the save was planned: the next save keeps each "
-                        "rank's own)"
+                        " (a buffer that was equal when the save was planned; the next save keeps each "
+                        "rank's own value)"
                     )
                 lines.append(words)
         return lines
 
 
 class _Always:
-    """What is digested whole at every save: thousands of small tensors, for which each call would show."""
+    """Tensors digested whole at every save. There may be thousands, so the cost of each call matters."""
 
     def __init__(self, positions: Sequence[int]) -> None:
         self._positions = positions
@@ -116,7 +116,7 @@ class _Always:
         self._views: list[memoryview | None] = [None] * len(positions)
 
     def digests(self, held: Sequence[LocalBox]) -> list[bytes] | None:
-        """None when one of them is not in host memory as it reads."""
+        """The digests; None if some tensor is not plain host memory."""
         now = [held[position].tensor for position in self._positions]
         if any(map(operator.is_not, now, self._tensors)):
             for number, tensor in enumerate(now):
@@ -127,10 +127,10 @@ class _Always:
 
 
 class Replicas:
-    """One rank's part in comparing replicas: what it digests, save by save. Training thread only.
+    """One rank's part in comparing replicas, save by save. Training thread only.
 
-    check: "sampled" compares all of what was not compared before, and samples of what was; "full" everything
-    at every save; "off" nothing.
+    check: "sampled" compares replicas whole the first time and by samples afterwards; "full" compares all of
+    them at every save; "off" compares none.
     """
 
     def __init__(self, check: ReplicaCheck) -> None:
@@ -145,20 +145,20 @@ class Replicas:
         self._looked = False
 
     def forget(self) -> None:
-        """Other values have come into the state: the next save compares everything."""
+        """The state's values were replaced: the next save compares everything."""
         self._looked = False
         if self.compared is not None:
             self.compared.boxes.clear()
 
     def confirm(self) -> None:
-        """The save before this plan has committed: what it compared whole has been compared. At rank 0."""
+        """The previous save is committed: what it compared whole counts as compared. On rank 0."""
         if self.compared is not None and self._looked:
             self.compared.boxes.update(
                 (box.chunk, group.ranks) for group in self._plan.groups for box in group.boxes
             )
 
     def adopt(self, plan: Plan, held: Sequence[LocalBox]) -> None:
-        """Take a new plan."""
+        """Adopt a new plan."""
         self._plan, self._views, self._looked = plan, {}, False
         self._samplers = [
             self._sampler([held[position].chunk.chunk_bytes for position in watched.positions])
@@ -179,7 +179,7 @@ class Replicas:
 
     @torch.no_grad()
     def look(self, held: Sequence[LocalBox], number: int) -> Comparison:
-        """Digest this rank's replicas, as far as save `number` compares them."""
+        """Digest those of this rank's replicas that save `number` compares."""
         plan, fresh_at_0, self._looked = self._plan, self._fresh_at_0, True
         found: dict[int, list[bytes]] = {}
         waiting: dict[torch.device, list[tuple[tuple[int, int, int], torch.Tensor]]] = defaultdict(list)
@@ -210,7 +210,7 @@ class Replicas:
         return Comparison(found, [_stage(*item) for item in waiting.items()], plan.groups, names)
 
     def _view(self, held: Sequence[LocalBox], position: int) -> memoryview | None:
-        """The memory of a held box; made once for a tensor that stays the same object in the same place."""
+        """The memory of a local box; cached for as long as the tensor stays the same object."""
         tensor = held[position].tensor
         known = self._views.get(position)
         if known is None or known[0] is not tensor:
@@ -235,7 +235,7 @@ def _whole_digest(tensor: torch.Tensor) -> bytes:
 
 
 def buffer_digests(held: Sequence[LocalBox], buffers: frozenset[str]) -> dict[int, str]:
-    """What a rank offers of the buffers among its boxes: the digest of each large one, by position."""
+    """The digests of a rank's large buffers, by position, for its offer; `SMALL` for the small ones."""
     offered = {}
     for position, item in enumerate(held):
         if item.chunk.name in buffers and item.chunk.sizes == item.chunk.shape:

@@ -1,4 +1,4 @@
-"""The bytes of a tensor in row-major order: in place where they lie in host memory as they read."""
+"""The bytes of a tensor in row-major order, without a copy where that is possible."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import torch
 
 PIECE_BYTES = 64 << 20
-"""What is fetched whole from a device comes in pieces of this size."""
+"""A whole tensor is fetched from a device in pieces of this size."""
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview | None:
-    """The tensor's own memory; None when it has gaps, lies on a device, or does not hold what it reads as.
+    """The tensor's memory; None if it has gaps, is on a device, or has pending conjugation or negation.
 
-    The caller keeps the tensor alive.
+    The caller must keep the tensor alive.
     """
     plain = (
         type(tensor) is torch.Tensor
@@ -32,7 +32,7 @@ def host_bytes(tensor: torch.Tensor) -> memoryview | None:
 
 
 def some_bytes(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    """Bytes [begin, end) of a dense tensor, on its device, as uint8; both are multiples of its item size."""
+    """Bytes [begin, end) of a dense tensor as uint8, on its device; both are multiples of the item size."""
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8, device=tensor.device)
     first, last = begin // tensor.element_size(), end // tensor.element_size()
@@ -47,14 +47,14 @@ def some_bytes(tensor: torch.Tensor, begin: int, end: int) -> torch.Tensor:
             break
         rows = rows[0]
     flat = rows.reshape(-1)[first:last].resolve_conj().resolve_neg()
-    # Not `contiguous`: one element is, whatever its stride, and cannot be viewed as bytes.
+    # Not `contiguous`: a single element counts as contiguous with any stride, yet cannot be viewed as bytes.
     return (flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(
         torch.uint8
     )
 
 
 def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """All bytes of a dense tensor, in host memory, in pieces."""
+    """All bytes of a dense tensor, fetched to host memory in pieces."""
     for begin in range(0, tensor.nbytes, PIECE_BYTES):
         piece = some_bytes(tensor, begin, min(tensor.nbytes, begin + PIECE_BYTES)).cpu()
         yield memoryview(piece.numpy())  # type: ignore[arg-type]

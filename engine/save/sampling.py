@@ -1,7 +1,7 @@
-"""What of the replicas is compared at one save. Pure: every rank that holds them chooses the same.
+"""Chooses the bytes of replicas that one save compares. Pure: all ranks that hold them choose the same.
 
-Small tensors are compared whole and large ones by a block that moves from save to save. So many that it would
-take long are shared out over several saves.
+Small tensors are compared whole, large ones by a block that moves from save to save. If there are too many
+for one save, several saves take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_RUNS = 16384
 """Small tensors per save."""
 
 MOST_ON_DEVICE = 256
-"""The same on a device, and as many blocks: to gather each for one copy takes some 10 microseconds."""
+"""The limit for both on a device: gathering each for the copy takes some 10 microseconds."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -67,11 +67,11 @@ class Sampler:
 
     @property
     def always(self) -> list[Run]:
-        """The runs with which every choice begins that has no fresh items."""
+        """The runs that begin every choice without fresh items."""
         return [] if self._full or self._turns > 1 else self._small
 
     def choose(self, number: int, fresh: Collection[int] = ()) -> list[Run]:
-        """The runs of save `number`, which is the same on every rank. `fresh`: items to compare whole."""
+        """The runs of save `number`, the same on every rank. `fresh`: items to compare whole."""
         if self._full or len(fresh) == len(self._sizes):
             return [Run(item, 0, size) for item, size in enumerate(self._sizes)]
         chosen = self._small[number % self._turns :: self._turns]
@@ -86,7 +86,7 @@ class Sampler:
 
 
 def _walk(size: int) -> tuple[int, int]:
-    """(blocks, stride) of a walk that comes to every block of an item, each far from the one before."""
+    """(blocks, stride) of a walk that visits every block of an item, each far from the previous one."""
     count = -(-size // BLOCK_BYTES)
     stride = max(1, round(count * _GOLDEN))
     while math.gcd(stride, count) > 1:

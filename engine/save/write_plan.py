@@ -1,4 +1,4 @@
-"""Agree on who writes what: once per structure, over the store, without a collective."""
+"""The ranks' agreement on who writes what: once per structure, over the store, without a collective."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Boxes of one group that this rank has to compare with the other ranks of the group.
+    """Boxes of one group that this rank compares with the group's other ranks.
 
-    positions: in the rank's own list, in the group's order. fresh: which of them were never compared.
+    positions: in the rank's own list, in the group's order. fresh: those that were never compared.
     """
 
     group: int
@@ -40,11 +40,11 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one rank does at each save until the structure changes.
+    """One rank's work at each save until the structure changes.
 
     parts: what it writes. watched: what it compares.
     on_device: whether some rank holds tensors on a device.
-    tensors, aliases, groups: of all ranks, for the manifest and for the words about a difference; rank 0's.
+    tensors, aliases, groups: of all ranks, for the manifest and messages about differences; on rank 0 only.
     """
 
     parts: list[Part]
@@ -59,8 +59,8 @@ class Plan:
 class Compared:
     """What rank 0 remembers from plan to plan.
 
-    boxes: compared whole, with their holders, by a save that committed.
-    differing: names of large buffers of which every rank's own value is kept from now on.
+    boxes: those that a committed save compared whole, with their holders.
+    differing: names of large buffers that have differed; every rank's own value is kept from then on.
     """
 
     boxes: set[tuple[Chunk, tuple[int, ...]]] = field(default_factory=set)
@@ -76,12 +76,12 @@ def agree_on_plan(
     compared: Compared | None = None,
     what: str = "",
 ) -> Plan:
-    """Exchange what every rank holds and get back what this one writes.
+    """Tell rank 0 what this rank holds, and receive what it writes.
 
-    Every rank calls it for the same save; one that already failed still does, with its `problem`, so that
-    nobody waits for it. `compared` counts at rank 0; None: nothing is compared.
-    Raises: `problem`; PeerFailedError when another rank failed; StateError when the boxes do not fit
-        together; LateRanksError.
+    Every rank calls it for the same save. A rank that has already failed passes its `problem`, so that no
+    rank waits for it. `compared` is used on rank 0; None: nothing is compared.
+    Raises: `problem`; PeerFailedError when another rank failed; StateError when the boxes overlap or leave
+        holes; LateRanksError.
     """
     words = "" if problem is None else str(problem) or type(problem).__name__
     document = {
@@ -121,7 +121,7 @@ def agree_on_plan(
 
 
 def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes], Plan]:
-    """Rank 0's answer to each rank, and what it keeps for itself."""
+    """Rank 0's answer to each rank, and the part of the plan that rank 0 keeps."""
     documents = [parse_canonical(raw, what="an offer") for raw in raws]
     errors = [f"rank {rank}: {doc['error']}" for rank, doc in enumerate(documents) if doc["error"]]
     passing = all(doc["may_pass"] for doc in documents if doc["error"])
@@ -162,13 +162,13 @@ def _check_state(offers: Sequence[Offer]) -> None:
         more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise StateError(
             f"optimizer state differs between ranks: {'; '.join(lines[:_SHOWN])}{more}. Step the optimizer "
-            "alike on all ranks: it makes no state for a parameter that has no gradient there. Declare the "
-            "state key of an optimizer that belongs to one rank in per_rank"
+            "in the same way on all ranks: it makes no state for a parameter without a gradient. If an "
+            "optimizer belongs to one rank, declare its state key in per_rank"
         )
 
 
 def fresh_of(group: Group, compared: Compared) -> frozenset[int]:
-    """Which boxes of a group have not been compared whole."""
+    """The boxes of a group that were never compared whole."""
     return frozenset(
         number for number, box in enumerate(group.boxes) if (box.chunk, group.ranks) not in compared.boxes
     )
@@ -187,7 +187,7 @@ def _watched(rank: int, groups: Sequence[Group], compared: Compared) -> list[lis
 
 
 def _refusals(world_size: int, error: str, kind: str) -> list[bytes]:
-    """The same answer to every rank: there is no plan."""
+    """The same answer to every rank: no plan."""
     return [canonical_bytes({"error": error, "kind": kind, "parts": [], "watched": []})] * world_size
 
 
