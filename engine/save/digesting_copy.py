@@ -1,9 +1,9 @@
-"""Copies between host tensors as plain memory, past the caches, that digest what they copy.
+"""Copies host tensors as plain memory, bypassing the caches, and digests the bytes on the way.
 
 torch's copies read the destination into the cache before they overwrite it. A snapshot is larger than any
-cache and is not looked at again soon: without that, a copy takes little more than half the time. What that
-saves pays for the digests: they are made of bytes that are in the processor anyway. Made afterwards, beside
-training, they read all of it from memory once more and take the cores that training computes on.
+cache and is not read again soon: without that read, a copy takes little more than half the time. The time
+saved pays for the digests, whose bytes are in the processor anyway. Digests made later, beside training,
+would read all of it from memory again and take cores from training.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """(destination in the staging buffer, source) of equal shape and dtype."""
 
 LEAST_BYTES = 64 << 10
-"""Smaller tensors stay in one call of torch: naming each would cost more than its copy."""
+"""Smaller tensors are left to one call of torch: handling each would cost more than its copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [begin, end) of a shard file that lies in host memory from `address` on."""
+    """Bytes [begin, end) of a shard file that starts at `address` in host memory."""
 
     file: str
     address: int
@@ -35,15 +35,15 @@ class Span:
 
     @property
     def ends_file(self) -> bool:
-        """Whether the file is whole when this span is."""
+        """Whether the span ends at the end of the file."""
         return self.end == self.file_bytes
 
 
 def fill_span(span: Span, runs: Sequence[kernels.Run], digests: bytearray) -> None:
-    """Copy the runs into their places, with as many threads as torch would use, and digest the span's blocks.
+    """Copy the runs into the span, with as many threads as torch would use, and digest the span's blocks.
 
-    What of the span no run covers is there already, as is everything before it in its first block. `digests`
-    are the file's, packed; a last block that the span does not complete is left to the next one.
+    The parts of the span that no run covers are in place already, and so is the rest of its first block.
+    `digests` are the file's, packed; an incomplete last block is left to the next span.
     """
     begin = span.begin - span.begin % BLOCK_BYTES
     threads = torch.get_num_threads()
@@ -53,7 +53,7 @@ def fill_span(span: Span, runs: Sequence[kernels.Run], digests: bytearray) -> No
 
 
 def plain_runs(pairs: Sequence[Pair]) -> tuple[list[kernels.Run], list[Pair]]:
-    """The large plain ones as runs of memory, in the same order, and what is left for torch to copy."""
+    """Large plain tensors as runs of memory, in the same order, and the pairs left for torch to copy."""
     runs, rest = [], []
     for to, source in pairs:
         if source.nbytes >= LEAST_BYTES and _plain(to) and _plain(source):
@@ -64,7 +64,7 @@ def plain_runs(pairs: Sequence[Pair]) -> tuple[list[kernels.Run], list[Pair]]:
 
 
 def _plain(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie in host memory as they read, one after the other."""
+    """Whether host memory has its elements as they are, one after the other."""
     return (
         tensor.device.type == "cpu"
         and tensor.layout is torch.strided

@@ -97,7 +97,7 @@ class Planner:
             )
             self.tensors, self.aliases = plan.tensors, plan.aliases
             self.snapshot.adopt(plan.parts)
-            self.replicas.adopt(plan, self.snapshot.memory)
+            self.replicas.adopt(plan, self.snapshot.local_boxes)
         except Exception as error:
             self.snapshot.forget_plan()
             state.problem = error
@@ -105,10 +105,10 @@ class Planner:
     def _offer(self, state: LocalState) -> Offer:
         """This rank's contribution to a plan. A failure is kept."""
         if state.problem is None and self.channel.world_size > 1:
-            held = self.snapshot.memory
+            held = self.snapshot.local_boxes
             try:
                 return Offer(
-                    self.snapshot.held,
+                    self.snapshot.chunks,
                     buffer_digests(held, state.captured.buffers),
                     state.captured.aliases,
                     any(item.tensor.device.type != "cpu" for item in held),
@@ -116,4 +116,4 @@ class Planner:
                 )
             except Exception as error:
                 state.problem = error
-        return Offer([] if state.problem else self.snapshot.held, {}, state.captured.aliases)
+        return Offer([] if state.problem else self.snapshot.chunks, {}, state.captured.aliases)

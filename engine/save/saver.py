@@ -297,7 +297,7 @@ class Saver:
         comparison = Comparison()
         if state.problem is None:
             try:
-                comparison = self.replicas.look(self.snapshot.memory, call.number)
+                comparison = self.replicas.look(self.snapshot.local_boxes, call.number)
             except Exception as error:
                 state.problem = error
         return Job(

@@ -1,13 +1,12 @@
-"""One rank's snapshot: which parts of its state it writes, and their copy in the staging buffer.
+"""One rank's snapshot: the parts of its state that it writes, and their copies in the staging buffer.
 
-The plan (who writes what) is made once per structure and shared by all ranks; a save whose structure has
-not changed costs one identity check and one batched copy.
+The plan of who writes what is made once per structure and shared by all ranks; a save with an unchanged
+structure costs one identity check and one batched copy.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +26,12 @@ Signature = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
 BATCH_BYTES = 64 << 20
-"""Copies are made in batches of about so much: small against the whole, large against a call's cost."""
+"""Approximate size of a batch of copies: small against the whole, large against the cost of a call."""
 
 
 @dataclass(slots=True)
 class _Copy:
-    """One standing order: a held box, or some of its rows, into a view of the staging buffer.
+    """A copy made at every save: a local box, or some of its rows, into a view of the staging buffer.
 
     rows: (dim, start, length); None for the whole box.
     """
@@ -45,58 +44,58 @@ class _Copy:
 
 
 class Snapshot:
-    """The staging buffer and the standing orders that fill it. One thread; one snapshot at a time.
+    """The staging buffer and the copies that fill it. For one thread; one snapshot at a time.
 
     Args:
-        rank: this rank, which names its files.
-        pin: whether the staging buffer is pinned for CUDA.
-        budget_bytes: most host memory to take, or None.
+        rank: this rank; it is part of its files' names.
+        pin: whether to pin the staging buffer for CUDA.
+        budget_bytes: the most host memory to allocate, or None.
     """
 
     def __init__(self, rank: int, *, pin: bool, budget_bytes: int | None) -> None:
         self._rank = rank
         self._pin = pin
         self._budget_bytes = budget_bytes
-        self._held: list[LocalBox] = []
+        self._local_boxes: list[LocalBox] = []
         self._generation = -1
         self._signature: Signature = ()
-        self._held_digest = ""
+        self._local_digest = ""
         self._planned_digest = ""
         self._orders: list[_Copy] = []
         self.staging: StagingBuffer | None = None
         self.layouts: tuple[ShardLayout, ...] = ()
 
     @property
-    def held(self) -> Sequence[Chunk]:
-        """The boxes that this rank holds, as last prepared."""
-        return [held.chunk for held in self._held]
+    def chunks(self) -> Sequence[Chunk]:
+        """The local boxes' chunks, as of the last `prepare`."""
+        return [box.chunk for box in self._local_boxes]
 
     @property
-    def memory(self) -> Sequence[LocalBox]:
-        """The same boxes with the local memory that holds them."""
-        return self._held
+    def local_boxes(self) -> Sequence[LocalBox]:
+        """The local boxes with their memory, as of the last `prepare`."""
+        return self._local_boxes
 
     def prepare(self, captured: Captured) -> bool:
-        """Take note of where the state's memory is now. Returns whether a new plan is needed."""
+        """Note where the state's memory is now. Returns whether a new plan is needed."""
         fresh = {name: tensor for name, tensor in captured.tensors.items() if name not in captured.fixed}
         signature = tuple((name, tensor.dtype, tensor.shape) for name, tensor in fresh.items())
         plain = all(type(tensor) is torch.Tensor and not carries_boxes(tensor) for tensor in fresh.values())
         if captured.generation == self._generation and signature == self._signature and plain:
-            self._held = [
-                LocalBox(held.chunk, fresh[held.chunk.name].detach()) if held.chunk.name in fresh else held
-                for held in self._held
+            self._local_boxes = [
+                LocalBox(box.chunk, fresh[box.chunk.name].detach()) if box.chunk.name in fresh else box
+                for box in self._local_boxes
             ]
         else:
-            self._held = local_boxes(captured.tensors)
-            self._held_digest = plan_digest(self.held, captured.buffers, captured.aliases)
+            self._local_boxes = local_boxes(captured.tensors)
+            self._local_digest = plan_digest(self.chunks, captured.buffers, captured.aliases)
             self._generation, self._signature = captured.generation, signature
-        # Also when nothing has changed since the last look: the plan for it may have failed.
-        return self._held_digest != self._planned_digest
+        # Not simply "changed since the last call": the plan for this structure may have failed.
+        return self._local_digest != self._planned_digest
 
     def adopt(self, parts: Sequence[Part]) -> None:
-        """Take a new plan: lay out the files and the staging buffer for the parts that this rank writes.
+        """Adopt a new plan: lay out the files and the staging buffer for the parts that this rank writes.
 
-        Raises: MemoryBudgetError when the staging buffer would exceed its budget; there is no plan then.
+        Raises: MemoryBudgetError when the staging buffer would exceed its budget; no plan is left then.
         """
         layouts = plan_files(self._rank, [part.chunk for part in parts])
         if self.staging is None or layouts != self.layouts:
@@ -108,7 +107,7 @@ class Snapshot:
         for slot in self.staging.slots:
             for placed in slot.layout.chunks:
                 part = by_box[placed.chunk.name, placed.chunk.offsets]
-                sizes = self._held[part.held].chunk.sizes
+                sizes = self._local_boxes[part.held].chunk.sizes
                 whole = not sizes or sizes[part.dim] == part.length
                 self._orders.append(
                     _Copy(
@@ -119,10 +118,10 @@ class Snapshot:
                         placed=placed,
                     )
                 )
-        self._planned_digest = self._held_digest
+        self._planned_digest = self._local_digest
 
     def forget_plan(self) -> None:
-        """Release the staging buffer; the next save plans anew."""
+        """Free the staging buffer; the next save needs a new plan."""
         self._orders = []
         self.layouts = ()
         self._planned_digest = ""
@@ -131,13 +130,13 @@ class Snapshot:
             self.staging = None
 
     def copies(self, overlaps: Callable[[str, torch.Tensor], bool] | None) -> tuple[list[Batch], list[Pair]]:
-        """The copies of this snapshot: (to make before `save` returns, may overlap with training).
+        """The copies of this snapshot: (made before `save` returns, may overlap with training).
 
-        `overlaps` says which may, by name and source; None: none of them.
+        `overlaps` decides by name and source which may overlap; None: none may.
 
-        The first are in the order of the buffer, in batches, so that writing can begin before all are made.
-        With 10,000 small tensors every call for each of them shows: so none is narrowed or asked about
-        without need.
+        The first are in buffer order, in batches, so that writing can start before the last. With 10,000
+        small tensors every call per tensor matters, so tensors are narrowed and `overlaps` called only if
+        needed.
         """
         batches: list[Batch] = []
         overlapped: list[Pair] = []
@@ -166,18 +165,18 @@ class Snapshot:
         return Batch(tuple(pairs), slot.begin + end, span)
 
     def sources(self) -> Iterator[tuple[str, PlacedChunk, torch.Tensor]]:
-        """(file, chunk in it, live memory) of everything that this rank writes, as last prepared."""
+        """(file, chunk in it, live memory) of everything that this rank writes."""
         return ((order.file, order.placed, self._source(order)) for order in self._orders)
 
     def _source(self, order: _Copy) -> torch.Tensor:
-        source = self._held[order.held].tensor
+        source = self._local_boxes[order.held].tensor
         return source if order.rows is None else source.narrow(*order.rows)
 
 
 def plan_digest(
     held: Sequence[Chunk], buffers: Iterable[str] = (), aliases: Mapping[str, str] | None = None
 ) -> str:
-    """Stands for a rank's structure: two equal ones need only one plan."""
+    """Digest of a rank's structure: a plan stays valid while it is the same."""
     boxes = [chunk_to_json(chunk) for chunk in held]
     return bytes_digest(canonical_bytes([boxes, sorted(buffers), dict(aliases or {})]))
 
@@ -185,8 +184,3 @@ def plan_digest(
 def chunk_to_json(chunk: Chunk) -> list[object]:
     """A chunk as ranks send it to each other while planning."""
     return [chunk.name, chunk.dtype, list(chunk.shape), list(chunk.offsets), list(chunk.sizes)]
-
-
-def state_bytes(held: Sequence[Chunk]) -> int:
-    """Bytes of all boxes that a rank holds, before replicas share the work."""
-    return sum(chunk.chunk_bytes for chunk in held if math.prod(chunk.shape))

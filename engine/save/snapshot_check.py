@@ -1,8 +1,8 @@
-"""Prove that a snapshot is of one moment: what was written is what the live tensors held in `save`.
+"""Checks that a snapshot is of one moment: the files contain what the live tensors contained in `save`.
 
-For debugging: it reads every byte of the state in the training thread, and every file once more after it
-was written. What it finds: a step that ran before its copy was made, weights changed outside of
-`optimizer.step()` without `guard()`, memory that was changed on its way to the disk.
+For debugging: it reads the whole state in the training thread, and every file again after it is written. It
+finds a step that ran before its copy, weights changed outside `optimizer.step()` without `guard()`, and
+memory that changed on its way to the disk.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from engine.state.tensor_format import bytes_of
 from engine.storage.base import Reader, Storage
 
 READ_BYTES = 64 * BLOCK_BYTES
-"""How much of a file is read back at a time; whole blocks."""
+"""Bytes of a file read back at a time; whole blocks."""
 
 _SHOWN = 5
 
 Digests = Mapping[tuple[str, str], str]
-"""Digest of each chunk, by its file and its name, of which a file has one chunk."""
+"""Digest of each chunk, by file and name; a file has one chunk of each name."""
 
 
 def live_digests(snapshot: Snapshot) -> Digests:
-    """Digests of what the tensors hold now, of all parts that this rank writes.
+    """Digests of the live values of all parts that this rank writes.
 
-    To be taken before the copy is started: on a device it would be over before the last tensor was digested,
-    and nothing would be left to prove.
+    Call it before the copy starts: on a device the copy would end before the last tensor was digested, and
+    the check could find nothing.
     """
     return {(file, placed.chunk.name): _digest(tensor) for file, placed, tensor in snapshot.sources()}
 

@@ -1,4 +1,4 @@
-"""One snapshot on its way through the staging buffer: training copies it in, the storage writes it out.
+"""One snapshot in the staging buffer: training copies it in, and the storage writes it out.
 
 Writing follows the copy: each file is a source whose windows become ready as the copy reaches them.
 """
@@ -19,11 +19,11 @@ from engine.save.staging_buffer import FileSlot, StagingBuffer
 from engine.storage.source import Window, spans
 
 DIGEST_SLICE_BYTES = 1 << 20 if kernels.library is None else 16 << 20
-"""How much is digested at a time, about 0.1 or 1.2 ms: Python's loop holds the GIL for as long."""
+"""Bytes digested at a time, in about 0.1 or 1.2 ms: Python's loop holds the GIL that long."""
 
 DIGEST_NICENESS = 8
-"""How far the digesting thread stands back behind training, where the copy has left digests to make: they are
-made while a core has nothing else to do. Further back, a busy machine would delay the save."""
+"""Niceness of the digesting thread, if the copy has left digests to make: they are made on an idle core. With
+more, a busy machine would delay the save."""
 
 
 class StagedSnapshot:
@@ -31,8 +31,8 @@ class StagedSnapshot:
     writing threads wait.
 
     Args:
-        buffer: None where this rank writes nothing.
-        settle: called by a waiting thread once the bytes are there: waits for a device's copies.
+        buffer: None if this rank writes nothing.
+        settle: called by a waiting thread once the bytes are there; waits for a device's copies.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class StagedSnapshot:
         return [StagedFile(self, slot, self._buffer.padded(slot), clock) for slot in self.slots]
 
     def note_digests(self, file: str, packed: bytes) -> None:
-        """The digests of all blocks of a file, taken while it was copied. Before `advance` to its end."""
+        """Keep the digests of all blocks of a file, made during the copy. Before `advance` to its end."""
         self._digests[file] = packed
 
     def digests_of(self, file: str) -> bytes | None:
-        """What the copy noted of a file, None if nothing. After `wait_until` its end."""
+        """The digests noted for a file, or None. After `wait_until` its end."""
         return self._digests.get(file)
 
     def advance(self, reached_bytes: int) -> None:
-        """Everything before `reached_bytes` has been copied, or its copy has been started."""
+        """All bytes before `reached_bytes` are copied, or their copy has started."""
         with self._changed:
             self._reached = max(self._reached, reached_bytes)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """The snapshot will not be completed: every waiting thread gets the error."""
+        """The snapshot failed: every waiting thread raises the error."""
         with self._changed:
             self._error = error
             self._changed.notify_all()
 
     def wait_until(self, end_bytes: int) -> None:
-        """Return once bytes [0, end_bytes) are there. Raises what `fail` was given."""
+        """Wait until bytes [0, end_bytes) are there. Raises the error given to `fail`."""
         with self._changed:
             self._changed.wait_for(lambda: self._reached >= end_bytes or self._error is not None)
             if self._error is not None:
@@ -107,17 +107,16 @@ class StagedFile:
 
     def windows(self, window_bytes: int) -> Generator[Window]:
         stop = threading.Event()
-        # Not from the first byte on: see DECISIONS 30.
+        # Writing starts only once half of the buffer is filled: see DECISIONS 30.
         least = self._snapshot.file_bytes // 2
-        # Not in the write loop: digesting holds the GIL, and while the snapshot is still being copied the
-        # training thread needs it between copies.
+        # Not in the write loop: digesting holds the GIL, which the training thread needs between its copies.
         with ThreadPoolExecutor(1, thread_name_prefix="holdfast-digest") as pool:
             digesting = pool.submit(self._digest, stop)
             try:
                 for begin, end in spans(self.file_bytes, window_bytes):
                     self._snapshot.wait_until(max(self._begin + end, least))
                     yield Window(begin, end, self._memory[begin:])
-            except BaseException:  # the writer's, too: it closes this generator
+            except BaseException:  # includes the writer's failure, which closes this generator
                 stop.set()
                 raise
             self._digests = digesting.result()
@@ -138,15 +137,15 @@ class StagedFile:
             if stop.is_set():
                 break
             packed.append(block_digests(self._memory[begin:end]))
-            # Gives the GIL away for a moment, if it was held. A thread that only asks for it gets it after
-            # 5 ms, and training asks for it at every operation.
+            # Release the GIL. A thread that requests it waits up to 5 ms, and training requests it at every
+            # operation.
             time.sleep(0)
         self.digest_secs = self._clock() - started
         return b"".join(packed)
 
 
 def _stand_back() -> None:
-    """Lower the priority of this thread, which ends with its file. Linux has one for each thread."""
+    """Lower the priority of this thread, which ends with its file. Linux has a priority per thread."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         with contextlib.suppress(OSError):

@@ -58,14 +58,14 @@ def place_files(layouts: Sequence[ShardLayout]) -> tuple[FileSlot, ...]:
 class StagingBuffer:
     """A page-aligned host buffer that holds this rank's shard files.
 
-    Its pages are brought in by a background thread, because that can take seconds where the kernel first has
-    to make huge pages; `wait_ready` before the first copy.
+    A background thread faults its pages in, because that can take seconds if the kernel must first make huge
+    pages. Call `wait_ready` before the first copy.
 
     Args:
         layouts: the files, headers included.
         pin: register the memory with CUDA.
-        budget_bytes: refuse to take more than this; None for no limit.
-    Raises: MemoryBudgetError naming both figures.
+        budget_bytes: the most to allocate; None for no limit.
+    Raises: MemoryBudgetError with both figures.
     """
 
     def __init__(self, layouts: Sequence[ShardLayout], *, pin: bool, budget_bytes: int | None = None) -> None:
@@ -82,7 +82,7 @@ class StagingBuffer:
         for slot in self.slots:
             header = slot.layout.header
             self.memory[slot.begin : slot.begin + len(header)] = header
-        # A new thread's CUDA device is the first one: to pin there would open a context on it, in every rank.
+        # A new thread's device is the first one: pinning there would make every rank open a context on it.
         device = torch.cuda.current_device() if pin else None
         self._prefaulting = threading.Thread(
             target=self._prefault, args=(device,), name="holdfast-prefault", daemon=True
@@ -90,12 +90,12 @@ class StagingBuffer:
         self._prefaulting.start()
 
     def wait_ready(self) -> None:
-        """Return once every page is there, and pinned if that was asked for."""
+        """Wait until every page is present, and pinned if requested."""
         self._prefaulting.join()
 
     @property
     def pinned(self) -> bool:
-        """Whether CUDA copies to this memory without a bounce buffer. Only after `wait_ready`."""
+        """Whether CUDA copies to this memory without a bounce buffer. Valid after `wait_ready`."""
         return self._pinned
 
     def view(self, slot: FileSlot, placed: PlacedChunk) -> torch.Tensor:
@@ -108,7 +108,7 @@ class StagingBuffer:
         return self.memory[slot.begin : slot.begin + slot.padded_bytes]
 
     def release(self) -> None:
-        """Give the memory back. Views of it must be gone or never used again."""
+        """Free the memory. Its views must be gone or never used again."""
         self._stop = True
         self.wait_ready()
         if self._pinned:
@@ -116,7 +116,7 @@ class StagingBuffer:
             cudart.cudaHostUnregister(self.buffer.data_ptr())
             self._pinned = False
         del self.memory, self.buffer
-        # The map itself goes with its last view; closing it here would raise while one is alive.
+        # The map is freed with its last view; closing it here would raise while one is alive.
         del self._map
 
     def _prefault(self, device: int | None) -> None:
@@ -127,12 +127,12 @@ class StagingBuffer:
 
 
 def prefault(address: int, size_bytes: int, stopped: Callable[[], bool] = lambda: False) -> None:
-    """Have every page of [address, address + size_bytes) present, `address` being on a page boundary.
+    """Fault in every page of [address, address + size_bytes); `address` is on a page boundary.
 
-    Nothing may write to them meanwhile: where the kernel has no MADV_POPULATE_WRITE (before 5.14), a byte of
-    each page is written back as it is.
+    Nothing else may write there meanwhile: without MADV_POPULATE_WRITE (kernels before 5.14), a byte of each
+    page is rewritten with its own value.
     """
-    # Not mmap.madvise, which keeps the GIL meanwhile.
+    # Not mmap.madvise, which holds the GIL.
     libc = ctypes.CDLL(None, use_errno=True)
     for offset in range(0, size_bytes, _PREFAULT_SLICE_BYTES):
         length = min(_PREFAULT_SLICE_BYTES, _round_up(size_bytes - offset, PAGE_BYTES))
@@ -145,7 +145,7 @@ def prefault(address: int, size_bytes: int, stopped: Callable[[], bool] = lambda
 
 
 def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> None:
-    """Raise MemoryBudgetError when the snapshot exceeds its budget or the memory there is. Pure."""
+    """Raise MemoryBudgetError if the snapshot exceeds its budget or the available memory. Pure."""
     if budget_bytes is not None and need_bytes > budget_bytes:
         raise MemoryBudgetError(
             f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, above the budget of "
@@ -159,7 +159,7 @@ def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> N
 
 
 def _pin(buffer: torch.Tensor) -> bool:
-    """Register memory with CUDA. A refusal (a locked-memory limit) is logged: copies still work, slower."""
+    """Register memory with CUDA. A refusal (a locked-memory limit) is logged; copies are then slower."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     status = cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
     if int(status) != 0:

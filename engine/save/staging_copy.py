@@ -1,9 +1,9 @@
-"""The copy into the staging buffer: at once on CPU, overlapped with training on CUDA.
+"""The copy into the staging buffer: immediate on CPU, overlapped with training on CUDA.
 
-On CUDA the copy runs on a stream of its own and training goes on; only what would change the copied memory
-has to wait for it. Parameters and optimizer state change in `optimizer.step()` alone, so a step pre-hook
-makes the compute stream wait for the copy's event: the device waits, the CPU does not. Everything else
-(buffers that the forward pass changes, a frozen average) is copied before `save` returns.
+On CUDA the copy runs on a stream of its own while training continues; only a change of the memory being
+copied must wait. Parameters and optimizer state change only in `optimizer.step()`, so a step pre-hook makes
+the compute stream wait for the copy's event: the device waits, the CPU does not. Everything else (buffers
+that the forward pass changes, a frozen average) is copied before `save` returns.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Copies that belong together; when they are made, the staging buffer is filled up to byte `end`.
+    """Copies made together; after them the staging buffer is filled up to byte `end`.
 
-    span: the bytes of the shard file that they fill; None where they fill none.
+    span: the bytes of the shard file that they fill, if any.
     """
 
     pairs: tuple[Pair, ...]
@@ -37,13 +37,13 @@ class Batch:
 
 
 class CopyStream(Protocol):
-    """A device stream beside the compute stream. The tests bring one that needs no device."""
+    """A device stream beside the compute stream. Tests use one that needs no device."""
 
     def copy(self, pairs: Sequence[Pair]) -> None:
-        """Start copying, after all work that the compute stream has been given so far."""
+        """Start copying, after all work that is queued on the compute stream."""
 
     def guard_compute(self) -> None:
-        """Have the compute stream wait for the copies started so far; the CPU does not wait."""
+        """Make the compute stream, but not the CPU, wait for the copies started so far."""
 
     def finish(self) -> None:
         """Block the calling thread until the copies started so far are done."""
@@ -66,7 +66,7 @@ class CudaStream:
         with torch.cuda.stream(self._stream):
             copy_pairs(pairs, non_blocking=True)
             for _, source in pairs:
-                # The allocator must not hand this memory out while the copy still reads it.
+                # The allocator must not reuse this memory while the copy still reads it.
                 source.record_stream(self._stream)
         self._event.record(self._stream)
 
@@ -74,7 +74,7 @@ class CudaStream:
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def finish(self) -> None:
-        with torch.cuda.device(self._device):  # called by a thread that has chosen none
+        with torch.cuda.device(self._device):  # the calling thread has set no device
             self._event.synchronize()
 
     @property
@@ -83,13 +83,13 @@ class CudaStream:
 
 
 class Copier:
-    """Copies a snapshot, and keeps the optimizers from changing what is still being copied.
+    """Copies a snapshot, and prevents optimizers from changing memory that is still being copied.
 
     Args:
         stream: the side stream, or None to copy everything before `copy` returns.
         optimizers: those whose `step` must wait for an overlapped copy.
-        digest: whether to digest while copying, where the loops in C can: for a state in host memory, whose
-            bytes pass through the processor on their way.
+        digest: whether to digest while copying, if the loops in C are there. For a state in host memory,
+            whose bytes pass through the processor anyway.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Copier:
         """Copy `eager` before returning, and `overlapped` too unless there is a side stream.
 
         Without overlapped copies `staged` advances batch by batch, so that writing starts meanwhile.
-        It gets the digests of files that were digested on the way.
+        It receives the digests of files that were digested on the way.
         """
         if overlapped:
             copy_pairs([pair for batch in eager for pair in batch.pairs], non_blocking=False)
@@ -139,18 +139,18 @@ class Copier:
             staged.advance(batch.end)
 
     def finish(self) -> None:
-        """Wait, on the CPU, until everything has been copied. For the thread that writes the snapshot."""
+        """Block until everything is copied. For the thread that writes the snapshot."""
         if self._stream is not None and self._in_flight:
             self._stream.finish()
 
     def guard(self) -> None:
-        """Have whatever training does next wait for the copy: for weight changes outside `step()`."""
+        """Make training's next work on the device wait for the copy: for weight changes outside `step()`."""
         if self._stream is not None and self._in_flight:
             self._stream.guard_compute()
             self._in_flight = not self._stream.done
 
     def remove(self) -> None:
-        """Take the hooks off the optimizers again."""
+        """Remove the hooks from the optimizers."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -163,15 +163,15 @@ def copy_pairs(pairs: Sequence[Pair], *, non_blocking: bool) -> None:
     """Copy each source into its destination, in one call."""
     if pairs:
         with torch.no_grad():
-            # Underscored, but what torch's own optimizers are built on; a test notices when it moves. With
-            # 10,000 small tensors, one call for each would cost more than the copies.
+            # Private, but torch's own optimizers are built on it; a test notices when it moves. With 10,000
+            # small tensors, one call for each would cost more than the copies.
             torch._foreach_copy_(
                 [to for to, _ in pairs], [source for _, source in pairs], non_blocking=non_blocking
             )
 
 
 def copy_digesting(pairs: Sequence[Pair], span: Span, digests: dict[str, bytearray]) -> None:
-    """Copy what fills a span, and put the digests of its blocks into those of its file."""
+    """Make the copies that fill a span, and add the digests of its blocks to those of its file."""
     runs, rest = plain_runs(pairs)
     copy_pairs(rest, non_blocking=False)
     packed = digests.setdefault(span.file, bytearray(block_count(span.file_bytes) * DIGEST_BYTES))
@@ -179,20 +179,19 @@ def copy_digesting(pairs: Sequence[Pair], span: Span, digests: dict[str, bytearr
 
 
 def overlap_stream(
-    setting: bool | str, device: torch.device, can_guard: Callable[[], str | None]
+    setting: bool | str, device: torch.device, why_unguarded: Callable[[], str | None]
 ) -> tuple[CopyStream | None, str]:
-    """The side stream to copy on, or None with the reason why copies do not overlap.
+    """The side stream to copy on, or None if copies do not overlap; and the reason.
 
     Args:
         setting: "auto", or False to copy before `save` returns.
-        can_guard: None when every trainable parameter belongs to an optimizer that was handed over;
-            otherwise the reason why a change cannot be held back.
+        why_unguarded: returns why parameter changes cannot be delayed until the copy is done, or None.
     """
     if setting is False:
         return None, "overlap is switched off"
     if device.type != "cuda":
         return None, "the state is in host memory"
-    reason = can_guard()
+    reason = why_unguarded()
     if reason is not None:
         return None, reason
     return CudaStream(device), "copies overlap with training"

@@ -1,4 +1,4 @@
-"""One rank's files of a checkpoint: its shards, each from a source, then its index."""
+"""Writes one rank's files of a checkpoint: its shards, each from a source, then its index."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.storage.source import Source
 
 
 class ShardSource(Source, Protocol):
-    """A shard file that is to be written. `digest_secs`: what digesting took beside everything else."""
+    """A shard file to write. `digest_secs`: time spent on digests apart from the copy."""
 
     @property
     def layout(self) -> ShardLayout: ...
@@ -26,7 +26,7 @@ class ShardSource(Source, Protocol):
     def digest_secs(self) -> float: ...
 
     def digests(self) -> bytes:
-        """The packed digests of all blocks of the file, once its last window was given."""
+        """The packed digests of all blocks of the file, after its last window."""
         ...
 
 
@@ -43,8 +43,8 @@ def write_rank(
 ) -> ShardReceipt:
     """Make a rank's bytes durable: shards, index, directory. Adds seconds by cause to `secs`.
 
-    Raises: StorageFullError, before anything is written if the free space tells; StorageError of any kind;
-        what the sources raise. The storage has removed the file that failed.
+    Raises: StorageFullError, before writing anything if free space is known to be too small; any
+        StorageError; the sources' errors. The storage has deleted the file that failed.
     """
     _check_space(storage, sum(source.file_bytes for source in sources))
     storage.make_dir(attempt)
@@ -60,7 +60,7 @@ def write_rank(
 
 
 def _check_space(storage: Storage, need_bytes: int) -> None:
-    """Own bytes only: the other ranks' files may be there already, and count as used then."""
+    """Counts this rank's bytes only: files of other ranks may exist already and count as used space."""
     free_bytes = storage.free_bytes()
     if free_bytes is not None and free_bytes < need_bytes:
         raise StorageFullError(

@@ -16,7 +16,7 @@ from engine.format.digest import block_digests
 from engine.native import kernels
 from engine.save import snapshot as snapshot_module
 from engine.save.division import divide
-from engine.save.snapshot import Snapshot, plan_digest, state_bytes
+from engine.save.snapshot import Snapshot, plan_digest
 from engine.save.staged_snapshot import StagedSnapshot
 from engine.save.staging_buffer import StagingBuffer
 from engine.save.staging_copy import Copier, copy_pairs
@@ -28,7 +28,7 @@ from tests.support.carrier import every_nth_row
 def taken(snapshot: Snapshot, capture: StateCapture, folder: Path) -> dict[str, torch.Tensor]:
     """Take one snapshot on one rank, and read it as any safetensors reader would."""
     if snapshot.prepare(capture.capture()):
-        snapshot.adopt(divide([snapshot.held])[0])
+        snapshot.adopt(divide([snapshot.chunks])[0])
     batches, overlapped = snapshot.copies(lambda name, source: False)
     assert not overlapped
     copy_pairs([pair for batch in batches for pair in batch.pairs], non_blocking=False)
@@ -168,8 +168,8 @@ def test_replicas_copy_only_their_rows() -> None:
     capture = StateCapture({"model": model}, (), 1)
     snapshot = Snapshot(1, pin=False, budget_bytes=None)
     assert snapshot.prepare(capture.capture())
-    other = [chunk for chunk in snapshot.held if not chunk.name.startswith("per_rank")]
-    parts = divide([[*other, whole("per_rank.0", 900)], snapshot.held])[1]
+    other = [chunk for chunk in snapshot.chunks if not chunk.name.startswith("per_rank")]
+    parts = divide([[*other, whole("per_rank.0", 900)], snapshot.chunks])[1]
     snapshot.adopt(parts)
     (batch,), _ = snapshot.copies(lambda name, source: False)
     eager = batch.pairs
@@ -183,7 +183,7 @@ def test_only_what_may_overlap_does() -> None:
     snapshot, capture = fresh({"model": model, "optimizer": optimizer})
     captured = capture.capture()
     snapshot.prepare(captured)
-    snapshot.adopt(divide([snapshot.held])[0])
+    snapshot.adopt(divide([snapshot.chunks])[0])
     (batch,), overlapped = snapshot.copies(lambda name, source: name in captured.guarded)
     assert len(overlapped) == len(captured.guarded) == 8
     assert len(batch.pairs) == 3, "the generators"
@@ -194,7 +194,7 @@ def test_batches_fill_the_arena_from_its_beginning_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr(snapshot_module, "BATCH_BYTES", 1000)
     snapshot, capture = fresh({"values": [torch.ones(100 + n) for n in range(12)]})
     snapshot.prepare(capture.capture())
-    snapshot.adopt(divide([snapshot.held])[0])
+    snapshot.adopt(divide([snapshot.chunks])[0])
     assert snapshot.staging is not None
     batches, _ = snapshot.copies(lambda name, source: False)
     assert len(batches) > 4
@@ -217,7 +217,7 @@ def test_files_are_digested_while_they_are_copied(monkeypatch: pytest.MonkeyPatc
     cards = every_nth_row(torch.rand(3, 50_001), 0, 1)
     snapshot, capture = fresh({"values": [cards, *(torch.rand(40_001 + n) for n in range(12))]})
     snapshot.prepare(capture.capture())
-    snapshot.adopt(divide([snapshot.held])[0])
+    snapshot.adopt(divide([snapshot.chunks])[0])
     assert snapshot.staging is not None
     assert len(snapshot.staging.slots) == 3
     for _ in range(2):
@@ -235,7 +235,7 @@ def test_over_budget_there_is_no_plan_and_no_memory_taken() -> None:
     snapshot, capture = fresh({"model": model, "optimizer": optimizer}, budget=100)
     assert snapshot.prepare(capture.capture())
     with pytest.raises(MemoryBudgetError):
-        snapshot.adopt(divide([snapshot.held])[0])
+        snapshot.adopt(divide([snapshot.chunks])[0])
     assert snapshot.staging is None
     assert snapshot.prepare(capture.capture()), "the next save plans again"
 
@@ -255,7 +255,7 @@ def test_a_structure_that_was_never_planned_is_still_new_at_the_next_look() -> N
     values: dict[str, Any] = {"n": torch.ones(2)}
     snapshot, capture = fresh({"values": values})
     snapshot.prepare(capture.capture())
-    snapshot.adopt(divide([snapshot.held])[0])
+    snapshot.adopt(divide([snapshot.chunks])[0])
     values["m"] = torch.zeros(5)
     assert snapshot.prepare(capture.capture())
     assert snapshot.prepare(capture.capture())
@@ -268,7 +268,7 @@ def test_a_second_snapshot_allocates_nothing_of_the_datas_size(monkeypatch: pyte
     model = nn.Linear(1000, 1000, bias=False)
     snapshot, capture = fresh({"model": model})
     snapshot.prepare(capture.capture())
-    snapshot.adopt(divide([snapshot.held])[0])
+    snapshot.adopt(divide([snapshot.chunks])[0])
     monkeypatch.setattr(StagingBuffer, "__init__", lambda *a, **k: pytest.fail("another staging buffer"))
     with torch.profiler.profile(profile_memory=True) as profiler:
         tracemalloc.start()
@@ -287,7 +287,3 @@ def test_digests_of_plans_tell_structures_apart() -> None:
     assert plan_digest([whole("a", 3)]) == plan_digest([whole("a", 3)])
     others = [[whole("b", 3)], [whole("a", 4)], [whole("a", 3, dtype="BF16")], shards("a", (3,), 2), []]
     assert len({plan_digest(held) for held in [[whole("a", 3)], *others]}) == 6
-
-
-def test_bytes_of_a_state() -> None:
-    assert state_bytes([whole("a", 3), whole("b", 2, dtype="BF16"), whole("e", 0)]) == 16
