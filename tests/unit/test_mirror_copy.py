@@ -22,7 +22,7 @@ from engine.errors import (
 )
 from engine.format.names import DAMAGED, MANIFEST, lease_name
 from engine.lease.lease import Lease
-from engine.mirror import verified
+from engine.mirror import verified_source
 from engine.mirror.copy_checkpoint import Cancelled, Copied, copy_checkpoint
 from engine.storage import shard_writer, upload
 from engine.storage.base import Storage, WriteStats
@@ -95,7 +95,7 @@ def test_files_too_large_for_memory_go_window_by_window(
 ) -> None:
     """Also by windows that cut digest blocks in two."""
     monkeypatch.setattr(shard_writer, "WINDOW_BYTES", window_bytes)
-    monkeypatch.setattr(verified, "STORE_READ_BYTES", 2 * window_bytes)
+    monkeypatch.setattr(verified_source, "STORE_READ_BYTES", 2 * window_bytes)
     kind = LocalStorage if source_kind == "directory" else StoreLike
     source = kind(tmp_path / "local")
     id = write_checkpoint(source, world_size=2, rows=900)
@@ -242,7 +242,7 @@ def test_a_damaged_manifest_is_replaced(local: LocalStorage, second: Storage, id
 def test_another_checkpoint_of_that_name_is_left_alone(tmp_path: Path, second: Storage, id: str) -> None:
     write_checkpoint(second, world_size=2, rows=70, seed=1)
     before = files(second, id)
-    with pytest.raises(AlreadyExistsError, match="another checkpoint of that name"):
+    with pytest.raises(AlreadyExistsError, match="another checkpoint with this name"):
         copy_checkpoint(LocalStorage(tmp_path / "local"), id, second, check=True)
     assert files(second, id) == before
 
@@ -266,7 +266,7 @@ def test_damage_at_the_source_is_never_copied(
 def test_a_verified_file_can_be_sent_again_from_its_beginning(local: LocalStorage, id: str) -> None:
     """Its blocks are compared anew, also after a send that was broken off in the middle of one."""
     (file,) = read_index(local, read_manifest(local, id), 0, name=id).files
-    with verified.verified(local, f"{id}/{file.file}", file, lambda count: None) as source:
+    with verified_source.verified(local, f"{id}/{file.file}", file, lambda count: None) as source:
         next(source.windows(100_000))
         assert sum(window.end - window.begin for window in source.windows(100_000)) == file.file_bytes
 

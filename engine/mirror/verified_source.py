@@ -1,4 +1,4 @@
-"""A shard file as a source: every byte is compared with what was written before it is given."""
+"""A shard file as a source: every byte is compared with its digest before it is passed on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.storage.base import Storage
 from engine.storage.reader_source import ReaderSource
 
 DIGEST_BYTES_AT_ONCE = 1 << 20
-"""Digesting may hold the GIL; in between it is given away, since training asks for it at every operation."""
+"""Digesting may hold the GIL; it is released after this many bytes, since training needs it constantly."""
 
 STORE_READ_BYTES = 32 << 20
-"""How much is read at a time from a store: in several requests, side by side."""
+"""Bytes read at a time from a store: in several parallel requests."""
 
 LOOK_BYTES = 8 << 20
-"""How much is read at a time of a file that goes nowhere."""
+"""Bytes read at a time of a file that is only verified."""
 
 Progress = Callable[[int], None]
 
@@ -29,9 +29,9 @@ def verified(storage: Storage, path: str, shard: ShardFile, progress: Progress) 
     """One shard file, open, as a source.
 
     Args:
-        progress: told of bytes as they are read and verified; may raise to break off.
-    Raises: NotFoundError; DamagedError when the file is not what was written, on entering or from its
-        windows; StorageError.
+        progress: receives the number of bytes as they are read and verified; may raise to stop.
+    Raises: NotFoundError; DamagedError if the file is not what was written, on entering or from its windows;
+        StorageError.
     """
     with storage.open_reader(path) as reader:
         if reader.file_bytes != shard.file_bytes:
@@ -43,7 +43,7 @@ def verified(storage: Storage, path: str, shard: ShardFile, progress: Progress) 
 
 
 def verify_file(storage: Storage, path: str, shard: ShardFile, progress: Progress) -> None:
-    """Read one shard file. Raises as `verified`."""
+    """Read and verify one shard file. Raises as `verified`."""
     with verified(storage, path, shard, progress) as source:
         for window in source.windows(LOOK_BYTES):
             window.release()
@@ -52,8 +52,8 @@ def verify_file(storage: Storage, path: str, shard: ShardFile, progress: Progres
 class _Comparison:
     """Compares a file's bytes, in order, with its digests.
 
-    A block that a window cuts in two is compared with the next one: then half of it has been given, but the
-    file it is written to cannot be finished before its last window.
+    A block that a window splits is compared only with the next window: half of it has been passed on then,
+    but the target file cannot be complete before its last window.
     """
 
     def __init__(self, shard: ShardFile, progress: Progress) -> None:
