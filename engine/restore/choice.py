@@ -45,7 +45,7 @@ def copy_name(id: str, tier: Tier) -> str:
 def storage_of(
     target: str, tier: Tier, local: Storage, mirror: Storage | None, options: Mapping[str, str] | None
 ) -> Storage:
-    """The storage that a `Choice` of this target and tier lies in."""
+    """The storage of a `Choice` with this target and tier."""
     if tier == "mirror":
         assert mirror is not None, "every rank is given the same mirror"
         return mirror

@@ -148,7 +148,7 @@ class ChosenRestore:
                 indexes.fetch([saved])
 
     def _description(self, indexes: Indexes) -> str | None:
-        """Where every chunk lies: rank 0 has read all indexes and tells the others.
+        """Where every chunk is: rank 0 has read all indexes and tells the others.
 
         None when that is too long to tell, or there is no other rank.
         """

@@ -139,7 +139,7 @@ class _Shards:
 def _overlap(
     name: str, number: int, chunk: Chunk, box: ChunkStorageMetadata, local: torch.Tensor
 ) -> Slice | None:
-    """The part of a saved chunk that lies in this rank's box, whose elements are `local`, if there is any."""
+    """The part of a saved chunk in this rank's box, whose elements are `local`; None if there is none."""
     shared = intersect(chunk, box)
     if shared is None:
         return None

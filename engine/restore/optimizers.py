@@ -107,7 +107,7 @@ class _HandOver:
             self._load(loaded)
         elif self._document.own is not None:
             log.warning(
-                "%s: part of the optimizer is left out, so what its own state_dict() holds beside state and "
+                "%s: part of the optimizer is left out, so what its own state_dict() holds besides state and "
                 "groups was not restored",
                 key,
             )

@@ -182,7 +182,7 @@ class Restorer:
         return record
 
     def _after_damage(self, chosen: Mapping[str, Any], selector: str, error: HoldfastError) -> None:
-        """Mark and pass over the copy that failed. Raises the error when no other copy is to be tried."""
+        """Mark and pass over the copy that failed. Raises the error when there is no other copy to try."""
         deleted = isinstance(error, NotFoundError)
         copy = _copy_name(chosen)
         if self.channel.rank == 0 and not deleted:
@@ -234,7 +234,7 @@ def _tier(chosen: Mapping[str, Any]) -> Tier:
 
 
 def _seen(storage: Storage, name: str) -> str | None:
-    """Which bytes are about to be read; None where that cannot be told."""
+    """What identifies the bytes that are about to be read; None if the storage cannot say."""
     with contextlib.suppress(HoldfastError):
         return marks.seen(storage, name)
     return None

@@ -87,7 +87,7 @@ def agree_on_plan(
     document = {
         "error": words,
         "may_pass": problem is not None and may_pass(problem),
-        "held": [chunk_to_json(chunk) for chunk in offer.held],
+        "held": [chunk_to_json(chunk) for chunk in offer.boxes],
         "buffers": [[position, digest] for position, digest in offer.buffers.items()],
         "aliases": dict(offer.aliases),
         "on_device": offer.on_device,
@@ -131,7 +131,7 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
         shared = shared_boxes(offers, compared.differing if compared else ())
         try:
             _check_state(offers)
-            plans = divide([offer.held for offer in offers], shared)
+            plans = divide([offer.boxes for offer in offers], shared)
         except StateError as error:
             errors, kind = [str(error)], "state"
     if plans is None:
@@ -150,7 +150,7 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
         }
         for rank, parts in enumerate(plans)
     ]
-    chunks = [*(c for offer in offers for c in offer.held), *(p.chunk for parts in plans for p in parts)]
+    chunks = [*(c for offer in offers for c in offer.boxes), *(p.chunk for parts in plans for p in parts)]
     tensors = {chunk.name: TensorInfo(chunk.dtype, chunk.shape) for chunk in chunks}
     whole = Plan([], tensors=tensors, aliases=all_aliases(offers), groups=groups)
     return [canonical_bytes(answer) for answer in answers], whole

@@ -1,1 +1,1 @@
-"""What a training state consists of: its tensors under stable names and, beside them, JSON values."""
+"""What there is to save of a training state: tensors under stable names, and JSON values."""

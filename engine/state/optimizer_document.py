@@ -165,16 +165,20 @@ def _merged_groups(key: str, parts: Sequence[OptimizerDocument]) -> list[dict[st
     home: dict[str, dict[str, Json]] = {}
     for rank, part in enumerate(parts):
         for group in part.groups:
-            told = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-            same = next((g for g in merged if {**g, "params": None} == {**told, "params": None}), None)
+            hyperparameters = {
+                name: value for name, value in group.items() if name not in ("params", "param_names")
+            }
+            same = next(
+                (g for g in merged if {**g, "params": None} == {**hyperparameters, "params": None}), None
+            )
             if same is None:
-                same = {**told, "params": []}
+                same = {**hyperparameters, "params": []}
                 merged.append(same)
             for name in group["params"]:
                 if home.setdefault(name, same) is not same:
                     raise StateError(
                         f"{key}: the hyperparameters of {name} differ between rank {rank} and a lower rank: "
-                        f"{told} and { ({**home[name], 'params': None}) }"
+                        f"{hyperparameters} and { ({**home[name], 'params': None}) }"
                     )
                 if name not in same["params"]:
                     same["params"].append(name)

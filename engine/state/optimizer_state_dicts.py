@@ -38,29 +38,29 @@ def _agrees(optimizer: Optimizer, state_dict: Mapping[Any, Any]) -> bool:
         for parameter in group["params"]:
             number.setdefault(parameter, len(number))
     if any(
-        list(told.get("params", ())) != [number[parameter] for parameter in group["params"]]
-        for told, group in zip(saved, groups, strict=True)
+        list(saved_group.get("params", ())) != [number[parameter] for parameter in group["params"]]
+        for saved_group, group in zip(saved, groups, strict=True)
     ):
         return False
-    held = {
+    live = {
         number.get(key, key) if isinstance(key, torch.Tensor) else key: value
         for key, value in optimizer.state.items()
     }
-    told = state_dict["state"]
+    state = state_dict["state"]
     return (
-        isinstance(told, Mapping)
-        and told.keys() == held.keys()
-        and all(_is_the_same(told[key], held[key]) for key in held)
+        isinstance(state, Mapping)
+        and state.keys() == live.keys()
+        and all(_are_equal(state[key], live[key]) for key in live)
     )
 
 
-def _is_the_same(one: Any, two: Any) -> bool:
+def _are_equal(one: Any, two: Any) -> bool:
     if one is two:
         return True
     if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_is_the_same(one[key], two[key]) for key in one)
+        return one.keys() == two.keys() and all(_are_equal(one[key], two[key]) for key in one)
     if isinstance(one, list | tuple) and type(one) is type(two):
-        return len(one) == len(two) and all(map(_is_the_same, one, two))
+        return len(one) == len(two) and all(map(_are_equal, one, two))
     plain = not isinstance(one, torch.Tensor) and type(one) is type(two)
     return plain and isinstance(one, str | int | float) and one == two
 

@@ -27,14 +27,14 @@ SMALL = ""
 class Offer:
     """What one rank contributes to a plan.
 
-    held: its local boxes, in its own order.
+    boxes: its local boxes, in its own order.
     buffers: the boxes that are whole buffers of modules, by position, with their digest or `SMALL`.
     aliases: other names of tensors (tied weights), alias -> name.
     on_device: whether some of the boxes are in device memory.
     stateless: for each parameter without optimizer state, the prefix that the names of its state would have.
     """
 
-    held: Sequence[Chunk]
+    boxes: Sequence[Chunk]
     buffers: Mapping[int, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     on_device: bool = False
@@ -76,7 +76,7 @@ def shared_boxes(offers: Sequence[Offer], differing: Collection[str] = ()) -> di
     """
     places: dict[Chunk, list[tuple[int, int]]] = defaultdict(list)
     for rank, offer in enumerate(offers):
-        for position, chunk in enumerate(offer.held):
+        for position, chunk in enumerate(offer.boxes):
             places[chunk].append((rank, position))
     found = {}
     for chunk, at in places.items():
@@ -109,7 +109,7 @@ def one_sided_state(offers: Sequence[Offer]) -> list[str]:
     without = {name: rank for rank, offer in reversed([*enumerate(offers)]) for name in offer.stateless}
     found: dict[str, str] = {}
     for rank, offer in enumerate(offers if without else ()):
-        for chunk in offer.held:
+        for chunk in offer.boxes:
             begins = chunk.name
             while begins and begins not in without:
                 begins = begins.rpartition(".")[0]
@@ -139,7 +139,7 @@ def union_of_values(documents: Sequence[Any]) -> Any:
 
 def all_aliases(offers: Sequence[Offer]) -> dict[str, str]:
     """The aliases of all ranks, the lowest rank's first, without names under which a rank has a tensor."""
-    tensors = {chunk.name for offer in offers for chunk in offer.held}
+    tensors = {chunk.name for offer in offers for chunk in offer.boxes}
     merged: dict[str, str] = {}
     for offer in offers:
         for alias, name in offer.aliases.items():

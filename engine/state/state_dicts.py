@@ -99,18 +99,18 @@ def read_state_dict(key: str, root: nn.Module) -> StateDict:
         for spelled, value in handed_out.items():
             name = _canonical(spelled, prefixes) if isinstance(spelled, str) else spelled
             found.key_of[name] = spelled
-            stands = None
+            own = None
             # Each call of get_extra_state() makes new extra state, also where it is a tensor.
             if isinstance(value, torch.Tensor) and not is_extra_state(name):
-                stands = live.get(name)
-                if stands is None or not _same(value, stands):
+                own = live.get(name)
+                if own is None or not _same(value, own):
                     by_memory = by_memory or _by_memory(live)
-                    stands = _elsewhere(value, live, by_memory)
-            if stands is None:
+                    own = _elsewhere(value, live, by_memory)
+            if own is None:
                 unclear[name] = value
             else:
-                covered.add(id(stands))
-                found.tensors[name] = stands
+                covered.add(id(own))
+                found.tensors[name] = own
                 found.live_key_of[name] = spelled
         for name, tensor in live.items():
             if id(tensor) not in covered:

@@ -848,7 +848,7 @@ def test_a_part_of_an_optimizer_does_not_go_through_its_own_load_state_dict(
     restored(saved_of(one), two, exclude=("optimizer.state.0.weight.*",))
     assert same_bits(two["optimizer"].state[two["model"][0].weight]["exp_avg"], moment)
     assert two["optimizer"].total == 1
-    assert "what its own state_dict() holds beside state and groups was not restored" in caplog.text
+    assert "what its own state_dict() holds besides state and groups was not restored" in caplog.text
 
 
 def test_state_comes_in_the_order_of_the_parameters() -> None:
