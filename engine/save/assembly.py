@@ -12,11 +12,11 @@ from engine.ranks.calls import Calls
 from engine.ranks.coordination import Coordinator
 from engine.save.job import JobRunner
 from engine.save.outcomes import Outcomes
-from engine.save.overlap_guard import state_device, why_unguarded
+from engine.save.overlap import overlap_stream, state_device, why_unguarded
 from engine.save.run_directory import RunDirectory
 from engine.save.saver import Busy, Saver
 from engine.save.snapshot import Snapshot
-from engine.save.staging_copy import Copier, overlap_stream
+from engine.save.staging_copy import Copier
 from engine.state.capture import StateCapture
 
 log = logging.getLogger(__name__)

@@ -28,11 +28,11 @@ from engine.state.sharing import SharedBox
 class Part:
     """The part of one box that one of its holders writes.
 
-    `held` is the box's position in the rank's own list; rows [start, start + length) along dimension
+    `box` is the box's position in the rank's own list; rows [start, start + length) along dimension
     `dim` of that box become `chunk`. A scalar has dim 0 and length 1.
     """
 
-    held: int
+    box: int
     dim: int
     start: int
     length: int

@@ -105,13 +105,13 @@ class Planner:
     def _offer(self, state: LocalState) -> Offer:
         """This rank's contribution to a plan. A failure is kept."""
         if state.problem is None and self.channel.world_size > 1:
-            held = self.snapshot.local_boxes
+            boxes = self.snapshot.local_boxes
             try:
                 return Offer(
                     self.snapshot.chunks,
-                    buffer_digests(held, state.captured.buffers),
+                    buffer_digests(boxes, state.captured.buffers),
                     state.captured.aliases,
-                    any(item.tensor.device.type != "cpu" for item in held),
+                    any(box.tensor.device.type != "cpu" for box in boxes),
                     state.captured.stateless,
                 )
             except Exception as error:

@@ -16,7 +16,7 @@ import xxhash
 
 from engine.format.digest import DIGEST_BYTES, pack, unpack
 from engine.options import ReplicaCheck
-from engine.save.samples import host_bytes, pieces, some_bytes
+from engine.save.raw_bytes import host_bytes, pieces, some_bytes
 from engine.save.sampling import MOST_ON_DEVICE, SMALL_BYTES, Sampler
 from engine.save.write_plan import Compared, Plan, fresh_of
 from engine.state.local_boxes import LocalBox
@@ -115,9 +115,9 @@ class _Always:
         self._tensors: list[torch.Tensor | None] = [None] * len(positions)
         self._views: list[memoryview | None] = [None] * len(positions)
 
-    def digests(self, held: Sequence[LocalBox]) -> list[bytes] | None:
+    def digests(self, boxes: Sequence[LocalBox]) -> list[bytes] | None:
         """The digests; None if some tensor is not plain host memory."""
-        now = [held[position].tensor for position in self._positions]
+        now = [boxes[position].tensor for position in self._positions]
         if any(map(operator.is_not, now, self._tensors)):
             for number, tensor in enumerate(now):
                 if tensor is not self._tensors[number]:
@@ -157,11 +157,11 @@ class Replicas:
                 (box.chunk, group.ranks) for group in self._plan.groups for box in group.boxes
             )
 
-    def adopt(self, plan: Plan, held: Sequence[LocalBox]) -> None:
+    def adopt(self, plan: Plan, boxes: Sequence[LocalBox]) -> None:
         """Adopt a new plan."""
         self._plan, self._views, self._looked = plan, {}, False
         self._samplers = [
-            self._sampler([held[position].chunk.chunk_bytes for position in watched.positions])
+            self._sampler([boxes[position].chunk.chunk_bytes for position in watched.positions])
             for watched in plan.watched
         ]
         self._always = [
@@ -178,21 +178,21 @@ class Replicas:
         return Sampler(sizes, full=full)
 
     @torch.no_grad()
-    def look(self, held: Sequence[LocalBox], number: int) -> Comparison:
+    def look(self, boxes: Sequence[LocalBox], number: int) -> Comparison:
         """Digest those of this rank's replicas that save `number` compares."""
         plan, fresh_at_0, self._looked = self._plan, self._fresh_at_0, True
         found: dict[int, list[bytes]] = {}
         waiting: dict[torch.device, list[tuple[tuple[int, int, int], torch.Tensor]]] = defaultdict(list)
         parts = zip(plan.watched, self._samplers, self._always, self._fresh, strict=True)
         for watched, sampler, always, fresh in parts:
-            digests = found[watched.group] = (not fresh and always.digests(held)) or []
+            digests = found[watched.group] = (not fresh and always.digests(boxes)) or []
             for run in sampler.choose(number, fresh)[len(digests) :]:
-                view = self._view(held, watched.positions[run.item])
+                view = self._view(boxes, watched.positions[run.item])
                 if view is not None:
                     whole = run.end - run.begin == len(view)
                     digests.append(_digest(view if whole else view[run.begin : run.end]))
                     continue
-                tensor = held[watched.positions[run.item]].tensor
+                tensor = boxes[watched.positions[run.item]].tensor
                 if run.end - run.begin > SMALL_BYTES:
                     digests.append(_whole_digest(tensor))
                     continue
@@ -209,9 +209,9 @@ class Replicas:
 
         return Comparison(found, [_stage(*item) for item in waiting.items()], plan.groups, names)
 
-    def _view(self, held: Sequence[LocalBox], position: int) -> memoryview | None:
+    def _view(self, boxes: Sequence[LocalBox], position: int) -> memoryview | None:
         """The memory of a local box; cached for as long as the tensor stays the same object."""
-        tensor = held[position].tensor
+        tensor = boxes[position].tensor
         known = self._views.get(position)
         if known is None or known[0] is not tensor:
             known = self._views[position] = (tensor, host_bytes(tensor))
@@ -234,10 +234,10 @@ def _whole_digest(tensor: torch.Tensor) -> bytes:
     return digest.digest()
 
 
-def buffer_digests(held: Sequence[LocalBox], buffers: frozenset[str]) -> dict[int, str]:
+def buffer_digests(boxes: Sequence[LocalBox], buffers: frozenset[str]) -> dict[int, str]:
     """The digests of a rank's large buffers, by position, for its offer; `SMALL` for the small ones."""
     offered = {}
-    for position, item in enumerate(held):
+    for position, item in enumerate(boxes):
         if item.chunk.name in buffers and item.chunk.sizes == item.chunk.shape:
             small = item.chunk.chunk_bytes <= SMALL_BUFFER_BYTES
             offered[position] = SMALL if small else _whole_digest(item.tensor).hex()

@@ -37,7 +37,7 @@ class _Copy:
     """
 
     to: torch.Tensor
-    held: int
+    box: int
     rows: tuple[int, int, int] | None
     file: str
     placed: PlacedChunk
@@ -61,7 +61,7 @@ class Snapshot:
         self._signature: Signature = ()
         self._local_digest = ""
         self._planned_digest = ""
-        self._orders: list[_Copy] = []
+        self._copies: list[_Copy] = []
         self.staging: StagingBuffer | None = None
         self.layouts: tuple[ShardLayout, ...] = ()
 
@@ -102,17 +102,17 @@ class Snapshot:
             self.forget_plan()
             self.layouts = layouts
             self.staging = StagingBuffer(layouts, pin=self._pin, budget_bytes=self._budget_bytes)
-        self._orders = []
+        self._copies = []
         by_box = {(part.chunk.name, part.chunk.offsets): part for part in parts}
         for slot in self.staging.slots:
             for placed in slot.layout.chunks:
                 part = by_box[placed.chunk.name, placed.chunk.offsets]
-                sizes = self._local_boxes[part.held].chunk.sizes
+                sizes = self._local_boxes[part.box].chunk.sizes
                 whole = not sizes or sizes[part.dim] == part.length
-                self._orders.append(
+                self._copies.append(
                     _Copy(
                         to=self.staging.view(slot, placed),
-                        held=part.held,
+                        box=part.box,
                         rows=None if whole else (part.dim, part.start, part.length),
                         file=slot.layout.file,
                         placed=placed,
@@ -122,7 +122,7 @@ class Snapshot:
 
     def forget_plan(self) -> None:
         """Free the staging buffer; the next save needs a new plan."""
-        self._orders = []
+        self._copies = []
         self.layouts = ()
         self._planned_digest = ""
         if self.staging is not None:
@@ -140,17 +140,17 @@ class Snapshot:
         """
         batches: list[Batch] = []
         overlapped: list[Pair] = []
-        orders = iter(self._orders)
+        copies = iter(self._copies)
         for slot in self.staging.slots if self.staging else ():
             pairs: list[Pair] = []
             begin = 0
-            for order in itertools.islice(orders, len(slot.layout.chunks)):
-                source = self._source(order)
-                if overlaps is not None and overlaps(order.placed.chunk.name, source):
-                    overlapped.append((order.to, source))
+            for copy in itertools.islice(copies, len(slot.layout.chunks)):
+                source = self._source(copy)
+                if overlaps is not None and overlaps(copy.placed.chunk.name, source):
+                    overlapped.append((copy.to, source))
                     continue
-                pairs.append((order.to, source))
-                end = order.placed.end
+                pairs.append((copy.to, source))
+                end = copy.placed.end
                 if end - begin >= BATCH_BYTES:
                     batches.append(self._batch(slot, pairs, begin, end))
                     pairs, begin = [], end
@@ -166,18 +166,18 @@ class Snapshot:
 
     def sources(self) -> Iterator[tuple[str, PlacedChunk, torch.Tensor]]:
         """(file, chunk in it, live memory) of everything that this rank writes."""
-        return ((order.file, order.placed, self._source(order)) for order in self._orders)
+        return ((copy.file, copy.placed, self._source(copy)) for copy in self._copies)
 
-    def _source(self, order: _Copy) -> torch.Tensor:
-        source = self._local_boxes[order.held].tensor
-        return source if order.rows is None else source.narrow(*order.rows)
+    def _source(self, copy: _Copy) -> torch.Tensor:
+        source = self._local_boxes[copy.box].tensor
+        return source if copy.rows is None else source.narrow(*copy.rows)
 
 
 def plan_digest(
-    held: Sequence[Chunk], buffers: Iterable[str] = (), aliases: Mapping[str, str] | None = None
+    chunks: Sequence[Chunk], buffers: Iterable[str] = (), aliases: Mapping[str, str] | None = None
 ) -> str:
     """Digest of a rank's structure: a plan stays valid while it is the same."""
-    boxes = [chunk_to_json(chunk) for chunk in held]
+    boxes = [chunk_to_json(chunk) for chunk in chunks]
     return bytes_digest(canonical_bytes([boxes, sorted(buffers), dict(aliases or {})]))
 
 

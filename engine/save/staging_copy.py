@@ -9,7 +9,7 @@ that the forward pass changes, a frozen average) is copied before `save` returns
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -176,22 +176,3 @@ def copy_digesting(pairs: Sequence[Pair], span: Span, digests: dict[str, bytearr
     copy_pairs(rest, non_blocking=False)
     packed = digests.setdefault(span.file, bytearray(block_count(span.file_bytes) * DIGEST_BYTES))
     fill_span(span, runs, packed)
-
-
-def overlap_stream(
-    setting: bool | str, device: torch.device, why_unguarded: Callable[[], str | None]
-) -> tuple[CopyStream | None, str]:
-    """The side stream to copy on, or None if copies do not overlap; and the reason.
-
-    Args:
-        setting: "auto", or False to copy before `save` returns.
-        why_unguarded: returns why parameter changes cannot be delayed until the copy is done, or None.
-    """
-    if setting is False:
-        return None, "overlap is switched off"
-    if device.type != "cuda":
-        return None, "the state is in host memory"
-    reason = why_unguarded()
-    if reason is not None:
-        return None, reason
-    return CudaStream(device), "copies overlap with training"

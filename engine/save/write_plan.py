@@ -144,7 +144,7 @@ def _answers(raws: list[bytes], compared: Compared | None) -> tuple[list[bytes],
         {
             "error": "",
             "kind": "",
-            "parts": [[p.held, p.dim, p.start, p.length, chunk_to_json(p.chunk)] for p in parts],
+            "parts": [[p.box, p.dim, p.start, p.length, chunk_to_json(p.chunk)] for p in parts],
             "watched": _watched(rank, groups, compared or Compared()),
             "on_device": any(offer.on_device for offer in offers),
         }

@@ -38,7 +38,7 @@ def check_exact(held: Sequence[Sequence[Chunk]], divided: Sequence[Sequence[Part
     written: dict[str, list[Chunk]] = {name: [] for name in names}
     for rank, parts in enumerate(divided):
         for part in parts:
-            source = held[rank][part.held]
+            source = held[rank][part.box]
             offsets, sizes = list(source.offsets), list(source.sizes)
             if sizes:
                 offsets[part.dim] += part.start

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.save import staging_copy as copy_module
-from engine.save.overlap_guard import methods_beside_step, state_device, why_unguarded
+from engine.save.overlap import methods_beside_step, overlap_stream, state_device, why_unguarded
 from engine.save.staged_snapshot import StagedSnapshot
-from engine.save.staging_copy import Batch, Copier, Pair, copy_pairs, overlap_stream
+from engine.save.staging_copy import Batch, Copier, Pair, copy_pairs
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -254,7 +253,7 @@ def test_when_copies_do_not_overlap(
 
 def test_when_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = FakeStream()
-    monkeypatch.setattr(copy_module, "CudaStream", lambda device: stream)
+    monkeypatch.setattr("engine.save.overlap.CudaStream", lambda device: stream)
     assert overlap_stream("auto", CUDA, lambda: None) == (stream, "copies overlap with training")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.save import samples
-from engine.save.samples import host_bytes, pieces, some_bytes
+from engine.save import raw_bytes
+from engine.save.raw_bytes import host_bytes, pieces, some_bytes
 
 BASE = torch.arange(4 * 6 * 5, dtype=torch.float32).view(4, 6, 5)
 
@@ -50,7 +50,7 @@ def test_memory_is_taken_as_it_is_only_where_it_reads_so(name: str) -> None:
 
 
 def test_pieces_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "PIECE_BYTES", 64)
+    monkeypatch.setattr(raw_bytes, "PIECE_BYTES", 64)
     tensor = TENSORS["transposed"]
     found = [bytes(piece) for piece in pieces(tensor)]
     assert max(map(len, found)) == 64

@@ -1,13 +1,37 @@
-"""Whether overlapped copies are safe for a state: only the steps of its own optimizers may change it."""
+"""Whether copies may overlap with training, and the stream that they then run on.
+
+They may if only the steps of the state's own optimizers change what is copied.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from engine.save.staging_copy import CopyStream, CudaStream
+
+
+def overlap_stream(
+    setting: bool | str, device: torch.device, why_not: Callable[[], str | None]
+) -> tuple[CopyStream | None, str]:
+    """The side stream to copy on, or None if copies do not overlap; and the reason.
+
+    Args:
+        setting: "auto", or False to copy before `save` returns.
+        why_not: returns why parameter changes cannot be delayed until the copy is done, or None.
+    """
+    if setting is False:
+        return None, "overlap is switched off"
+    if device.type != "cuda":
+        return None, "the state is in host memory"
+    reason = why_not()
+    if reason is not None:
+        return None, reason
+    return CudaStream(device), "copies overlap with training"
 
 
 def state_device(state: Mapping[str, Any]) -> torch.device:
