@@ -13,8 +13,7 @@ from engine.checkpoints import terminal
 from engine.checkpoints.target import open_directory, run_policy
 from engine.directory.listing import Listed, committed, list_checkpoints, read_manifest
 from engine.directory.pending import pending_copies
-from engine.directory.retention import by_sequence, rule_of
-from engine.directory.selectors import roles
+from engine.directory.retention import by_sequence, roles, rule_of
 from engine.errors import DamagedError, NotFoundError
 from engine.format.best import DEFAULT, BestRule
 from engine.format.json import encode_metric

@@ -13,7 +13,7 @@ from typing import Any
 from engine.checkpoints import terminal
 from engine.checkpoints.target import find, open_target, run_policy, select
 from engine.directory.listing import Listed, committed, list_checkpoints, read_manifest
-from engine.directory.selectors import roles
+from engine.directory.retention import roles
 from engine.format.manifest import Manifest, TensorInfo
 from engine.storage.base import Storage
 from engine.text import readable_bytes

@@ -24,7 +24,14 @@ from engine.format.digest import bytes_digest
 from engine.format.index import ShardIndex
 from engine.format.json import MAX_BYTES
 from engine.format.manifest import Manifest
-from engine.format.names import DAMAGED, DEAD_PREFIX, HELD, MANIFEST, is_checkpoint_file, parse_attempt_name
+from engine.format.names import (
+    DAMAGED,
+    DEAD_PREFIX,
+    MANIFEST,
+    ON_HOLD,
+    is_checkpoint_file,
+    parse_attempt_name,
+)
 from engine.storage.base import Heads, Storage
 
 Status = Literal["committed", "partial", "damaged"]
@@ -259,7 +266,7 @@ def _with_manifest(
     storage: Storage, name: str, files: dict[str, int], whole: bool
 ) -> tuple[Listed | None, Manifest | None]:
     """List a directory with a manifest; also returns the manifest. None if it was deleted since."""
-    on_hold, bytes = HELD in files, sum(files.values())
+    on_hold, bytes = ON_HOLD in files, sum(files.values())
     try:
         manifest, raw = _manifest(storage, name)
     except NotFoundError:
@@ -290,7 +297,7 @@ def _without_manifest(storage: Storage, name: str, files: dict[str, int], whole:
             return None  # deleted since the listing
     if files and not any(map(is_checkpoint_file, files)):
         reason = "only files that Holdfast did not write: they are never deleted"
-    return Listed(name, "partial", None, sum(files.values()), reason, HELD in files)
+    return Listed(name, "partial", None, sum(files.values()), reason, ON_HOLD in files)
 
 
 def _age(manifest: Manifest) -> tuple[int, str]:

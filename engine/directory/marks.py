@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine.errors import DamagedError, HoldfastError, NotFoundError
 from engine.format.digest import bytes_digest
 from engine.format.json import canonical_bytes, parse_canonical
-from engine.format.names import DAMAGED, HELD, MANIFEST, TMP_SUFFIX, is_checkpoint_file
+from engine.format.names import DAMAGED, MANIFEST, ON_HOLD, TMP_SUFFIX, is_checkpoint_file
 from engine.storage.base import Storage
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def seen(storage: Storage, id: str) -> str:
     files = {
         name: version
         for name, version in storage.versions(id).items()
-        if is_checkpoint_file(name) and name not in (DAMAGED, HELD) and not name.endswith(TMP_SUFFIX)
+        if is_checkpoint_file(name) and name not in (DAMAGED, ON_HOLD) and not name.endswith(TMP_SUFFIX)
     }
     return bytes_digest(canonical_bytes(files))
 
@@ -90,14 +90,14 @@ def clear_damage_mark(storage: Storage, id: str) -> bool:
 def hold(storage: Storage, id: str) -> None:
     """Exempt a committed checkpoint from retention until `release`. NotFoundError if it does not exist."""
     _require(storage, id)
-    storage.publish(f"{id}/{HELD}", b"", exclusive=False)
+    storage.publish(f"{id}/{ON_HOLD}", b"", exclusive=False)
     _require(storage, id)  # retention may have deleted it before it saw the mark
 
 
 def release(storage: Storage, id: str) -> None:
     """Let retention delete the checkpoint again. Does nothing for one that is not on hold."""
     _require(storage, id)
-    storage.delete_file(f"{id}/{HELD}")
+    storage.delete_file(f"{id}/{ON_HOLD}")
     storage.sync_dir(id)
 
 

@@ -18,8 +18,8 @@ from engine.directory.retention import Decision
 from engine.errors import NotOursError, StorageError, StorageFullError
 from engine.format.names import (
     DEAD_PREFIX,
-    HELD,
     MANIFEST,
+    ON_HOLD,
     TMP_SUFFIX,
     TOMBSTONE,
     is_attempt_of,
@@ -146,7 +146,7 @@ def _is_abandoned(
 
 
 def _delete_checkpoint(storage: Storage, name: str) -> bool:
-    if storage.exists(f"{name}/{HELD}"):
+    if storage.exists(f"{name}/{ON_HOLD}"):
         log.info("%s/%s was put on hold: it is kept", storage.uri, name)
         return False
     reason = storage.why_not_ours(name)

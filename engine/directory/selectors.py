@@ -26,8 +26,6 @@ from engine.format.names import parse_attempt_name
 
 Kind = Literal["latest", "backup", "best", "epoch", "step", "id", "path"]
 
-__all__ = ["FORMS", "Selector", "apply_best_rule", "choose", "describe", "parse_selector", "roles"]
-
 FORMS = (
     "latest, backup, best, epoch:N, step:N, best:METRIC:min, best:METRIC:max, a checkpoint's id, or a path "
     "or URI of one (with a slash)"

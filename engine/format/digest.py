@@ -121,16 +121,14 @@ def expected_digest(packed: bytes, index: int) -> bytes:
     return packed[begin : begin + DIGEST_BYTES]
 
 
-def check_block(view: Buffer, index: int, packed: bytes) -> bool:
-    """Whether `view`, the whole block `index`, is what was written."""
-    return xxhash.xxh3_64_digest(view) == expected_digest(packed, index)
-
-
 def first_bad_block(found: bytes, first_index: int, packed: bytes) -> int | None:
     """The first block that differs among those digested from `first_index` on, or None. Pure."""
     begin = first_index * DIGEST_BYTES
     expected = packed[begin : begin + len(found)]
     if found == expected:
         return None
-    same = (found[at : at + 8] == expected[at : at + 8] for at in range(0, len(found), DIGEST_BYTES))
+    same = (
+        found[at : at + DIGEST_BYTES] == expected[at : at + DIGEST_BYTES]
+        for at in range(0, len(found), DIGEST_BYTES)
+    )
     return first_index + list(same).index(False)

@@ -11,7 +11,7 @@ from engine.errors import HostilePathError
 MANIFEST = "manifest.json"
 """The commit: a directory with this file is a checkpoint."""
 
-HELD = "held"
+ON_HOLD = "held"
 """Marks a checkpoint on hold: retention leaves it alone."""
 
 DAMAGED = "damaged.json"
@@ -103,7 +103,7 @@ def is_checkpoint_file(name: str) -> bool:
         stem, _, random_hex = name.removesuffix(TMP_SUFFIX).rpartition(".")
         if not _HEX.fullmatch(random_hex):
             return False
-    if stem in (MANIFEST, HELD, DAMAGED, TOMBSTONE) or parse_shard_file(stem) is not None:
+    if stem in (MANIFEST, ON_HOLD, DAMAGED, TOMBSTONE) or parse_shard_file(stem) is not None:
         return True
     match = _INDEX.fullmatch(stem)
     return match is not None and index_file(int(match[1])) == stem

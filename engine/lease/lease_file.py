@@ -13,7 +13,7 @@ from engine.lease.process import ProcessIdentity
 
 MAX_LEASE_BYTES = 64 << 10
 
-_NOBODY = ProcessIdentity(host="an unknown host", pid=0, start_time=0, boot_id="", pid_namespace="")
+_UNKNOWN_PROCESS = ProcessIdentity(host="an unknown host", pid=0, start_time=0, boot_id="", pid_namespace="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class LeaseInfo:
     @classmethod
     def unreadable(cls, epoch: int) -> LeaseInfo:
         """In place of a lease file that cannot be parsed: held by an unknown run without a heartbeat."""
-        return cls(epoch, _NOBODY, "unknown", heartbeat=0, heartbeat_at=0.0, released=False)
+        return cls(epoch, _UNKNOWN_PROCESS, "unknown", heartbeat=0, heartbeat_at=0.0, released=False)
 
     def next_heartbeat(self, now: float) -> LeaseInfo:
         """The same lease, one heartbeat later."""

@@ -1,4 +1,4 @@
-"""Full disks: said before anything is written; survived by giving up what is surplus, and nothing else."""
+"""Full disks: said before anything is written; survived by deleting expired checkpoints, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def full_until_something_goes(root: Path, at_least: int) -> Act:
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-def test_surplus_gives_way_and_the_save_is_tried_once_more(faulty: int, root: Path) -> None:
+def test_expired_ones_are_deleted_and_the_save_is_tried_once_more(faulty: int, root: Path) -> None:
     storage = LocalStorage(root)
     with job(root, 2) as world:
         save_well(world, 1)
@@ -52,7 +52,7 @@ def test_surplus_gives_way_and_the_save_is_tried_once_more(faulty: int, root: Pa
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-def test_nothing_committed_is_deleted_when_nothing_is_surplus(faulty: int, root: Path) -> None:
+def test_nothing_committed_is_deleted_when_nothing_has_expired(faulty: int, root: Path) -> None:
     with job(root, 2) as world:
         save_well(world, 1, 2)
         world.ranks[faulty].asked.arm(0, full_until_something_goes(root, 1), sticky=True)

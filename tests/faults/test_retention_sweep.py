@@ -1,4 +1,4 @@
-"""Every operation of a retention pass fails once, or is the last that works; several are surplus."""
+"""Every operation of a retention pass fails once, or is the last that works; several have expired."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def save_well(world: World, step: int) -> str:
     return record.id
 
 
-def with_surplus(world: World, step: int) -> int:
+def with_expired(world: World, step: int) -> int:
     """Save SURPLUS checkpoints that retention would remove, and two that it keeps; the newest step."""
     storage = LocalStorage(world.root)
-    surplus = []
+    expired = []
     for _ in range(SURPLUS):
         step += 1
-        surplus.append(save_well(world, step))
-        hold(storage, surplus[-1])
+        expired.append(save_well(world, step))
+        hold(storage, expired[-1])
     for _ in range(2):
         step += 1
         save_well(world, step)
-    for name in surplus:
+    for name in expired:
         release(storage, name)
     return step
 
@@ -70,7 +70,7 @@ def test_every_operation_of_a_retention_pass_fails_once(
         target = getattr(world.ranks[0], level)
         step = k = files = 0
         while True:
-            step = with_surplus(world, step)
+            step = with_expired(world, step)
             target.arm(k, act, sticky=lasts)
             (outcome, _) = world.each(clean_up)
             target.disarm()

@@ -152,13 +152,15 @@ def test_saves_commit_and_retention_waits_while_the_mirror_makes_no_progress(
         checkpointer.save(step).result(DEADLINE_SECS)
     checkpointer.wait()
     assert slow.writing.wait(DEADLINE_SECS)
-    assert steps_in(local) == [10, 20, 30, 40], "all are owed"
+    assert steps_in(local) == [10, 20, 30, 40], "all are pending"
     slow.gate.set()
     checkpointer.close()
     assert {30, 40} <= set(steps_in(slow))
-    assert steps_in(local) == [30, 40], "what only the mirror's debt had kept goes when it is paid"
+    assert steps_in(local) == [30, 40], (
+        "what was kept only because it was pending is deleted once it is copied"
+    )
     run(tmp_path / "local", "slow:", 50, retention=keep)
-    assert steps_in(local) == [40, 50], "nothing is owed any more"
+    assert steps_in(local) == [40, 50], "nothing is pending any more"
 
 
 def test_a_broken_mirror_fails_no_save(tmp_path: Path, slow: Slow) -> None:

@@ -129,7 +129,7 @@ def test_copy_into_a_directory_that_a_run_writes_to(run: Program, source: Path, 
         run("copy", source, target.uri).refused("is held by", str(target.uri))
 
 
-def test_list_shows_both_tiers_and_what_is_owed(run: Program, source: Path, tmp_path: Path) -> None:
+def test_list_shows_both_tiers_and_what_is_pending(run: Program, source: Path, tmp_path: Path) -> None:
     mirror = tmp_path / "mirror"
     run("copy", source, mirror)
     write_checkpoint(source, sequence=4, world_size=2)

@@ -298,7 +298,7 @@ def test_a_copy_that_is_still_arriving_is_not_removed(
 
 
 @pytest.mark.parametrize("rounds", [0, 2])
-def test_a_copy_that_has_just_arrived_is_not_surplus_yet(rounds: int, tmp_path: Path) -> None:
+def test_a_copy_that_has_just_arrived_does_not_expire_yet(rounds: int, tmp_path: Path) -> None:
     """Its manifest came first and its sizes are right: whether all bytes are there, nobody can tell."""
     storage, now = LocalStorage(tmp_path / "run"), [0.0]
     for n in (7, 8, 9):

@@ -1,4 +1,4 @@
-"""What a mirror is owed, as tables: which checkpoints, in which order, and what retention leaves alone."""
+"""Pending checkpoints, as tables: which, in which order, and what retention keeps because of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_so_many_steps_and_always_for_a_reason_of_its_own(
         ((1, 2, 3), (1, 2, 3), []),
         # The mirror alone has what the local retention has removed.
         ((3,), (1, 2), [3]),
-        # It would go as soon as it came: two newer ones are there already.
+        # It would expire at once: the mirror has two newer ones.
         ((1, 2, 3), (2, 3), []),
         ((1, 2, 3, 4), (3, 4), []),
         # One newer one there: it would be the backup.
@@ -61,19 +61,19 @@ def test_every_so_many_steps_and_always_for_a_reason_of_its_own(
     ],
     ids=str,
 )
-def test_the_newest_goes_first_and_what_would_not_stay_is_not_owed(
+def test_the_newest_is_first_and_what_would_expire_at_once_is_not_pending(
     local: tuple[int, ...], mirror: tuple[int, ...], expected: list[int]
 ) -> None:
     assert numbers(pending_copies(records(*local), records(*mirror), 1, KEEP_2)) == expected
 
 
-def test_an_old_best_one_is_owed_whatever_has_come_since() -> None:
+def test_an_old_best_one_is_pending_even_with_newer_ones() -> None:
     best = record(1, loss=1.0)
     assert pending_copies([best, *records(2, 3)], records(2, 3), 1, KEEP_2) == [best]
     assert pending_copies([best, *records(2)], [*records(2, 3), record(4, loss=0.5)], 1, KEEP_2) == []
 
 
-def test_without_a_policy_everything_is_owed() -> None:
+def test_without_a_policy_everything_is_pending() -> None:
     assert numbers(pending_copies(records(1, 2, 3), records(3), 1, None)) == [2, 1]
 
 
@@ -82,7 +82,7 @@ def test_order_is_by_number_not_by_step() -> None:
     assert numbers(pending_copies(branch, [], 1, None)) == [2, 1]
 
 
-def test_the_local_retention_spares_what_is_owed() -> None:
+def test_the_local_retention_keeps_pending_ones() -> None:
     policy = decide_retention(records(1, 2, 3, 4, 5), KEEP_2)
     decisions = keep_pending(policy, {"step-00000002-00000002", "step-00000005-00000005"})
     assert [(d.record.sequence, d.keep) for d in decisions] == [
@@ -97,15 +97,15 @@ def test_the_local_retention_spares_what_is_owed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owed_numbers", "in_flight", "goes"),
+    ("pending_numbers", "in_flight", "goes"),
     [
-        # The only one that is owed never goes, nor the oldest.
+        # The only pending one is never deleted, nor the oldest.
         ((), None, None),
         ((1,), None, None),
         ((2,), None, None),
         ((1, 2), None, 2),
         ((1, 2, 3), None, 2),
-        # What the policy keeps stays, owed or not: 4 is the backup, 5 the latest.
+        # What the policy keeps stays, pending or not: 4 is the backup, 5 the latest.
         ((4, 5), None, None),
         ((3, 4, 5), None, None),
         ((2, 3, 4, 5), None, 3),
@@ -115,11 +115,11 @@ def test_the_local_retention_spares_what_is_owed() -> None:
     ],
     ids=str,
 )
-def test_on_a_full_disk_one_goes_that_has_an_older_one_owed(
-    owed_numbers: tuple[int, ...], in_flight: int | None, goes: int | None
+def test_on_a_full_disk_one_is_deleted_that_has_an_older_pending_one(
+    pending_numbers: tuple[int, ...], in_flight: int | None, goes: int | None
 ) -> None:
     policy = decide_retention(records(1, 2, 3, 4, 5), KEEP_2)
-    ids = {record(number).id for number in owed_numbers}
+    ids = {record(number).id for number in pending_numbers}
     decision = pending_to_delete(policy, ids, None if in_flight is None else record(in_flight).id)
     assert (decision.record.sequence if decision else None) == goes
     if decision is not None:

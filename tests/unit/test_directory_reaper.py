@@ -189,7 +189,7 @@ def test_one_put_on_hold_since_the_decision_stays(tmp_path: Path) -> None:
     assert one in names(tmp_path)
 
 
-def test_a_damaged_one_is_never_surplus(tmp_path: Path) -> None:
+def test_a_damaged_one_never_expires(tmp_path: Path) -> None:
     """It is evidence, and it does not count towards what is kept."""
     storage = LocalStorage(tmp_path)
     one, two, three = write_many(tmp_path, 3)

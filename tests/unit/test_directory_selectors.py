@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from engine.directory.retention import Retention
-from engine.directory.selectors import Selector, choose, parse_selector, roles
+from engine.directory.retention import Retention, roles
+from engine.directory.selectors import Selector, choose, parse_selector
 from engine.errors import SelectorError
 from tests.support.records import record
 

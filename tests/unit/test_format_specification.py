@@ -54,7 +54,7 @@ def test_it_names_every_file_that_is_holdfasts() -> None:
     text = section("7. Files beside the data") + section("1. Names") + PAGE[: PAGE.index("## 1.")]
     for name in (
         names.MANIFEST,
-        names.HELD,
+        names.ON_HOLD,
         names.DAMAGED,
         names.TOMBSTONE,
         names.DEAD_PREFIX,

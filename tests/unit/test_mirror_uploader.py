@@ -32,7 +32,7 @@ KEEP_2 = Retention(rolling=2)
 
 
 @pytest.fixture(autouse=True)
-def opened_mirrors_let_go(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def opened_mirrors_are_released(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A mirror that a test opens and leaves keeps a lease, whose thread would outlive the test."""
     opened: list[Mirror] = []
     real = Mirror.open
@@ -123,7 +123,7 @@ def test_mirror_freq_thins_out_interval_saves_only(local: LocalStorage, second: 
 
 
 @pytest.mark.usefixtures("nothing_arrives")
-def test_what_was_half_sent_is_continued_and_what_is_not_owed_any_more_is_cleared(
+def test_what_was_half_sent_is_continued_and_what_is_no_longer_pending_is_deleted(
     local: LocalStorage, second: Storage
 ) -> None:
     one, two = save(local, 1, 2)
@@ -160,7 +160,7 @@ def test_a_copy_that_changed_is_found_and_mended_at_the_next_start(
     assert len(desk.events) == 1
 
 
-def test_a_copy_whose_size_changed_is_owed_again(local: LocalStorage, second: Storage) -> None:
+def test_a_copy_whose_size_changed_is_pending_again(local: LocalStorage, second: Storage) -> None:
     (one,) = save(local, 1)
     Desk(local, second).once()
     second.write_file(f"{one}/shard-00000.safetensors", b"short")
@@ -506,7 +506,7 @@ def lease_of(local: Storage) -> Lease:
     return Lease.acquire(local, run_id="run")
 
 
-def test_the_local_retention_keeps_what_the_mirror_is_owed(local: LocalStorage, second: Storage) -> None:
+def test_the_local_retention_keeps_what_is_pending(local: LocalStorage, second: Storage) -> None:
     save(local, 1, 2, 3, 4, 5)
     mirror = Desk(local, second, retention=KEEP_2).mirror
     lease = lease_of(local)
@@ -518,7 +518,7 @@ def test_the_local_retention_keeps_what_the_mirror_is_owed(local: LocalStorage, 
     assert steps_in(local) == [40, 50]
 
 
-def test_a_full_disk_takes_owed_ones_one_at_a_time_and_says_so(
+def test_on_a_full_disk_pending_ones_are_deleted_one_at_a_time_with_a_warning(
     local: LocalStorage, second: Storage, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(local, 1, 2, 3, 4, 5)
@@ -533,7 +533,9 @@ def test_a_full_disk_takes_owed_ones_one_at_a_time_and_says_so(
     assert steps_in(local) == [10, 40, 50]
 
 
-def test_a_full_disk_takes_what_nobody_is_owed_first(local: LocalStorage, second: Storage) -> None:
+def test_on_a_full_disk_expired_ones_are_deleted_before_pending_ones(
+    local: LocalStorage, second: Storage
+) -> None:
     save(local, 1, 2, 3, 4, 5)
     mirror = Desk(local, second, freq=40, retention=KEEP_2).mirror
     assert delete_expired(local, lease_of(local), KEEP_2, mirror, disk_full=True)
