@@ -1,4 +1,4 @@
-"""Saves that fail on one rank: all ranks go on alike, and all stop alike."""
+"""Saves that fail on one rank: all ranks continue alike and stop alike."""
 
 from __future__ import annotations
 

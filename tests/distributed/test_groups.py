@@ -1,4 +1,4 @@
-"""Checkpointers of some of the ranks: subgroups, groups that come and go, ranks that make none."""
+"""Checkpointers of some of the ranks: subgroups, short-lived groups, ranks without a Checkpointer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that only some ranks make: an error names who did not come to what, and the next save commits."""
+"""Calls that only some ranks make: an error names the ranks and the call, and the next save commits."""
 
 from __future__ import annotations
 

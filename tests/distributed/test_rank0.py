@@ -1,4 +1,4 @@
-"""Values that rank 0 alone decides: saved from it, whatever the others have, and given to all."""
+"""Values that rank 0 alone decides: saved from rank 0, whatever the others have, and restored on all."""
 
 from __future__ import annotations
 

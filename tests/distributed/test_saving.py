@@ -1,4 +1,4 @@
-"""Saves and restores of several ranks: one outcome for all, whoever fails, differs, or is late."""
+"""Saves and restores of several ranks: one outcome for all, whichever rank fails, differs or is late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Save and restore on one process: whatever the state, it comes back to the bit, into fresh objects."""
+"""Save and restore in one process: any state is restored bit by bit, into fresh objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`check_snapshots`: a save whose files do not hold the state of one moment fails, and says which tensors."""
+"""`check_snapshots`: a save whose files are not the state of one moment fails and names the tensors."""
 
 from __future__ import annotations
 

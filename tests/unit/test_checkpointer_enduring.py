@@ -1,4 +1,4 @@
-"""A failed save does not end training: it is logged and tried again; too many, or a bad state, are raised."""
+"""A failed save does not end training: it is logged and tried again. Too many, or a bad state, raise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves that fail, wait, are skipped or forgotten: what is committed stays, and nobody goes untold."""
+"""Saves that fail, wait, are skipped or forgotten: commits stay, and every failure is reported."""
 
 from __future__ import annotations
 

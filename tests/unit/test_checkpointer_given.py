@@ -1,4 +1,4 @@
-"""The state that was handed over, and the one that a save or restore finds: other objects are refused."""
+"""A save or restore refuses a state whose objects are not those given to the Checkpointer."""
 
 from __future__ import annotations
 

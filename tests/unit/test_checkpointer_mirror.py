@@ -1,4 +1,4 @@
-"""A Checkpointer with a mirror: saves never wait for it, and a restore takes the newest whole one of both."""
+"""A Checkpointer with a mirror: saves never wait for it, and a restore takes the newest intact checkpoint."""
 
 from __future__ import annotations
 

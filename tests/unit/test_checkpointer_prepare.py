@@ -1,4 +1,4 @@
-"""Taking the snapshot's memory ahead of the first save."""
+"""`prepare` allocates the snapshot's memory before the first save."""
 
 from __future__ import annotations
 

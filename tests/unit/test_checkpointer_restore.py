@@ -1,4 +1,4 @@
-"""Which checkpoint a restore takes, what it does about damage, and what it refuses, changing nothing."""
+"""Which checkpoint a restore takes, how it handles damage, and what it refuses without changing anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training loop waits for, shown by who calls which storage and in which order, not by clocks."""
+"""What a training loop waits for, shown by the order of storage calls, not by clocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forked children: they end at once with their own status, and nothing of the parent's run is touched."""
+"""Forked children end at once with their own status and touch nothing of the parent's run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The garbage collector is held off while a save looks at the state and copies it, and at no other time."""
+"""The garbage collector pauses while a save looks at the state and copies it, and at no other time."""
 
 from __future__ import annotations
 

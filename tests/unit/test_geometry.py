@@ -1,4 +1,4 @@
-"""Boxes of tensors against sets of their elements: what is shared, what is covered, how they are cut."""
+"""Boxes of tensors, checked against sets of their elements: intersection, coverage, cutting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values that group a Checkpointer's options: validated where they are made."""
+"""The grouped options of a Checkpointer are validated when they are made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreements: one rank's answer or error is every rank's, of one kind, so that all go the same way."""
+"""Agreements: one rank's answer or error becomes every rank's, in the same class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which call all ranks are in: ranks that make other calls than rank 0 are told so, and find the next one."""
+"""Ranks that make other calls than rank 0 receive an error and find the next common call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store whose server stands still holds nobody for ever."""
+"""A store whose server is frozen blocks no rank forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments are checked where they are given: one sentence for each thing that cannot be."""
+"""Arguments are checked where they are given; one sentence says what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commit: every receipt in, every file seen, the lease still held, then the manifest, whole."""
+"""The commit: all receipts in, every file confirmed, the lease still held, and a complete manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who writes what: every element exactly once, replicas sharing the work evenly."""
+"""Who writes what: every element exactly once, and replicas share the work evenly."""
 
 from __future__ import annotations
 

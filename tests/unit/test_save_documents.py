@@ -1,4 +1,4 @@
-"""One value for each state key, of what all ranks have: asked for only where it is needed."""
+"""One value for each state key from all ranks' values, which are asked for only if needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much host memory is left, as fake /proc and /sys trees tell it."""
+"""How much host memory is left, according to fake /proc and /sys trees."""
 
 from __future__ import annotations
 

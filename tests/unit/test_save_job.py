@@ -1,4 +1,4 @@
-"""One save on its background threads, ranks as threads: one outcome for all, whatever failed where."""
+"""One save on its background threads, with ranks as threads: any failure gives all ranks the same outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What saves that fail leave in memory: nothing."""
+"""Failed saves leave nothing in memory."""
 
 from __future__ import annotations
 

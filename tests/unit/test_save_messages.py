@@ -1,4 +1,4 @@
-"""Receipts: they survive the wire, and say who failed."""
+"""Receipts survive the wire and say which ranks failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handles: what the caller is told, once and never lost."""
+"""Handles report a failure to the caller exactly once and never lose it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of tensors, as they read, whatever their memory looks like."""
+"""The bytes of tensors in row-major order, for any memory layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank digests of its replicas, and what rank 0 says of all ranks' digests."""
+"""What one rank digests of its replicas, and what rank 0 concludes from all ranks' digests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is compared at one save, as a table: small ones whole, large ones by blocks that come everywhere."""
+"""What one save compares, as a table: small tensors whole, large ones by blocks that reach every byte."""
 
 from __future__ import annotations
 

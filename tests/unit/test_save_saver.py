@@ -1,4 +1,4 @@
-"""Rank 0's word on each save, as the other ranks hear it, ranks as threads."""
+"""Rank 0's decision on each save, and what the other ranks do, with ranks as threads."""
 
 from __future__ import annotations
 

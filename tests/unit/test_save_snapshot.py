@@ -1,4 +1,4 @@
-"""One snapshot after another: planned once, one buffer, standing orders that follow the live memory."""
+"""One snapshot after another: one plan, one buffer, and copies that follow the live memory."""
 
 from __future__ import annotations
 

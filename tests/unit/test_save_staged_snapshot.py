@@ -1,4 +1,4 @@
-"""Writing follows copying: whoever waits gets exactly what is there, or the copy's error."""
+"""Writing follows copying: a waiting thread gets exactly the bytes that are there, or the copy's error."""
 
 from __future__ import annotations
 

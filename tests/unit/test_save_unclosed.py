@@ -1,4 +1,4 @@
-"""A Checkpointer that nobody holds any more gives its directory back; one that is held says where it is."""
+"""An unreferenced Checkpointer releases its directory; for a referenced one the error says where it is."""
 
 from __future__ import annotations
 

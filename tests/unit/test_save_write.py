@@ -1,4 +1,4 @@
-"""One rank's shards follow the copy into the staging buffer, but not at its heels."""
+"""One rank's shards are written while the copy into the staging buffer runs, at a distance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Agreeing on who writes what: over the store, and never leaving a rank waiting for another's trouble."""
+"""The agreement on who writes what uses only the store, and a rank's failure leaves no rank waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals that end a loop of the user's own: between two steps, saved, whatever its workers do."""
+"""Signals end a user's own loop between two steps, with a save, whatever its workers do."""
 
 from __future__ import annotations
 
