@@ -120,42 +120,27 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
         key: the optimizer's, for messages.
         takes: whether to restore a hyperparameter; others keep their live values.
     """
-    home = {name: number for number, group in enumerate(saved) for name in group.names}
-    homes = [list(dict.fromkeys(home[name] for name in group.names if name in home)) for group in live]
-    # Empty groups can only be matched by their order.
-    empty = [number for number, group in enumerate(saved) if group.is_empty]
-    here = [number for number, group in enumerate(live) if group.is_empty]
-    if len(empty) == len(here):
-        for at, number in zip(empty, here, strict=True):
-            homes[number] = [at]
+    homes = _homes(live, saved)
     found: list[dict[str, Any]] = []
     conflicts: list[str] = []
     for number, group in enumerate(live):
+        sources = [saved[at] for at in homes[number]]
         mine: dict[str, Any] = {}
-        for name in dict.fromkeys(name for at in homes[number] for name in saved[at].values):
+        for name in dict.fromkeys(name for source in sources for name in source.values):
             if name in _NOT_HYPERPARAMETERS or not takes(name):
                 continue
-            claims = [saved[at] for at in homes[number] if name in saved[at].values]
-            value = claims[0].values[name]
-            other = next((claim for claim in claims if _differ(value, claim.values[name])), None)
-            if other is not None:
+            claims = [source for source in sources if name in source.values]
+            parts = [
+                part
+                for part, of in zip(live, homes, strict=True)
+                if set(of) & set(homes[number]) and name in part.values
+            ]
+            conflict = _conflict(f"{name} of group {number}", name, group, claims, parts)
+            if conflict:
                 conflicts.append(
-                    f"{key}: {name} of group {number} was {_show(value)} for {_some(claims[0].names)} and "
-                    f"{_show(other.values[name])} for {_some(other.names)} when saved{_way_out(key, name)}"
+                    f'{key}: {conflict}; exclude=("{key}.param_groups.{name}",) keeps the live values'
                 )
-            elif _split_differs(name, number, live, homes) and _differ(group.values.get(name), value):
-                conflicts.append(
-                    f"{key}: {name} of group {number} ({_some(group.names)}) is "
-                    f"{_show(group.values.get(name))} here and was {_show(value)} when saved, in one group "
-                    f"with parameters whose values differ here{_way_out(key, name)}"
-                )
-            elif _rounds(group.values.get(name), value):
-                conflicts.append(
-                    f"{key}: {name} of group {number} was {_show(value)} when saved, which its "
-                    f"{group.values[name].dtype} tensor here would round. Use a number or a tensor of "
-                    f"torch.float64 here{_way_out(key, name)}"
-                )
-            mine[name] = value
+            mine[name] = claims[0].values[name]
         found.append(mine)
     saved_values = {name for group in saved for name in group.values} - _NOT_HYPERPARAMETERS
     notes = [
@@ -166,14 +151,46 @@ def assign(key: str, live: Sequence[Group], saved: Sequence[Group], takes: Calla
     return Assigned(found, conflicts, notes)
 
 
-def _split_differs(name: str, number: int, live: Sequence[Group], homes: Sequence[Sequence[int]]) -> bool:
-    """Whether the live groups that were one group when saved differ in a hyperparameter."""
-    parts = [
-        group
-        for group, of in zip(live, homes, strict=True)
-        if set(of) & set(homes[number]) and name in group.values
-    ]
-    return any(_differ(parts[0].values[name], part.values[name]) for part in parts[1:])
+def _homes(live: Sequence[Group], saved: Sequence[Group]) -> list[list[int]]:
+    """For each live group, the positions of the saved groups that had its parameters."""
+    home = {name: number for number, group in enumerate(saved) for name in group.names}
+    homes = [list(dict.fromkeys(home[name] for name in group.names if name in home)) for group in live]
+    # Empty groups can only be matched by their order.
+    empty = [number for number, group in enumerate(saved) if group.is_empty]
+    here = [number for number, group in enumerate(live) if group.is_empty]
+    if len(empty) == len(here):
+        for at, number in zip(empty, here, strict=True):
+            homes[number] = [at]
+    return homes
+
+
+def _conflict(what: str, name: str, group: Group, claims: Sequence[Group], parts: Sequence[Group]) -> str:
+    """Why a live group cannot have a saved hyperparameter, in a sentence; else "".
+
+    Args:
+        claims: the saved groups that have a value for it.
+        parts: the live groups that have a value and were one group with this one when saved.
+    """
+    value = claims[0].values[name]
+    here: Any = group.values.get(name)
+    other = next((claim for claim in claims if _differ(value, claim.values[name])), None)
+    if other is not None:
+        return (
+            f"{what} was {_show(value)} for {_some(claims[0].names)} and "
+            f"{_show(other.values[name])} for {_some(other.names)} when saved"
+        )
+    split = any(_differ(parts[0].values[name], part.values[name]) for part in parts[1:])
+    if split and _differ(here, value):
+        return (
+            f"{what} ({_some(group.names)}) is {_show(here)} here and was {_show(value)} when saved, in one "
+            "group with parameters whose values differ here"
+        )
+    if _rounds(here, value):
+        return (
+            f"{what} was {_show(value)} when saved, which its {here.dtype} tensor here would round. Use a "
+            "number or a tensor of torch.float64 here"
+        )
+    return ""
 
 
 def _differ(one: Any, two: Any) -> bool:
@@ -190,10 +207,6 @@ def _rounds(live: Any, value: Any) -> bool:
         return _differ(torch.full((), value, dtype=live.dtype).item(), value)
     except (RuntimeError, OverflowError):  # out of the range of the dtype
         return True
-
-
-def _way_out(key: str, name: str) -> str:
-    return f'; exclude=("{key}.param_groups.{name}",) keeps the live values'
 
 
 def _show(value: Any) -> str:

@@ -157,13 +157,12 @@ class OptimizerPlan:
             if not self.takes_field(live, field):
                 continue
             own = entry.get(field) if isinstance(entry, dict) else None
-            here = None
+            here = info
             if was is not None and was != is_ and was.shape == info.shape:
                 here = TensorInfo(is_.dtype if info.dtype == was.dtype else info.dtype, is_.shape)
-                here = None if here == info else here
             elif isinstance(own, torch.Tensor) and from_torch(own.dtype, name) != info.dtype:
                 here = TensorInfo(from_torch(own.dtype, name), global_shape(detached(own, like=parameter)))
-            if here is None:
+            if here == info:
                 one = self._first_paths.get(f"{self.saved_names[live]}.{field}", "")
                 same[field] = self._shared.get(one, firsts.get(one, name))
                 if same[field] != name:
