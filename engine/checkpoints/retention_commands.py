@@ -19,7 +19,7 @@ from engine.storage.base import Storage
 from engine.text import readable_bytes
 
 _RUN_ID = "prune"
-_KEPT, _DELETED, _WOULD_DELETE = "kept", "deleted", "would delete"
+_KEPT, _EXPIRED, _DELETED, _WOULD_DELETE = "kept", "expired", "deleted", "would delete"
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
         lease.start_heartbeat()
         listed = list_checkpoints(storage)  # again: under the lease no other run changes it
         decisions = _decide(storage, listed, arguments)
-        _print_decisions(decisions, _DELETED)
+        _print_decisions(decisions, _EXPIRED)  # before the deletions, which may fail or find a new hold
         reaped = [reap(storage, decisions, lease=lease), reap_abandoned(storage, lease=lease)]
         for item in _partial(listed):
             _print_partial(item, _DELETED if item.id in reaped[-1].deleted else _KEPT)
@@ -93,9 +93,9 @@ def _print_partial(item: Listed, word: str) -> None:
     _print(word, item.id, item.bytes, why)
 
 
-def _print_decisions(decisions: list[Decision], expired: str) -> None:
+def _print_decisions(decisions: list[Decision], if_expired: str) -> None:
     for decision in decisions:
-        word = _KEPT if decision.keep else expired
+        word = _KEPT if decision.keep else if_expired
         _print(word, decision.record.id, decision.record.bytes, decision.why)
 
 
