@@ -32,7 +32,7 @@ from engine.format.json import canonical_bytes
 from engine.format.manifest import TensorInfo
 from engine.ranks.calls import Call, end_call
 from engine.ranks.coordination import Channel, Clock
-from engine.save import documents, events
+from engine.save import events, shared_values
 from engine.save.commit import SaveInfo, check_receipts, confirm_files
 from engine.save.events import Listener
 from engine.save.messages import (
@@ -86,7 +86,7 @@ class Job:
     problem: Exception | None = None
     secs: dict[str, float] = field(default_factory=dict)
     live_digests: Digests = field(default_factory=dict)
-    kinds: Mapping[str, documents.Kind] = field(default_factory=dict)
+    kinds: Mapping[str, shared_values.Kind] = field(default_factory=dict)
     comparison: Comparison = field(default_factory=Comparison)
 
 
@@ -177,8 +177,8 @@ class JobRunner:
         """Every rank but 0: send the receipt, answer rank 0's questions, wait for its outcome."""
         self.channel.gather(f"{key}/receipt", receipt.to_bytes(), 0)
         raw = self._await_outcome(key, deadline)
-        if raw.startswith(documents.ASKING):
-            own = documents.answer(raw, self.channel.rank, job.kinds, job.objects)
+        if raw.startswith(shared_values.ASKING):
+            own = shared_values.answer(raw, self.channel.rank, job.kinds, job.objects)
             self.channel.gather(f"{key}/values", own, 0)
             key = f"{key}/told"
             raw = self._await_outcome(key, deadline)
@@ -200,15 +200,19 @@ class JobRunner:
         try:
             receipts = self._collect_receipts(job, receipt, key, deadline)
             retry = may_retry and lacked_space(receipts) and self._make_room(job)
-            wanted = {} if failures(receipts) else documents.to_ask([receipt.shared for receipt in receipts])
+            wanted: dict[int, list[str]] = {}
+            if not failures(receipts):
+                wanted = shared_values.values_to_ask([receipt.shared for receipt in receipts])
             different: list[str] = []
             if wanted:
-                own = documents.answer(canonical_bytes({"0": wanted.get(0, [])}), 0, job.kinds, job.objects)
+                own_keys = canonical_bytes({"0": wanted.get(0, [])})
+                own = shared_values.answer(own_keys, 0, job.kinds, job.objects)
                 # From here on the other ranks wait for the outcome under another key.
                 asked_by, key = key, f"{key}/told"
                 self.doing = "asking the other ranks for their values"
-                told = documents.ask(self.channel, asked_by, wanted, own, max(1.0, deadline - self.clock()))
-                job.objects, different = documents.put_together(job.objects, told, merge_documents)
+                left_secs = max(1.0, deadline - self.clock())
+                told = shared_values.ask(self.channel, asked_by, wanted, own, left_secs)
+                job.objects, different = shared_values.merge(job.objects, told, merge_documents)
             if not retry:
                 record = self._commit(job, receipts, different, deadline)
         except BaseException as error:

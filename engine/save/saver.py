@@ -27,7 +27,7 @@ from engine.options import Checks
 from engine.ranks.agreement import LATE_VERDICT_SECS, all_agree, all_arrive, open_call
 from engine.ranks.calls import PREPARE, SAVE, Call, Calls, Request, end_call
 from engine.ranks.coordination import Channel, Clock
-from engine.save import documents, events
+from engine.save import events, shared_values
 from engine.save.commit import SaveInfo
 from engine.save.events import Listener
 from engine.save.in_flight import Flight
@@ -309,7 +309,7 @@ class Saver:
             objects=captured.shared,
             aliases=self.planner.aliases,
             tensors=self.planner.tensors,
-            shared_digests={name: documents.digest(value) for name, value in captured.shared.items()},
+            shared_digests={name: shared_values.digest(value) for name, value in captured.shared.items()},
             kinds=kinds,
             comparison=comparison,
             secs={"compare": self.clock() - begun} if comparison.found else {},

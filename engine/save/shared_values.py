@@ -38,7 +38,7 @@ def digest(value: Any) -> str:
     return bytes_digest(canonical_bytes(without_order(value)) if b'{"$items":' in raw else raw)
 
 
-def to_ask(shared: Sequence[Mapping[str, str]]) -> dict[int, list[str]]:
+def values_to_ask(shared: Sequence[Mapping[str, str]]) -> dict[int, list[str]]:
     """The keys whose values rank 0 needs, by rank, given all ranks' digests. Pure.
 
     Includes rank 0's own values where another rank's differs.
@@ -76,7 +76,7 @@ def answer(wanted: bytes, rank: int, kinds: Mapping[str, Kind], objects: Mapping
     return canonical_bytes({key: [kinds.get(key, "value"), objects[key]] for key in keys})
 
 
-def put_together(
+def merge(
     objects: Mapping[str, Json],
     told: Sequence[Mapping[str, tuple[Kind, Json]]],
     merge_optimizers: Callable[[str, list[Json]], Json],

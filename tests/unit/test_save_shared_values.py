@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.ranks.coordination import Channel
-from engine.save.documents import ASKING, answer, ask, first_difference, put_together, to_ask
+from engine.save.shared_values import ASKING, answer, ask, first_difference, merge, values_to_ask
 from engine.state.optimizer_document import merge_documents
 from tests.support.channels import MemoryStore, on_ranks
 
@@ -25,7 +25,7 @@ from tests.support.channels import MemoryStore, on_ranks
     ],
 )
 def test_one_rank_of_each_digest_is_asked(shared: list[dict[str, str]], wanted: dict[int, list[str]]) -> None:
-    assert to_ask(shared) == wanted
+    assert values_to_ask(shared) == wanted
 
 
 def test_values_reach_rank_0_and_nothing_is_left_in_the_store() -> None:
@@ -75,7 +75,7 @@ def group(*names: str, **values: Any) -> dict[str, Any]:
 )
 def test_what_goes_together(kind: Any, given: list[Any], merged: Any) -> None:
     told = [{"k": (kind, value)} for value in given]
-    found, problems = put_together({"k": given[0], "other": 5}, told, merge_documents)
+    found, problems = merge({"k": given[0], "other": 5}, told, merge_documents)
     assert found == {"k": merged, "other": 5}
     assert problems == []
 
@@ -108,7 +108,7 @@ def test_what_goes_together(kind: Any, given: list[Any], merged: Any) -> None:
     ],
 )
 def test_what_does_not(given: list[tuple[Any, Any]], words: str) -> None:
-    _, (problem,) = put_together({}, [{"k": one} for one in given], merge_documents)
+    _, (problem,) = merge({}, [{"k": one} for one in given], merge_documents)
     assert problem.startswith(words)
 
 
