@@ -1,4 +1,4 @@
-"""Token data: preparing text into shards, and reading shards as reproducible batches.
+"""Token data: tokenizes text into shards, and reads shards as reproducible batches.
 
     python -m data.prepare     text -> shards (sources, documents, encode, splits, folder)
     data.loader.TokenLoader    shards -> batches (dataset, fingerprint, permutation, sequences, batch)

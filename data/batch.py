@@ -1,6 +1,6 @@
-"""Dividing a global batch of sequences over ranks and accumulation steps. Pure arithmetic.
+"""Divides a global batch of sequences over ranks and accumulation steps. Pure arithmetic.
 
-The global batch is fixed in sequences for a whole run; at another world size only these numbers change.
+A run keeps its global batch; at another world size only this division changes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from data.errors import BatchError
 
 @dataclass(frozen=True, slots=True)
 class BatchSplit:
-    """`rows` sequences a rank and step, as `accumulation` micro-batches of `micro_batch` sequences."""
+    """`rows` sequences per rank and step, as `accumulation` micro-batches of `micro_batch` sequences."""
 
     rows: int
     micro_batch: int
@@ -23,13 +23,13 @@ class BatchSplit:
 
 
 def split_batch(global_batch: int, world_size: int, micro_batch: int | None = None) -> BatchSplit:
-    """Divide `global_batch` sequences over `world_size` ranks; no `micro_batch` takes a rank's rows at once.
+    """Divide `global_batch` sequences over `world_size` ranks; without `micro_batch`, no accumulation.
 
-    Raises BatchError, showing the arithmetic, where something does not divide.
+    Raises BatchError, with the arithmetic, if something does not divide evenly.
     """
     if global_batch < 1 or world_size < 1:
         raise BatchError(
-            f"a global batch of {global_batch} sequences over {world_size} ranks: both must be positive"
+            f"a global batch of {global_batch} sequences over {world_size} ranks: both must be at least 1"
         )
     rows, rest = divmod(global_batch, world_size)
     if rest:
@@ -37,22 +37,22 @@ def split_batch(global_batch: int, world_size: int, micro_batch: int | None = No
         ranks = ", ".join(str(n) for n in divisors(global_batch))
         raise BatchError(
             f"a global batch of {global_batch} sequences cannot be divided over {world_size} ranks: "
-            f"{global_batch} = {world_size} x {rows} + {rest}; use {ranks} ranks, or, for a new run, a "
-            f"--global_batch of {nearest}"
+            f"{global_batch} = {world_size} x {rows} + {rest}; use {ranks} ranks or, for a new run, "
+            f"--global_batch {nearest}"
         )
     micro_batch = rows if micro_batch is None else micro_batch
     if micro_batch < 1 or rows % micro_batch:
         fitting = ", ".join(str(n) for n in divisors(rows))
         raise BatchError(
             f"a micro-batch of {micro_batch} sequences does not fit: a global batch of {global_batch} / "
-            f"{world_size} ranks = {rows} sequences a rank, which is no multiple of {micro_batch}; use a "
-            f"--micro_batch of {fitting}"
+            f"{world_size} ranks = {rows} sequences per rank, not a multiple of {micro_batch}; use "
+            f"--micro_batch {fitting}"
         )
     return BatchSplit(rows, micro_batch, rows // micro_batch)
 
 
 def fit_micro_batch(rows: int, at_most: int) -> int:
-    """The largest micro-batch that divides a rank's `rows` and does not exceed `at_most` sequences (>= 1)."""
+    """The largest micro-batch of at most `at_most` sequences that divides a rank's `rows`; at least 1."""
     return max(n for n in divisors(rows) if n <= max(1, at_most))
 
 

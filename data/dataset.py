@@ -1,8 +1,8 @@
-"""A dataset folder: which shards belong to which split, and which tokenizer wrote them.
+"""A dataset folder: the shards of each split, and the tokenizer that wrote them.
 
-`data.prepare` describes its output in `dataset.json`. Folders without one, such as downloaded FineWeb shards,
-are read by file name: `[prefix]train[_000001].bin` (or `.npy`) and `[prefix]val...`; their vocabulary is
-taken to be GPT-2's. A hand-written `{"version": 1, "tokenizer": "mine", "vocab_size": 1000}` says otherwise.
+`data.prepare` describes its output in `dataset.json`. In folders without one, such as downloaded FineWeb
+shards, file names decide: `[prefix]train[_000001].bin` (or `.npy`) and `[prefix]val...`, with GPT-2's
+vocabulary. A hand-written `{"version": 1, "tokenizer": "mine", "vocab_size": 1000}` names another one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.tokenizer import GPT2_VOCAB_SIZE, Gpt2Tokenizer
 DESCRIPTION = "dataset.json"
 DESCRIPTION_VERSION = 1
 INCOMPLETE = "incomplete"
-"""A folder that holds a file of this name is being written, or was when its writer died."""
+"""A file of this name marks a folder that is being written, or whose writer died."""
 
 SPLITS = ("train", "val")
 _MAX_DESCRIPTION_BYTES = 64 << 20
@@ -32,7 +32,7 @@ _SHARD_NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The shards of each split, in order by name, and the vocabulary that their tokens come from."""
+    """The shards of each split, sorted by name, and the vocabulary of their tokens."""
 
     directory: Path
     tokenizer: str
@@ -40,25 +40,25 @@ class Dataset:
     splits: Mapping[str, tuple[Shard, ...]]
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of `split`. Raises DatasetNotFoundError when it has none."""
+        """The shards of `split`. Raises DatasetNotFoundError if it has none."""
         found = self.splits.get(split, ())
         if not found:
             there = ", ".join(name for name, shards in self.splits.items() if shards) or "none"
             raise DatasetNotFoundError(
                 f"the dataset {self.directory} has no {split!r} split (splits: {there}); "
-                f"prepare it with --val_fraction above 0, or add {split}*.bin shards"
+                f"prepare it with a --val_fraction above 0, or add {split}*.bin shards"
             )
         return found
 
     def tokens(self, split: str) -> int:
-        """Tokens in `split`, 0 when it has no shards."""
+        """Tokens in `split`, 0 if it has no shards."""
         return sum(shard.tokens for shard in self.splits.get(split, ()))
 
 
 def open_dataset(directory: str | Path) -> Dataset:
     """Find and check every shard in `directory`. Reads headers only.
 
-    Raises DatasetNotFoundError when there is no dataset, ShardError when there is a damaged one.
+    Raises DatasetNotFoundError if there is no dataset, ShardError if it is damaged.
     """
     folder = Path(directory).expanduser()
     if not folder.is_dir():
@@ -68,7 +68,7 @@ def open_dataset(directory: str | Path) -> Dataset:
         )
     if (folder / INCOMPLETE).exists():
         raise ShardError(
-            f"the dataset {folder} is unfinished: its preparation was interrupted; prepare it again"
+            f"the dataset {folder} is incomplete: its preparation was interrupted; prepare it again"
         )
     description = _read_description(folder / DESCRIPTION)
     if "splits" in description:
@@ -84,7 +84,7 @@ def open_dataset(directory: str | Path) -> Dataset:
 
 
 def describe(dataset: Dataset, **extra: Any) -> bytes:
-    """The bytes of `dataset.json`, the same for the same dataset wherever it lies."""
+    """The bytes of `dataset.json`; they do not depend on the dataset's location."""
     splits = {
         split: {
             "tokens": dataset.tokens(split),
@@ -103,7 +103,7 @@ def describe(dataset: Dataset, **extra: Any) -> bytes:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """The parsed `dataset.json`, {} when there is none."""
+    """The parsed `dataset.json`, or {} without one."""
     try:
         with open(path, "rb") as file:
             raw = file.read(_MAX_DESCRIPTION_BYTES)
@@ -113,12 +113,12 @@ def _read_description(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ShardError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is not readable JSON ({error}): prepare the dataset again") from error
+        raise ShardError(f"{path} is not valid JSON ({error}): prepare the dataset again") from error
     if not isinstance(value, dict):
         raise ShardError(f"{path} is not a JSON object: prepare the dataset again")
     if value.get("version") != DESCRIPTION_VERSION:
         raise ShardError(
-            f"{path} has version {value.get('version')!r}, this Holdfast reads {DESCRIPTION_VERSION}: "
+            f"{path} has version {value.get('version')!r}, but this Holdfast reads {DESCRIPTION_VERSION}: "
             "update Holdfast or prepare the dataset again"
         )
     vocab_size = value.get("vocab_size")
@@ -136,7 +136,7 @@ def _described_shards(folder: Path, splits: Any) -> dict[str, tuple[Shard, ...]]
         ]
     except (AttributeError, KeyError, TypeError) as error:
         raise ShardError(
-            f"{folder / DESCRIPTION} lists its shards in an unknown way: prepare it again"
+            f"cannot read the list of shards in {folder / DESCRIPTION}: prepare the dataset again"
         ) from error
     for split, entries in listed:
         found[split] = tuple(_described_shard(folder, file, tokens) for file, tokens in entries)
@@ -146,17 +146,17 @@ def _described_shards(folder: Path, splits: Any) -> dict[str, tuple[Shard, ...]]
 def _described_shard(folder: Path, file: Any, tokens: Any) -> Shard:
     if not isinstance(file, str) or Path(file).name != file:
         raise ShardError(
-            f"{folder / DESCRIPTION} names the shard {file!r}, which is not a file name in its folder"
+            f"{folder / DESCRIPTION} names the shard {file!r}, which is not a plain file name"
         )
     if not (folder / file).is_file():
         raise ShardError(
-            f"shard {folder / file} is missing, {DESCRIPTION} lists it: prepare the dataset again"
+            f"shard {folder / file} is missing although {DESCRIPTION} lists it: prepare the dataset again"
         )
     shard = inspect_shard(folder / file)
     if shard.tokens != tokens:
         raise ShardError(
-            f"shard {shard.path} has {shard.tokens:,} tokens, {DESCRIPTION} says {tokens!r}: prepare the "
-            "dataset again"
+            f"shard {shard.path} has {shard.tokens:,} tokens, but {DESCRIPTION} says {tokens!r}: prepare "
+            "the dataset again"
         )
     return shard
 
@@ -170,12 +170,12 @@ def _named_shards(folder: Path) -> dict[str, tuple[Shard, ...]]:
     if not matches:
         raise DatasetNotFoundError(
             f"no token shards in {folder} (looked for {DESCRIPTION}, *train*.bin, *train*.npy); "
-            f"`python -m data.prepare` prepares some from text"
+            f"`python -m data.prepare` prepares them from text"
         )
     families = sorted({f"{match['family']}*.{match['kind']}" for match in matches})
     if len(families) > 1:
         raise ShardError(
-            f"{folder} holds several datasets ({', '.join(families)}): give each a folder of its own"
+            f"{folder} holds several datasets ({', '.join(families)}): put each into its own folder"
         )
     return {
         split: tuple(inspect_shard(folder / match.string) for match in matches if match["split"] == split)

@@ -1,8 +1,8 @@
-"""From files to documents, in pieces short enough to encode one by one.
+"""Reads documents from files, in pieces short enough to encode one at a time.
 
-A text file is one document; each line of a `.jsonl` file is one, its `text` field. Long documents are cut
-where GPT-2's own splitting pattern cuts: before a white-space character that a non-space follows. Encoding
-the pieces gives the tokens of the whole.
+A text file is one document; in a `.jsonl` file, the `text` field of each line is one. Long documents are cut
+where GPT-2's splitting pattern cuts, too: before a white-space character followed by a non-space. The tokens
+of the pieces are therefore the tokens of the whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data.tokenizer import MAX_TEXT_CHARS
 PIECE_CHARS = MAX_TEXT_CHARS
 _SNIFF_CHARS = 8192
 
-# What Rust's `\s` matches, Unicode's White_Space. Python's `\s` takes \x1c to \x1f too.
+# Unicode's White_Space, which Rust's `\s` matches. Python's `\s` also matches \x1c to \x1f.
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CUT = re.compile(f"[{_SPACE}](?=[^{_SPACE}])")
 _CUT_SEARCH_CHARS = 4096
@@ -29,7 +29,7 @@ _CUT_SEARCH_CHARS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document, or a part of one that is too long."""
+    """A document, or a part of a long one."""
 
     text: str
     starts_document: bool
@@ -38,21 +38,21 @@ class Piece:
 
 @dataclass(slots=True)
 class Reading:
-    """What has been read so far, counted while `read_pieces` runs."""
+    """What `read_pieces` has read so far."""
 
     stored_bytes: int = 0
     documents: int = 0
     empty: int = 0
     binary: list[str] = field(default_factory=list)
     undecoded: list[str] = field(default_factory=list)
-    """Files with bytes that are no UTF-8, each of which became U+FFFD; or with that character itself."""
+    """Files with invalid UTF-8, which became U+FFFD, or with that character itself."""
 
 
 def read_pieces(files: Iterable[SourceFile], reading: Reading) -> Iterator[Piece]:
-    """The pieces of every document of every file, in order; `reading` is kept up to date.
+    """The pieces of every document of every file, in order; updates `reading`.
 
-    Empty documents are left out, and so are binary files found in a folder. Raises SourceError, naming the
-    file and for `.jsonl` the line, for what cannot be read and for a binary file that the user named.
+    Skips empty documents, and binary files found in a folder. Raises SourceError, with the file and for
+    `.jsonl` the line, for unreadable input and for a binary file that the user named.
     """
     for file in files:
         before = reading.stored_bytes
@@ -62,21 +62,22 @@ def read_pieces(files: Iterable[SourceFile], reading: Reading) -> Iterator[Piece
                     reading.stored_bytes = before + stored.tell()
                     yield from document
         except Exception as error:
-            # As when listing: stores and decompressors raise exceptions of their own kinds.
+            # As in find_files: stores and decompressors raise exceptions of their own.
             raise source_error(f"cannot read the source file {file.path}", error) from error
         reading.stored_bytes = before + file.size
 
 
 def cut_text(chunks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[Piece]:
-    """One document, given in chunks of any length, as pieces of at most `piece_chars` characters.
+    """Cut one document, given in chunks of any length, into pieces of at most `piece_chars` characters.
 
-    A stretch of `piece_chars` without a place to cut is cut anywhere. An empty document has no pieces.
+    Where `piece_chars` characters have no good place to cut, the cut is arbitrary. An empty document has no
+    pieces.
     """
     held, started = "", False
     for chunk in chunks:
         held += chunk
-        # Two more: a cut at `piece_chars` looks at the character after it, and the pieces must not depend on
-        # how the chunks fell.
+        # At least two more: a cut at `piece_chars` looks at the next character, and the pieces must not
+        # depend on the chunks.
         while len(held) > piece_chars + 1:
             cut = _last_cut(held, piece_chars)
             yield Piece(held[:cut], starts_document=not started, ends_document=False)
@@ -90,7 +91,7 @@ def cut_text(chunks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[
 
 
 def _last_cut(text: str, end: int) -> int:
-    """The last place in (0, end] where cutting changes no token, or `end`. `text` is longer than `end`."""
+    """The last position in (0, end] where a cut changes no token, else `end`. `text` is longer than `end`."""
     high = end + 1
     while high > 1:
         low = max(1, high - _CUT_SEARCH_CHARS)
@@ -102,7 +103,7 @@ def _last_cut(text: str, end: int) -> int:
 
 
 def _documents(file: SourceFile, plain: IO[bytes], reading: Reading) -> Iterator[Iterator[Piece]]:
-    """Each document of a file as its pieces. Undecodable bytes become U+FFFD."""
+    """The pieces of each document of a file. Invalid UTF-8 becomes U+FFFD."""
     if file.is_jsonl:
         for text in _jsonl_texts(file, plain):
             if text:
@@ -116,7 +117,7 @@ def _documents(file: SourceFile, plain: IO[bytes], reading: Reading) -> Iterator
     if "\0" in start[:_SNIFF_CHARS]:
         if file.named:
             raise SourceError(
-                f"the source file {file.where} is not UTF-8 text: it has NUL characters; convert it first"
+                f"the source file {file.where} is not UTF-8 text (it has NUL characters): convert it first"
             )
         reading.binary.append(file.name)
     elif start:
@@ -141,7 +142,7 @@ def _noting(chunks: Iterator[str], name: str, reading: Reading) -> Iterator[str]
 
 
 def _jsonl_texts(file: SourceFile, plain: IO[bytes]) -> Iterator[str]:
-    """The `text` of each line; blank lines are passed over. Raises SourceError with the line's number."""
+    """The `text` of each line; skips blank lines. Raises SourceError with the line number."""
     for number, line in enumerate(plain, start=1):
         if line.isspace():
             continue
@@ -150,10 +151,10 @@ def _jsonl_texts(file: SourceFile, plain: IO[bytes]) -> Iterator[str]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(
-                f"{where} is not JSON ({error}): a .jsonl file has one JSON object a line"
+                f"{where} is not valid JSON ({error}): a .jsonl file has one JSON object per line"
             ) from error
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise SourceError(
-                f'{where} has no \'text\' field with a string: each line must be {{"text": "..."}}'
+                f'{where} has no \'text\' string: each line must be {{"text": "..."}}'
             )
         yield value["text"]

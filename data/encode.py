@@ -1,8 +1,8 @@
-"""Encoding a stream of pieces in parallel, in order, a few MB at a time.
+"""Encodes a stream of pieces in parallel and in order, a few MB at a time.
 
-The parent reads, the workers encode, the parent receives the results in the order of the pieces, so that the
-output does not depend on the number of workers. Workers are spawned, not forked: the parent may have threads
-(fsspec's, a progress bar's), and a fork copies their locks in whatever state they are.
+The parent reads, workers encode, and the parent receives the results in the order of the pieces: the output
+does not depend on the number of workers. Workers are spawned, not forked: the parent may have threads
+(fsspec's, a progress bar's), and a fork would copy their locks, perhaps locked.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BATCH_CHARS = 1 << 21
 _BATCHES_PER_WORKER = 2
 _PR_SET_PDEATHSIG = 1
 
-# A worker process's own tokenizer, set once by `_start_worker`: building one takes longer than most batches.
+# A worker's tokenizer, set once by `_start_worker`: building one takes longer than most batches.
 _worker_tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A piece's tokens, the end-of-text token that starts a document included."""
+    """A piece's tokens, including the end-of-text token that starts a document."""
 
     tokens: npt.NDArray[np.uint16]
     whole_document: bool
@@ -49,10 +49,10 @@ class _Batch:
 def encode_pieces(
     pieces: Iterator[Piece], reading: Reading, tokenizer: Tokenizer, workers: int
 ) -> Generator[tuple[list[Encoded], int], None, None]:
-    """Encode `pieces` in order, with 0 workers in this process.
+    """Encode `pieces` in order; 0 workers means in this process.
 
-    Yields the encoded pieces of one batch and the stored bytes read up to its end. Raises what reading
-    `pieces` raises, and DataError when a worker dies.
+    Yields the encoded pieces of a batch and the stored bytes read up to its end. Raises the errors of reading
+    `pieces`, and DataError when a worker dies.
     """
     batches = _batches(pieces, reading)
     if not workers:
@@ -70,7 +70,7 @@ def encode_pieces(
         yield from _encode_in(pool, batches, workers)
     except BrokenProcessPool as error:
         raise DataError(
-            f"a worker process died while encoding (out of memory?): try again with fewer than {workers} "
+            f"a worker process died while encoding (out of memory?): rerun with fewer than {workers} "
             "--workers"
         ) from error
     finally:
@@ -80,7 +80,7 @@ def encode_pieces(
 def _encode_in(
     pool: ProcessPoolExecutor, batches: Iterator[_Batch], workers: int
 ) -> Iterator[tuple[list[Encoded], int]]:
-    """Keep a bounded number of batches on their way: memory stays flat however large the source is."""
+    """Encode with a bounded number of batches in flight: memory use does not grow with the source."""
     waiting: deque[tuple[_Batch, Future[tuple[npt.NDArray[np.uint16], list[int]]]]] = deque()
     for batch in batches:
         waiting.append((batch, pool.submit(_encode_in_worker, batch.pieces)))
@@ -106,7 +106,7 @@ def _batches(pieces: Iterator[Piece], reading: Reading) -> Iterator[_Batch]:
 
 
 def _encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[npt.NDArray[np.uint16], list[int]]:
-    """All tokens in a row, and where each piece's end."""
+    """All tokens in one array, and the end of each piece in it."""
     start = np.array([tokenizer.eot_token], dtype=np.uint16)
     parts, ends, end = [], [], 0
     for piece in pieces:
@@ -127,11 +127,11 @@ def _unpack(batch: _Batch, encoded: tuple[npt.NDArray[np.uint16], list[int]]) ->
 
 
 def _start_worker(tokenizer: str, parent: int) -> None:
-    """Load the tokenizer; leave Ctrl+C to the parent, and die with it even when it is killed."""
+    """Load the tokenizer; leave Ctrl+C to the parent, and die with the parent even if it is killed."""
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call above
+    if os.getppid() != parent:  # the parent died before prctl
         os._exit(1)
     _worker_tokenizer = load_tokenizer(tokenizer)
 

@@ -1,15 +1,15 @@
 """Every error that this package raises on purpose, in one tree.
 
-Programs print the message and exit with code 2; each message says what happened, to which file, and what to
-do.
+Programs print the message and exit with status 2. Each message says what happened, to which file, and what to
+do next.
 
     DataError (ValueError)
-    ├── SourceError                        text to prepare cannot be found, read or decoded
-    ├── OutputError (OSError)              the prepared dataset cannot be written where it should go
-    ├── DatasetNotFoundError (FileNotFoundError)   no dataset, or not the split asked for
-    ├── ShardError                         a shard or its description is damaged or of another format
-    ├── DatasetChangedError                not the dataset that a loader's state was taken on
-    └── BatchError                         sequences, batches and ranks do not fit together
+    ├── SourceError                        source text cannot be found, read or decoded
+    ├── OutputError (OSError)              the prepared dataset cannot be written to its folder
+    ├── DatasetNotFoundError (FileNotFoundError)   no dataset, or no such split
+    ├── ShardError                         a shard or its description is damaged or in an unknown format
+    ├── DatasetChangedError                the dataset differs from the one in a loader's saved state
+    └── BatchError                         sequences, batches and ranks do not divide evenly
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ class DataError(ValueError):
 
 
 class SourceError(DataError):
-    """Text to prepare cannot be found, read or decoded."""
+    """Source text cannot be found, read or decoded."""
 
 
 class OutputError(DataError, OSError):
-    """The prepared dataset cannot be written where it should go."""
+    """The prepared dataset cannot be written to its folder."""
 
 
 class DatasetNotFoundError(DataError, FileNotFoundError):
-    """There is no dataset in the folder, or it lacks the split asked for."""
+    """There is no dataset in the folder, or it has no such split."""
 
 
 class ShardError(DataError):
-    """A shard, or the file that describes the shards, is damaged or of another format."""
+    """A shard, or the file that describes the shards, is damaged or in an unknown format."""
 
 
 class DatasetChangedError(DataError):
-    """The dataset is not the one that a loader's state was taken on; the message has both fingerprints."""
+    """The dataset differs from the one in a loader's saved state; the message has both fingerprints."""
 
 
 class BatchError(DataError):
-    """Sequences, batches and ranks do not fit together; the message shows the arithmetic."""
+    """Sequences, batches and ranks do not divide evenly; the message shows the arithmetic."""

@@ -1,7 +1,7 @@
-"""The fingerprint of a dataset as a run sees it: is this still the data that the run was trained on?
+"""The fingerprint of a dataset, which tells whether a resumed run still sees the same data.
 
-It covers every shard's base name, token count and first and last MiB, the tokenizer, the vocabulary's size
-and the sequence length. Reading whole shards was rejected: hundreds of gigabytes at each start, on each rank.
+It covers every shard's base name, token count and first and last MiB, the tokenizer, the vocabulary size and
+the sequence length. Reading whole shards was rejected: hundreds of gigabytes at each start, on each rank.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from data.shards import Shard
 
 EDGE_BYTES = 1 << 20
 
-# Threads hide the latency of a network file system over hundreds of shards; the digest itself is far faster.
+# Threads hide a network file system's latency over hundreds of shards; the digest itself is far faster.
 _THREADS = 8
 
 
 def fingerprint(dataset: Dataset, seq_len: int) -> str:
-    """`<tokenizer>-<seq_len>-<32 hex digits>`. The readable part is in the digest too. Raises ShardError."""
+    """`<tokenizer>-<seq_len>-<32 hex digits>`; the digest covers the rest, too. Raises ShardError."""
     shards = [(split, shard) for split, members in sorted(dataset.splits.items()) for shard in members]
     with ThreadPoolExecutor(_THREADS) as pool:
         edges = list(pool.map(_edge_digest, (shard for _, shard in shards)))
@@ -41,7 +41,7 @@ def fingerprint(dataset: Dataset, seq_len: int) -> str:
 
 
 def _edge_digest(shard: Shard) -> str:
-    """Digest of the file's first and last MiB; they overlap in a short file."""
+    """Digest of the file's first and last MiB, which overlap in a short file."""
     try:
         with open(shard.path, "rb") as file:
             digest = xxhash.xxh3_128(file.read(EDGE_BYTES))

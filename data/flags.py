@@ -1,4 +1,4 @@
-"""A command line out of a dataclass, by tyro; its boxes of many lines become one sentence."""
+"""Parses a command line into a dataclass with tyro, and turns tyro's boxed errors into one sentence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Flags = TypeVar("Flags")
 def parse_flags(
     default: Flags, argv: Sequence[str], *, prog: str, error: type[Exception], speaks: bool = True
 ) -> Flags:
-    """Flags, spelled with underscores or dashes, over `default`, a value of the dataclass.
+    """Parse flags, spelled with underscores or dashes; the others keep the values of `default`, a dataclass.
 
     Args:
-        error: raised with one sentence for a flag that does not exist or takes no such value. What the
-            dataclass itself raises of this class, for a value that cannot work, is passed on as it is.
-        speaks: whether this process prints what `--help` asks for; the program ends with 0 after that.
+        error: raised with one sentence for an unknown flag or an invalid value. Errors of this class that the
+            dataclass itself raises pass through unchanged.
+        speaks: whether this process prints the `--help` text; the program then exits with 0.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -38,7 +38,7 @@ def parse_flags(
 
 
 def one_sentence(box: str) -> str:
-    """What tyro says in a box of many lines, in one. Its rules become semicolons, its title goes."""
+    """A tyro error box on one line: rules become semicolons, the title is dropped."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines()[1:]:
         text = line.strip("│| ")
@@ -50,7 +50,7 @@ def one_sentence(box: str) -> str:
 
 
 def _cause(error: BaseException | None, kind: type[Exception]) -> Exception | None:
-    """The refusal that tyro turned into an exit: it draws a box around any ValueError of a constructor."""
+    """The dataclass's own error: tyro turns any ValueError of a constructor into an exit."""
     while error is not None and not isinstance(error, kind):
         error = error.__context__
     return error

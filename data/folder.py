@@ -1,7 +1,7 @@
-"""Writing a folder so that it appears whole or not at all.
+"""Writes a folder atomically: it appears complete or not at all.
 
-Everything is written into a hidden sibling, which a lock (flock, released by the kernel however the process
-ends) marks as in use, and renamed when complete. What a dead run left behind is removed by the next one.
+Everything is written into a hidden sibling, which is renamed when complete. A lock (flock, which the kernel
+releases however the process ends) marks the sibling as in use. The next run removes what a dead run left.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def staged_folder(
 ) -> Iterator[Path]:
     """A new folder to write into; it becomes `out` when the block ends without an exception.
 
-    Until then it holds a file called `incomplete`. An empty `out` is taken over, one with content only when
-    `may_replace` says so. Raises OutputError when `out` is taken, cannot be written, or is being written by
+    Until then it contains a file called `incomplete`. An empty `out` is replaced; a non-empty one only if
+    `may_replace` returns True. Raises OutputError if `out` exists, cannot be written, or is being written by
     another process.
     """
     out = Path(os.path.realpath(out.expanduser()))
@@ -46,7 +46,7 @@ def staged_folder(
         _check_free(out, may_replace)
         _put_in_place(staging, out)
     except BaseException as error:
-        # Only here: after the rename the name is free, and may already be another process's.
+        # Only on failure: after the rename, another process may already use the name.
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise output_error(out, error) from error
@@ -56,11 +56,11 @@ def staged_folder(
 
 
 def output_error(out: Path, error: OSError) -> OutputError:
-    """`error` as an OutputError of one sentence about `out`."""
+    """`error` as an OutputError about `out`, in one sentence."""
     if isinstance(error, OutputError):
         return error
     return OutputError(
-        f"cannot write the dataset {out}: {error.strerror or error}; nothing was changed there"
+        f"cannot write the dataset {out}: {error.strerror or error}; nothing there was changed"
     )
 
 
@@ -73,11 +73,11 @@ def _check_free(out: Path, may_replace: Callable[[Path], bool] | None) -> None:
         return
     if may_replace is None:
         raise OutputError(
-            f"the output {out} exists already: choose another --out, or replace it with --force"
+            f"the output {out} already exists: choose another --out, or replace it with --force"
         )
     if not may_replace(out):
         raise OutputError(
-            f"the output {out} holds other things than a prepared dataset, so --force leaves it alone"
+            f"the output {out} contains more than a prepared dataset, so --force does not replace it"
         )
 
 
@@ -95,9 +95,9 @@ def _lock(staging: Path, out: Path) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise OutputError(
-                f"another process is preparing {out} right now: wait for it, or choose another --out"
+                f"another process is preparing {out}: wait for it, or choose another --out"
             ) from error
-        # Its last holder may have renamed or removed the folder between our open and our lock.
+        # The last lock holder may have renamed or removed the folder between our open and our lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(staging)):
                 return descriptor
@@ -113,7 +113,7 @@ def _clear(folder: Path) -> None:
 
 
 def _put_in_place(staging: Path, out: Path) -> None:
-    """Rename; an old `out` moves aside first, since a rename replaces only an empty folder."""
+    """Rename `staging`; move an old `out` aside first, because a rename replaces only an empty folder."""
     if out.exists() and any(out.iterdir()):
         shutil.rmtree(_old(out), ignore_errors=True)
         os.rename(out, _old(out))
@@ -127,7 +127,7 @@ def _put_in_place(staging: Path, out: Path) -> None:
 
 
 def _recover(out: Path) -> None:
-    """Bring back what a run moved aside and did not live to replace."""
+    """Move back the folder that an interrupted run moved aside and did not replace."""
     if _old(out).exists() and not out.exists():
         os.rename(_old(out), out)
 

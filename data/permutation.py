@@ -1,13 +1,11 @@
 """A seeded permutation of range(size) in O(1) memory, for any size up to 2**62.
 
-A Feistel network is a bijection of 2h-bit numbers whatever its round function does, so one over the smallest
-4**h that holds `size` permutes a slightly too large range; numbers that fall outside are sent through again
-until they land inside ("cycle walking", Black and Rogaway 2002), which is a bijection of range(size).
-Shuffling an index array was rejected: 8 bytes a sequence on each rank, and no random access without building
-it.
+A Feistel network is a bijection of 2h-bit numbers for any round function. Over the smallest 4**h that holds
+`size` it permutes a slightly larger range; numbers that land outside `size` go through again until they land
+inside ("cycle walking", Black and Rogaway 2002), which makes a bijection of range(size). Shuffling an index
+array was rejected: 8 bytes per sequence on each rank, and no random access without building it.
 
-The values are part of every run's reproducibility: a golden test holds them, and changing them changes the
-data order of runs that resume.
+The values must never change, or resumed runs would see another data order; a golden test pins them.
 """
 
 from __future__ import annotations
@@ -20,13 +18,13 @@ import numpy.typing as npt
 ROUNDS = 8
 MAX_SIZE = 1 << 62
 
-# Luby and Rackoff need four rounds of a good function; tiny halves mix worse, so there are eight rounds, and
-# the network is never smaller than 2 x 3 bits however small the range.
+# Luby and Rackoff need four rounds of a good function; tiny halves mix worse, so there are eight rounds and
+# at least 2 x 3 bits.
 _MIN_HALF_BITS = 3
 
 
 class Permutation:
-    """The permutation of range(`size`) that belongs to `key`, any tuple of ints.
+    """The permutation of range(`size`) for a `key`, any tuple of ints.
 
     Equal sizes and keys give equal permutations on every machine and numpy version.
     """
@@ -39,10 +37,10 @@ class Permutation:
         self._round_keys = _round_keys(key)
 
     def __call__(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Where each index of [0, size), half-open, goes: int64, same shape. IndexError outside it."""
+        """The images of indices in [0, size): int64, same shape. IndexError for others."""
         asked = np.asarray(indices, dtype=np.int64)
         if asked.size and (asked.min() < 0 or asked.max() >= self.size):
-            raise IndexError(f"index {asked.min()} or {asked.max()} lies outside [0, {self.size})")
+            raise IndexError(f"index {asked.min()} or {asked.max()} is outside [0, {self.size})")
         values = self._scramble(asked.astype(np.uint64).ravel())
         outside = np.flatnonzero(values >= self.size)
         while outside.size:
@@ -66,7 +64,7 @@ def _round_keys(key: tuple[int, ...]) -> npt.NDArray[np.uint64]:
 
 
 def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser (Stafford's variant 13): every input bit reaches every output bit."""
+    """SplitMix64's finaliser (Stafford's variant 13): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

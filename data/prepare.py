@@ -1,12 +1,12 @@
-"""python -m data.prepare: tokenize text into a dataset folder that data.loader reads.
+"""python -m data.prepare: tokenizes text into a dataset folder for data.loader.
 
-For instance:
+Examples:
 
     python -m data.prepare                                      this Python's standard library
     python -m data.prepare --source 'books/*.txt' --out datasets/books
     python -m data.prepare --source s3://bucket/corpus.jsonl.gz --val_fraction 0.001
 
-The exit code is 0, 2 for bad input (with one sentence on standard error) or 130 when interrupted.
+The exit status is 0, 2 for bad input (with one sentence on standard error) or 130 after Ctrl+C.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from data.sources import STDLIB, SourceFile, find_files, is_uri, redact
 from data.splits import SplitWriter
 from data.tokenizer import TOKENIZERS, load_tokenizer
 
-# Spawned workers import this module again, so what only the command line needs is imported where it is used.
+# Spawned workers import this module, too, so imports that only the command line needs are local.
 
 EXIT_BAD_INPUT = 2
 
 Progress = Callable[[int, int], None]
-"""Called with (stored bytes encoded so far, stored bytes in all; 0 when unknown)."""
+"""Called with (stored bytes encoded so far, stored bytes in total or 0 if unknown)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a dataset is made from text: together with the text it decides every byte of the output."""
+    """The settings of a dataset: together with the text they determine every byte of the output."""
 
     tokenizer: str = "gpt2"
     val_fraction: float = 0.01
@@ -52,7 +52,7 @@ class Recipe:
             raise DataError(f"unknown tokenizer {self.tokenizer!r}: choose one of {', '.join(TOKENIZERS)}")
         if not 0 <= self.val_fraction < 1:
             raise DataError(
-                f"--val_fraction {self.val_fraction} is not a fraction: it must be at least 0 and below 1"
+                f"--val_fraction is {self.val_fraction}, but must be at least 0 and below 1"
             )
         if not 0 < self.shard_tokens <= MAX_SHARD_TOKENS:
             raise DataError(f"--shard_tokens {self.shard_tokens} must be from 1 to {MAX_SHARD_TOKENS:,}")
@@ -69,11 +69,11 @@ def prepare(
 ) -> tuple[Dataset, Reading]:
     """Tokenize `source` into the new folder `out`; the same text and recipe give the same bytes.
 
-    `workers` processes encode, 0 in this one; by default as many as there are usable cores and enough text
-    for. Raises SourceError, OutputError or another DataError, after which `out` is as it was.
+    `workers` processes encode (0: this process); the default depends on the usable cores and the amount of
+    text. Raises SourceError, OutputError or another DataError, and then leaves `out` unchanged.
     """
     if workers is not None and workers < 0:
-        raise DataError(f"--workers {workers} is negative; 0 encodes in this process")
+        raise DataError(f"--workers is {workers}, but must be 0 or more (0 encodes in this process)")
     tokenizer = load_tokenizer(recipe.tokenizer)
     files = find_files(source)
     total = sum(file.size for file in files)
@@ -89,8 +89,8 @@ def prepare(
                     progress(done, total)
             if not reading.documents:
                 raise SourceError(
-                    f"no text in the source {redact(source)}: of {len(files)} files {len(reading.binary)} "
-                    "are binary and the others empty"
+                    f"no text in the source {redact(source)}: of {len(files)} files, {len(reading.binary)} "
+                    "are binary and the others are empty"
                 )
             splits = writer.finish()
         except BaseException:
@@ -104,7 +104,7 @@ def prepare(
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `folder` holds a prepared dataset and nothing else, so that replacing it loses nothing else."""
+    """Whether `folder` contains only a prepared dataset, so that it may be replaced."""
     names = {entry.name for entry in folder.iterdir()}
     return DESCRIPTION in names and all(
         name == DESCRIPTION or re.fullmatch(r"(train|val)_\d{6,}\.bin", name) for name in names
@@ -112,7 +112,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def default_out(source: str, tokenizer: str) -> Path:
-    """`datasets/<source>-<tokenizer>`, from the last part of the source's path without wildcards."""
+    """`datasets/<source>-<tokenizer>`, from the last part of the source path that has no wildcards."""
     path = redact(source).split("::")[0] if is_uri(source) else os.path.abspath(os.path.expanduser(source))
     plain = [part for part in path.split("/") if part and not any(c in part for c in "*?[")] or ["text"]
     stem = re.sub(r"(\.(txt|jsonl|ndjson|md|csv))?(\.gz)?$", "", plain[-1])
@@ -120,7 +120,7 @@ def default_out(source: str, tokenizer: str) -> Path:
 
 
 def _default_workers(files: list[SourceFile]) -> int:
-    """One for each usable core and two batches of text; 0 where starting one takes longer than the work."""
+    """One per usable core and two batches of text; 0 if starting a worker would take longer than the work."""
     total = sum(file.size * (4 if file.name.endswith(".gz") else 1) for file in files)
     wanted = min(len(os.sched_getaffinity(0)), total // (2 * BATCH_CHARS))
     return wanted if wanted > 1 else 0
@@ -137,22 +137,22 @@ def _write_description(path: Path, raw: bytes) -> None:
 class Flags:
     """Tokenize text into a dataset that the trainer reads (--data FOLDER).
 
-    The output depends on the text and the flags alone, and appears whole or not at all.
+    The output depends only on the text and the flags, and appears complete or not at all.
     """
 
     source: str = STDLIB
-    """'stdlib' (this Python's standard library), a file, a folder, a quoted glob, or an fsspec URI; .jsonl
-    lines give their 'text' field; .gz is decompressed."""
+    """'stdlib' (this Python's standard library), a file, a folder, a quoted glob, or an fsspec URI. Of .jsonl
+    lines, the 'text' field is read; .gz is decompressed."""
     out: str | None = None
     """Folder to create. Default: datasets/<source>-<tokenizer>."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: byte-pair encoding, 50,257 tokens. bytes: 257 tokens."""
     val_fraction: float = 0.01
-    """Share of the tokens for validation: whole documents, spread over the source where it has many."""
+    """Share of the tokens for validation: whole documents, spread over the source if it has many."""
     shard_tokens: int = 100_000_000
     """Most tokens in one shard file."""
     workers: int | None = None
-    """Processes that encode, 0 for none besides this one. Default: the usable cores."""
+    """Worker processes; 0 encodes in this process. Default: depends on the usable cores."""
     force: bool = False
     """Replace an existing prepared dataset at --out."""
 
@@ -169,10 +169,10 @@ def main(arguments: list[str] | None = None) -> int:
     out = default_out(flags.source, flags.tokenizer) if flags.out is None else Path(flags.out)
     try:
         if flags.out == "":
-            raise DataError("--out is empty: give a folder, or leave the flag out for a default")
+            raise DataError("--out is empty: give a folder, or omit the flag")
         if flags.out and is_uri(flags.out):
             raise DataError(
-                f"--out {redact(flags.out)} is a URI: datasets are memory-mapped, so it must be a folder"
+                f"--out {redact(flags.out)} is a URI, but must be a local folder: datasets are memory-mapped"
             )
         dataset, reading = _prepare_with_bar(flags, out)
     except DataError as error:
@@ -196,7 +196,7 @@ def _prepare_with_bar(flags: Flags, out: Path) -> tuple[Dataset, Reading]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    # In a log file the bar would be one line, at the end.
+    # In a log file the bar would be one line at the end.
     hidden = not console.is_terminal
     with Bar(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"tokenizing {redact(flags.source)}", total=None)
@@ -212,10 +212,10 @@ def _prepare_with_bar(flags: Flags, out: Path) -> tuple[Dataset, Reading]:
 
 def _report(dataset: Dataset, reading: Reading) -> None:
     if reading.binary:
-        print(f"left out {len(reading.binary)} binary files, {reading.binary[0]} for one", file=sys.stderr)
+        print(f"skipped {len(reading.binary)} binary files, for example {reading.binary[0]}", file=sys.stderr)
     if reading.undecoded:
         count, one = len(reading.undecoded), reading.undecoded[0]
-        print(f"{count} files are not all UTF-8, {one} for one: what is not became U+FFFD", file=sys.stderr)
+        print(f"{count} files contain invalid UTF-8, which became U+FFFD; for example {one}", file=sys.stderr)
     counts = ", ".join(
         f"{dataset.tokens(split):,} {split} tokens in {len(shards)} shard{'s'[: len(shards) != 1]}"
         for split, shards in dataset.splits.items()
@@ -224,6 +224,6 @@ def _report(dataset: Dataset, reading: Reading) -> None:
 
 
 if __name__ == "__main__":
-    # Also `kill` and a job scheduler's stop are to leave nothing behind.
+    # Nothing may be left behind after `kill` or a job scheduler's stop either.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -1,8 +1,8 @@
 """A split's shards as numbered training sequences.
 
-Sequence i of a shard covers the tokens [i * seq_len, i * seq_len + seq_len + 1) of it: seq_len inputs, and
-the same shifted by one as targets. Sequences never cross a shard's end, so that a shard's tokens need no
-neighbour in memory; what a shard has beyond its last whole sequence is not used.
+Sequence i of a shard covers its tokens [i * seq_len, i * seq_len + seq_len + 1): seq_len inputs, and the same
+shifted by one as targets. Sequences never cross the end of a shard, so that reading one needs only one shard;
+tokens after the last whole sequence are unused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from data.errors import BatchError, ShardError
 from data.shards import Shard, open_tokens
 
-# Each mapping holds a file descriptor, and a process may have as few as 1024.
+# Each mapping holds a file descriptor, and the limit may be as low as 1024.
 _MAX_OPEN_SHARDS = 128
 
 
@@ -26,7 +26,7 @@ class SequenceReader:
 
     def __init__(self, shards: Sequence[Shard], seq_len: int, vocab_size: int) -> None:
         if seq_len < 1:
-            raise BatchError(f"a sequence needs at least 1 token, not seq_len {seq_len}")
+            raise BatchError(f"seq_len is {seq_len}, but must be at least 1")
         self.seq_len = seq_len
         self._vocab_size = vocab_size
         self._shards = tuple(shards)
@@ -38,7 +38,7 @@ class SequenceReader:
         return int(self._first[-1])
 
     def read(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The tokens of sequences `ids`: int64 [len(ids), seq_len + 1]. ShardError for impossible ones."""
+        """The tokens of sequences `ids`: int64 [len(ids), seq_len + 1]. ShardError for invalid tokens."""
         out = np.empty((len(ids), self.seq_len + 1), dtype=np.int64)
         for row, sequence in enumerate(ids):
             shard, begin = self._locate(int(sequence))
@@ -48,7 +48,7 @@ class SequenceReader:
         return out
 
     def _locate(self, sequence: int) -> tuple[int, int]:
-        """(shard number, first token in it) of a sequence."""
+        """(shard number, position of the first token) of a sequence."""
         assert 0 <= sequence < len(self), (sequence, len(self))
         shard = int(np.searchsorted(self._first, sequence, side="right")) - 1
         return shard, (sequence - int(self._first[shard])) * self.seq_len
@@ -67,6 +67,6 @@ class SequenceReader:
         shard, begin = self._locate(int(ids[row]))
         raise ShardError(
             f"shard {self._shards[shard].path} has token {out[row, column]} at position {begin + column:,}, "
-            f"outside the vocabulary of {self._vocab_size:,}: it is damaged, or written with another "
-            "tokenizer (name that in a dataset.json beside it)"
+            f"outside the vocabulary of {self._vocab_size:,}: it is damaged, or another tokenizer wrote it "
+            "(then name that one in a dataset.json beside it)"
         )

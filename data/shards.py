@@ -1,11 +1,11 @@
-"""Token shards on disk: the three formats that people have, and writing the first.
+"""Token shards on disk: reads three common formats, and writes the first.
 
     llm.c, modded-nanogpt   .bin: 256 int32 (magic 20240520, version 1, token count, zeros), then uint16
     nanoGPT                 .bin: uint16 tokens, no header
     build-nanogpt           .npy: a one-dimensional array of integers
 
-All little-endian. A `.bin` whose first word is llm.c's magic has the header. Headerless GPT-2 tokens cannot
-start so by chance: the magic's low half is 55432, above the vocabulary.
+All are little-endian. A `.bin` whose first word is llm.c's magic has the header. Headerless GPT-2 tokens
+cannot start with it by chance: the magic's low half is 55432, above the vocabulary.
 
 Sources: llm.c dev/data/data_common.py `write_datafile`, nanoGPT data/*/prepare.py, build-nanogpt fineweb.py.
 """
@@ -28,15 +28,15 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_SHARD_TOKENS = 2**31 - 1
-"""The header counts tokens in an int32."""
+"""The header stores the token count as an int32."""
 
-# llm.c's other file types, which lie in the same folders and are not GPT-2 tokens.
+# Other llm.c files that may be in the same folder but are not GPT-2 tokens.
 _OTHER_MAGICS = {20240522: "an llm.c evaluation file", 20240801: "an llm.c file of Llama 3 tokens"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard whose size has been checked: `tokens` items of `dtype` from `offset_bytes` on."""
+    """A shard whose size has been checked: `tokens` items of `dtype`, starting at `offset_bytes`."""
 
     path: Path
     tokens: int
@@ -63,7 +63,7 @@ def inspect_shard(path: Path) -> Shard:
 def open_tokens(shard: Shard) -> npt.NDArray[np.integer[Any]]:
     """The shard's tokens, one-dimensional, read-only and memory-mapped. Raises ShardError.
 
-    The size is checked again: reading a mapping beyond the end of a file that has shrunk kills the process.
+    Checks the size again: reading a mapping beyond the end of a shrunken file would kill the process.
     """
     dtype = np.dtype(shard.dtype)
     needed = shard.offset_bytes + shard.tokens * dtype.itemsize
@@ -72,7 +72,7 @@ def open_tokens(shard: Shard) -> npt.NDArray[np.integer[Any]]:
             size = os.fstat(file.fileno()).st_size
             if size < needed:
                 raise ShardError(
-                    f"shard {shard.path} has shrunk to {size:,} bytes, its {shard.tokens:,} tokens need "
+                    f"shard {shard.path} has shrunk to {size:,} bytes, but its {shard.tokens:,} tokens need "
                     f"{needed:,}: it was truncated while in use; restore it"
                 )
             return np.memmap(file, dtype=dtype, mode="r", offset=shard.offset_bytes, shape=(shard.tokens,))
@@ -89,12 +89,12 @@ def _inspect_bin(path: Path) -> Shard:
         return _check_header(path, head, size)
     if magic in _OTHER_MAGICS:
         raise ShardError(
-            f"{path} is {_OTHER_MAGICS[magic]}, not GPT-2 tokens: move it out of the dataset's folder"
+            f"{path} is {_OTHER_MAGICS[magic]}, not GPT-2 tokens: move it out of the dataset folder"
         )
     if size % TOKEN_BYTES:
         raise ShardError(
             f"shard {path} has an odd number of bytes ({size:,}), so it is neither uint16 tokens nor a shard "
-            "with a header: it is truncated or of another format"
+            "with a header: it is truncated or in another format"
         )
     return Shard(path, tokens=size // TOKEN_BYTES, offset_bytes=0, dtype="<u2")
 
@@ -111,7 +111,7 @@ def _check_header(path: Path, head: bytes, size: int) -> Shard:
     if size != expected:
         raise ShardError(
             f"shard {path} is {'truncated' if size < expected else 'damaged'}: its header says {tokens:,} "
-            f"tokens ({expected:,} bytes), the file has {size:,} bytes; download or prepare it again"
+            f"tokens ({expected:,} bytes), but the file has {size:,} bytes; download or prepare it again"
         )
     return Shard(path, tokens=tokens, offset_bytes=HEADER_BYTES, dtype="<u2")
 
@@ -121,7 +121,7 @@ def _inspect_npy(path: Path) -> Shard:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, TypeError) as error:
         raise ShardError(
-            f"shard {path} is no readable .npy array: {error}; download or prepare it again"
+            f"shard {path} is not a readable .npy array: {error}; download or prepare it again"
         ) from error
     if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype.kind not in "ui":
         shape, kind = getattr(array, "shape", "?"), getattr(array, "dtype", "?")
@@ -134,8 +134,8 @@ def _inspect_npy(path: Path) -> Shard:
 class ShardWriter:
     """Writes tokens as `<split>_000000.bin`, `<split>_000001.bin`, ... of at most `shard_tokens` each.
 
-    A shard becomes valid when it is full or the writer closes: until then its header counts no tokens, which
-    no reader accepts. Finished shards are durable (fsync).
+    A shard becomes valid when it is full or the writer closes: until then its header says 0 tokens, which
+    readers refuse. Finished shards are durable (fsync).
     """
 
     def __init__(self, directory: Path, split: str, shard_tokens: int) -> None:
@@ -150,7 +150,7 @@ class ShardWriter:
         self._file_tokens = 0
 
     def append(self, tokens: npt.NDArray[np.uint16]) -> None:
-        """Append one-dimensional `tokens`, going on to the next shard where one is full."""
+        """Append one-dimensional `tokens`, starting new shards as they fill up."""
         while tokens.size:
             if self._file is None:
                 self._open_next()
@@ -169,7 +169,7 @@ class ShardWriter:
             self._finish()
 
     def abandon(self) -> None:
-        """Leave the last shard unfinished, as after an error."""
+        """After an error: close the last shard and leave it unfinished."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -193,7 +193,7 @@ class ShardWriter:
 
 
 def take_tail(shards: Sequence[Shard], count: int) -> tuple[list[Shard], npt.NDArray[np.uint16]]:
-    """Cut the last `count` tokens off a row of shards that a ShardWriter wrote.
+    """Cut the last `count` tokens off the shards of a ShardWriter.
 
     Returns the shards that remain, shortened in place on disk, and the tokens cut off, in order.
     """

@@ -1,6 +1,6 @@
-"""Where text comes from: the standard library, a file, a folder, a glob or any fsspec URI.
+"""Finds the source text: the standard library, a file, a folder, a glob or any fsspec URI.
 
-The files are sorted by name, so that the same source gives the same dataset on every machine.
+Files are sorted by name, so that a source gives the same dataset on every machine.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from data.errors import SourceError
 
 STDLIB = "stdlib"
 
-# A user name and password, and a query, which is where signed URLs carry their key.
+# The user name and password of a URL, and its query, where signed URLs carry their key.
 _USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
 _QUERY = re.compile(r"(?<=\w)\?[^\s'\"]*")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of text. `size` is in bytes as stored (compressed), 0 where the file system does not say."""
+    """A file of text. `size` is in bytes as stored (compressed), 0 if the file system does not tell."""
 
     name: str
     path: str
     size: int
     filesystem: Any
     named: bool
-    """The user named this very file, rather than a folder or glob around it."""
+    """The user named this file, not a folder or glob that contains it."""
 
     @property
     def where(self) -> str:
-        """The path as messages may show it."""
+        """The path without secrets, for messages."""
         return redact(self.path)
 
     @property
@@ -49,10 +49,10 @@ class SourceFile:
 
     @contextmanager
     def open(self) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-        """(decompressed stream, stored stream); the second one's position says how much has been read."""
+        """(decompressed stream, stored stream); the position of the second tells how much has been read."""
         with self.filesystem.open(self.path, "rb") as stored:
             if not self.name.endswith(".gz"):
-                # fsspec's own files read a whole block for each line.
+                # fsspec's files read a whole block for each line.
                 yield io.BufferedReader(stored, 1 << 20), stored
                 return
             with gzip.GzipFile(fileobj=stored, mode="rb") as plain:
@@ -60,7 +60,7 @@ class SourceFile:
 
 
 def find_files(source: str) -> list[SourceFile]:
-    """The files of `source`, sorted by name. SourceError when there are none or none can be listed."""
+    """The files of `source`, sorted by name. SourceError if there are none or the listing fails."""
     try:
         if source == STDLIB:
             files = _stdlib()
@@ -69,7 +69,7 @@ def find_files(source: str) -> list[SourceFile]:
         else:
             files = _local(os.path.expanduser(source))
     except Exception as error:
-        # fsspec passes on whatever its libraries raise, botocore's and aiohttp's own exceptions among it.
+        # fsspec lets its libraries' own exceptions through, such as botocore's and aiohttp's.
         raise source_error(f"cannot list the source {source}", error) from error
     if not files:
         raise SourceError(
@@ -84,12 +84,12 @@ def is_uri(source: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """`text` without the passwords and signatures that URIs in it may carry."""
+    """`text` without the passwords and signatures in its URIs."""
     return _QUERY.sub("", _USER_INFO.sub("", text)) if is_uri(text) else text
 
 
 def source_error(what: str, error: Exception) -> SourceError:
-    """A SourceError of one line that says `what` failed and why, without secrets."""
+    """A one-line SourceError that says what failed and why, without secrets."""
     if isinstance(error, SourceError):
         return error
     cause = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
@@ -109,16 +109,16 @@ def _local(path: str) -> list[SourceFile]:
 
 
 def _stdlib() -> list[SourceFile]:
-    """The running Python's standard library: its `.py` files, without the packages installed beside it."""
+    """The `.py` files of the running Python's standard library, without installed packages."""
     files = _local_folder(sysconfig.get_path("stdlib"), without=("site-packages", "dist-packages"))
     return [file for file in files if file.name.endswith(".py")]
 
 
 def _local_folder(root: str, without: Sequence[str] = ()) -> list[SourceFile]:
-    """All files below `root`, without hidden ones, caches and the folders called `without`."""
+    """All files below `root`, except hidden ones, caches and folders named in `without`."""
     filesystem = fsspec.filesystem("file")
     found = []
-    # os.walk rather than fsspec's find, which follows links between folders round and round.
+    # os.walk, because fsspec's find loops on circular links between folders.
     for folder, folders, names in os.walk(root, onerror=_raise):
         folders[:] = [name for name in folders if not _is_skipped(name) and name not in without]
         for name in names:

@@ -1,7 +1,7 @@
-"""Tokenizers: GPT-2's byte-pair encoding from the vocabulary in this folder, and plain bytes.
+"""Tokenizers: GPT-2's byte-pair encoding, with the vocabulary in this folder, and plain bytes.
 
-Neither touches the network. Special tokens are never read out of text: the only one, end of text, is put
-between documents by whoever writes the shards.
+Neither uses the network. Special tokens in text are ordinary text: the only special token, end of text, is
+added between documents when shards are written.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_RANKS = Path(__file__).with_name("gpt2.tiktoken")
 GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-# The splitting pattern as tiktoken itself writes it for GPT-2 (tiktoken_ext/openai_public.py,
-# `r50k_pat_str`): equivalent to the original release's and faster.
+# tiktoken's own splitting pattern for GPT-2 (tiktoken_ext/openai_public.py, `r50k_pat_str`): equivalent to
+# the original release's and faster.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 MAX_TEXT_CHARS = 1 << 19
-"""Longest text that `encode` takes. tiktoken's regular expression overflows its stack, as a Rust panic, on a
-run of about a million spaces; half a million characters cannot hold one."""
+"""Longest text that `encode` accepts. On about a million spaces in a row, tiktoken's regular expression
+overflows its stack (a Rust panic); half a million characters are safe."""
 
 
 class Tokenizer(Protocol):
-    """What preparing a dataset needs of a tokenizer."""
+    """The tokenizer interface that dataset preparation uses."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, end of text included."""
+        """Number of token ids, including end of text."""
         ...
 
     @property
@@ -50,20 +50,20 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> npt.NDArray[np.uint16]:
-        """Token ids of `text`, at most `MAX_TEXT_CHARS` characters; text that looks special is ordinary text.
+        """Token ids of `text`, at most `MAX_TEXT_CHARS` characters; special tokens in it are ordinary text.
 
-        Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
+        Lone surrogates, which UTF-8 cannot encode, become U+FFFD."""
         ...
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `tokens`; invalid UTF-8 becomes U+FFFD."""
         ...
 
 
 class Gpt2Tokenizer:
     """GPT-2's byte-pair encoding: 50,256 ranks and `<|endoftext|>` = 50256.
 
-    Raises ShardError when the vocabulary file is not the one that this version was written for.
+    Raises ShardError if the vocabulary file is missing or damaged.
     """
 
     name = "gpt2"
@@ -88,7 +88,7 @@ class Gpt2Tokenizer:
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte, and 256 for end of text: no vocabulary, for tests and tiny models."""
+    """One token per UTF-8 byte, and 256 for end of text; for tests and tiny models."""
 
     name = "bytes"
     vocab_size = 257
@@ -99,7 +99,7 @@ class ByteTokenizer:
         try:
             raw = text.encode()
         except UnicodeEncodeError:
-            # Surrogate pairs become their character and lone ones U+FFFD, exactly as tiktoken does it.
+            # Surrogate pairs become their character and lone ones U+FFFD, exactly as in tiktoken.
             raw = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
@@ -117,7 +117,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def gpt2_ranks(path: Path = GPT2_RANKS) -> dict[bytes, int]:
-    """The rank of each of GPT-2's tokens but end of text. ShardError when the file is not as it should be."""
+    """The ranks of GPT-2's tokens, without end of text. ShardError if the file is missing or damaged."""
     try:
         raw = path.read_bytes()
     except OSError as error:

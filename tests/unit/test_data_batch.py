@@ -26,15 +26,15 @@ def test_split(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((10, 4), r"10 = 4 x 2 \+ 2; use 1, 2, 5, 10 ranks, or, for a new run, a --global_batch of 8 or 12"),
-        ((3, 4), r"3 = 4 x 0 \+ 3; use 1, 3 ranks, or, for a new run, a --global_batch of 4$"),
+        ((10, 4), r"10 = 4 x 2 \+ 2; use 1, 2, 5, 10 ranks or, for a new run, --global_batch 8 or 12"),
+        ((3, 4), r"3 = 4 x 0 \+ 3; use 1, 3 ranks or, for a new run, --global_batch 4$"),
         (
             (12, 2, 4),
-            r"12 / 2 ranks = 6 sequences a rank, .* no multiple of 4; use a --micro_batch of 1, 2, 3, 6",
+            r"12 / 2 ranks = 6 sequences per rank, not a multiple of 4; use --micro_batch 1, 2, 3, 6",
         ),
         ((12, 2, 0), "a micro-batch of 0 sequences does not fit"),
-        ((0, 2), "both must be positive"),
-        ((4, 0), "both must be positive"),
+        ((0, 2), "both must be at least 1"),
+        ((4, 0), "both must be at least 1"),
     ],
 )
 def test_an_impossible_split_shows_the_arithmetic(arguments: tuple[int, ...], message: str) -> None:

@@ -100,17 +100,17 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has version 2, this Holdfast reads 1"),
+        ({"version": 2}, "has version 2, but this Holdfast reads 1"),
         ({"version": None}, "has version None"),
         ({"tokenizer": 3}, "must name a tokenizer"),
         ({"vocab_size": True}, "must name a tokenizer"),
         ({"vocab_size": 0}, "must name a tokenizer"),
-        ({"splits": []}, "lists its shards in an unknown way"),
-        ({"splits": {"train": {"shards": [{"file": "train.bin"}]}}}, "lists its shards in an unknown way"),
+        ({"splits": []}, "cannot read the list of shards"),
+        ({"splits": {"train": {"shards": [{"file": "train.bin"}]}}}, "cannot read the list of shards"),
         ({"splits": {"train": {"shards": [{"file": "gone.bin", "tokens": 9}]}}}, r"gone\.bin is missing"),
         (
             {"splits": {"train": {"shards": [{"file": "../train.bin", "tokens": 9}]}}},
-            "not a file name in its",
+            "not a plain file name",
         ),
         ({"splits": {"train": {"shards": [{"file": "train.bin", "tokens": 8}]}}}, "has 9 tokens, .* says 8"),
     ],

@@ -106,12 +106,12 @@ def test_a_long_jsonl_document_is_cut(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("x.jsonl", b'{"text": "a"}\n{"text": "b"', r"line 2 of .*x\.jsonl is not JSON"),
-        ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"line 3 of .*x\.jsonl has no 'text' field"),
-        ("x.jsonl", b'{"text": 5}', "line 1 of .* has no 'text' field"),
-        ("x.jsonl", b'["text"]', "line 1 of .* has no 'text' field"),
-        ("x.jsonl", b'{"text": "\xff"}', "line 1 of .* is not JSON"),
-        ("x.jsonl", b"[" * 100_000, "line 1 of .* is not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b"', r"line 2 of .*x\.jsonl is not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}', r"line 3 of .*x\.jsonl has no 'text' string"),
+        ("x.jsonl", b'{"text": 5}', "line 1 of .* has no 'text' string"),
+        ("x.jsonl", b'["text"]', "line 1 of .* has no 'text' string"),
+        ("x.jsonl", b'{"text": "\xff"}', "line 1 of .* is not valid JSON"),
+        ("x.jsonl", b"[" * 100_000, "line 1 of .* is not valid JSON"),
         ("x.txt", "text".encode("utf-16"), "not UTF-8 text"),
         ("x.txt.gz", b"no gzip at all", r"cannot read the source file .*x\.txt\.gz: Not a gzipped file"),
         (

@@ -56,7 +56,7 @@ def test_a_living_run_is_left_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with staged_folder(out, incomplete="incomplete") as staging:
         (staging / "file").write_text("first")
-        with pytest.raises(OutputError, match=r"another process is preparing .*/out right now"):
+        with pytest.raises(OutputError, match=r"another process is preparing .*/out: wait"):
             write(out)
         assert names(staging) == ["file", "incomplete"]
     assert (out / "file").read_text() == "first"
@@ -66,7 +66,7 @@ def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     write(out)  # an empty folder is free
-    with pytest.raises(OutputError, match=r"exists already: .* --force"):
+    with pytest.raises(OutputError, match=r"already exists: .* --force"):
         write(out, "second")
     assert (out / "file").read_text() == "new"
     with pytest.raises(OutputError, match="exists and is not a folder"):
@@ -82,7 +82,7 @@ def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
             out.mkdir()
             (out / "mine").touch()
 
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         overtaken()
     assert names(out) == ["mine"]
 
@@ -94,7 +94,7 @@ def test_replacing(tmp_path: Path) -> None:
     assert (out / "file").read_text() == "new"
     assert names(tmp_path) == ["out"]
     with (
-        pytest.raises(OutputError, match="holds other things"),
+        pytest.raises(OutputError, match="contains more than a prepared dataset"),
         staged_folder(out, incomplete="incomplete", may_replace=lambda folder: folder != out),
     ):
         pass
@@ -122,7 +122,7 @@ def test_a_run_killed_while_replacing_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
     out.rename(tmp_path / ".out.replaced")  # the moment between the two renames
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         write(out, "new")
     assert (out / "file").read_text() == "old"
 

@@ -222,7 +222,7 @@ def test_the_states_seed_goes_on(folder: Path, caplog: pytest.LogCaptureFixture)
     other.load_state_dict(loader(folder, seed=1).state_dict())
     assert batches(other, 3) == batches(loader(folder, seed=1), 3)
     assert other.state_dict()["seed"] == 1
-    assert "checkpoint's seed 1, not with 2" in caplog.text
+    assert "checkpoint's seed 1, not 2" in caplog.text
 
 
 def test_another_global_batch_must_fit_the_position(folder: Path) -> None:
@@ -258,13 +258,13 @@ def test_what_is_no_state_is_refused(folder: Path, change: dict[str, Any]) -> No
     [
         (
             {"global_batch": 34},
-            "136 tokens in 2 shard.* give 33 sequences of 4 \\+ 1 tokens, a global batch takes 34",
+            "136 tokens in 2 shard.* give 33 sequences of 4 \\+ 1 tokens, but a global batch needs 34",
         ),
         ({"seq_len": 100}, "give 0 sequences of 100"),
-        ({"seq_len": 0}, "seq_len 0"),
+        ({"seq_len": 0}, "seq_len is 0"),
         ({"world_size": 4}, r"6 = 4 x 1 \+ 2"),
-        ({"rank": 2, "world_size": 2}, "ranks go from 0 to 1"),
-        ({"rank": -1}, "ranks go from 0 to 0"),
+        ({"rank": 2, "world_size": 2}, "ranks count from 0 to 1"),
+        ({"rank": -1}, "ranks count from 0 to 0"),
         ({"steps_per_epoch": 0}, "at least 1 step, not 0"),
     ],
 )

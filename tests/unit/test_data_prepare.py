@@ -150,8 +150,8 @@ def test_the_program_reports_what_it_wrote(
     code, out, err = run(capsys, "--source", source, "--tokenizer", "bytes", "--val_fraction", "0.2")
     assert code == 0
     assert out.startswith("datasets/source-bytes: 41 documents, ")
-    assert "left out 1 binary files, image for one" in err
-    assert "1 files are not all UTF-8, zz-latin-1 for one" in err
+    assert "skipped 1 binary files, for example image" in err
+    assert "1 files contain invalid UTF-8, which became U+FFFD; for example zz-latin-1" in err
     description = json.loads((tmp_path / "datasets/source-bytes/dataset.json").read_text())
     counts = description["splits"]
     assert description["documents"] == 41
@@ -173,19 +173,19 @@ def test_flags_take_dashes_too(tmp_path: Path, source: Path, capsys: pytest.Capt
     [
         (["--source", "missing.txt"], "no files found at the source missing.txt"),
         (["--source", "s3x://bucket"], "cannot list the source s3x://bucket"),
-        (["--val_fraction", "1"], "--val_fraction 1.0 is not a fraction"),
-        (["--val_fraction", "-0.1"], "--val_fraction -0.1 is not a fraction"),
-        (["--val_fraction", "nan"], "--val_fraction nan is not a fraction"),
+        (["--val_fraction", "1"], "--val_fraction is 1.0, but must be"),
+        (["--val_fraction", "-0.1"], "--val_fraction is -0.1, but must be"),
+        (["--val_fraction", "nan"], "--val_fraction is nan, but must be"),
         (["--shard_tokens", "0"], "--shard_tokens 0 must be from 1 to"),
-        (["--workers", "-1"], "--workers -1 is negative"),
+        (["--workers", "-1"], "--workers is -1, but must be"),
         (["--out", "s3://bucket/x"], "--out s3://bucket/x is a URI"),
         (["--out", ""], "--out is empty"),
-        (["--out", "source"], "holds other things|exists already"),
-        (["--out", "source", "--force"], "holds other things than a prepared dataset"),
+        (["--out", "source"], "contains more than|already exists"),
+        (["--out", "source", "--force"], "contains more than a prepared dataset"),
         (["--source", "source/../binary"], "the source file .*binary is not UTF-8 text"),
         (
             ["--source", "empties"],
-            "no text in the source empties: of 2 files 1 are binary and the others empty",
+            "no text in the source empties: of 2 files, 1 are binary and the others are empty",
         ),
         (["--out", "binary/x/y"], "cannot write the dataset .*: Not a directory"),
     ],
@@ -226,7 +226,7 @@ def test_an_existing_dataset_is_replaced_only_by_force(
     (source / "new.txt").write_text("more")
     code, _, err = run(capsys, *flags)
     assert code == 2
-    assert "exists already: choose another --out, or replace it with --force" in err
+    assert "already exists: choose another --out, or replace it with --force" in err
     assert content(tmp_path / "out") == before
     assert run(capsys, *flags, "--force")[0] == 0
     assert content(tmp_path / "out") != before
@@ -294,7 +294,7 @@ def test_stopped_in_the_middle_it_leaves_no_dataset_and_no_process(
     assert not out.exists()
     if stop == signal.SIGKILL:
         assert len(list(staging.iterdir())) > 1
-        with pytest.raises(DataError, match="unfinished"):
+        with pytest.raises(DataError, match="incomplete"):
             open_dataset(staging)
     else:
         assert not staging.exists()
