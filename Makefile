@@ -1,18 +1,18 @@
-# The commands of this project. Every target installs what it needs first, so each works in a fresh clone.
+# The project's commands. Every target first installs what it needs, so each works in a fresh clone.
 #
 #   make demo                     train, kill, resume on more ranks, compare
 #   make setup [EXTRAS=s3,bench]  create .venv and install
-#   make test | test-all          the tests; test-all adds those that need time, root, a GPU or a real service
+#   make test | test-all          the tests; test-all adds slow ones and those that need root, a GPU or a service
 #   make lint                     ruff and mypy --strict
-#   make bench                    what a save costs a training loop
+#   make bench                    measure what a save costs a training loop
 #   make fuzz | soak              ten minutes of hostile input; 2,000 saves with faults and restarts
 #
-# The directory and the interpreter can be chosen: make demo VENV=/tmp/venv PYTHON=python3.12
+# To choose the environment and the interpreter: make demo VENV=/tmp/venv PYTHON=python3.12
 
 VENV ?= .venv
 EXTRAS ?=
 PYTEST_ARGS ?=
-# At once. More is quicker where there are more cores: most of a test's time is that of the ranks it starts.
+# Parallel test processes. More are faster on more cores: a test spends most of its time in the ranks it starts.
 TEST_WORKERS ?= 2
 DEMO_DIR ?= runs/demo
 
@@ -27,12 +27,12 @@ known_extras := s3 hf test bench
 wanted_extras := $(subst $(comma), ,$(EXTRAS))
 run := $(VENV)/bin/python
 pytest := $(run) -m pytest -n $(TEST_WORKERS) --dist worksteal
-# What `make test` leaves out. A CUDA test skips itself where there is no device.
+# Excluded from `make test`. CUDA tests skip themselves without a device.
 extra_marks := service or slow or root or gpu
 
 .PHONY: setup demo test test-extra test-all lint bench fuzz soak
 .DELETE_ON_ERROR:
-# Two installations into one environment, or two sets of tests on the same cores, would disturb each other.
+# Parallel installations into one environment, or test runs on the same cores, would interfere.
 .NOTPARALLEL:
 
 setup: $(VENV)/.installed-base $(foreach e,$(wanted_extras),$(VENV)/.installed-$(e))
@@ -64,7 +64,7 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-bench
 	$(run) -m bench.save_latency
 
-# A stamp per extra, renewed when the dependencies change. venv does no harm to a directory that exists.
+# A stamp per extra, renewed when the dependencies change. venv leaves an existing directory intact.
 $(VENV)/.created:
 ifeq ($(strip $(PYTHON)),)
 	@echo "Holdfast needs Python 3.11 or newer and found none on PATH. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1
@@ -81,6 +81,6 @@ $(VENV)/.installed-base: setup.py $(wildcard engine/native/*.[ch]) pyproject.tom
 	@touch $@
 
 $(VENV)/.installed-%: setup.py $(wildcard engine/native/*.[ch]) pyproject.toml constraints.txt $(VENV)/.created
-	$(if $(filter $*,$(known_extras)),,$(error no such extra: $*; there are: $(known_extras)))
+	$(if $(filter $*,$(known_extras)),,$(error no such extra: $*; choose from: $(known_extras)))
 	$(run) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[$*]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say in every setuptools: the loops in C, and that they are optional."""
+"""Builds the optional C extension, which pyproject.toml cannot declare for every setuptools version."""
 
 import platform
 
@@ -6,7 +6,7 @@ from setuptools import Extension, setup
 
 
 def loops(name: str, *flags: str) -> Extension:
-    """One build of them. No Python module: engine/native/kernels.py opens it with ctypes."""
+    """One build of the kernels. It is not a Python module: engine/native/kernels.py loads it with ctypes."""
     return Extension(
         f"engine.native._{name}",
         sources=[f"engine/native/{name}.c"],

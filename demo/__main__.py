@@ -1,7 +1,6 @@
-"""`make demo`: train on 2 ranks, kill everything, resume on 4, and compare with an undisturbed run.
+"""`make demo`: trains on 2 ranks, kills all processes, resumes on 4, and compares with an uninterrupted run.
 
-Everything happens in one folder, which the next demo empties. Each part prints the command that a person
-would type.
+It works in one folder, which the next demo empties. Each part prints the command that a person would type.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ RANKS_BEFORE, RANKS_AFTER = 2, 4
 STEPS = 120
 SAVE_EVERY = 20
 KILL_AFTER = STEPS // 2 + 13
-"""The kill comes after this step, some steps past a checkpoint, so that work is lost and done again."""
+"""The kill comes after this step, some steps past a checkpoint, so that some work is lost and redone."""
 TOLERANCE = 1e-4
 PATIENCE_SECS = 600.0
 OURS = "holdfast-demo"
-"""The file that marks a folder as the demo's own: only such a folder is emptied."""
+"""The file that marks a folder as a demo's: only such folders are emptied."""
 
 
 def say(text: str = "") -> None:
@@ -35,20 +34,20 @@ def say(text: str = "") -> None:
 
 
 def shown(command: list[str]) -> str:
-    """The command as a person would type it with the environment activated."""
+    """The command as typed with the environment activated."""
     program = Path(command[0]).name
     return shlex.join(["python" if program.startswith("python") else program, *command[1:]])
 
 
 def prepare_folder(folder: Path) -> None:
-    """An empty folder with our mark.
+    """Create an empty folder with the demo's mark.
 
     Raises:
-        JobError: it exists, holds files and is not an earlier demo's; or it cannot be made.
+        JobError: it holds files and is not an earlier demo's, or it cannot be created.
     """
     try:
         if folder.exists() and any(folder.iterdir()) and not (folder / OURS).exists():
-            raise JobError(f"{folder} holds something that is not a demo's; give another --dir")
+            raise JobError(f"{folder} holds files that are not a demo's; give another --dir")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / OURS).touch()
@@ -83,26 +82,26 @@ def train(folder: Path, name: str) -> Job:
 
 
 def train_and_kill(folder: Path, name: str) -> int:
-    """Train, and kill every process in mid-run; the step of the last checkpoint reported as committed."""
+    """Train, and kill every process in mid-run; returns the last step reported as committed."""
     logs = folder / name / "logs"
     job = train(folder, name)
     job.wait_until(lambda: max(steps_of(read_metrics(logs)), default=0) >= KILL_AFTER, PATIENCE_SECS)
     job.kill()
     events = read_metrics(logs)
     saved = committed_steps(events)[-1]
-    say(f"  killed after step {max(steps_of(events))}; the last committed checkpoint is of step {saved}")
+    say(f"  killed after step {max(steps_of(events))}; the last committed checkpoint is step {saved}")
     return saved
 
 
 def show_losses(uninterrupted: list[Event], resumed: list[Event], *, resumed_after: int) -> None:
-    """Print the table; JobError when the two runs are further apart than summation order explains."""
+    """Print the table; JobError if the runs differ by more than the order of summation explains."""
     rows = compare(uninterrupted, resumed)
     ranks = (RANKS_BEFORE, RANKS_AFTER)
     say(render(rows, resumed_after=resumed_after, ranks=ranks, every=SAVE_EVERY))
     worst = max(row.difference for row in rows)
     exact = sum(row.resumed == row.uninterrupted for row in rows)
-    say(f"\n{exact} of {len(rows)} steps are bit-for-bit the same; the largest relative difference is")
-    say(f"{worst:.1e}, since another number of ranks adds the same numbers up in another order.")
+    say(f"\n{exact} of {len(rows)} steps are identical to the bit; the largest relative difference is")
+    say(f"{worst:.1e}, because another number of ranks adds the same numbers in another order.")
     if worst > TOLERANCE:
         raise JobError(f"the losses differ by {worst:.1e}; expected at most {TOLERANCE}")
 
@@ -116,10 +115,10 @@ def demo(folder: Path) -> None:
     command = [python, "-m", "data.prepare", "--tokenizer=bytes", f"--out={folder / 'data'}"]
     run(command, folder / "prepare.log").finish(PATIENCE_SECS)
 
-    say(f"\n2. Train a small GPT-2 on {RANKS_BEFORE} ranks, undisturbed, for comparison.")
+    say(f"\n2. Train a small GPT-2 on {RANKS_BEFORE} ranks, uninterrupted, for comparison.")
     train(folder, "undisturbed").finish(PATIENCE_SECS)
 
-    say("\n3. Train the same model again, and kill every process of it in mid-run with SIGKILL.")
+    say("\n3. Train the same model again, and kill all its processes in mid-run with SIGKILL.")
     saved = train_and_kill(folder, "killed")
 
     say(f"\n4. Resume on {RANKS_AFTER} ranks. The checkpoint carries the run's configuration.")
@@ -128,11 +127,11 @@ def demo(folder: Path) -> None:
     events = read_metrics(folder / "killed" / "logs")
     restored = next(e["step"] for e in events if e["event"] == "restored")
     say(f"  restored step {restored} and finished step {max(steps_of(events))}")
-    # A commit may have been made in the instant before the kill and not have been reported any more.
+    # A save may have committed right before the kill without being reported.
     if restored < saved:
         raise JobError(f"resumed at step {restored}, but step {saved} had been committed")
 
-    say("\n5. The checkpoints that there are now:")
+    say("\n5. The checkpoints now:")
     command = [python, "-m", "engine.checkpoints", "list", str(checkpoints)]
     say(f"  $ {shown(command)}")
     subprocess.run(command, cwd=ROOT, check=True)
@@ -143,9 +142,9 @@ def demo(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where to work; emptied first")
+    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="working folder; emptied first")
     args = parser.parse_args()
-    # As with Ctrl+C, nothing is to be left running.
+    # As with Ctrl+C, leave nothing running.
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         began = time.monotonic()
@@ -155,7 +154,7 @@ def main() -> int:
         print(f"The demo failed: {err}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("The demo was interrupted; nothing of it is left running.", file=sys.stderr)
+        print("The demo was interrupted; none of its processes is left running.", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -1,7 +1,7 @@
-"""A training job as a person would start it in a shell: launch, watch its metrics, kill, wait.
+"""Runs a training job as a person would in a shell: launch it, watch its metrics, kill it, wait.
 
-torchrun puts every worker into a session of its own, so killing torchrun's process group would miss them. So
-each job carries a mark in its environment, which all its processes inherit, and is found again by that mark.
+torchrun starts each worker in its own session, so killing torchrun's process group would miss them. Each job
+therefore has a mark in its environment, which all its processes inherit and by which they are found.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Event = dict[str, Any]
 
 
 class JobError(RuntimeError):
-    """A job ended in a way that its caller did not expect; the message ends with the end of its log."""
+    """A job ended unexpectedly; the message includes the end of its log."""
 
 
 def torchrun(nproc: int, *args: str) -> list[str]:
-    """The command line of a single-node run; the script that pip put beside this interpreter."""
+    """The command line of a single-node run, with the torchrun script beside this interpreter."""
     return [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc_per_node={nproc}", *args]
 
 
 def read_metrics(log_dir: Path) -> list[Event]:
-    """The events of metrics.jsonl; a last line that is still being written is left out."""
+    """The events of metrics.jsonl, without a last line that is still being written."""
     path = log_dir / "metrics.jsonl"
     if not path.exists():
         return []
@@ -45,9 +45,9 @@ class Job:
 
     Args:
         command: the program and its arguments.
-        log: the file that takes standard output and standard error, opened for appending.
-        cwd: the directory to run in.
-        env: what to add to this process's environment.
+        log: standard output and standard error are appended to this file.
+        cwd: the working directory.
+        env: variables to add to this process's environment.
     """
 
     def __init__(
@@ -70,20 +70,20 @@ class Job:
             )
 
     def pids(self) -> list[int]:
-        """Every living process of the job, orphans included."""
+        """Every living process of the job, including orphans."""
         wanted = f"{MARK}={self.mark}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
-                # A process that ends meanwhile, or is a zombie, has no environment to read.
+                # A process that just ended, or is a zombie, has no readable environment.
                 with contextlib.suppress(OSError):
                     if wanted in (entry / "environ").read_bytes().split(b"\0"):
                         found.append(int(entry.name))
         return found
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
-        """Send SIGKILL to every process of the job and wait until none is left."""
-        # Its first process has no environment to be found by before its program has begun.
+        """Send `sig` to every process of the job until none is left."""
+        # The first process has no environment to be found by until its program has started.
         while pids := {*self.pids(), *([self.process.pid] if self.process.poll() is None else [])}:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ class Job:
         return "\n".join(self.output().splitlines()[-lines:])
 
     def wait(self, timeout_secs: float) -> int:
-        """The exit status; kills the job and raises JobError when it takes longer than `timeout_secs`."""
+        """Wait for the exit status; kills the job and raises JobError after `timeout_secs`."""
         try:
             with self._killed_if_broken_off():
                 return self.process.wait(timeout_secs)
@@ -105,10 +105,10 @@ class Job:
             raise JobError(f"{self.command} took longer than {timeout_secs} s\n{self.tail()}") from None
 
     def finish(self, timeout_secs: float) -> None:
-        """Wait, and raise JobError unless the exit status is 0."""
+        """Wait for the end; raises JobError unless the exit status is 0."""
         status = self.wait(timeout_secs)
         if status != 0:
-            raise JobError(f"{' '.join(self.command)} ended with {status}\n{self.tail()}")
+            raise JobError(f"{' '.join(self.command)} exited with {status}\n{self.tail()}")
 
     def wait_until(
         self,
@@ -117,20 +117,20 @@ class Job:
         *,
         poll_secs: float = 0.02,
     ) -> None:
-        """Wait until `condition` holds; JobError if the job ends, or the time is over, before it does."""
+        """Wait until `condition` is true; JobError if the job ends or the time runs out first."""
         deadline = time.monotonic() + timeout_secs
         with self._killed_if_broken_off():
             while not condition():
                 ended = self.process.poll()
                 if ended is not None and not condition():
-                    raise JobError(f"the job ended with {ended} too early\n{self.tail()}")
+                    raise JobError(f"the job exited with {ended} too early\n{self.tail()}")
                 if time.monotonic() > deadline:
-                    raise JobError(f"nothing came of it in {timeout_secs} s\n{self.tail()}")
+                    raise JobError(f"the job did not get there within {timeout_secs} s\n{self.tail()}")
                 time.sleep(poll_secs)
 
     @contextlib.contextmanager
     def _killed_if_broken_off(self) -> Iterator[None]:
-        """Its sessions are its own, so that a Ctrl+C in the terminal reaches none of its processes."""
+        """The job has its own sessions, so Ctrl+C in the terminal does not reach it."""
         try:
             yield
         except BaseException:
@@ -139,10 +139,10 @@ class Job:
 
 
 def steps_of(events: Iterable[Event]) -> dict[int, Event]:
-    """step -> its last "step" event: a resumed run overwrites the steps the killed one did in vain."""
+    """step -> its last "step" event: a resumed run's steps replace the lost ones of the killed run."""
     return {e["step"]: e for e in events if e["event"] == "step"}
 
 
 def committed_steps(events: Iterable[Event]) -> list[int]:
-    """The steps whose checkpoints were reported as committed, in the order of the reports."""
+    """The steps of the committed checkpoints, in the order of their commits."""
     return [e["step"] for e in events if e["event"] == "save_committed"]

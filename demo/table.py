@@ -1,4 +1,4 @@
-"""The loss table of the demo: pure text from two lists of events."""
+"""The demo's loss table, as text from two lists of events. Pure."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def compare(uninterrupted: Iterable[Event], resumed: Iterable[Event]) -> list[Ro
     """A row for every step of the uninterrupted run.
 
     Raises:
-        ValueError: the two runs did not do the same steps.
+        ValueError: the two runs have different steps.
     """
     one, two = steps_of(uninterrupted), steps_of(resumed)
     if one.keys() != two.keys():
         lacking = sorted(one.keys() ^ two.keys())
-        raise ValueError(f"the runs differ in the steps that they did: {lacking}")
+        raise ValueError(f"these steps are in only one of the runs: {lacking}")
     return [Row(step, one[step]["loss"], two[step]["loss"]) for step in sorted(one)]
 
 
 def render(rows: list[Row], *, resumed_after: int, ranks: tuple[int, int], every: int) -> str:
-    """The table: every `every`-th step, the first and the last one, and those around the resumption."""
+    """The table: every `every`-th step, the first and the last, and those around the resume."""
     shown = {resumed_after, resumed_after + 1, rows[0].step, rows[-1].step}
     lines = [
         f"{'step':>6}  {'uninterrupted':>14}  {'killed, resumed':>16}  {'on ranks':>8}  {'difference':>10}",

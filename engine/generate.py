@@ -1,6 +1,6 @@
-"""`python -m engine.generate`: sample text from a checkpoint or an exported model, to see that it is alive.
+"""`python -m engine.generate`: samples text from a checkpoint or an exported model.
 
-Exit status: 0, or 2 when the user has to do something (one sentence says what).
+Exit status: 0, or 2 when the user has to act (one sentence says what to do).
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line. ConfigError for a mistake."""
+    """Parse the command line. ConfigError for a mistake."""
     parser = _Parser(prog="python -m engine.generate", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "--from",
         dest="source",
         default="latest",
-        help="latest, backup, best, epoch:N, step:N, a path or URI of a checkpoint, or an exported model: a "
-        "directory of --format hf, or a .pt file (default: latest)",
+        help="latest, backup, best, epoch:N, step:N, a path or URI of a checkpoint, or an exported model (a "
+        "directory from --format hf, or a .pt file) (default: latest)",
     )
     parser.add_argument(
-        "--checkpoint_dir", default="./checkpoints", help="where latest, best, ... are looked for"
+        "--checkpoint_dir", default="./checkpoints", help="directory in which to look up latest, best, ..."
     )
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--prompt", default="", help="text to continue (default: the start of a document)")
     parser.add_argument(
-        "--max_new_tokens", type=int, default=100, help="how many tokens to add (default: 100)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)"
+        "--max_new_tokens", type=int, default=100, help="largest number of tokens to add (default: 100)"
     )
     parser.add_argument(
-        "--top_k", type=int, default=200, help="sample among so many likeliest tokens; 0: all (default: 200)"
+        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=200, help="sample from the N likeliest tokens; 0: all (default: 200)"
     )
     parser.add_argument("--seed", type=int, default=1337, help="the same seed gives the same text")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes become one sentence like every other error, not a usage text."""
+    """Reports a mistake as one sentence, like every other error, instead of a usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -91,14 +91,14 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
     for position, pair in enumerate(pairs, start=1):
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            # The entry itself may be a secret, so only its place is named.
+            # The entry may be a secret, so the message gives only its position.
             raise ConfigError(f"--storage_options takes KEY=VALUE entries; entry {position} is not one")
         options[key] = value
     return options
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    # Imported here: a wrong flag or --help should not have to wait for torch.
+    # Local imports: a wrong flag or --help must not wait for torch.
     from data.errors import DataError
     from data.tokenizer import load_tokenizer
     from engine.gpt2.load_model import load_model
@@ -112,7 +112,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     name = tokenizer_name(vocab_size)
     if name is None:
         raise ConfigError(
-            f"{loaded.what} has {vocab_size} tokens, which is neither GPT-2's vocabulary nor bytes"
+            f"{loaded.what} has a vocabulary of {vocab_size}, which is neither GPT-2's nor that of bytes"
         )
     try:
         tokenizer = load_tokenizer(name)
@@ -134,7 +134,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _visible(text: str) -> str:
-    """Without what a terminal would obey: a young model of bytes writes such characters by chance."""
+    """Replace control characters: a half-trained byte model may print them, and a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

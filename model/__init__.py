@@ -1,1 +1,1 @@
-"""GPT-2: configuration, module, seeded initial weights. Knows nothing of the engine."""
+"""GPT-2: configuration, module, seeded initial weights. Does not depend on the engine."""

@@ -1,4 +1,4 @@
-"""The shape of a GPT-2 as one frozen value, and the named presets. Imports no torch."""
+"""The shape of a GPT-2 as a frozen value, and the presets. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ GPT2_VOCAB_SIZE = 50257
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GPT2Config:
-    """Everything that decides the parameters' shapes and the forward pass.
+    """The settings that determine the parameters' shapes and the forward pass.
 
-    In brackets, Hugging Face's name of the same thing (`GPT2Config` there).
+    In parentheses: the name in Hugging Face's `GPT2Config`, where it differs.
 
     Raises:
-        ValueError: a value that cannot work, with the numbers in the message.
+        ValueError: an invalid value; the message has the numbers.
     """
 
     n_layer: int
     """Transformer blocks."""
     n_head: int
-    """Attention heads in a block; divides `n_embd`."""
+    """Attention heads per block; must divide `n_embd`."""
     n_embd: int
     """Width of the residual stream."""
     vocab_size: int = GPT2_VOCAB_SIZE
@@ -58,13 +58,13 @@ class GPT2Config:
         block_size: int | None = None,
         dropout: float | None = None,
     ) -> GPT2Config:
-        """Return the preset `name` with the given values in place of its own; None keeps the preset's.
+        """Return the preset `name`, with the given values instead of its own; None keeps the preset's.
 
         Raises:
-            ValueError: no such preset (the message lists them), or a value that cannot work.
+            ValueError: an unknown preset (the message lists them) or an invalid value.
         """
         if name not in PRESETS:
-            raise ValueError(f"no model is called {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown model {name!r}; choose one of {', '.join(PRESETS)}")
         wanted: dict[str, Any] = {"vocab_size": vocab_size, "block_size": block_size, "dropout": dropout}
         return dataclasses.replace(PRESETS[name], **{k: v for k, v in wanted.items() if v is not None})
 
@@ -74,10 +74,10 @@ class GPT2Config:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> GPT2Config:
-        """Rebuild what `to_dict` returned.
+        """Rebuild the result of `to_dict`.
 
         Raises:
-            ValueError: a field is unknown, missing, or of a value that cannot work.
+            ValueError: a field is unknown, missing or invalid.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
@@ -89,7 +89,7 @@ class GPT2Config:
 
 PRESETS: Mapping[str, GPT2Config] = MappingProxyType(
     {
-        # 0.8 M parameters beside its embeddings: trains on two CPU cores with the byte tokenizer.
+        # 0.8 M parameters without embeddings: trains on two CPU cores with the byte tokenizer.
         "nano": GPT2Config(n_layer=4, n_head=4, n_embd=128, block_size=256),
         "gpt2": GPT2Config(n_layer=12, n_head=12, n_embd=768),
         "gpt2-medium": GPT2Config(n_layer=24, n_head=16, n_embd=1024),

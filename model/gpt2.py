@@ -1,6 +1,6 @@
-"""GPT-2 as a plain module, with Hugging Face's parameter names (`model.hf_names` has the table).
+"""GPT-2 as a plain module, with Hugging Face's parameter names (see the table in `model.hf_names`).
 
-Source: Radford et al. 2019, as `transformers.GPT2LMHeadModel` computes it: pre-norm blocks, learned
+After Radford et al. 2019, as `transformers.GPT2LMHeadModel` computes it: pre-norm blocks, learned
 positions, tanh-approximated GELU, LayerNorm with epsilon 1e-5, output layer tied to the token embedding.
 """
 
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward half of a block: [..., n_embd] to the same shape, four times as wide inside."""
+    """The feed-forward half of a block: [..., n_embd] to the same shape, with a hidden layer of 4 n_embd."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -87,8 +87,8 @@ class Transformer(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 with its language-model head. Build it on the meta device, then materialise and initialise it.
 
-    It has no buffers (positions are made in the forward pass), so nothing but parameters needs values after
-    `to_empty`. The modules' own initial values are torch's: call `model.init.init_weights`.
+    It has no buffers (the forward pass computes positions), so only parameters need values after `to_empty`.
+    The constructor leaves torch's default values: call `model.init.init_weights`.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -97,7 +97,7 @@ class GPT2(nn.Module):
         self.transformer = Transformer(config)
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that are sharded and compiled one by one, in the order of the forward pass."""
+        """The modules to shard and compile one by one, in the order of the forward pass."""
         return list(self.transformer.h)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +105,7 @@ class GPT2(nn.Module):
 
         Args:
             idx: token ids, int64 [batch, tokens], tokens <= block_size.
-            targets: the token that follows each position, int64 of the same shape; -100 is left out.
+            targets: the token that follows each position, int64 of the same shape; -100 is ignored.
 
         Returns:
             logits [batch, tokens, vocab_size] in the compute dtype, and the loss as a float32 scalar or None.
@@ -117,8 +117,8 @@ class GPT2(nn.Module):
         if tokens > longest:
             raise ValueError(f"a sequence of {tokens} tokens is longer than the model's block_size {longest}")
         hidden = self.transformer(idx)
-        # The tie is this line, not a second parameter: `lm_head.weight = wte.weight` comes apart when
-        # to_empty or fully_shard replaces the parameters, and a checkpoint would then hold two embeddings.
+        # This line ties the weights. A second parameter, `lm_head.weight = wte.weight`, would be untied when
+        # to_empty or fully_shard replaces parameters, and a checkpoint would then hold two embeddings.
         logits = F.linear(hidden, self.transformer.wte.weight)
         if targets is None:
             return logits, None

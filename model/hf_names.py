@@ -1,4 +1,4 @@
-"""How this model's parameters map to Hugging Face's `GPT2LMHeadModel`.
+"""Maps this model's parameters to those of Hugging Face's `GPT2LMHeadModel`.
 
 | here (d = n_embd, i = block)            | shape here      | Hugging Face        | shape there     |
 |-----------------------------------------|-----------------|---------------------|-----------------|
@@ -17,9 +17,9 @@
 | transformer.ln_f.weight, .bias          | [d]             | the same name       | the same        |
 | (tied: transformer.wte.weight)          |                 | lm_head.weight      | [vocab_size, d] |
 
-The transposed ones are `Conv1D` there, which computes x @ W where `nn.Linear` computes x @ W.T.
-`lm_head.weight` is an alias there and is usually left out of files; OpenAI's original files leave out the
-prefix `transformer.` too.
+The transposed weights belong to `Conv1D` there, which computes x @ W where `nn.Linear` computes x @ W.T.
+`lm_head.weight` is an alias there and usually not in files; OpenAI's original files also omit the prefix
+`transformer.`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _SAME = re.compile(
 
 
 def hf_name(name: str) -> tuple[str, bool]:
-    """Return Hugging Face's name of parameter `name`, and whether its value is the transpose of ours.
+    """Return Hugging Face's name of parameter `name`, and whether it is stored transposed there.
 
     Raises:
-        KeyError: this model has no parameter of that name.
+        KeyError: this model has no such parameter.
     """
     if _TRANSPOSED.fullmatch(name):
         return name, True

@@ -1,7 +1,7 @@
-"""Initial weights as a function of (seed, parameter name) alone, whatever the world size and sharding.
+"""Initial weights as a function of (seed, parameter name) alone, at any world size and sharding.
 
-Every rank draws a parameter's whole tensor from a generator of its own and keeps its shard. Drawing only the
-shard would be cheaper, but then the values would depend on where the cuts fall.
+Every rank draws the whole tensor of a parameter, from that parameter's own generator, and keeps its shard.
+Drawing only the shard would be cheaper, but the values would then depend on the sharding.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 STD = 0.02
-"""GPT-2's standard deviation, for Linear and Embedding weights alike."""
+"""GPT-2's standard deviation for Linear and Embedding weights."""
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 _BLOCK = re.compile(r"(?:^|\.)h\.(\d+)\.")
 
 
 def canonical_name(name: str) -> str:
-    """Return a parameter's name without what torch.compile, DDP and activation checkpointing add to it."""
+    """Return a parameter's name without what torch.compile, DDP and activation checkpointing add."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[0] == "module" and len(parts) > 1:
         del parts[0]
@@ -33,18 +33,18 @@ def canonical_name(name: str) -> str:
 def init_weights(model: nn.Module, seed: int) -> None:
     """Fill every parameter of a GPT-2 in place, each rank its own shard; no communication.
 
-    Source of the values: Hugging Face's `GPT2PreTrainedModel._init_weights`: normal with deviation 0.02,
+    The values follow Hugging Face's `GPT2PreTrainedModel._init_weights`: normal with standard deviation 0.02,
     divided by sqrt(2 n_layer) for the projections that end a residual branch; biases 0, LayerNorm weights 1.
-    They are drawn in float32 on the CPU and then cast, so that the device does not matter. Global RNG state
-    is left alone.
+    They are drawn in float32 on the CPU and then cast, so that they do not depend on the device. Global RNG
+    state is not touched.
 
     Args:
         model: materialised (`to_empty`), plain or after `fully_shard`, DDP or torch.compile.
         seed: any int.
 
     Raises:
-        ValueError: a parameter is on the meta device, or a parameter or buffer has no rule: left as
-            `to_empty` made it, it would hold whatever was in memory.
+        ValueError: a parameter is on the meta device, or a parameter or buffer has no rule and would keep
+            uninitialised memory.
     """
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     scale = 1 / sqrt(2 * _layers(parameters))
@@ -81,17 +81,17 @@ def _fill(parameter: Tensor, name: str, seed: int, residual_scale: float) -> Non
 
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    # Torch's CPU generator seeds itself with the low 32 bits of what it is given.
+    # Torch's CPU generator uses only the low 32 bits of its seed.
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Where this rank's shard lies in the whole tensor."""
+    """The position of this rank's shard in the whole tensor."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     mesh = parameter.device_mesh
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside the mesh holds a parameter of it"
+    assert coordinate is not None, "a rank outside the mesh holds a parameter on it"
     return local_slices(tuple(parameter.shape), parameter.placements, tuple(mesh.shape), tuple(coordinate))
 
 
@@ -101,9 +101,9 @@ def local_slices(
     mesh_shape: Sequence[int],
     coordinate: Sequence[int],
 ) -> tuple[slice, ...]:
-    """Return the half-open box of a tensor of `shape` that lies at `coordinate` of a mesh.
+    """Return the part of a tensor of `shape` that a mesh's rank at `coordinate` holds.
 
-    `distribute_tensor` would do this too, but it moves the whole tensor to the device first.
+    `distribute_tensor` would move the whole tensor to the device first.
 
     Raises:
         ValueError: a placement other than Shard and Replicate.

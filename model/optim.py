@@ -1,4 +1,4 @@
-"""Which parameters are decayed."""
+"""Decides which parameters get weight decay."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's two parameter groups: tensors of two dimensions or more decay, biases and norms do not.
 
-    Both groups are there even when one is empty: the optimizer's structure does not depend on the model.
-    Call it right after the model is built: after a no-grad evaluation FSDP2's root hands out plain, whole
-    tensors instead of its sharded parameters, and an optimizer would step copies.
+    Returns both groups even if one is empty: the optimizer's structure does not depend on the model.
+    Call it right after building the model: after a no-grad evaluation, FSDP2's root exposes plain, whole
+    tensors instead of its sharded parameters, and the optimizer would update copies.
 
     Args:
         model: plain, DDP or FSDP2; a DTensor counts with its global dimensions.

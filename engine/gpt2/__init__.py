@@ -1,11 +1,11 @@
-"""The example's model: how a GPT-2 is recognised, converted, exported and loaded.
+"""The example's model: recognises, converts, exports and loads a GPT-2.
 
-    kind             what the library's import and export ask of it     (engine.convert.model_kinds)
-    tensors          a GPT-2 among a source's tensors, in our layout    (settings)
-    hf_export        --format hf                                        (tokenizer_files)
-    resumable        what our trainer expects of an imported checkpoint (trainer_flags)
-    load_model       a model in memory                                  (sample)
-    own_packages     `model` and `data` are ours, whatever lies in the working directory
+    kind             the interface to the library's import and export       (engine.convert.model_kinds)
+    tensors          finds a GPT-2 among tensors and converts its layout    (settings)
+    hf_export        --format hf                                            (tokenizer_files)
+    resumable        what the trainer expects in an imported checkpoint     (trainer_flags)
+    load_model       loads a model into memory                              (sample)
+    own_packages     makes `model` and `data` mean the example's packages
 
-It belongs to the trainer: the library imports none of it.
+It belongs to the trainer: the library does not import it.
 """

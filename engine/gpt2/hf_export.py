@@ -23,14 +23,14 @@ _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def gpt2_of(source: CheckpointTensors) -> Gpt2:
-    """The GPT-2 that a checkpoint holds. StateError when its model is another one."""
+    """The GPT-2 in a checkpoint. StateError if its model is not a GPT-2."""
     contents = contents_of(source.manifest)
     names = contents.modules[main_module(contents, source.uri)]
     return find_gpt2(source, names, source.manifest.config, source.uri)
 
 
 def hf_bytes(source: CheckpointTensors, dtype: str | None) -> int:
-    """How many bytes of tensors `write_hf` will write. StateError as `gpt2_of`."""
+    """How many tensor bytes `write_hf` will write. StateError as in `gpt2_of`."""
     infos = Gpt2Tensors(source, gpt2_of(source)).infos
     return sum(converted(info, dtype).tensor_bytes for info in infos.values())
 
@@ -43,9 +43,9 @@ def write_hf(
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = ignore_progress,
 ) -> None:
-    """Write model, configuration and tokenizer into the new directory `folder`. Always the model only.
+    """Write model, configuration and tokenizer, without training state, into the new directory `folder`.
 
-    Raises: StateError when the checkpoint's model is not a GPT-2; DamagedError; StorageError.
+    Raises: StateError if the checkpoint's model is not a GPT-2; DamagedError; StorageError.
     """
     found = gpt2_of(source)
     model = Gpt2Tensors(source, found)
@@ -59,7 +59,7 @@ def write_hf(
 
 
 def config_json(config: GPT2Config, dtype: str, end_of_text: int | None) -> dict[str, Any]:
-    """What Hugging Face's `GPT2Config` has to say to compute what our model computes."""
+    """The settings with which Hugging Face's GPT-2 computes the same as ours."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -1,4 +1,4 @@
-"""The GPT-2 as a `ModelKind`: what import and export of the library ask of it."""
+"""The GPT-2 as a `ModelKind`, for the library's import and export."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from engine.gpt2.trainer_flags import run_config
 from engine.state.captured import RNG_KEY
 
 _TRAINED_IN = "F32"
-"""The type that the trainer keeps weights and moments in."""
+"""The trainer's type for weights and optimizer moments."""
 
 _NO_DATA = (
-    "it says nothing about the data: a resumed run starts at the beginning of its own, with fresh "
-    "random streams, and needs --allow_data_change"
+    "it does not contain the position in the data: a resumed run starts at the beginning of its own data, "
+    "with fresh random states, and needs --allow_data_change"
 )
 
 
@@ -41,7 +41,7 @@ class Gpt2Kind:
         return looks_like_gpt2(names) and of_another_model(config) is None
 
     def convert(self, tensors: TensorSource, parts: Recognised, what: str) -> ConvertedModel:
-        """Convert to our layout, as float32 like the trainer's weights."""
+        """Convert to our layout, in float32 like the trainer's weights."""
         names = {name: ref.name for name, ref in parts.model.items()}
         found = find_gpt2(tensors, names, parts.config, what)
         model = Gpt2Tensors(tensors, found)
@@ -78,7 +78,7 @@ class Gpt2Kind:
         shard_bytes: int,
         progress: Progress,
     ) -> None:
-        """ConfigError when the tokenizer's vocabulary is damaged."""
+        """ConfigError if the tokenizer's vocabulary is damaged."""
         try:
             write_hf(source, folder, dtype=dtype, shard_bytes=shard_bytes, progress=progress)
         except DataError as error:
@@ -89,7 +89,7 @@ GPT2_KIND: ModelKind = Gpt2Kind()
 
 
 def _parameters(model: Gpt2Tensors, parts: Recognised) -> dict[str, Parameter]:
-    """Those that the source has; the biases that were added as zeros are in no optimizer."""
+    """The parameters that the source has; biases added as zeros are in no optimizer."""
     stored = {ref.name: ref.info.shape for ref in parts.model.values()}
     return {
         name: Parameter(stored[place.name], info.shape, place.transposed)
@@ -108,14 +108,14 @@ def _notes(model: Gpt2Tensors, parts: Recognised, others: Collection[str]) -> tu
         )
     if found.zeros:
         notes.append(
-            f"{len(found.zeros)} biases that it does not have were added as zeros, which computes the same"
+            f"{len(found.zeros)} biases that it lacks were added as zeros, which does not change the outputs"
         )
     notes += said_of(parts.config)
     if others:
-        notes.append(f"left out settings that the trainer has no flags for: {', '.join(others)}")
+        notes.append(f"left out settings that are not flags of the trainer: {', '.join(others)}")
     masks = _masks(found, parts)
     if masks:
-        notes.append(f"left out attention masks, which are computed here: {', '.join(masks)}")
+        notes.append(f"left out attention masks, which this model computes: {', '.join(masks)}")
     return tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""A GPT-2 in memory, from a checkpoint or from what other tools read."""
+"""Loads a GPT-2 into memory, from a checkpoint or from an exported file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from model.gpt2 import GPT2
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its weights, and where they came from, in words."""
+    """A model with its weights; `what` and `described` tell the user where they came from."""
 
     model: GPT2
     what: str
@@ -41,10 +41,10 @@ class Loaded:
 def load_model(
     selector: str, directory: str, device: str = "auto", options: Mapping[str, str] | None = None
 ) -> Loaded:
-    """Load the GPT-2 that `selector` names: a checkpoint, looked for in `directory`, or an exported model.
+    """Load the GPT-2 that `selector` names: a checkpoint in `directory`, or an exported model.
 
-    Raises: SelectorError; StateError when it is no GPT-2; DamagedError; ConfigError for a device that is not
-        there; StorageError.
+    Raises: SelectorError; StateError if it is not a GPT-2; DamagedError; ConfigError for a missing device;
+        StorageError.
     """
     where = _device(device)
     if _is_exported(selector, options):
@@ -53,7 +53,7 @@ def load_model(
     choice = choose_checkpoint(open_storage(directory, options), selector, options=options)
     if choice is None:
         raise ConfigError(
-            f"{redact_uri(directory)} holds no checkpoint: give another --checkpoint_dir, or with --from the "
+            f"{redact_uri(directory)} holds no checkpoint: give another --checkpoint_dir, or give --from the "
             "path of a checkpoint or of an exported model"
         )
     storage = open_storage(choice.target or directory, options)
@@ -65,7 +65,7 @@ def load_model(
 
 
 def _is_exported(selector: str, options: Mapping[str, str] | None) -> bool:
-    """Whether it is the address of something that is no checkpoint of ours."""
+    """Whether it is the address of something other than a Holdfast checkpoint."""
     if "/" not in selector and not os.path.exists(selector):
         return False
     parent, name = split_uri(selector)
@@ -100,5 +100,5 @@ def _fill(tensors: Gpt2Tensors, device: torch.device) -> GPT2:
 def _device(wanted: str) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ConfigError("--device cuda, but torch finds no CUDA device here; give --device cpu")
+        raise ConfigError("--device cuda, but torch finds no CUDA device; give --device cpu")
     return torch.device("cuda" if available and wanted != "cpu" else "cpu")

@@ -1,4 +1,4 @@
-"""`model` and `data` are common names: in the example's programs they have to mean its own packages."""
+"""`model` and `data` are common names: in the example's programs they must mean its own packages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _OWN = ("model", "data")
 def claim_own_packages() -> None:
     """Make `model` and `data` mean ours in this process.
 
-    `python -m` puts the working directory first on the import path, and a user's own `model.py` or `data/`
-    lies there. Moving entries of the path about was rejected: PYTHONPATH may name that folder as well.
+    `python -m` puts the working directory first on the import path, where a user's own `model.py` or `data/`
+    may be. Reordering the path was rejected: PYTHONPATH may contain that folder, too.
     """
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     for name in _OWN:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def model_kinds() -> tuple[ModelKind, ...]:
-    """The GPT-2. Called by a program: from then on, `model` and `data` mean the example's packages."""
+    """The GPT-2 kind. Afterwards, `model` and `data` mean the example's packages in this process."""
     claim_own_packages()
     from engine.gpt2.kind import GPT2_KIND
 

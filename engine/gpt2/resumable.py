@@ -1,4 +1,4 @@
-"""What our trainer finds in a checkpoint beside model and optimizer, for one that comes from another tool."""
+"""What the trainer needs besides model and optimizer, for checkpoints imported from other tools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_FINGERPRINT = "imported"
 
 
 def trainer_objects(step: int, epoch: int, seed: Any) -> dict[str, Any]:
-    """The schedule where it was, the data at its beginning."""
+    """The schedule at `step`, and the data loader at the start of `epoch`."""
     return {
         "schedule": {"last_step": step},
         "loader": {
@@ -32,7 +32,7 @@ def trainer_objects(step: int, epoch: int, seed: Any) -> dict[str, Any]:
 
 
 def fresh_generators(add: AddTensor) -> Any:
-    """Random states of fresh generators, as `engine.state.rng.capture` gives this process's own."""
+    """The states of fresh random generators, in the form of `engine.state.rng.capture`."""
     version, words, gauss_next = random.Random(SEED).getstate()
     kind, keys, position, has_gauss, cached = np.random.RandomState(SEED).get_state(legacy=True)
     state = {

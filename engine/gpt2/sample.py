@@ -1,4 +1,4 @@
-"""Draw tokens from a GPT-2."""
+"""Samples tokens from a GPT-2."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def sample(
     known_tokens: int,
     end: int,
 ) -> list[int]:
-    """The tokens that follow `prompt` (one token at least), up to the token `end`, which is left out.
+    """Sample the tokens that follow `prompt` (at least one token), up to the token `end`, without it.
 
     Args:
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
-        top_k: draw among so many likeliest tokens; 0 means all.
-        seed: of a generator of its own; the global one is left alone.
-        known_tokens: the tokenizer's; a padded vocabulary has more rows, which are never drawn.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample from the `top_k` likeliest tokens; 0 means all.
+        seed: seeds a separate generator; the global one is not used.
+        known_tokens: size of the tokenizer's vocabulary; rows added as padding are never sampled.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -1,6 +1,6 @@
-"""What a configuration says about how a GPT-2 computes: taken over, or refused by the setting's name. Pure.
+"""Checks a configuration of another tool: is it a GPT-2 that computes what ours does? Pure.
 
-Source of the settings and their defaults: transformers, models/gpt2 (configuration and modeling).
+Settings and defaults are those of transformers, models/gpt2 (configuration and modeling).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model.config import GPT2Config
 from model.gpt2 import LAYER_NORM_EPSILON
 
 _TANH_GELUS = frozenset({"gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh", "gelu_pytorch_tanh"})
-"""Names in transformers of the GELU that our model computes."""
+"""transformers' names for the GELU that our model computes."""
 
 _FIXED: dict[str, Any] = {
     "layer_norm_epsilon": LAYER_NORM_EPSILON,
@@ -22,7 +22,7 @@ _FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-"""Settings that our model has no choice of, and what it does."""
+"""Settings that are fixed in our model, with their values."""
 
 _ALIASES = {
     "hidden_size": "n_embd",
@@ -67,22 +67,22 @@ SETTINGS = frozenset(
         *("quantization_config", "reorder_and_upcast_attn"),
     }
 )
-"""Every setting that is looked at here, or need not be."""
+"""Every setting that is handled here or can be ignored."""
 
 
 def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with GPT-2's own names for the settings that transformers takes under others too."""
+    """The configuration with GPT-2's own names instead of transformers' aliases."""
     return {_ALIASES.get(name, name): value for name, value in config.items()}
 
 
 def of_another_model(config: Mapping[str, Any]) -> str | None:
-    """The model type that the configuration names, if it is not GPT-2."""
+    """The configuration's model type, if it is not GPT-2."""
     kind = config.get("model_type")
     return kind if isinstance(kind, str) and kind != "gpt2" else None
 
 
 def refuse_settings(config: Mapping[str, Any], what: str) -> None:
-    """StateError, naming the settings, where this model would not compute what theirs does."""
+    """Raises StateError, with the settings, if our model would not compute what theirs does."""
     problems = [
         f"{name} is {config[name]!r} (here it is {ours!r})"
         for name, ours in _FIXED.items()
@@ -92,19 +92,19 @@ def refuse_settings(config: Mapping[str, Any], what: str) -> None:
     if activation is not None and activation not in _TANH_GELUS:
         problems.append(f"activation_function is {activation!r} (here it is 'gelu_new')")
     if config.get("pruned_heads"):
-        problems.append("pruned_heads takes attention heads out")
+        problems.append("pruned_heads removes attention heads")
     if config.get("quantization_config"):
-        problems.append("quantization_config stores the weights in a form that needs its own arithmetic")
+        problems.append("quantization_config: quantized weights are not supported")
     if of_another_model(config) is not None:
         problems.append(f"model_type is {config['model_type']!r} (here it is 'gpt2')")
     if problems:
         raise StateError(
-            f"the configuration of {what} asks for what our GPT-2 does not compute: {'; '.join(problems)}"
+            f"our GPT-2 cannot compute what the configuration of {what} describes: {'; '.join(problems)}"
         )
 
 
 def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> None:
-    """StateError, naming the settings, where the configuration and the tensors are of different shapes."""
+    """Raises StateError, with the settings, if the configuration and the tensors have different shapes."""
     if "model_type" not in config:  # not transformers' own configuration: its names may mean other things
         return
     held = {
@@ -115,7 +115,7 @@ def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> Non
         "vocab_size": shape.vocab_size,
     }
     problems = [
-        f"{name} is {config[name]!r}, but its tensors have {ours}"
+        f"{name} is {config[name]!r}, but the tensors have {ours}"
         for name, ours in held.items()
         if type(config.get(name)) is int and config[name] != ours
     ]
@@ -123,12 +123,12 @@ def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> Non
         problems.append(f"n_inner is {config['n_inner']!r} (here it is always 4 n_embd, {4 * shape.n_embd})")
     if problems:
         raise StateError(
-            f"the config.json of {what} does not fit its tensors or our GPT-2: {'; '.join(problems)}"
+            f"the config.json of {what} does not match its tensors or our GPT-2: {'; '.join(problems)}"
         )
 
 
 def dropout(config: Mapping[str, Any]) -> tuple[float, str | None]:
-    """(the one rate that our model has, what to say about it)."""
+    """(the one dropout rate that our model has, a note about it or None)."""
     own = config.get("dropout")
     if isinstance(own, int | float) and not isinstance(own, bool):
         return float(own), None
@@ -141,21 +141,21 @@ def dropout(config: Mapping[str, Any]) -> tuple[float, str | None]:
     said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
     return (
         highest,
-        f"its dropout rates differ ({said}): {highest:g} is used for all; --dropout changes it",
+        f"its dropout rates differ ({said}): all use {highest:g}; --dropout changes it",
     )
 
 
 def said_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What to say about settings that were taken over in another way than they stand there."""
+    """Notes about settings that the import changed."""
     notes = [said] if (said := dropout(config)[1]) is not None else []
     if config.get("reorder_and_upcast_attn"):
         notes.append(
-            "reorder_and_upcast_attn computes attention in float32: here attention uses the weights' dtype, "
+            "reorder_and_upcast_attn computes attention in float32: this model uses the weights' dtype, "
             "which the import makes float32"
         )
     if {"bias", "block_size", "n_head"} <= config.keys():  # nanoGPT's model_args
         notes.append(
-            "nanoGPT since 2023 computes the exact GELU; this model uses the tanh form, as GPT-2 does: "
-            "outputs differ by about a thousandth"
+            "nanoGPT since 2023 computes the exact GELU; this model uses GPT-2's tanh form: outputs differ "
+            "by about a thousandth"
         )
     return tuple(notes)

@@ -1,8 +1,8 @@
-"""Tensors that make up a GPT-2, whatever tool named and laid them out, seen as our model's.
+"""Finds the tensors of a GPT-2 in another tool's layout, and presents them in ours.
 
-Understood: our own names; Hugging Face's and OpenAI's (without the prefix, with `Conv1D`'s transposed
-weights, causal masks as buffers, the output layer as a second name); nanoGPT's (which may lack biases: adding
-ones that are zero computes the same).
+Supports our own names; Hugging Face's and OpenAI's (without the prefix, with `Conv1D`'s transposed weights,
+causal masks as buffers, and a second name for the output layer); nanoGPT's (where biases may be missing: zero
+biases do not change the outputs).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a parameter lies in the source, and whether it is the transpose of ours."""
+    """A parameter's name in the source, and whether it is stored transposed there."""
 
     name: str
     transposed: bool
@@ -44,8 +44,8 @@ class Place:
 class Gpt2:
     """A GPT-2 found among a source's tensors.
 
-    places: our parameter name -> its place. zeros: our biases that the source does not have.
-    head: the source's output layer, which has to be the token embedding; None where it is not stored.
+    places: our parameter name -> its place. zeros: our biases that the source lacks.
+    head: the source's output layer, which must equal the token embedding; None if it is not stored.
     """
 
     config: GPT2Config
@@ -56,7 +56,7 @@ class Gpt2:
 
 
 def looks_like_gpt2(names: Collection[str]) -> bool:
-    """Whether these are the names of a GPT-2's tensors, in any of the spellings."""
+    """Whether these are the names of a GPT-2's tensors, in any supported spelling."""
     spelled = set(_spelled(names))
     return _EMBEDDING in spelled and _FIRST_ATTENTION in spelled
 
@@ -66,11 +66,11 @@ def find_gpt2(source: TensorSource, names: Mapping[str, str], config: Mapping[st
 
     Args:
         names: canonical name in the module -> name in the source.
-        config: what is known beside the tensors: "n_head", "dropout", "model" with a preset's name, or what
-            transformers' config.json says.
+        config: settings known besides the tensors: "n_head", "dropout", "model" with a preset's name, or
+            transformers' config.json.
         what: the source, for errors.
-    Raises: StateError, with every tensor that is missing, of another shape or not a GPT-2's, or with every
-        setting by which another computation is meant.
+    Raises: StateError, with every tensor that is missing, unknown or of the wrong shape, or with every
+        setting that our model does not support.
     """
     config = own_names(config)
     refuse_settings(config, what)
@@ -94,10 +94,10 @@ def find_gpt2(source: TensorSource, names: Mapping[str, str], config: Mapping[st
     zeros = [name for name in lacking if name.endswith(".bias")]
     problems += [f"{name} is missing" for name in lacking if name not in zeros]
     unknown = [n for n in infos if n not in wanted and n != _HEAD and not _MASK.fullmatch(n)]
-    problems += [f"{name} is not a GPT-2's" for name in unknown]
+    problems += [f"{name} does not belong to a GPT-2" for name in unknown]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise StateError(f"{what} is not a GPT-2 as it should be: {'; '.join(problems[:_SHOWN])}{more}")
+        raise StateError(f"{what} is not a valid GPT-2: {'; '.join(problems[:_SHOWN])}{more}")
     return Gpt2(
         config=shape,
         places={
@@ -132,7 +132,7 @@ class Gpt2Tensors:
         return self._infos
 
     def windows(self, name: str) -> Iterator[torch.Tensor]:
-        """See `TensorSource`. A transposed tensor comes whole: its rows are spread over all of the file's."""
+        """See `TensorSource`. A transposed tensor is one window: its rows are spread over the whole file."""
         info = self._infos[name]
         place = self.found.places.get(name)
         if place is None:
@@ -143,7 +143,7 @@ class Gpt2Tensors:
             yield from self._source.windows(place.name)
 
     def check_tied(self, what: str) -> None:
-        """StateError when the source has an output layer of its own: our model has none."""
+        """Raises StateError if the source's output layer differs from its embedding: ours are tied."""
         if self.found.head is None:
             return
         embedding = self.found.places[_EMBEDDING].name
@@ -171,7 +171,7 @@ def _shape(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], what: str
     positions = infos.get("transformer.wpe.weight")
     matrices = (positions, infos[_EMBEDDING], infos[_FIRST_ATTENTION])
     if positions is None or any(info is None or len(info.shape) != 2 for info in matrices):
-        raise StateError(f"{what} is not a GPT-2: its embeddings or its attention are no matrices")
+        raise StateError(f"{what} is not a GPT-2: its embeddings or attention weights are not matrices")
     vocab_size, n_embd = infos[_EMBEDDING].shape
     n_layer = 1 + max(int(found[1]) for name in infos if (found := _BLOCK.match(name)))
     n_head = _heads(config, n_layer, n_embd, what)
@@ -185,11 +185,11 @@ def _shape(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], what: str
             dropout=dropout(config)[0],
         )
     except ValueError as error:
-        raise StateError(f"{what} has a shape that no GPT-2 has: {error}") from error
+        raise StateError(f"{what} has an impossible shape for a GPT-2: {error}") from error
 
 
 def _heads(config: Mapping[str, Any], n_layer: int, n_embd: int, what: str) -> int:
-    """The number of attention heads, which no tensor's shape tells."""
+    """The number of attention heads, which the tensors' shapes do not tell."""
     given = config.get("n_head")
     if isinstance(given, int) and not isinstance(given, bool):
         return given
@@ -198,6 +198,6 @@ def _heads(config: Mapping[str, Any], n_layer: int, n_embd: int, what: str) -> i
         if (preset.n_layer, preset.n_embd) == (n_layer, n_embd):
             return preset.n_head
     raise StateError(
-        f"{what}: {n_layer} layers of width {n_embd} are no preset's, and nothing says into how many "
-        'attention heads they are divided; put "n_head" into its configuration'
+        f"{what}: {n_layer} layers of width {n_embd} match no preset, and the number of attention heads is "
+        'unknown; put "n_head" into its configuration'
     )

@@ -1,7 +1,7 @@
-"""`vocab.json` and `merges.txt`, as Hugging Face's GPT-2 tokenizer reads them, from byte-pair ranks.
+"""Writes `vocab.json` and `merges.txt` for Hugging Face's GPT-2 tokenizer, from byte-pair ranks.
 
-Source of the byte alphabet and of both formats: OpenAI's gpt-2 `encoder.py`; of the way to get merges back
-from ranks: tiktoken's `_educational.py`.
+The byte alphabet and both formats follow OpenAI's gpt-2 `encoder.py`; the way to derive merges from ranks
+follows tiktoken's `_educational.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _END_OF_TEXT = "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path, vocab_size: int, context: int) -> int | None:
-    """Write the tokenizer of a model with this vocabulary; returns the id of end of text.
+    """Write the tokenizer of a model with this vocabulary size; returns the id of end of text.
 
-    None, and nothing is written, when no tokenizer of ours has a vocabulary of that size. DataError when the
-    vocabulary that we carry is damaged.
+    Writes nothing and returns None if none of our tokenizers has that size. DataError if our vocabulary file
+    is damaged.
     """
     known = tokenizer_name(vocab_size)
     if known is None:
@@ -47,14 +47,14 @@ def write_tokenizer(folder: Path, vocab_size: int, context: int) -> int | None:
 
 
 def tokenizer_name(vocab_size: int) -> str | None:
-    """Which of our tokenizers a model of that vocabulary was trained with; its rows may be padded."""
+    """The tokenizer of ours with this vocabulary size, which may be padded; None if there is none."""
     if Gpt2Tokenizer.vocab_size <= vocab_size < Gpt2Tokenizer.vocab_size + 1024:
         return Gpt2Tokenizer.name
     return ByteTokenizer.name if vocab_size == ByteTokenizer.vocab_size else None
 
 
 def byte_alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte: its own, or one from 256 on."""
+    """A printable character for each byte: its own, or one from 256 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = {byte: chr(byte) for byte in plain}
     for byte in range(256):
@@ -64,9 +64,9 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token of more than a byte was merged from, in the order of ranks. Pure.
+    """The pair from which each token of several bytes was merged, in the order of ranks. Pure.
 
-    StateError for ranks that no byte-pair encoding gives.
+    StateError for ranks that are not a byte-pair encoding.
     """
     pairs = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -74,13 +74,13 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
             continue
         parts = _encode(token, ranks, below=rank)
         if len(parts) != 2:
-            raise StateError(f"the token of rank {rank} is not made of two tokens of lower rank")
+            raise StateError(f"the token of rank {rank} is not a merge of two tokens of lower rank")
         pairs.append((parts[0], parts[1]))
     return pairs
 
 
 def _encode(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
-    """Byte-pair encode with the ranks below a limit."""
+    """Byte-pair encode `token` with the ranks below `below`."""
     parts = [bytes([byte]) for byte in token]
     while True:
         candidates = [

@@ -1,4 +1,4 @@
-"""The flags of our trainer in another tool's settings. Pure."""
+"""Translates another tool's settings to the trainer's flags. Pure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _RATES = {
     "grad_clip": "grad_clip",
     "dropout": "dropout",
 }
-"""nanoGPT's names of our trainer's flags: those that count something, and the others."""
+"""nanoGPT's names for the trainer's flags: counts above, other numbers here."""
 _PAIRS = frozenset({"beta1", "beta2", "batch_size", "gradient_accumulation_steps"})
 
 
 def run_config(shape: GPT2Config, given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(the trainer's flags, as far as they are known, and the model's shape; settings that are no flag)."""
+    """(the trainer's known flags and the model's shape; settings that are not flags)."""
     config: dict[str, Any] = {"gpt2": shape.to_dict(), "n_head": shape.n_head, "dropout": shape.dropout}
     for name, preset in PRESETS.items():
         same = (preset.n_layer, preset.n_head, preset.n_embd) == (shape.n_layer, shape.n_head, shape.n_embd)

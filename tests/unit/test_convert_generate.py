@@ -94,7 +94,7 @@ def test_no_cuda_is_said(capsys: pytest.CaptureFixture[str], trained: tuple[Path
 def test_a_vocabulary_without_tokenizer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = new_model(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100, block_size=8))
     torch.save({"model": model.state_dict(), "config": CONFIG}, tmp_path / "a.pt")
-    assert "100 tokens" in refused(capsys, "--from", tmp_path / "a.pt")
+    assert "a vocabulary of 100" in refused(capsys, "--from", tmp_path / "a.pt")
 
 
 def test_a_loaded_model_computes_what_was_saved(trained: tuple[Path, str]) -> None:

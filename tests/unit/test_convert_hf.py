@@ -123,7 +123,7 @@ def test_a_model_that_is_no_gpt2_is_refused(tmp_path: Path) -> None:
 
 def test_heads_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
     state, records = train(tmp_path / "run", steps=1, run_config={"model": "nano"})
-    with pytest.raises(StateError, match=r"2 layers of width 16 are no preset's.*n_head"):
+    with pytest.raises(StateError, match=r"2 layers of width 16 match no preset.*n_head"):
         export((tmp_path / "run", records[0].id, state["model"]), tmp_path / "out")
 
 

@@ -88,10 +88,10 @@ def edit(folder: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"n_layer": 1}, "n_layer is 1, but its tensors have 2"),
+        ({"n_layer": 1}, "n_layer is 1, but the tensors have 2"),
         ({"num_hidden_layers": 3, "n_layer": None}, "n_layer is"),
-        ({"n_positions": 8}, "n_positions is 8, but its tensors have 12"),
-        ({"vocab_size": 256}, "vocab_size is 256, but its tensors have 257"),
+        ({"n_positions": 8}, "n_positions is 8, but the tensors have 12"),
+        ({"vocab_size": 256}, "vocab_size is 256, but the tensors have 257"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
     ],
@@ -112,7 +112,7 @@ def test_settings_that_are_not_known_are_named(tmp_path: Path) -> None:
     theirs(tmp_path / "hf", embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)
     edit(tmp_path / "hf", rotary_dim=4)
     record, notes = import_checkpoint(str(tmp_path / "hf"), str(tmp_path / "new"))
-    assert "left out settings that the trainer has no flags for: rotary_dim" in notes
+    assert "left out settings that are not flags of the trainer: rotary_dim" in notes
     assert read_manifest(LocalStorage(tmp_path / "new"), record.id).config["dropout"] == 0.2
 
 
