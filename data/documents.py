@@ -73,21 +73,21 @@ def cut_text(chunks: Iterable[str], piece_chars: int = PIECE_CHARS) -> Iterator[
     Where `piece_chars` characters have no good place to cut, the cut is arbitrary. An empty document has no
     pieces.
     """
-    held, started = "", False
+    text, started = "", False
     for chunk in chunks:
-        held += chunk
+        text += chunk
         # At least two more: a cut at `piece_chars` looks at the next character, and the pieces must not
         # depend on the chunks.
-        while len(held) > piece_chars + 1:
-            cut = _last_cut(held, piece_chars)
-            yield Piece(held[:cut], starts_document=not started, ends_document=False)
-            held, started = held[cut:], True
-    if len(held) > piece_chars:
-        cut = _last_cut(held, piece_chars)
-        yield Piece(held[:cut], starts_document=not started, ends_document=False)
-        held, started = held[cut:], True
-    if held:
-        yield Piece(held, starts_document=not started, ends_document=True)
+        while len(text) > piece_chars + 1:
+            cut = _last_cut(text, piece_chars)
+            yield Piece(text[:cut], starts_document=not started, ends_document=False)
+            text, started = text[cut:], True
+    if len(text) > piece_chars:
+        cut = _last_cut(text, piece_chars)
+        yield Piece(text[:cut], starts_document=not started, ends_document=False)
+        text, started = text[cut:], True
+    if text:
+        yield Piece(text, starts_document=not started, ends_document=True)
 
 
 def _last_cut(text: str, end: int) -> int:

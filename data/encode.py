@@ -93,16 +93,16 @@ def _encode_in(
 
 
 def _batches(pieces: Iterator[Piece], reading: Reading) -> Iterator[_Batch]:
-    held: list[Piece] = []
+    batch: list[Piece] = []
     chars = 0
     for piece in pieces:
-        held.append(piece)
+        batch.append(piece)
         chars += len(piece.text)
         if chars >= BATCH_CHARS:
-            yield _Batch(tuple(held), reading.stored_bytes)
-            held, chars = [], 0
-    if held:
-        yield _Batch(tuple(held), reading.stored_bytes)
+            yield _Batch(tuple(batch), reading.stored_bytes)
+            batch, chars = [], 0
+    if batch:
+        yield _Batch(tuple(batch), reading.stored_bytes)
 
 
 def _encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> tuple[npt.NDArray[np.uint16], list[int]]:

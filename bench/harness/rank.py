@@ -20,8 +20,8 @@ _NOISY = ("torch.distributed.device_mesh", "torch.distributed.checkpoint", "torc
 def main() -> int:
     """Join the other ranks and run the program's `rank`; returns the exit status."""
     from bench.harness.launch import PART, RESULT
-    from engine.run import setup
     from engine.run.parent import follow_launcher
+    from engine.run.world import World, choose_device, join, leave, seed_everything
 
     follow_launcher()
     for name in _NOISY:
@@ -29,14 +29,14 @@ def main() -> int:
     part = json.loads(os.environ[PART])
     program, folder = importlib.import_module(part["module"]), Path(part["folder"])
     options = program.parse(part["argv"])
-    world = setup.World.from_environ()
-    device = setup.choose_device(options.device, world)
-    setup.join(world, cuda=device.type == "cuda")
-    setup.seed_everything(options.seed, world, deterministic=False, device=device)
+    world = World.from_environ()
+    device = choose_device(options.device, world)
+    join(world, cuda=device.type == "cuda")
+    seed_everything(options.seed, world, deterministic=False, device=device)
     result = program.rank(options, world, device, folder, **part["task"])
     if world.is_first:
         (folder / RESULT).write_text(json.dumps(result), encoding="utf-8")
-    setup.leave()
+    leave()
     return 0
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bench.harness import ranks
 from bench.harness.records import Failure
 from engine.run.job import Job
-from engine.run.setup import World
+from engine.run.world import World
 
 R = TypeVar("R")
 

@@ -14,9 +14,9 @@ from bench.harness.sizes import batch_shape, fit_tokens
 from data.batch import BatchSplit
 from engine.run.config import TrainConfig
 from engine.run.job import Job, build_job
-from engine.run.setup import World
 from engine.run.shared_stop import Agreement
 from engine.run.step import train_step
+from engine.run.world import World
 from model.config import GPT2Config
 
 _BATCHES = 8

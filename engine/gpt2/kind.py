@@ -15,10 +15,9 @@ from engine.convert.tensors import Progress, TensorSource, is_float
 from engine.errors import ConfigError
 from engine.format.manifest import TensorInfo
 from engine.gpt2.hf_export import hf_bytes, write_hf
-from engine.gpt2.resumable import SEED, fresh_generators, trainer_objects
+from engine.gpt2.resumable import SEED, fresh_generators, run_config, trainer_objects
 from engine.gpt2.settings import of_another_model, said_of
 from engine.gpt2.tensors import Gpt2, Gpt2Tensors, find_gpt2, looks_like_gpt2
-from engine.gpt2.trainer_flags import run_config
 from engine.state.captured import RNG_KEY
 
 _TRAINED_IN = "F32"

@@ -107,7 +107,7 @@ def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> Non
     """Raises StateError, with the settings, if the configuration and the tensors have different shapes."""
     if "model_type" not in config:  # not transformers' own configuration: its names may mean other things
         return
-    held = {
+    actual = {
         "n_layer": shape.n_layer,
         "n_embd": shape.n_embd,
         "n_positions": shape.block_size,
@@ -116,7 +116,7 @@ def refuse_shape(config: Mapping[str, Any], shape: GPT2Config, what: str) -> Non
     }
     problems = [
         f"{name} is {config[name]!r}, but the tensors have {ours}"
-        for name, ours in held.items()
+        for name, ours in actual.items()
         if type(config.get(name)) is int and config[name] != ours
     ]
     if config.get("n_inner") not in (None, 4 * shape.n_embd):

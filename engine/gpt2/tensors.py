@@ -33,7 +33,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceParameter:
     """A parameter's name in the source, and whether it is stored transposed there."""
 
     name: str
@@ -49,7 +49,7 @@ class Gpt2:
     """
 
     config: GPT2Config
-    places: Mapping[str, Place]
+    places: Mapping[str, SourceParameter]
     dtypes: Mapping[str, str]
     zeros: tuple[str, ...] = ()
     head: str | None = None
@@ -101,7 +101,7 @@ def find_gpt2(source: TensorSource, names: Mapping[str, str], config: Mapping[st
     return Gpt2(
         config=shape,
         places={
-            name: Place(places[name], transposed and _LINEAR.fullmatch(name) is not None)
+            name: SourceParameter(places[name], transposed and _LINEAR.fullmatch(name) is not None)
             for name in wanted
             if name not in zeros
         },

@@ -20,10 +20,10 @@ from data.batch import split_batch
 from data.errors import DataError
 from engine.directory.listing import read_index, read_manifest
 from engine.errors import ConfigError, HoldfastError, SelectorError
-from engine.run.cli import gives, parse, resolve
+from engine.resume.read_plan import plan_reads
+from engine.run.cli import is_given, parse, resolve
 from engine.run.config import TrainConfig, complete
 from engine.run.mesh import MeshShape
-from engine.run.reads import plan_reads
 from engine.run.start import Restart, Start, find_start
 from engine.storage.open import open_storage
 from engine.text import readable_bytes
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         request = read_flags(sys.argv[1:] if argv is None else argv)
         session = parse((*request.train, "--resume", request.selector), prog=PROGRAM)
-        start = find_start(session, directory_given=gives(request.train, "checkpoint_dir"), restart=Restart())
+        given = is_given(request.train, "checkpoint_dir")
+        start = find_start(session, directory_given=given, restart=Restart())
         mesh = check(request, session, start)
         if request.dry_run:
             dry_run(session, start, mesh)
@@ -135,8 +136,8 @@ def dry_run(session: TrainConfig, start: Start, mesh: MeshShape) -> None:
     for rank in range(mesh.world_size):
         reads = plan_reads(indexes, mesh, rank)
         files = ", ".join(f"{read.file} {readable_bytes(read.read_bytes)}" for read in reads)
-        read, wanted = sum(item.read_bytes for item in reads), sum(item.wanted_bytes for item in reads)
-        print(f"rank {rank} reads {read:,} bytes for {wanted:,} bytes of state: {files}")
+        read, needed = sum(item.read_bytes for item in reads), sum(item.needed_bytes for item in reads)
+        print(f"rank {rank} reads {read:,} bytes for {needed:,} bytes of state: {files}")
 
 
 def launch(request: Request, start: Start, ranks: int) -> int:

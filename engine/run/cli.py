@@ -27,7 +27,7 @@ def parse(argv: Sequence[str], default: TrainConfig | None = None, *, prog: str 
     return parse_flags(default or TrainConfig(), argv, prog=prog, error=ConfigError, speaks=is_first_rank())
 
 
-def gives(argv: Sequence[str], flag: str) -> bool:
+def is_given(argv: Sequence[str], flag: str) -> bool:
     """Whether the command line sets a text flag, even to its default value."""
     unlikely: dict[str, Any] = {flag: "\0"}
     return bool(getattr(parse(argv, dataclasses.replace(TrainConfig(), **unlikely)), flag) != "\0")

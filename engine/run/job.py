@@ -17,8 +17,8 @@ from engine.run.lr import LrSchedule, LrShape
 from engine.run.mesh import build_mesh
 from engine.run.parallelize import build_model
 from engine.run.schedule import last_step
-from engine.run.setup import World
 from engine.run.start import Start
+from engine.run.world import World
 from model.config import GPT2Config
 from model.gpt2 import GPT2
 from model.init import init_weights

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 
@@ -63,22 +62,6 @@ class MeshShape:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.dp_replicate * self.dp_shard
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Return the JSON object for a manifest: {"names": [...], "shape": [...]}."""
-        return {"names": list(DIM_NAMES), "shape": list(self.shape)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> MeshShape:
-        """Rebuild the result of `to_dict`.
-
-        Raises:
-            ConfigError: the dimensions are not these two, or a size is invalid.
-        """
-        shape = fields.get("shape")
-        if fields.get("names") != list(DIM_NAMES) or not isinstance(shape, list) or len(shape) != 2:
-            raise ConfigError(f"expected a mesh of dimensions {list(DIM_NAMES)}, not {dict(fields)}")
-        return cls(*shape)
 
 
 def build_mesh(device_type: str, world_size: int, dp_replicate: int = 1) -> DeviceMesh | None:

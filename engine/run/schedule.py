@@ -1,10 +1,11 @@
-"""When to evaluate, when to save and why. Pure decisions; at most one save per step."""
+"""When to evaluate, when to save and why, and whether to save after a signal. Pure decisions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 from engine.format.best import DEFAULT, BestRule
 
@@ -51,6 +52,44 @@ def last_step(max_steps: int | None, num_epochs: int | None, steps_per_epoch: in
         return steps_per_epoch
     limits = [max_steps, None if num_epochs is None else num_epochs * steps_per_epoch]
     return min(limit for limit in limits if limit is not None)
+
+
+Choice = Literal["save", "finish and save", "finish", "leave"]
+
+
+@dataclass(frozen=True, slots=True)
+class LastSave:
+    """The decision after a signal, once the save in flight has ended.
+
+    Args:
+        step: the current step, not saved yet.
+        in_flight: the step whose save was in flight when the signal arrived, if any.
+        secs_left: seconds until the process must exit.
+        usual_secs: how long a save usually takes; 0 if unknown, and then a save is tried.
+    """
+
+    step: int
+    in_flight: int | None
+    secs_left: float
+    usual_secs: float
+
+    @property
+    def choice(self) -> Choice:
+        """No margin on top of the usual time: an interrupted save does no harm."""
+        if self.secs_left < self.usual_secs:
+            return "leave" if self.in_flight is None else "finish"
+        return "save" if self.in_flight is None else "finish and save"
+
+    @property
+    def sentence(self) -> str:
+        """The decision and its reason, for the console."""
+        figures = f"{self.secs_left:.1f} s left, a save takes {self.usual_secs:.1f} s"
+        ended = "" if self.in_flight is None else f"the save of step {self.in_flight} has ended, "
+        match self.choice:
+            case "save" | "finish and save":
+                return f"{ended}saving step {self.step} ({figures})"
+            case _:
+                return f"{ended}no time to save step {self.step} ({figures})"
 
 
 @dataclass(slots=True)

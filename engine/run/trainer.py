@@ -15,21 +15,20 @@ from engine.checkpointer import Checkpointer
 from engine.directory.record import CheckpointRecord
 from engine.directory.retention import Retention
 from engine.errors import HoldfastError, SelectorError
-from engine.run.cli import gives, resolve
+from engine.run.cli import is_given, resolve
 from engine.run.config import TrainConfig, complete, to_json
 from engine.run.console import Console
 from engine.run.events import MetricsLog
 from engine.run.hook import EventHook
 from engine.run.job import Job, build_job, check_data, open_data
-from engine.run.last_save import LastSave
 from engine.run.preemption import Preemption, grace_within
 from engine.run.recorder import HOOK_CLOSE_SECS, Recorder, log_directory
 from engine.run.saves import Saves
-from engine.run.schedule import BestLoss, StepEnd, due, save_reasons
-from engine.run.setup import World, choose_device, seed_everything
+from engine.run.schedule import BestLoss, LastSave, StepEnd, due, save_reasons
 from engine.run.shared_stop import Agreement, Stopped
 from engine.run.start import LAUNCH_KEY, Restart, Start, find_start
 from engine.run.step import evaluate, train_step
+from engine.run.world import World, choose_device, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ def train(
     # Only the agent that saw the failure counts it, and rank 0 may be on another node.
     restart = dataclasses.replace(restart, count=agreement.highest(restart.count))
     start = agreement.from_first(
-        lambda: find_start(session, directory_given=gives(argv, "checkpoint_dir"), restart=restart)
+        lambda: find_start(session, directory_given=is_given(argv, "checkpoint_dir"), restart=restart)
     )
     config = agreement.together(lambda: configure(argv, session, start))
     console = Console(speaks=world.is_first)

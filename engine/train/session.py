@@ -6,15 +6,16 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from engine.errors import ConfigError, HoldfastError
+from engine.mirror.uploader import copies_hang
 from engine.process_end import end_at_once
 from engine.run.cli import is_first_rank, parse
 from engine.run.config import TrainConfig
-from engine.run.end import end_process
 from engine.run.parent import follow_launcher, orphan_check
 from engine.run.preemption import STARTUP_GRACE_SECS, Preemption, Request
+from engine.save.unclosed import anything_hangs
 
 USER_ERROR = 2
 
@@ -40,18 +41,18 @@ def _train(argv: Sequence[str], session: TrainConfig, preemption: Preemption) ->
     import torch
 
     from data.errors import DataError
-    from engine.run import setup
     from engine.run.shared_stop import Agreement, Stopped
     from engine.run.trainer import train
+    from engine.run.world import World, join, leave
 
-    world = setup.World()
+    world = World()
     agreement = Agreement(0, 1, lambda: preemption.signum)
     try:
-        world = setup.World.from_environ()
-        setup.join(world, cuda=session.device != "cpu" and torch.cuda.is_available())
+        world = World.from_environ()
+        join(world, cuda=session.device != "cpu" and torch.cuda.is_available())
         agreement = Agreement(world.rank, world.world_size, lambda: preemption.signum)
         train(argv, session, agreement, preemption, world)
-        setup.leave()
+        leave()
     except Stopped as stopped:
         if world.is_first:
             print(stopped, flush=True)
@@ -96,6 +97,25 @@ def _configure_logging() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
         logger.propagate = False
+
+
+def end_process(
+    status: int,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    leave_at_once: Callable[[int], None] = end_at_once,
+) -> None:
+    """End the program, without interpreter shutdown under torchrun or while a save hangs.
+
+    A gloo worker thread releases its last tensor some time after the collective and takes the GIL to do so.
+    During interpreter shutdown that kills the thread inside C++ code, and the process dies of SIGABRT: seen
+    with torch 2.13 in 1 run of 100 on busy cores, in `ProcessGroupGloo::runLoop` ->
+    `TensorImpl::decref_pyobject`. All that must finish is closed before this call. Destroying the process
+    group does not help, because a wrapped model keeps it alive.
+    """
+    if "RANK" not in environ and not anything_hangs() and not copies_hang():
+        sys.exit(status)
+    leave_at_once(status)
 
 
 def run() -> None:

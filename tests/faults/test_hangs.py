@@ -207,7 +207,7 @@ HANGS_AT_EXIT = """
 import logging, os, sys, torch
 logging.basicConfig(level="ERROR")
 from engine import Checkpointer
-from engine.run.end import end_process
+from engine.train.session import end_process
 from engine.save import saver
 from engine.storage.local import LocalStorage
 reading, writing = os.pipe()

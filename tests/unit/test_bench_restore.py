@@ -18,7 +18,7 @@ from bench.cases.restore.report import RestoreReport, bars, read
 from bench.cases.restore.session import RestoreSession
 from bench.harness.raw_read import RawRead, drop, warm
 from bench.harness.records import Failure, shuffled
-from engine.run.setup import World
+from engine.run.world import World
 from model.config import GPT2Config
 
 STOCK_READER, TORCH_LOAD = "HuggingFaceStorageReader", "torch.load"

@@ -19,7 +19,7 @@ from bench.cases.save.program import parse
 from bench.cases.save.session import COPY_PASSES, NONE_WINDOWS, RAW_WINDOWS, WRITE_PASSES, SaveSession
 from bench.harness.floors import Floors, state_tensors
 from bench.harness.training import Training
-from engine.run.setup import World
+from engine.run.world import World
 from model.config import GPT2Config
 
 TINY = GPT2Config(n_layer=1, n_head=1, n_embd=32, vocab_size=64, block_size=64)

@@ -245,7 +245,7 @@ def test_what_transformers_saves(tmp_path: Path) -> None:
         (lambda m: m.pop("transformer.wpe.weight"), "embeddings"),
         (lambda m: m.pop("transformer.h.1.ln_2.weight"), r"transformer.h.1.ln_2.weight is missing"),
         (lambda m: m.update({"transformer.ln_f.weight": torch.ones(3)}), r"ln_f.weight is \[3\], not \[16\]"),
-        (lambda m: m.update({"transformer.extra.weight": torch.ones(3)}), "extra.weight does not belong to a GPT-2"),
+        (lambda m: m.update({"transformer.extra.weight": torch.ones(3)}), "extra.weight does not belong to"),
     ],
 )
 def test_half_a_gpt2_is_refused_with_every_difference(tmp_path: Path, change: Any, words: str) -> None:

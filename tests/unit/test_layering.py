@@ -182,11 +182,11 @@ def test_the_library_imports_nothing_of_the_trainer() -> None:
 
 def test_an_import_of_the_example_is_noticed(tmp_path: Path) -> None:
     low = tmp_path / "low.py"
-    low.write_text("def late():\n    from model.gpt2 import GPT2\n    from engine.run import end\n")
-    sources = {"engine.checkpoints.low": low, "engine.run.end": low, "model.gpt2": low}
+    low.write_text("def late():\n    from model.gpt2 import GPT2\n    from engine.run import job\n")
+    sources = {"engine.checkpoints.low": low, "engine.run.job": low, "model.gpt2": low}
     assert [line.split(": ")[1] for line in imports_of_the_example(sources)] == [
         "engine.checkpoints.low is the library's and imports model.gpt2",
-        "engine.checkpoints.low is the library's and imports engine.run.end",
+        "engine.checkpoints.low is the library's and imports engine.run.job",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError
-from engine.run.cli import gives, parse, resolve
+from engine.run.cli import is_given, parse, resolve
 from engine.run.config import LOCKED, TrainConfig, check_locked, complete, from_json, to_json
 
 PROMISED_DEFAULTS = {
@@ -234,7 +234,7 @@ def test_locked_flags_are_checked_on_the_way() -> None:
     ids=str,
 )
 def test_whether_a_flag_was_given(argv: list[str], given: bool) -> None:
-    assert gives(argv, "checkpoint_dir") is given
+    assert is_given(argv, "checkpoint_dir") is given
 
 
 def test_resume_and_new_run_contradict_each_other() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -46,28 +44,6 @@ def test_a_split_that_cannot_be_shows_the_arithmetic(
 def test_one_rank_needs_no_mesh_and_no_process_group() -> None:
     assert build_mesh("cpu", 1) is None
     assert shape_of(None) == MeshShape(1, 1)
-
-
-def test_the_json_form_round_trips() -> None:
-    fields = MeshShape(2, 3).to_dict()
-    assert fields == {"names": ["dp_replicate", "dp_shard"], "shape": [2, 3]}
-    assert MeshShape.from_dict(json.loads(json.dumps(fields))) == MeshShape(2, 3)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"names": ["dp"], "shape": [2]},
-        {"names": ["dp_shard", "dp_replicate"], "shape": [2, 3]},
-        {"names": ["dp_replicate", "dp_shard"], "shape": [2]},
-        {"names": ["dp_replicate", "dp_shard"], "shape": [2, "3"]},
-        {"names": ["dp_replicate", "dp_shard"], "shape": 6},
-    ],
-)
-def test_another_mesh_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"mesh of dimensions|dp_shard must be"):
-        MeshShape.from_dict(fields)
 
 
 def test_the_arithmetic_needs_no_torch() -> None:

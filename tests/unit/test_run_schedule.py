@@ -1,4 +1,4 @@
-"""When to save and why, how long a run is, and what counts as best."""
+"""When to save and why, how long a run is, what counts as best, and whether to save after a signal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from engine.format.manifest import REASONS
-from engine.run.schedule import REASONS_IN_ORDER, BestLoss, StepEnd, due, last_step, may_skip, save_reasons
+from engine.run.schedule import (
+    REASONS_IN_ORDER,
+    BestLoss,
+    Choice,
+    LastSave,
+    StepEnd,
+    due,
+    last_step,
+    may_skip,
+    save_reasons,
+)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +115,38 @@ def test_a_worse_commit_does_not_raise_the_bar() -> None:
     assert best.committed == 3.0
     best.settle(11, committed=True)
     assert best.committed == 3.0, "an interval save without a validation loss"
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "secs_left", "usual_secs", "choice"),
+    [
+        (None, 25.0, 3.0, "save"),
+        (None, 3.0, 3.0, "save"),
+        (None, 2.9, 3.0, "leave"),
+        (None, 0.0, 3.0, "leave"),
+        (6, 25.0, 3.0, "finish and save"),
+        (6, 3.0, 3.0, "finish and save"),
+        (6, 2.9, 3.0, "finish"),
+        (6, 0.0, 3.0, "finish"),
+        (None, 0.1, 0.0, "save"),
+        (6, 0.1, 0.0, "finish and save"),
+    ],
+    ids=str,
+)
+def test_time_left_and_the_usual_time_decide(
+    in_flight: int | None, secs_left: float, usual_secs: float, choice: Choice
+) -> None:
+    assert LastSave(7, in_flight, secs_left, usual_secs).choice == choice
+
+
+@pytest.mark.parametrize(
+    ("in_flight", "secs_left", "sentence"),
+    [
+        (None, 25.0, "saving step 7 (25.0 s left, a save takes 3.0 s)"),
+        (6, 25.0, "the save of step 6 has ended, saving step 7 (25.0 s left, a save takes 3.0 s)"),
+        (6, 2.0, "the save of step 6 has ended, no time to save step 7 (2.0 s left, a save takes 3.0 s)"),
+        (None, 2.0, "no time to save step 7 (2.0 s left, a save takes 3.0 s)"),
+    ],
+)
+def test_the_console_says_which_and_why(in_flight: int | None, secs_left: float, sentence: str) -> None:
+    assert LastSave(7, in_flight, secs_left, 3.0).sentence == sentence

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from engine.errors import ConfigError, PeerFailedError
-from engine.run import setup, trainer
+from engine.run import trainer
+from engine.run import world as ranks
 from engine.run.config import TrainConfig
 from engine.run.preemption import Preemption, Request
-from engine.run.setup import World, choose_device
 from engine.run.shared_stop import Agreement, Stopped
 from engine.run.start import Restart
+from engine.run.world import World, choose_device
 
 INT, TERM = int(signal.SIGINT), int(signal.SIGTERM)
 USR1, USR2 = int(signal.SIGUSR1), int(signal.SIGUSR2)
@@ -200,9 +201,9 @@ def test_restarted_ranks_of_one_node_have_a_store_of_their_own(
     board = dist.HashStore()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
-    monkeypatch.setattr(setup, "rendezvous", lambda *args, **more: iter([(board, 0, 2)]))
+    monkeypatch.setattr(ranks, "rendezvous", lambda *args, **more: iter([(board, 0, 2)]))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, *, store, **more: store.set("met", "1"))
-    setup.join(World(world_size=2, local_world_size=local_world_size), cuda=False)
+    ranks.join(World(world_size=2, local_world_size=local_world_size), cuda=False)
     assert board.check([key])
 
 

@@ -27,7 +27,7 @@ from bench.harness.report import finish
 if TYPE_CHECKING:
     import torch
 
-    from engine.run.setup import World
+    from engine.run.world import World
 
 _CASE = re.compile(r"([1-9]\d*):([1-9]\d*)")
 

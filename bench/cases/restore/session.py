@@ -28,7 +28,7 @@ from bench.harness.resources import (
 from bench.harness.session import Session
 from bench.harness.training import random_job
 from engine.run.job import Job
-from engine.run.setup import World
+from engine.run.world import World
 from engine.text import readable_bytes
 from model.config import GPT2Config
 

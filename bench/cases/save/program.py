@@ -21,7 +21,7 @@ from bench.harness.report import finish
 if TYPE_CHECKING:
     import torch
 
-    from engine.run.setup import World
+    from engine.run.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:

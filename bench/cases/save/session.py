@@ -24,7 +24,7 @@ from bench.harness.resources import CpuMeter, mapped_blocks, thread_ids
 from bench.harness.session import Context, Session
 from bench.harness.sizes import parse_state
 from bench.harness.training import Training
-from engine.run.setup import World
+from engine.run.world import World
 from engine.text import readable_bytes
 
 NONE_WINDOWS = 4

@@ -10,8 +10,8 @@ from engine.directory.listing import read_index, read_manifest
 from engine.format.index import ShardIndex
 from engine.format.layout import Chunk
 from engine.geometry import Box, chunk_rows, intersect
+from engine.resume.read_plan import needed_box, plan_reads
 from engine.run.mesh import MeshShape
-from engine.run.reads import plan_reads, wanted_box
 from engine.storage.local import LocalStorage
 from tests.support.tiny_checkpoint import BIAS, COLUMNS, write_checkpoint
 
@@ -70,7 +70,7 @@ def test_what_a_rank_wants_of_a_tensor(
     same_world: bool,
     expected: tuple[tuple[int, ...], tuple[int, ...]] | None,
 ) -> None:
-    assert wanted_box(chunk(name, shape), MeshShape(*mesh), rank, same_world=same_world) == expected
+    assert needed_box(chunk(name, shape), MeshShape(*mesh), rank, same_world=same_world) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_same_world_reads_its_own_shards(tmp_path: Path) -> None:
     indexes = indexes_of(tmp_path, 2)
     mesh = MeshShape(1, 2)
     for rank in range(2):
-        by_file = {read.file: read.wanted_bytes for read in plan_reads(indexes, mesh, rank)}
+        by_file = {read.file: read.needed_bytes for read in plan_reads(indexes, mesh, rank)}
         bias = BIAS // 2 * 4
         own = 20 * ROW_BYTES
         if rank == 0:
@@ -111,8 +111,8 @@ def test_the_same_world_reads_its_own_shards(tmp_path: Path) -> None:
 def test_more_ranks_share_out_every_byte_once(tmp_path: Path) -> None:
     indexes = indexes_of(tmp_path, 2)
     reads = [read for rank in range(3) for read in plan_reads(indexes, MeshShape(1, 3), rank)]
-    assert sum(read.wanted_bytes for read in reads) == 40 * ROW_BYTES + BIAS * 4
-    middle = {read.file: read.wanted_bytes for read in plan_reads(indexes, MeshShape(1, 3), 1)}
+    assert sum(read.needed_bytes for read in reads) == 40 * ROW_BYTES + BIAS * 4
+    middle = {read.file: read.needed_bytes for read in plan_reads(indexes, MeshShape(1, 3), 1)}
     assert middle["shard-00000.safetensors"] == 6 * ROW_BYTES, "rows 14 to 20 of rows 14 to 28"
 
 
@@ -127,7 +127,7 @@ def test_replicas_read_the_same(tmp_path: Path) -> None:
 def test_whole_blocks_are_read(tmp_path: Path) -> None:
     (index,) = indexes_of(tmp_path, 1)
     (first, *_), block = plan_reads([index], MeshShape(1, 3), 0), index.files[0].block_bytes
-    assert first.read_bytes >= first.wanted_bytes
+    assert first.read_bytes >= first.needed_bytes
     assert first.read_bytes % block in (0, index.files[0].file_bytes % block)
     (everything,) = plan_reads([index], MeshShape(1, 1), 0)
     assert everything.read_bytes == index.files[0].file_bytes

@@ -27,7 +27,7 @@ class FileRead:
     """One shard file: the tensor bytes a rank needs, and the bytes it reads for them, in whole blocks."""
 
     file: str
-    wanted_bytes: int
+    needed_bytes: int
     read_bytes: int
 
 
@@ -35,15 +35,15 @@ def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> lis
     """The shard files that `rank` of the new mesh reads, sorted by name."""
     same_world = len(indexes) == mesh.world_size
     pieces: dict[str, list[Piece]] = defaultdict(list)
-    wanted: dict[str, int] = defaultdict(int)
+    needed: dict[str, int] = defaultdict(int)
     shards: dict[str, ShardFile] = {}
     for shard, placed in _chunks(indexes):
-        box = wanted_box(placed.chunk, mesh, rank, same_world=same_world)
+        box = needed_box(placed.chunk, mesh, rank, same_world=same_world)
         shared = None if box is None else intersect(placed.chunk, box)
         if shared is None:
             continue
         shards[shard.file] = shard
-        wanted[shard.file] += math.prod(shared.sizes) * itemsize(placed.chunk.dtype)
+        needed[shard.file] += math.prod(shared.sizes) * itemsize(placed.chunk.dtype)
         pieces[shard.file] += cut_slice(
             0,
             placed.begin,
@@ -55,13 +55,13 @@ def plan_reads(indexes: Sequence[ShardIndex], mesh: MeshShape, rank: int) -> lis
             most_bytes=WINDOW_BYTES,
         )
     return [
-        FileRead(name, wanted[name], _read_bytes(pieces[name], shards[name]))
+        FileRead(name, needed[name], _read_bytes(pieces[name], shards[name]))
         for name in sorted(pieces)
-        if wanted[name] > 0
+        if needed[name] > 0
     ]
 
 
-def wanted_box(chunk: Chunk, mesh: MeshShape, rank: int, *, same_world: bool) -> Box | None:
+def needed_box(chunk: Chunk, mesh: MeshShape, rank: int, *, same_world: bool) -> Box | None:
     """The part of the chunk's tensor that `rank` holds in the new mesh, or None."""
     everything = whole(chunk.shape)
     if chunk.name.startswith(PER_RANK_PREFIX):

@@ -11,12 +11,12 @@ import threading
 import pytest
 
 from engine.mirror.uploader import THREAD_NAME
-from engine.run.end import end_process
 from engine.save.unclosed import exit_without
+from engine.train.session import end_process
 
 PROGRAM = """
 import atexit, sys
-from engine.run.end import end_process
+from engine.train.session import end_process
 atexit.register(print, "the interpreter was taken down")
 sys.stdout.write("said ")
 sys.stderr.write("warned")
