@@ -21,7 +21,7 @@ def test_every_named_test_exists() -> None:
 
 
 PAINS = 17
-"""How many rows "What has happened to others" has: the list of what users of other checkpointers reported."""
+"""How many rows "Known defects of other libraries" has: the list of what users of other checkpointers reported."""
 
 
 def section_of(title: str) -> str:
@@ -29,7 +29,7 @@ def section_of(title: str) -> str:
 
 
 def test_every_pain_names_a_test() -> None:
-    section = section_of("What has happened to others")
+    section = section_of("Known defects of other libraries")
     rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == PAINS
     for row in rows:

@@ -60,5 +60,5 @@ def test_presets_take_overrides_and_keep_the_rest() -> None:
 
 
 def test_an_unknown_preset_is_refused_listing_what_there_is() -> None:
-    with pytest.raises(ValueError, match="'gpt3'; choose .* nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
+    with pytest.raises(ValueError, match=r"'gpt3'; choose .* nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         GPT2Config.preset("gpt3")
