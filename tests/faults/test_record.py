@@ -21,7 +21,7 @@ def test_every_named_test_exists() -> None:
 
 
 PAINS = 17
-"""How many rows "Known defects of other libraries" has: the list of what users of other checkpointers reported."""
+"""Rows of "Known defects of other libraries": what users of other checkpointers reported."""
 
 
 def section_of(title: str) -> str:
