@@ -51,6 +51,7 @@ def fuzz(examples: int) -> Any:
         max_examples=examples if not FUZZ_SECS else 5 * examples,
         derandomize=not FUZZ_SECS,
         database=None,
+        deadline=None,  # on a busy machine an example may take longer than the default of 200 ms
         print_blob=True,
         suppress_health_check=list(HealthCheck),
         phases=[hypothesis.Phase.generate]
