@@ -14,7 +14,7 @@ from hypothesis import settings
 from tests.faults import record
 
 # No test asserts on wall-clock time: on a busy machine an example may take long.
-settings.register_profile("holdfast")
+settings.register_profile("holdfast", deadline=None)
 settings.load_profile("holdfast")
 
 # torch looks up the name behind the address of every store connection. Where the name server now and then
