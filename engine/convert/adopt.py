@@ -1,4 +1,4 @@
-"""From a recognised foreign checkpoint to the draft of one of ours."""
+"""Turns a recognised foreign checkpoint into the draft of a Holdfast checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MODEL_ONLY = "it holds a model only: training can start from it (--init_from), 
 
 @dataclass(slots=True)
 class Adopted:
-    """A draft in the making, and what its user should know about it."""
+    """A draft under construction, with notes for the user."""
 
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     windows: dict[str, Windows] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Adopted:
         self.windows[name] = windows
 
     def all_notes(self, found: Incoming) -> tuple[str, ...]:
-        """Everything to say, in sentences: what was left out comes last, by name."""
+        """All notes, in sentences; the names of what was left out come last."""
         left = [*self.left_out, *found.left_out]
         said = [f"left out: {', '.join(left)}"] if left else []
         return (*found.notes, *self.notes, *said)
@@ -52,8 +52,8 @@ class Adopted:
 def adopt(found: Incoming, kinds: Sequence[ModelKind] = ()) -> tuple[Draft, tuple[str, ...]]:
     """The draft of a checkpoint, and notes in whole sentences.
 
-    kinds: a model that one of them recognises is converted; every other is taken as it is.
-    Raises: StateError when there is no model in it, or one of a known kind that is not whole; DamagedError.
+    kinds: convert the models that they recognise; any other model is kept as it is.
+    Raises: StateError if it has no model, or an incomplete one of a known kind; DamagedError.
     """
     parts = recognise(found.tree, found.what, lambda ref: _scalar(found, ref))
     return _adopt_export(found, parts) if parts.marker is not None else _adopt_foreign(found, parts, kinds)
@@ -64,7 +64,7 @@ def _scalar(found: Incoming, ref: TensorRef) -> Any:
 
 
 def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str, ...]]:
-    """One of our own exports: everything under its old name."""
+    """One of our own exports: everything keeps its name."""
     marker, tree, adopted = parts.marker, parts.tree, Adopted()
     assert marker is not None
 
@@ -83,7 +83,7 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
         for parameter, fields in tree[key].get("state", {}).items():
             name = names[parameter] if isinstance(parameter, int) and parameter < len(names) else parameter
             if name not in known or not isinstance(fields, Mapping):
-                continue  # under no parameter: among the values
+                continue  # belongs to no parameter: stored among the values
             for field_name, ref in fields.items():
                 full = f"{key}.state.{name}.{field_name}"
                 if isinstance(ref, TensorRef) and full not in tree.get(EXTRA, {}):
@@ -93,7 +93,7 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
     needed = [*tensor_names(marker["objects"]), *tensor_names(marker["local"])]
     lacking = [n for n in needed if marker["aliases"].get(n, n) not in adopted.tensors]
     if lacking:
-        raise DamagedError(f"{found.what} lacks the tensor {lacking[0]}, to which one of its values refers")
+        raise DamagedError(f"{found.what} lacks the tensor {lacking[0]}, which one of its values refers to")
     draft = Draft(
         reason="import",
         step=marker["step"],
@@ -114,7 +114,7 @@ def _adopt_export(found: Incoming, parts: Recognised) -> tuple[Draft, tuple[str,
 
 
 def _group_names(document: Any) -> list[str]:
-    """The parameters of an optimizer's groups, in order, as a Holdfast export lists them."""
+    """The parameters of an optimizer's groups, in the order of a Holdfast export."""
     groups = document.get("param_groups", []) if isinstance(document, dict) else []
     return [str(name) for group in groups if isinstance(group, dict) for name in group.get("params", [])]
 
@@ -130,7 +130,7 @@ def _adopt_foreign(
     else:
         _add_model(adopted, found, parts, kinds)
     step = _step(adopted, found, parts)
-    # torch.save keeps the module's own order of parameters, and a kind knows it.
+    # torch.save keeps the module's order of parameters, and a kind knows it.
     in_order = model is not None or found.kind == "pt" or _put_in_order(adopted, parts)
     state_dtype = model.state_dtype if model is not None else None
     objects = _add_optimizer(adopted, found, parts, in_order=in_order, state_dtype=state_dtype)
@@ -158,7 +158,7 @@ def _adopt_foreign(
 
 
 def _put_in_order(adopted: Adopted, parts: Recognised) -> bool:
-    """Put the parameters in the module's order, if an optimizer needs it and the module's class is known."""
+    """Sort the parameters in the module's order, if an optimizer needs it and the module's class is known."""
     if parts.optimizer is None or not numbers_parameters(parts.optimizer):
         return False
     order = parameter_order(parts.config, parts.names, len(parts.model))
@@ -174,12 +174,12 @@ def _without(parameters: Mapping[str, Parameter], names: Sequence[str]) -> dict[
 
 
 def _step(adopted: Adopted, found: Incoming, parts: Recognised) -> int:
-    """How far the training was: as it says, or as its optimizer counted."""
+    """The recorded step, or else the optimizer's step count."""
     if parts.step is not None:
         return parts.step
     counted = parts.optimizer and steps_of(parts.optimizer, lambda ref: _scalar(found, ref))
     if counted:
-        adopted.notes.append(f"it does not record its step: its optimizer has counted {counted}")
+        adopted.notes.append(f"it does not record its step: {counted} is its optimizer's count")
     return counted or 0
 
 
@@ -191,14 +191,14 @@ def _add_converted(adopted: Adopted, model: ConvertedModel) -> None:
 
 
 def _add_model(adopted: Adopted, found: Incoming, parts: Recognised, kinds: Sequence[ModelKind]) -> None:
-    """Add a model of no known kind as it is; a tensor that has several names is stored under the first."""
+    """Add a model of no known kind unchanged; a tensor with several names is stored under the first."""
     why = f"its model is not a {names_of(kinds)}" if kinds else _NO_KINDS
     adopted.notes.append(f"{why}: the tensors keep their names, dtypes and layout")
     first: dict[int, str] = {}
     for name, ref in parts.model.items():
-        held = first.setdefault(id(ref), name)
-        if held != name:
-            adopted.aliases[f"model.{name}"] = f"model.{held}"
+        stored = first.setdefault(id(ref), name)
+        if stored != name:
+            adopted.aliases[f"model.{name}"] = f"model.{stored}"
             continue
         adopted.add(f"model.{name}", ref.info, _reader(found, ref))
         shape = ref.info.shape
@@ -212,9 +212,9 @@ def _reader(found: Incoming, ref: TensorRef) -> Windows:
 def _add_optimizer(
     adopted: Adopted, found: Incoming, parts: Recognised, *, in_order: bool, state_dtype: str | None
 ) -> dict[str, Any]:
-    """Add the optimizer's state; returns its JSON by state key, nothing when there is none to use.
+    """Add the optimizer's state; returns its JSON by state key, empty without a usable optimizer.
 
-    state_dtype: what its floating-point tensors become, as the weights did: moments have the weights' type.
+    state_dtype: converts its floating-point tensors like the weights: moments have the weights' type.
     """
     if parts.optimizer is None:
         return {}
@@ -231,8 +231,8 @@ def _add_optimizer(
         return {}
     if numbers_parameters(parts.optimizer) and order_decides(parts.optimizer, adopted.parameters):
         adopted.notes.append(
-            "its optimizer only numbers its parameters, and several have the same shape: they were taken "
-            "to be in the model's order, as in an optimizer made from model.parameters()"
+            "its optimizer only numbers its parameters, and several have the same shape: the import assumes "
+            "the model's order, as in an optimizer over model.parameters()"
         )
     adopted.left_out += [f"optimizer.{path}" for path in result.left_out]
     for name, tensor in result.tensors.items():

@@ -1,8 +1,8 @@
-"""A target that appears whole, or not at all.
+"""Writes a target atomically: it appears complete or not at all.
 
-On a local file system everything is written beside the target, made durable, and renamed. A store cannot
-rename: there everything is written to a local temporary directory and then uploaded, and a failed upload is
-taken back.
+On a local file system everything is written beside the target, synced, and renamed. A store cannot rename:
+there everything is written to a local temporary directory and then uploaded, and after a failed upload the
+uploaded files are deleted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def staged(
     last: str = "",
     progress: Progress = ignore_progress,
 ) -> Iterator[Path]:
-    """A path to write a file or a directory at; when the block ends well, it becomes `target`.
+    """A path at which to write a file or directory; it becomes `target` when the block ends without an error.
 
     `target` is a path or URI that does not exist, or an empty local directory. `last` names the file that
-    makes a directory what it is: a store gets it after all others. Raises: AlreadyExistsError; StorageError.
+    makes a directory valid: it is uploaded after all others. Raises: AlreadyExistsError; StorageError.
     """
     parent, name = split_uri(target)
     storage = open_storage(parent, options)
@@ -61,7 +61,7 @@ def _refuse_taken(storage: Storage, name: str) -> None:
     if storage.is_local and os.path.isdir(where) and not os.listdir(where):
         return
     raise AlreadyExistsError(
-        f"{where} exists already, and nothing is overwritten: remove it, or choose another name"
+        f"{where} exists already and is not overwritten: remove it, or choose another name"
     )
 
 
@@ -76,7 +76,7 @@ def _beside(storage: Storage, name: str) -> Iterator[Path]:
             yield path
             _sync(path)
             if os.path.isdir(target):
-                os.rmdir(target)  # it was empty; if it is not any more, it stays and this is an error
+                os.rmdir(target)  # it was empty; if it is not any more, this raises
         storage.rename(temporary, name)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def _upload(storage: Storage, path: Path, name: str, last: str, progress: Progre
             try:
                 storage.delete_file(to)
             except HoldfastError as problem:
-                log.warning("%s was left behind: %s", storage.describe(to), problem)
+                log.warning("%s could not be deleted: %s", storage.describe(to), problem)
         raise
 
 

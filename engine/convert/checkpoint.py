@@ -1,4 +1,4 @@
-"""A committed checkpoint, opened for a long read: every block is verified, retention cannot pull it away."""
+"""A committed checkpoint, opened for a long read: verifies every block, and survives local retention."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _SPARE_FILES = 64
 class CheckpointTensors:
     """The tensors of one checkpoint, by their names in its manifest. A context manager.
 
-    On a local directory every shard is opened at once: a file that is open can be read to its end, even if
-    retention removes the checkpoint meanwhile. A store cannot promise that: there the read ends with one
+    On a local directory, all shards are opened at the start: an open file can be read to its end, even if
+    retention deletes the checkpoint meanwhile. A store cannot promise that: there the read ends with one
     error that says so.
 
-    Raises: NotFoundError when it is gone; DamagedError, from here or from `windows`; StorageError.
+    Raises: NotFoundError if it was deleted; DamagedError, also from `windows`; StorageError.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -62,7 +62,7 @@ class CheckpointTensors:
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Every stored tensor; aliases are not among them."""
+        """Every stored tensor, without aliases."""
         return self.manifest.tensors
 
     def windows(self, name: str) -> Iterator[torch.Tensor]:
@@ -74,7 +74,7 @@ class CheckpointTensors:
             yield self._read(name, info.shape, dtype, begin, end)
 
     def close(self) -> None:
-        """Let go of the files. May be called twice."""
+        """Close the files. May be called twice."""
         self._readers.close()
 
     def __enter__(self) -> CheckpointTensors:
@@ -96,7 +96,7 @@ class CheckpointTensors:
             if piece is not None:
                 slices.append(piece)
         with self._explained():
-            # The reading room needs nothing of a storage but its open files and their names.
+            # Reading uses only the storage's open files and their names.
             read_slices(cast(Storage, self._readers), self._name, slices, self.places)
         return out
 
@@ -106,13 +106,13 @@ class CheckpointTensors:
             yield
         except NotFoundError as error:
             raise NotFoundError(
-                f"{self.uri} is not there, or was removed while it was read ({error}): put a checkpoint on "
+                f"{self.uri} does not exist, or was deleted while it was read ({error}): put a checkpoint on "
                 "hold before a long read (`python -m engine.checkpoints hold`), then start again"
             ) from error
 
 
 class _HeldReaders:
-    """A storage's readers, each opened once and kept."""
+    """A storage's readers, each opened once and kept open."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -141,7 +141,7 @@ class _HeldReaders:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's own limit, as far as it may; where it may not, opening says so."""
+    """Raise this process's limit as far as allowed; beyond that, opening fails with its own error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
@@ -150,7 +150,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def _slice(number: int, chunk: Chunk, rows: Box, out: torch.Tensor) -> Slice | None:
-    """The part of a chunk that lies in `rows`, whose elements `out` holds; None if there is none."""
+    """The part of a chunk inside `rows`, with its place in `out`; None if they do not overlap."""
     shared = intersect(chunk, rows)
     if shared is None:
         return None

@@ -1,7 +1,7 @@
-"""What of a checkpoint belongs to its modules, what to its optimizers, what to neither. Pure.
+"""Sorts a checkpoint's tensors into modules, optimizers and other values. Pure.
 
-The manifest does not say it in so many words: names begin with their state key, an optimizer's JSON has
-groups of parameters, and a value's tensors are referred to from its JSON. What is left are modules.
+The manifest does not say it directly: names begin with their state key, an optimizer's JSON has groups of
+parameters, and a value's JSON refers to its tensors. All other tensors belong to modules.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from engine.state.optimizer_document import is_optimizer, split_path, value_tens
 class Contents:
     """State keys by kind.
 
-    modules: key -> {name in the module: name in the checkpoint}, tied weights under all of their names.
+    modules: key -> {name in the module: name in the checkpoint}, tied weights under all their names.
     optimizers: key -> parameter name -> field ("exp_avg") -> name in the checkpoint.
-    inside: names in the checkpoint of the tensors of optimizers inside of others.
+    inside: names in the checkpoint of the tensors of optimizers inside other optimizers.
     """
 
     modules: Mapping[str, Mapping[str, str]]
@@ -31,7 +31,7 @@ class Contents:
 
 
 def contents_of(manifest: Manifest) -> Contents:
-    """Sort the tensors of a checkpoint by what they belong to."""
+    """Sort the tensors of a checkpoint by kind."""
     optimizers: dict[str, dict[str, dict[str, str]]] = {
         key: {} for key, value in manifest.objects.items() if is_optimizer(value)
     }
@@ -59,12 +59,12 @@ def _parameters(document: Any) -> set[str]:
 
 
 def main_module(contents: Contents, what: str) -> str:
-    """The key of the one model: "model", or the only one there is. StateError otherwise."""
+    """The key of the model: "model", or the only module. StateError otherwise."""
     if "model" in contents.modules:
         return "model"
     if len(contents.modules) == 1:
         return next(iter(contents.modules))
     there = ", ".join(sorted(contents.modules)) or "none at all"
     raise StateError(
-        f"{what} has no state key 'model', and not exactly one module ({there}): save the model as 'model'"
+        f"{what} has no state key 'model' and not exactly one module ({there}): save the model as 'model'"
     )

@@ -1,4 +1,4 @@
-"""`diff`: how two checkpoints differ, tensor by tensor."""
+"""`diff`: compares two checkpoints tensor by tensor."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Compared = Literal["digests", "bytes"]
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """A tensor that is in both.
+    """A tensor that both checkpoints have.
 
-    equal: bit for bit. largest: the largest absolute difference; None where shapes differ or it is not a
-    number (a NaN in one place of one of them). elements: how many differ.
-    compared: by their blocks' digests alone, or by reading both.
+    equal: bit for bit. largest: the largest absolute difference; None if shapes differ or it is not a number
+    (only one of them has a NaN at some place). elements: how many differ.
+    compared: by block digests alone, or by reading both.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TensorDifference:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What `diff` found: names by kind, every common tensor, and the shared values that differ."""
+    """The result of `diff`: added and removed names, common tensors, and the shared values that differ."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
@@ -55,7 +55,7 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        """Whether all tensors are equal; values (a scheduler's step) are reported only."""
+        """Whether all tensors are equal; values (a scheduler's step) do not count."""
         return not (self.added or self.removed or self.changed)
 
 
@@ -68,8 +68,8 @@ def diff_checkpoints(
 ) -> Difference:
     """Compare two committed checkpoints, given as (storage, name).
 
-    Tensors whose bytes lie in the same place under equal digests are equal without being read. What is read
-    is verified. Raises: DamagedError; NotFoundError; StorageError.
+    Tensors at the same position with equal digests are equal without being read. Everything read is verified.
+    Raises: DamagedError; NotFoundError; StorageError.
     """
     with CheckpointTensors(*before) as one, CheckpointTensors(*after) as two:
         names = [name for name in one.infos if name in two.infos]
@@ -93,7 +93,7 @@ def diff_checkpoints(
 def equal_digests(one: CheckpointTensors, two: CheckpointTensors, name: str) -> bool:
     """Whether digests alone prove a tensor equal: the same boxes at the same bytes, in equal blocks.
 
-    Blocks at a box's ends are shared with its neighbours: if those differ, this says no, and bytes decide.
+    Neighbouring tensors share the blocks at a box's ends: if those differ, this is False, and bytes decide.
     """
     if not _alike(one, two, name):
         return False
@@ -131,7 +131,7 @@ def _compare(
     if before.shape != after.shape:
         return TensorDifference(name, before, after, equal=False)
     if before.dtype != after.dtype:
-        # Windows are as many rows as fit, which depends on the dtype: such a pair is not compared further.
+        # The number of rows in a window depends on the dtype, so such a pair is not compared further.
         return TensorDifference(name, before, after, equal=False)
     equal, largest, elements = True, 0.0, 0
     for mine, theirs in zip(one.windows(name), two.windows(name), strict=True):

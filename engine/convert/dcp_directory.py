@@ -1,4 +1,4 @@
-"""`--format dcp`: a stock DCP directory, which plain `dcp.load(state, checkpoint_id=...)` reads."""
+"""`--format dcp`: a stock DCP directory for plain `dcp.load(state, checkpoint_id=...)`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METADATA = ".metadata"
 
 
 def dcp_bytes(source: CheckpointTensors, *, dtype: str | None, model_only: bool) -> int:
-    """How many bytes of tensors `write_dcp` will write; tied weights are written under each name."""
+    """How many tensor bytes `write_dcp` will write; tied weights are written under each name."""
     tree = dcp_tree(source, dtype=dtype, model_only=model_only)
     return sum(ref.info.tensor_bytes for ref in _by_flat_name(tree).values())
 
@@ -47,7 +47,7 @@ def write_dcp(
 
 
 def _by_flat_name(value: object, path: tuple[str, ...] = ()) -> dict[str, TensorRef]:
-    """References by the names that DCP's planner flattens a tree to."""
+    """References by the flattened names of DCP's planner."""
     if isinstance(value, TensorRef):
         return {".".join(path): value}
     items: list[tuple[object, object]] = []

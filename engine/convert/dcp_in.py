@@ -1,4 +1,4 @@
-"""Stock DCP directories as a tree."""
+"""Opens a stock DCP directory as a tree."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DcpTensors:
         return self._infos
 
     def windows(self, name: str) -> Iterator[torch.Tensor]:
-        """See `TensorSource`. Boxes that are whole rows, in order, stream; others are put together first."""
+        """See `TensorSource`. Boxes of whole rows, in order, are streamed; others are assembled first."""
         tensor = self._directory.tensors[name]
         rows = tensor.shape[1:]
         ordered = [offsets for offsets, _ in tensor.chunks] == sorted(offsets for offsets, _ in tensor.chunks)
@@ -58,8 +58,8 @@ class DcpTensors:
 def open_dcp(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any], DcpTensors, tuple[str, ...]]:
     """(tree, tensors, notes) of a directory.
 
-    A value that cannot be loaded without running code stands as `Unheld` in the tree, unless `trust_pickle`
-    is given: each value is a pickle of its own, so that the others need not wait for its trust.
+    A value that cannot be loaded without running code becomes `Unheld` in the tree, unless `trust_pickle` is
+    set. Each value is a separate pickle, so the others load without trust.
     Raises: DamagedError; OSError.
     """
     directory = StockDirectory.open(path)
@@ -72,7 +72,7 @@ def open_dcp(path: Path, *, trust_pickle: bool = False) -> tuple[dict[str, Any],
         _put(tree, _path(directory, name), unheld)
     for name in directory.values:
         _put(tree, _path(directory, name), _value(directory, name, trust_pickle, unknown))
-    notes = [f"objects of classes that do not exist here were read as data: {', '.join(unknown)}"]
+    notes = [f"objects of missing classes were read as data: {', '.join(unknown)}"]
     return _lists(tree), tensors, tuple(notes if unknown else ())
 
 
@@ -85,11 +85,11 @@ def _value(
     try:
         return directory.value(name)
     except pickle.UnpicklingError:
-        return Unheld("a pickle that would run code, which --trust_pickle allows")
+        return Unheld("a pickle that would run code; --trust_pickle loads it")
 
 
 def _path(directory: StockDirectory, name: str) -> tuple[str | int, ...]:
-    """Where an item stood in the nested state. Without a record of that, names are a model's."""
+    """An item's path in the nested state. Names without a recorded path are taken as a model's."""
     recorded = directory.paths.get(name)
     if recorded is not None and len(recorded) > 1:
         return recorded
@@ -99,7 +99,7 @@ def _path(directory: StockDirectory, name: str) -> tuple[str | int, ...]:
 def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
     for place, step in enumerate(path[:-1]):
         inner = tree.setdefault(step, {})
-        if not isinstance(inner, dict):  # a value and something below it have one name: keep both
+        if not isinstance(inner, dict):  # a value and a dict have the same name: keep both
             tree[".".join(map(str, path[place:]))] = value
             return
         tree = inner
@@ -107,7 +107,7 @@ def _put(tree: dict[Any, Any], path: tuple[str | int, ...], value: Any) -> None:
 
 
 def _lists(value: Any) -> Any:
-    """Dicts whose keys are 0, 1, 2, ... as numbers were lists."""
+    """Turn dicts with the keys 0, 1, 2, ... back into lists."""
     if not isinstance(value, dict):
         return value
     if value and sorted(value, key=str) == sorted(range(len(value)), key=str):

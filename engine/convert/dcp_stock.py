@@ -1,8 +1,8 @@
-"""Stock DCP directories (`.metadata` and `*.distcp`), as `dcp.save` writes and `dcp.load` reads them.
+"""Writes stock DCP directories (`.metadata` and `*.distcp`), as `dcp.save` does and `dcp.load` reads them.
 
-Written through DCP's own planner and file writer, one tensor in memory at a time. They are driven directly,
-in the order that `torch.distributed.checkpoint.storage.StorageWriter` documents: `dcp.save` itself would turn
-every error, a Ctrl+C too, into its CheckpointException, which is no Exception.
+Uses DCP's own planner and file writer, with one tensor in memory at a time. They are called directly, in the
+order that `torch.distributed.checkpoint.storage.StorageWriter` documents: `dcp.save` would turn every error,
+even Ctrl+C, into its CheckpointException, which is not an Exception.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def write_stock(folder: Path, state: Mapping[str, Any], read: Callable[[str], to
 
     Args:
         state: a nested dict; its tensors are on the meta device.
-        read: the tensor on the CPU, by its flattened name ("model.layer.weight"). Only one is held at a time.
-    Raises: whatever `read` raises; OSError.
+        read: returns the tensor on the CPU by its flattened name ("model.layer.weight"); only one is in
+            memory at a time.
+    Raises: the errors of `read`; OSError.
     """
     planner = _LazyPlanner(read)
-    # copy_ahead 0: with a CUDA device around, several tensors would be held otherwise.
+    # copy_ahead 0: otherwise, on a machine with CUDA, several tensors would be in memory.
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     planner.set_up_planner(dict(state), writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)
@@ -40,7 +41,7 @@ def write_stock(folder: Path, state: Mapping[str, Any], read: Callable[[str], to
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Reads a tensor when it is about to be written."""
+    """Reads a tensor right before it is written."""
 
     def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
         super().__init__()
@@ -48,11 +49,11 @@ class _LazyPlanner(DefaultSavePlanner):
         self._written: torch.Tensor | None = None
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The data of one item. The writer asks for the next when the one before is on its way to disk."""
+        """The data of one item. The writer asks for it after it passed the previous one to the disk."""
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
         if self._written is not None:
-            # The writer keeps every tensor until the file is closed: take its memory away.
+            # The writer keeps every tensor until the file is closed: free its memory.
             self._written.untyped_storage().resize_(0)
         self._written = self._read(write_item.index.fqn)
         return self._written

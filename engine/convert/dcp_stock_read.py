@@ -1,7 +1,7 @@
-"""Read a stock DCP directory without running code that it may carry.
+"""Reads a stock DCP directory without running code from it.
 
-Its `.metadata` is a pickle, which DCP itself loads with `pickle.load`. Here only the classes that DCP's own
-metadata is made of may be named in it, and values are loaded as `torch.load(weights_only=True)` does.
+Its `.metadata` is a pickle, which DCP itself loads with `pickle.load`. Here it may name only the classes of
+DCP's own metadata, and values are loaded with `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _MEMORY_FORMAT = ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING
 
 
 class _Place:
-    """Where an item lies. Our own class takes the place of DCP's private `_StorageInfo` in the pickle."""
+    """The position of an item. This class replaces DCP's private `_StorageInfo` in the pickle."""
 
     relative_path: str = ""
     offset: int = 0
@@ -65,7 +65,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class StockTensor:
-    """A tensor's dtype and global shape, and the boxes (offsets, sizes) that were saved of it."""
+    """A tensor's dtype and global shape, and its saved boxes (offsets, sizes)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class StockTensor:
 
 
 class Loader(Protocol):
-    """How the bytes of one item become an object."""
+    """Turns the bytes of one item into an object."""
 
     def __call__(self, raw: io.BytesIO) -> Any: ...
 
@@ -82,7 +82,7 @@ class Loader(Protocol):
 class StockDirectory:
     """The contents of a directory, by flattened name.
 
-    paths: flattened name -> path in the nested state that was saved, as far as that is recorded.
+    paths: flattened name -> path in the saved nested state, if recorded.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class StockDirectory:
 
     @classmethod
     def open(cls, folder: Path) -> StockDirectory:
-        """Read the metadata. Raises: DamagedError when it cannot be that of DCP; OSError."""
+        """Read the metadata. Raises: DamagedError if it is not DCP's; OSError."""
         path = folder / METADATA
         try:
             found = _Unpickler(io.BytesIO(path.read_bytes())).load()
@@ -110,18 +110,18 @@ class StockDirectory:
     def chunks(self, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """(offsets, tensor) of each saved box of a tensor, one in memory at a time.
 
-        Raises: DamagedError when a box is missing, or is not what the metadata says.
+        Raises: DamagedError if a box is missing or does not match the metadata.
         """
         tensor = self.tensors[name]
         for offsets, sizes in tensor.chunks:
             found = self._load((name, offsets), _load_safely)
             as_said = isinstance(found, torch.Tensor) and found.dtype == tensor.dtype
             if not as_said or tuple(found.shape) != sizes:
-                raise DamagedError(f"{self.folder}: {name} at {list(offsets)} is not what {METADATA} says")
+                raise DamagedError(f"{self.folder}: {name} at {list(offsets)} does not match {METADATA}")
             yield offsets, found
 
     def value(self, name: str, load: Loader | None = None) -> Any:
-        """A value that is no tensor. Raises: pickle.UnpicklingError when loading it would run code."""
+        """A value that is not a tensor. Raises: pickle.UnpicklingError if loading it would run code."""
         return self._load((name, None), load or _load_safely)
 
     def _take(self, found: Metadata, path: Path) -> None:
@@ -136,26 +136,27 @@ class StockDirectory:
             self.paths = {k: tuple(v) for k, v in found.planner_data.items() if isinstance(v, tuple | list)}
         places = found.storage_data
         if not isinstance(places, dict) or not all(isinstance(place, _Place) for place in places.values()):
-            raise DamagedError(f"{path} does not say in which files its items lie: another writer made them")
+            raise DamagedError(f"{path} does not say which files hold its items: another writer wrote it")
         for index, place in places.items():
             offset = None if index.offset is None else tuple(index.offset)
             self._places[index.fqn, offset] = place
         for name, tensor in self.tensors.items():
             for offsets, sizes in tensor.chunks:
-                held = self._place((name, offsets))
-                if math.prod(sizes) * tensor.dtype.itemsize > held.length and not held.transform_descriptors:
-                    raise DamagedError(f"{path}: {name} at {list(offsets)} does not fit {held.length} bytes")
+                place = self._place((name, offsets))
+                too_long = math.prod(sizes) * tensor.dtype.itemsize > place.length
+                if too_long and not place.transform_descriptors:
+                    raise DamagedError(f"{path}: {name} at {list(offsets)} does not fit {place.length} bytes")
 
     def _place(self, key: tuple[str, tuple[int, ...] | None]) -> _Place:
         place = self._places.get(key)
         if place is None:
-            raise DamagedError(f"{self.folder / METADATA} does not say where {key[0]} lies")
+            raise DamagedError(f"{self.folder / METADATA} does not say where {key[0]} is stored")
         return place
 
     def _load(self, key: tuple[str, tuple[int, ...] | None], load: Loader) -> Any:
         place = self._place(key)
         if place.transform_descriptors:
-            raise StateError(f"{self.folder}: {key[0]} was stored through an extension (compression?) of DCP")
+            raise StateError(f"{self.folder}: {key[0]} was stored with an extension of DCP (compression?)")
         file = self.folder / safe_relative(str(place.relative_path))
         with open(file, "rb") as opened:
             opened.seek(place.offset)
@@ -171,7 +172,7 @@ class StockDirectory:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Allows what DCP's metadata is made of, and nothing that does anything when it is called."""
+    """Allows only the classes of DCP's metadata, and nothing that has an effect when called."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == _STORAGE_INFO:
@@ -186,11 +187,11 @@ class _Unpickler(pickle.Unpickler):
             return _layout
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which DCP's metadata has no use for")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of DCP's metadata")
 
 
 def _layout(name: object) -> torch.layout:
-    """In place of torch's own lookup: every tensor that DCP stores is strided."""
+    """Replaces torch's own lookup: every tensor that DCP stores is strided."""
     return torch.strided
 
 
@@ -202,10 +203,10 @@ def _tensor(item: TensorStorageMetadata, name: str, path: Path) -> StockTensor:
     shape = tuple(item.size)
     chunks = tuple((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in item.chunks)
     try:
-        # Only the geometry matters here, so any element type will do.
+        # Only the geometry matters here, so the element type is arbitrary.
         boxes = [Chunk(name, "U8", shape, offsets, sizes) for offsets, sizes in chunks]
     except ValueError as error:
         raise DamagedError(f"{path}: {error}") from error
     if not cover(shape, boxes):
-        raise DamagedError(f"{path}: the boxes of {name} do not make up its shape {list(shape)}")
+        raise DamagedError(f"{path}: the boxes of {name} do not cover its shape {list(shape)}")
     return StockTensor(item.properties.dtype, shape, chunks)

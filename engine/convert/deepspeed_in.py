@@ -1,6 +1,6 @@
-"""DeepSpeed's checkpoints: of ZeRO-1 and 2 and of none, the weights lie in one file; of the others nowhere.
+"""DeepSpeed's checkpoints: without ZeRO and with ZeRO-1 and 2, one file has the weights; with others, none.
 
-Source of the layout: deepspeed/runtime/engine.py (save_checkpoint) and deepspeed/utils/zero_to_fp32.py.
+The layout follows deepspeed/runtime/engine.py (save_checkpoint) and deepspeed/utils/zero_to_fp32.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_NAME_BYTES = 256
 
 
 def deepspeed_folder(path: Path) -> Path | None:
-    """Where a DeepSpeed checkpoint's files lie: in `path`, or in the folder that its file `latest` names."""
+    """The folder of a DeepSpeed checkpoint: `path`, or the folder that its file `latest` names."""
     if _is_one(path):
         return path
     name = latest_folder(path)
@@ -40,8 +40,8 @@ def latest_folder(path: Path) -> str | None:
 def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:
     """The weights and the counters of a DeepSpeed checkpoint.
 
-    Raises: StateError when the weights are not in one file, with what puts them together, or when loading
-        it would run code and `trust_pickle` is not given; DamagedError; OSError.
+    Raises: StateError if the weights are not in one file, with the command that merges them, or if loading
+        would run code and `trust_pickle` is not set; DamagedError; OSError.
     """
     files = sorted(file.name for file in folder.glob(_MODELS))
     _refuse_parts(folder, files)
@@ -51,7 +51,7 @@ def open_deepspeed(folder: Path, trust_pickle: bool) -> Opened:
         return Opened("pt", tree, tensors, notes)
     said = (
         f"DeepSpeed ZeRO keeps the optimizer and the float32 weights in {len(partitions)} partitions, which "
-        f"were not read: the weights are in the type the model computes in. For float32: {ZERO_TO_FP32}"
+        f"were not read: the weights have the type the model computes in. For float32: {ZERO_TO_FP32}"
     )
     kept = {key: value for key, value in tree.items() if value is not None}
     return Opened("pt", kept, tensors, (*notes, said), tuple(partitions))

@@ -1,8 +1,8 @@
-"""Which tool left a directory, told by the names of its files; and how each is opened.
+"""Recognises which tool wrote a directory by its file names, and opens it.
 
-Understood: safetensors and `.bin` weights of Hugging Face, alone or in a checkpoint of its Trainer or of
+Supported: safetensors and `.bin` weights of Hugging Face, alone or in a checkpoint of its Trainer or of
 Accelerate; DCP, alone or as torchtitan, Accelerate and Lightning write it; DeepSpeed's model states; one
-`.pt`. Others are refused by their tool's name (`elsewhere`).
+`.pt`. Other tools' directories are refused by name (`elsewhere`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PIECE = re.compile(r"-\d+-of-(\d+)\.(?:safetensors|bin)$")
 
 
 def open_file(path: Path, trust_pickle: bool) -> Opened:
-    """Open one file by what is in it. Raises as `open_pt` and `open_safetensors` do."""
+    """Open one file according to its contents. Raises like `open_pt` and `open_safetensors`."""
     kind = file_kind(path)
     _refuse_piece(path)
     if path.name in BIN_FILES and kind.format == "torch":
@@ -43,18 +43,18 @@ def open_file(path: Path, trust_pickle: bool) -> Opened:
     named = path.suffix == ".safetensors"
     if kind.format == "safetensors" or named:
         tree, tensors = open_safetensors(path)
-        said = [] if named else [f"it is {kind.words}, whatever its name says"]
+        said = [] if named else [f"it is {kind.words}, despite its name"]
         return Opened("safetensors", tree, tensors, tuple(said))
     tree, pt_tensors, notes = open_pt(path, trust_pickle=trust_pickle, kind=kind)
     return Opened("pt", tree, pt_tensors, notes)
 
 
 def open_directory(path: Path, trust_pickle: bool) -> Opened:
-    """Open a directory. Raises: ConfigError for one that is not understood; StateError where its tool has to
-    put it together first; DamagedError; OSError.
+    """Open a directory. Raises: ConfigError if it is not supported; StateError if its tool must merge it
+    first; DamagedError; OSError.
     """
     if (path / MANIFEST).exists():
-        raise ConfigError(f"{path} is a Holdfast checkpoint already: there is nothing to import")
+        raise ConfigError(f"{path} is already a Holdfast checkpoint: there is nothing to import")
     weights = _weights(path, trust_pickle)
     if weights is not None:
         return add_companions(path, weights, trust_pickle)
@@ -76,14 +76,14 @@ def open_directory(path: Path, trust_pickle: bool) -> Opened:
 
 
 def belongs(path: Path, name: str) -> bool:
-    """Whether a folder inside a directory is read with it."""
+    """Whether a folder inside a directory belongs to the checkpoint."""
     if name in (_ACCELERATE_DCP, _ACCELERATE_OPTIMIZER):
         return True
     return latest_folder(path) == name
 
 
 def _weights(path: Path, trust_pickle: bool) -> Opened | None:
-    """The weights of a model as Hugging Face's tools name their files."""
+    """The weights of a model, in files named like Hugging Face's."""
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return Opened("safetensors", *open_safetensors(path))
     for name in BIN_FILES:
@@ -95,7 +95,7 @@ def _weights(path: Path, trust_pickle: bool) -> Opened | None:
 
 
 def _single_weights(path: Path) -> Opened | None:
-    """The weights in the directory's only safetensors file, whatever it is called."""
+    """The weights in the directory's only safetensors file, under any name."""
     files = list(path.glob("*.safetensors"))
     for file in files:
         _refuse_piece(file)
@@ -103,7 +103,7 @@ def _single_weights(path: Path) -> Opened | None:
 
 
 def _refuse_piece(path: Path) -> None:
-    """ConfigError for one of the several files that Hugging Face's tools cut a large model into."""
+    """Raises ConfigError for one of several files into which Hugging Face's tools split a large model."""
     piece = _PIECE.search(path.name)
     if piece is not None and int(piece[1]) > 1:
         raise ConfigError(
@@ -116,7 +116,7 @@ def _dcp(path: Path, trust_pickle: bool) -> Opened:
     tree, tensors, notes = open_dcp(path, trust_pickle=trust_pickle)
     if not (path / _LIGHTNING_META).exists():
         return Opened("dcp", tree, tensors, notes)
-    # Lightning shards model and optimizers by DCP and keeps the rest of its checkpoint beside them.
+    # Lightning shards model and optimizers with DCP and stores the rest beside them.
     more, more_tensors, more_notes = open_pt(
         path / _LIGHTNING_META, trust_pickle=trust_pickle, prefix="meta.pt"
     )
@@ -124,7 +124,7 @@ def _dcp(path: Path, trust_pickle: bool) -> Opened:
 
 
 def _accelerate_dcp(path: Path, trust_pickle: bool) -> Opened:
-    """Accelerate's FSDP: model and optimizer are DCP directories of their own."""
+    """Accelerate's FSDP: model and optimizer are separate DCP directories."""
     tree, tensors, notes = open_dcp(path / _ACCELERATE_DCP, trust_pickle=trust_pickle)
     if not (path / _ACCELERATE_OPTIMIZER / METADATA).exists():
         return Opened("dcp", tree, tensors, notes)
@@ -142,7 +142,7 @@ def _not_understood(path: Path, files: list[Path]) -> str:
         names = ", ".join(file.name for file in files[:20])
         return f"{path} holds several files that may be checkpoints ({names}): give one of them"
     if inner:
-        return f"{path} is not a checkpoint; these in it may be: {', '.join(inner[:20])}. Give one of them"
+        return f"{path} is not a checkpoint, but may contain some: {', '.join(inner[:20])}. Give one of them"
     return (
         f"{path} is not a checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, "
         "nor one .pt file. Give such a directory, a .safetensors file or a .pt file"

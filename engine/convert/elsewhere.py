@@ -1,4 +1,4 @@
-"""Directories of tools that are not understood: refused by the tool's name, with the way to one that is."""
+"""Refuses unsupported tools' directories, with the tool's name and the way to convert them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.errors import StateError
 
 @dataclass(frozen=True, slots=True)
 class _Tool:
-    """patterns: names of which one in the directory tells the tool. advice: how its user goes on."""
+    """patterns: file names, any of which identifies the tool. advice: what its user can do."""
 
     name: str
     patterns: tuple[str, ...]
@@ -34,7 +34,7 @@ _TOOLS = (
     _Tool(
         "a DeepSpeed universal checkpoint",
         ("zero/*/fp32.pt", "latest_universal"),
-        "import the checkpoint that ds_to_universal was given, or what zero_to_fp32.py makes of that one",
+        "import the checkpoint that ds_to_universal was given, or what zero_to_fp32.py makes of it",
     ),
     _Tool(
         "a Megatron-Core distributed checkpoint",
@@ -79,16 +79,16 @@ _TOOLS = (
 
 
 def refuse_elsewhere(path: Path) -> None:
-    """StateError when a tool that is known by name, but not understood, left this directory."""
+    """Raises StateError if a known but unsupported tool wrote this directory."""
     for tool in _TOOLS:
         if any(any(path.glob(pattern)) for pattern in tool.patterns):
             raise StateError(
-                f"{path} is {tool.name}: it cannot be imported as it is. {_sentence(tool.advice)}"
+                f"{path} is {tool.name} and cannot be imported directly. {_sentence(tool.advice)}"
             )
 
 
 def refuse_part(tree: Mapping[str, Any], what: str) -> None:
-    """StateError when a file is one of several that make up a model, by what it says itself."""
+    """Raises StateError if a file's own contents say that it is one of several parts of a model."""
     args = tree.get("args")
     sizes = args if isinstance(args, Mapping) else {}
     cut = [key for key in _MEGATRON_SIZES if isinstance(sizes.get(key), int) and sizes[key] > 1]

@@ -1,4 +1,4 @@
-"""`export`: a committed checkpoint as what other tools read."""
+"""`export`: writes a committed checkpoint in a format for other tools."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILE_SUFFIXES = (".pt", ".pth")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What to write. `dtype` ("bf16", "fp16", "fp32") converts the model's floating-point tensors.
+    """Options of an export. `dtype` ("bf16", "fp16", "fp32") converts the model's floating-point tensors.
 
     An optimizer's state keeps its own dtype. `shard_bytes`: the largest file of `hf`.
     """
@@ -51,14 +51,14 @@ def export_checkpoint(
     on_total: Callable[[int], None] = ignore_progress,
     progress: Progress = ignore_progress,
 ) -> None:
-    """Write the checkpoint `name` of `storage` as `target`, a path or URI that does not exist yet.
+    """Write the checkpoint `name` of `storage` to `target`, a path or URI that does not exist yet.
 
-    With format "torch", a target that ends in .pt or .pth is the file; otherwise it is a directory around it.
+    With format "torch", a target that ends in .pt or .pth is the file itself; otherwise it is its directory.
     `hf` writes a model that one of `kinds` recognises.
-    `on_total` is told how many bytes of tensors there are, before the first of them is read.
-    Raises: AlreadyExistsError; StateError when the format cannot hold this model; ConfigError for `hf`
+    `on_total` is called with the total tensor bytes, before the first tensor is read.
+    Raises: AlreadyExistsError; StateError if the format cannot store this model; ConfigError for `hf`
         without kinds; DamagedError; StorageError.
-    Then, and on any interruption, nothing is left at the target.
+    After an error or an interruption, nothing is left at the target.
     """
     dtype, model_only = target_dtype(options.dtype), options.model_only
     with CheckpointTensors(storage, name) as source:

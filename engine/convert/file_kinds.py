@@ -1,4 +1,4 @@
-"""What a file is, by its bytes: its name may lie, and a download may have left something else altogether."""
+"""Identifies a file by its bytes: its name may be wrong, and a download may be something else."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Format = Literal["safetensors", "torch", "pickle", "other"]
 _HEAD_BYTES = 2048
 _MAX_JSON_BYTES = 64 << 20
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How torch.save began a file before torch 1.6, after the pickle's protocol: a magic number."""
+"""The magic number of torch.save before torch 1.6, after the pickle's protocol."""
 
-_AGAIN = "the download went wrong: look into the file, then download the checkpoint again"
+_AGAIN = "the download failed: look into the file, then download the checkpoint again"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer, which only stands for the file",
+        "a Git LFS pointer instead of the file",
         "`git lfs pull` in its repository fetches the file itself",
     ),
     (b"\x1f\x8b", "a gzip file", "unpack it first (gunzip)"),
@@ -44,7 +44,7 @@ _MAGIC: tuple[tuple[bytes, str, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """A file's format; in words, with an article, what it is; what to do about one that is no checkpoint."""
+    """A file's format; a description with an article; what to do if it is not a checkpoint."""
 
     format: Format
     words: str
@@ -52,7 +52,7 @@ class FileKind:
 
 
 def file_kind(path: Path) -> FileKind:
-    """Look at a file's first bytes, and at the names in a zip file. OSError when it cannot be read."""
+    """Inspect a file's first bytes, and the names in a zip file. OSError if it cannot be read."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         is_folder = stat.S_ISDIR(status.st_mode)
@@ -63,9 +63,9 @@ def file_kind(path: Path) -> FileKind:
         head = file.read(_HEAD_BYTES)
     if not head:
         return FileKind(
-            "other", "an empty file", "whatever wrote it did not finish: write or download it again"
+            "other", "an empty file", "it was not written to the end: write or download it again"
         )
-    # First: the length that it begins with may look like any magic number, and no other format looks like it.
+    # First, because its leading length may look like any magic number, while no other format looks like it.
     if _is_safetensors(head, size):
         return FileKind("safetensors", "a safetensors file")
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
@@ -87,7 +87,7 @@ def file_kind(path: Path) -> FileKind:
 
 
 def refuse_other(path: Path, kind: FileKind) -> None:
-    """ConfigError when the file is no checkpoint at all, saying what it is and what to do."""
+    """Raises ConfigError if the file is not a checkpoint, with what it is and what to do."""
     if kind.format == "other":
         raise ConfigError(f"{path} is {kind.words}, not a checkpoint: {kind.advice}")
 
@@ -101,7 +101,7 @@ def _zip_kind(path: Path, head: bytes) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:  # cut off: its first record still has a name
+    except zipfile.BadZipFile:  # truncated, but its first record has a name
         names = [head[30 : 30 + int.from_bytes(head[26:28], "little")].decode("utf-8", "replace")]
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:

@@ -1,7 +1,7 @@
-"""An optimizer that `get_optimizer_state_dict(flatten_optimizer_state_dict=True)` took apart. Pure.
+"""Rebuilds an optimizer from `get_optimizer_state_dict(flatten_optimizer_state_dict=True)`. Pure.
 
-torchtitan saves it so: "state.<parameter>.<field>" and "param_groups.<parameter>.<setting>", each a key of
-its own. Which group a parameter was in is not recorded; parameters with equal settings share one here.
+torchtitan saves it so, with the keys "state.<parameter>.<field>" and "param_groups.<parameter>.<setting>".
+The groups are not recorded; here parameters with equal settings share one.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _GROUPS = "param_groups."
 def nested_optimizer(
     flat: Mapping[Any, Any], names: Names, parameters: Collection[str], scalar: Callable[[TensorRef], Any]
 ) -> dict[str, Any] | None:
-    """The optimizer with "state" and "param_groups", by parameter names; None when this is none.
+    """The optimizer with "state" and "param_groups", by parameter names; None if it is not one.
 
     scalar: the value of a setting that was saved as a tensor of one element.
-    A key whose parameter the model lacks keeps the name it has there, for the caller to refuse.
+    A key whose parameter the model lacks keeps its name, for the caller to refuse.
     """
     keys = [key for key in flat if isinstance(key, str)]
     if len(keys) != len(flat) or not any(key.startswith(_GROUPS) for key in keys):
@@ -50,7 +50,7 @@ def nested_optimizer(
 
 
 def _split(rest: str, names: Names, parameters: Collection[str]) -> tuple[str, str]:
-    """(parameter, field): the longest beginning that names a parameter; a field may have dots as well."""
+    """(parameter, field): the longest prefix that names a parameter; a field may have dots, too."""
     begin = rest
     while "." in begin:
         begin = begin.rpartition(".")[0]

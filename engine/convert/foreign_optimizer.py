@@ -1,4 +1,4 @@
-"""A foreign optimizer's state under our names: parameters by number become parameters by name. Pure."""
+"""Converts a foreign optimizer's state to our names: numbered parameters become named ones. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.format.manifest import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
-    """One tensor of the state: from the source, possibly to be transposed, or a plain number."""
+    """One tensor of the state: from the source, perhaps transposed, or a plain number."""
 
     info: TensorInfo
     ref: TensorRef | None = None
@@ -26,9 +26,9 @@ class StateTensor:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerParts:
-    """tensors: "<parameter>.<field>" -> tensor. document: groups and counters, as capturing gives them.
+    """tensors: "<parameter>.<field>" -> tensor. document: groups and counters, in the form of a capture.
 
-    left_out: what of it no checkpoint can hold, by path.
+    left_out: paths of values that a checkpoint cannot store.
     """
 
     tensors: Mapping[str, StateTensor]
@@ -55,9 +55,9 @@ def optimizer_parts(
     Args:
         optimizer: "state" and "param_groups", keyed by number or by name.
         scalar: the value of a tensor of one element.
-        names: how the checkpoint's names of parameters become ours.
-        in_order: whether `parameters` are in the module's own order.
-    Raises: StateError when its parameters cannot be told or are not the model's.
+        names: maps the checkpoint's parameter names to ours.
+        in_order: whether `parameters` are in the module's order.
+    Raises: StateError if its parameters are ambiguous or not the model's.
     """
     optimizer = _with_numbers(optimizer)
     owners = _owners(optimizer, parameters, names or Names(), in_order)
@@ -75,7 +75,7 @@ def optimizer_parts(
     found = _Sorted()
     for key, entry in optimizer["state"].items():
         if key not in owners or not isinstance(entry, Mapping):
-            raise StateError(f"its state names {str(key)[:80]!r}, which is in none of its groups")
+            raise StateError(f"its state has {str(key)[:80]!r}, which is in none of its groups")
         for field_name, value in entry.items():
             _sort(found, owners[key], str(field_name), value, parameters)
     document: dict[str, Any] = {"param_groups": groups}
@@ -86,7 +86,7 @@ def optimizer_parts(
 
 
 def steps_of(optimizer: Mapping[str, Any], scalar: Callable[[TensorRef], Any]) -> int | None:
-    """How many steps an optimizer has made, where each of its parameters counts the same."""
+    """The optimizer's step count, if all its parameters agree on it; else None."""
     counts = set()
     for entry in optimizer["state"].values():
         value = entry.get("step") if isinstance(entry, Mapping) else None
@@ -108,16 +108,16 @@ def _sort(found: _Sorted, name: str, field_name: str, value: Any, parameters: Pa
         shape = parameter.ours if transposed else value.info.shape
         found.tensors[path] = StateTensor(TensorInfo(value.info.dtype, shape), value, transposed)
     elif field_name == "step" and isinstance(value, int | float) and not isinstance(value, bool):
-        # Counted in a number before torch 1.12; torch itself turns it into this tensor when it loads it.
+        # A plain number before torch 1.12; torch converts it to this tensor on load.
         found.tensors[path] = StateTensor(TensorInfo("F32", ()), number=float(value))
     elif isinstance(value, int | float | str | bool) or value is None:
         found.counters[path] = value
     else:
-        raise StateError(f"the {field_name} of {name} is a {type(value).__name__}, which is not understood")
+        raise StateError(f"the {field_name} of {name} is a {type(value).__name__}, which is not supported")
 
 
 def _with_numbers(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """DCP spells the numbers of parameters as text in the state, and as numbers in the groups."""
+    """DCP stores parameter numbers as text in the state, and as numbers in the groups."""
     keys = {key for group in optimizer["param_groups"] for key in group["params"]}
     if not keys or not all(type(key) is int for key in keys):
         return optimizer
@@ -135,7 +135,7 @@ def _owners(
     groups = optimizer["param_groups"]
     keys = [key for group in groups for key in group["params"]]
     if any(not isinstance(key, int | str) for key in keys) or len(set(keys)) != len(keys):
-        raise StateError("its groups do not name each of their parameters once")
+        raise StateError("its groups do not list each parameter exactly once")
     if all(isinstance(key, str) for key in keys):
         return _known({key: names.of(key) for key in keys}, parameters)
     recorded = [str(name) for group in groups for name in group.get("param_names", [])]
@@ -152,7 +152,7 @@ def _known(owners: dict[Any, str], parameters: Parameters) -> dict[Any, str]:
 
 
 def _fits(value: Any) -> bool:
-    """Whether a hyperparameter is one that a checkpoint can hold."""
+    """Whether a checkpoint can store this hyperparameter."""
     if isinstance(value, TensorRef):
         return math.prod(value.info.shape) == 1
     if isinstance(value, list | tuple):

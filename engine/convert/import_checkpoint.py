@@ -1,4 +1,4 @@
-"""`import`: a foreign checkpoint as a committed one of ours."""
+"""`import`: commits a foreign checkpoint as a Holdfast checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def import_checkpoint(
     on_total: Callable[[int], None] = ignore_progress,
     progress: Progress = ignore_progress,
 ) -> tuple[CheckpointRecord, tuple[str, ...]]:
-    """Import what lies at `address` into the checkpoint directory; both are paths or URIs.
+    """Import the checkpoint at `address` into `directory`; both are paths or URIs.
 
-    A model that one of `kinds` recognises is converted; every other keeps its names, types and layout.
+    A model that one of `kinds` recognises is converted; any other keeps its names, types and layout.
     Returns the committed record, with reason "import", and notes for the user, in sentences.
-    `on_total` is told how many bytes of tensors there are, before the first of them is read.
-    Raises: ConfigError or StateError when it is nothing that can be imported; DamagedError; NotFoundError;
+    `on_total` is called with the total tensor bytes, before the first tensor is read.
+    Raises: ConfigError or StateError if it cannot be imported; DamagedError; NotFoundError;
         DirectoryHeldError while a run writes to the directory; StorageError. Then nothing is committed.
     """
     with incoming(address, options=storage_options, trust_pickle=trust_pickle) as found:

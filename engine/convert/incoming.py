@@ -1,7 +1,7 @@
-"""A foreign checkpoint, whatever its format: a tree of values and tensor references, and the tensors.
+"""Opens a foreign checkpoint of any format: a tree of values and tensor references, and the tensors.
 
-The formats are told apart by what lies there, not by what a flag says. Foreign files are read from the local
-file system: what lies in a store is fetched first.
+The contents determine the format, not a flag. Foreign files are read from the local file system: those in a
+store are downloaded first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FETCH_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What was found, see `Opened`; `what` names it in errors."""
+    """The opened checkpoint, see `Opened`; `what` names it in errors."""
 
     kind: Kind
     what: str
@@ -49,9 +49,8 @@ def incoming(
 ) -> Iterator[Incoming]:
     """Open a file or directory of another tool, by path or URI.
 
-    Raises: ConfigError when it is none that is understood; NotFoundError; DamagedError; StateError when
-        loading it would run code and `trust_pickle` is not given, and where its tool has to put it together
-        first; StorageError.
+    Raises: ConfigError if it is not supported; NotFoundError; DamagedError; StateError if loading it would
+        run code and `trust_pickle` is not set, or if its tool must merge it first; StorageError.
     """
     parent, name = split_uri(address)
     storage = open_storage(parent, options)
@@ -68,13 +67,13 @@ def incoming(
 
 def _open(path: Path, what: str, trust_pickle: bool) -> Incoming:
     if not path.exists():
-        raise NotFoundError(f"nothing lies at {path}: check the path")
+        raise NotFoundError(f"there is nothing at {path}: check the path")
     found = (open_directory if path.is_dir() else open_file)(path, trust_pickle)
     return Incoming(found.kind, what, found.tree, found.tensors, found.notes, found.left_out)
 
 
 def _fetch(storage: Storage, name: str, path: Path, progress: Progress) -> None:
-    """Copy a file, or a directory with those below it that belong to it, out of a store."""
+    """Download a file, or a directory with the subdirectories that belong to it, from a store."""
     try:
         storage.size(name)
     except NotFoundError:
@@ -94,7 +93,7 @@ def _fetch_directory(storage: Storage, name: str, path: Path, progress: Progress
         if entry.is_dir and belongs(path, entry.name):
             _fetch_directory(storage, inner, path / entry.name, progress)
         elif entry.is_dir:
-            # Only what lies there counts: a folder of checkpoints is not fetched to say that it is one.
+            # Only names matter here: a folder of checkpoints need not be downloaded to be recognised as one.
             (path / entry.name).mkdir()
             for other in storage.list_dir(inner):
                 (path / entry.name / other.name).touch()

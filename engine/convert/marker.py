@@ -1,4 +1,4 @@
-"""What a Holdfast export says about itself. It is as untrusted as the file that it came in. Pure."""
+"""The marker of a Holdfast export. It is as untrusted as its file. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def read_marker(tree: Mapping[str, Any], what: str) -> dict[str, Any] | None:
-    """The marker of a tree that one of our exports holds; None for a foreign one. DamagedError."""
+    """The marker in the tree of one of our exports; None for a foreign one. DamagedError."""
     text = tree.get(MARKER)
     if not isinstance(text, str):
         return None
@@ -40,7 +40,7 @@ def read_marker(tree: Mapping[str, Any], what: str) -> dict[str, Any] | None:
         raise DamagedError(f"the key {MARKER} of {what}: {error}") from error
     for key in (*found["modules"], *found["optimizers"]):
         if not isinstance(key, str) or not isinstance(tree.get(key), Mapping):
-            raise DamagedError(f"{what} lacks the state {str(key)[:80]!r} that its key {MARKER} names")
+            raise DamagedError(f"{what} lacks the state {str(key)[:80]!r} that its key {MARKER} lists")
     extra = tree.get(EXTRA, {})
     if not isinstance(extra, Mapping) or not all(isinstance(ref, TensorRef) for ref in extra.values()):
         raise DamagedError(f"the key {EXTRA} of {what} is not what an export writes there")
@@ -51,6 +51,6 @@ _PROGRESS = ("step", "epoch", "tokens", "val_loss", "config", "rng_state", "cuda
 
 
 def added_keys(tree: Mapping[str, Any], marker: Mapping[str, Any]) -> list[str]:
-    """Keys of an exported tree that the export did not write: somebody added them later."""
+    """Keys of an exported tree that the export did not write."""
     known = {MARKER, EXTRA, *_PROGRESS, *marker["modules"], *marker["optimizers"], *marker["objects"]}
     return [str(key) for key in tree if key not in known]

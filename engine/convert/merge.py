@@ -18,7 +18,7 @@ from engine.format.manifest import TensorInfo
 from engine.storage.base import Storage
 
 _SHAPE_KEYS = ("model", "n_head")
-"""What of a run's configuration decides what the weights compute and does not show in their shapes."""
+"""Settings that change what the weights compute but not their shapes."""
 
 
 def merge_checkpoints(
@@ -32,10 +32,10 @@ def merge_checkpoints(
     """Average the modules of committed checkpoints and commit the result in `target`, with its parents.
 
     Args:
-        sources: (storage, checkpoint's name) of each, two at least.
-        weights: one per source, not negative; only their ratios matter. None weighs all alike.
-        on_total: is told how many bytes will be read.
-    Raises: ConfigError for weights that cannot work; StateMismatchError with every difference between the
+        sources: (storage, checkpoint name) pairs, at least two.
+        weights: one per source, 0 or more; only their ratios matter. None: equal weights.
+        on_total: called with the number of bytes to read.
+    Raises: ConfigError for invalid weights; StateMismatchError with every difference between the
         architectures; DamagedError; DirectoryHeldError; StorageError. Then nothing is committed.
     """
     shares = shares_of(weights, len(sources))
@@ -59,21 +59,21 @@ def merge_checkpoints(
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Weights that add up to 1. ConfigError for a wrong number of them, negative ones, none above 0. Pure."""
+    """The weights, scaled to a sum of 1. ConfigError for a wrong number, negative ones, only zeros. Pure."""
     if count < 2:
-        raise ConfigError(f"a merge needs two checkpoints at least, and was given {count}")
+        raise ConfigError(f"a merge needs at least two checkpoints, but got {count}")
     given = list(weights) if weights is not None else [1.0] * count
     if len(given) != count:
         raise ConfigError(f"--weights has {len(given)} weights for {count} checkpoints: give one for each")
     total = sum(given)
     if any(not math.isfinite(weight) or weight < 0 for weight in given) or not 0 < total < math.inf:
         shown = ",".join(f"{weight:g}" for weight in given)
-        raise ConfigError(f"--weights {shown}: weights are 0 or more, and not all of them 0")
+        raise ConfigError(f"--weights {shown}: weights must be 0 or more, and not all 0")
     return [weight / total for weight in given]
 
 
 def common_tensors(opened: Sequence[CheckpointTensors]) -> dict[str, TensorInfo]:
-    """The modules' tensors, which have to be the same in all. StateMismatchError with every difference."""
+    """The modules' tensors, which must be the same in all. StateMismatchError with every difference."""
     first = opened[0]
     wanted = _module_tensors(first)
     lines = []
@@ -83,10 +83,10 @@ def common_tensors(opened: Sequence[CheckpointTensors]) -> dict[str, TensorInfo]
         lines += [f"{other.name}: {line}" for line in _differences(wanted, _module_tensors(other))]
         lines += _config_differences(first, other)
         if dict(first.manifest.aliases) != dict(other.manifest.aliases):
-            lines.append(f"{other.name}: other tensors are tied than in {first.name}")
+            lines.append(f"{other.name}: its tied tensors differ from those of {first.name}")
     if lines:
         raise StateMismatchError(
-            "these checkpoints are not of one architecture, so they have no average; beside "
+            "these checkpoints have different architectures and cannot be averaged; compared with "
             f"{first.name}: " + "; ".join(lines)
         )
     return wanted
@@ -95,16 +95,16 @@ def common_tensors(opened: Sequence[CheckpointTensors]) -> dict[str, TensorInfo]
 def averaged(
     opened: Sequence[CheckpointTensors], shares: Sequence[float], name: str
 ) -> Iterator[torch.Tensor]:
-    """The weighted average of a tensor, in windows. What is no floating-point number comes from the first."""
+    """The weighted average of a tensor, in windows. Other than floating-point values come from the first."""
     if not is_float(opened[0].infos[name].dtype):
         yield from opened[0].windows(name)
         return
     for windows in zip(*(source.windows(name) for source in opened), strict=True):
         dtype = windows[0].dtype
         if all(same_bytes(window, windows[0]) for window in windows[1:]):
-            yield windows[0]  # exactly, whatever the weights round to
+            yield windows[0]  # exact, however the weights are rounded
             continue
-        # In float64, so that the one rounding is the last.
+        # In float64, so that only the result is rounded.
         total = windows[0].double() * shares[0]
         for window, share in zip(windows[1:], shares[1:], strict=True):
             total.add_(window.double(), alpha=share)
@@ -123,7 +123,7 @@ def _differences(wanted: Mapping[str, TensorInfo], found: Mapping[str, TensorInf
         if name not in found:
             lines.append(f"lacks {name}")
         elif name not in wanted:
-            lines.append(f"has {name} besides")
+            lines.append(f"also has {name}")
         elif wanted[name] != found[name]:
             lines.append(f"{name} is {_shown(found[name])}, not {_shown(wanted[name])}")
     return lines

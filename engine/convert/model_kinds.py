@@ -1,7 +1,7 @@
-"""What conversion asks of a kind of model that it has to know by name: the seam for models, ours included.
+"""The interface for kinds of models that conversions treat specially, such as our GPT-2.
 
-The library converts any model tensor by tensor. A `ModelKind` adds what that cannot give: it maps another
-tool's names and layout to its own, and writes Hugging Face's files. Kinds are passed to `import_checkpoint`
+The library converts any model tensor by tensor. A `ModelKind` does more: it maps another tool's names and
+layout to its own, and writes Hugging Face's files. Kinds are passed to `import_checkpoint`
 and `export_checkpoint`; `engine.checkpoints.convert_commands` finds those that are installed.
 """
 
@@ -31,9 +31,9 @@ AddTensor = Callable[[str, TensorInfo, Windows], None]
 class ConvertedModel:
     """A foreign model under its kind's names and in its layout.
 
-    infos, windows: the tensors as they are committed, by name in the module.
+    infos, windows: the tensors to commit, by name in the module.
     parameters: in the module's order, for an optimizer that only numbers them.
-    state_dtype: becomes the type of an optimizer's floating-point state; None keeps it.
+    state_dtype: the new type of an optimizer's floating-point state; None keeps it.
     config: the configuration to store with the checkpoint.
     notes: what was converted, in sentences.
     """
@@ -48,9 +48,9 @@ class ConvertedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumable:
-    """JSON values that the kind's own trainer expects beside model and optimizer.
+    """JSON values that the kind's trainer needs besides model and optimizer.
 
-    objects: by state key. local: rank 0's own. notes: what they are, in sentences.
+    objects: shared, by state key. local: rank 0's. notes: what they are, in sentences.
     """
 
     objects: Mapping[str, Any] = field(default_factory=dict)
@@ -63,17 +63,17 @@ class ModelKind(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in messages, without an article: "GPT-2"."""
+        """Its name in messages, without an article: "GPT-2"."""
         ...
 
     def recognises(self, names: Collection[str], config: Mapping[str, Any]) -> bool:
-        """Whether these names of tensors, and what the configuration says, are those of such a model."""
+        """Whether these tensor names and this configuration belong to such a model."""
         ...
 
     def convert(self, tensors: TensorSource, parts: Recognised, what: str) -> ConvertedModel:
         """Convert a foreign model; `what` names it in errors.
 
-        StateError when it is not whole, or its settings ask for a computation that the kind does not do.
+        StateError if it is incomplete, or its settings describe a computation that the kind does not support.
         """
         ...
 
@@ -85,7 +85,7 @@ class ModelKind(Protocol):
         ...
 
     def hf_bytes(self, source: CheckpointTensors, dtype: str | None) -> int:
-        """How many bytes of tensors `write_hf` will write. StateError when the model is not whole."""
+        """How many tensor bytes `write_hf` will write. StateError if the model is incomplete."""
         ...
 
     def write_hf(
@@ -97,7 +97,7 @@ class ModelKind(Protocol):
         shard_bytes: int,
         progress: Progress,
     ) -> None:
-        """Write the model as `from_pretrained` loads it into the new directory `folder`.
+        """Write the model, for `from_pretrained`, into the new directory `folder`.
 
         Raises: StateError; DamagedError; ConfigError; StorageError.
         """
@@ -112,7 +112,7 @@ def find_kind(
 
 
 def exporting_kind(source: CheckpointTensors, kinds: Sequence[ModelKind]) -> ModelKind:
-    """The kind of a checkpoint's model. ConfigError when no kind is installed; StateError when none fits."""
+    """The kind of a checkpoint's model. ConfigError if no kind is installed, StateError if none matches."""
     if not kinds:
         raise ConfigError(
             "--format hf needs a model kind that writes Hugging Face's files, and none is installed: the "

@@ -1,7 +1,7 @@
-"""The order of a Hugging Face model's parameters, which its safetensors file does not keep.
+"""Finds the order of a Hugging Face model's parameters, which its safetensors file does not keep.
 
-transformers' own class of the model says it: built without values from config.json, nothing of the
-checkpoint's author runs. Without transformers, or for a class that is not its own, there is no telling.
+transformers' own class of the model has it. The class is built from config.json without values, so no code of
+the checkpoint's author runs. Without transformers, or for another class, the order is unknown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.convert.parameter_names import Names
 
 
 def parameter_order(config: Mapping[str, Any], names: Names, tensors: int) -> list[str] | None:
-    """Canonical names of the parameters in the module's order; None where that cannot be known.
+    """Canonical names of the parameters in the module's order, or None if that is unknown.
 
     tensors: how many the checkpoint has. A configuration of more layers is not built: it may be hostile.
     """
@@ -31,7 +31,7 @@ def parameter_order(config: Mapping[str, Any], names: Names, tensors: int) -> li
         kind = getattr(transformers, classes[0])
         with torch.device("meta"):
             module = kind(kind.config_class.from_dict(dict(config)))
-    except Exception:  # not installed, no such class, or a configuration that it does not take
+    except Exception:  # not installed, no such class, or an invalid configuration
         return None
     if not isinstance(module, torch.nn.Module):
         return None

@@ -1,8 +1,8 @@
-"""Which parameter is which number in an optimizer that only numbers them. Pure.
+"""Assigns names to the parameters of an optimizer that only numbers them. Pure.
 
-`Optimizer.state_dict()` numbers parameters by their position over all groups and does not say which they are.
-The numbers are believed only where a single assignment is possible: a wrong one that fits every shape would
-give layers each other's moments, and nothing would ever tell.
+`Optimizer.state_dict()` numbers parameters by their position over all groups, without their names. The
+numbers are used only if a single assignment is possible: a wrong one that matches every shape would swap
+moments between layers without an error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from engine.errors import StateError
 Shape = tuple[int, ...]
 
 _MOST_GROUPS = 4
-"""So many groups are tried in every order; of more, only their own."""
+"""Up to this many groups, all orders are tried; above it, only the given one."""
 
 _BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked", "inv_freq", "masked_bias"})
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter's shape in the source and here, which is its transpose or the same.
+    """A parameter's shape in the source and here: the same or transposed.
 
-    is_buffer: its name or its type says that no optimizer holds it.
+    is_buffer: its name or type shows that no optimizer has it.
     """
 
     stored: Shape
@@ -38,31 +38,31 @@ class Parameter:
 
 
 Parameters = Mapping[str, Parameter]
-"""By our names, in the order in which the module has them where that is known."""
+"""By our names, in the module's order if that is known."""
 
 
 def is_buffer(name: str, dtype: str) -> bool:
-    """Whether a tensor of a state dict is no parameter, as far as its name and dtype tell."""
+    """Whether name or dtype show that a tensor of a state dict is not a parameter."""
     return name.rpartition(".")[2] in _BUFFERS or dtype[:1] not in ("F", "B", "C") or dtype == "BOOL"
 
 
 def numbers_parameters(optimizer: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's groups number their parameters and record no names beside the numbers."""
+    """Whether an optimizer's groups number their parameters without recording names."""
     groups = optimizer["param_groups"]
     return not any("param_names" in g or isinstance(key, str) for g in groups for key in g["params"])
 
 
 def order_decides(optimizer: Mapping[str, Any], parameters: Parameters) -> bool:
-    """Whether only the order in which the parameters were numbered says whose moments are whose."""
+    """Whether only the order of the numbers tells which moments belong to which parameter."""
     keys = [key for group in optimizer["param_groups"] for key in group["params"]]
     shapes = {key: _moments(optimizer["state"].get(key)) for key in keys}
     return any(shapes.values()) and _by_shape(shapes, parameters) is None
 
 
 def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: bool) -> dict[Any, str]:
-    """The parameter's name for each number. StateError when that cannot be told.
+    """The parameter's name for each number. StateError if it is ambiguous.
 
-    in_order: `parameters` are in the module's own order, as torch.save keeps it and safetensors does not.
+    in_order: `parameters` are in the module's order, which torch.save keeps and safetensors does not.
     """
     groups = [list(group["params"]) for group in optimizer["param_groups"]]
     keys = [key for group in groups for key in group]
@@ -80,8 +80,8 @@ def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: 
         return by_shape
     if fits:
         raise StateError(
-            f"its {len(groups)} groups of numbered parameters fit the model's in {len(fits)} ways, and "
-            "nothing says which is right"
+            f"its {len(groups)} groups of numbered parameters match the model's in {len(fits)} ways, and "
+            "nothing tells which is right"
         )
     if not in_order:
         raise StateError(
@@ -95,10 +95,9 @@ def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: 
 
 
 def _orders(parameters: Parameters, sizes: Sequence[int]) -> Iterator[list[str]]:
-    """Orders in which scripts number parameters: the module's own, and matrices apart from vectors.
+    """Orders in which scripts number parameters: the module's, and matrices separate from vectors.
 
-    Of several groups, also each order of the groups along the module: which part comes first is anybody's
-    choice.
+    With several groups, also every order of the groups along the module.
     """
     names = list(parameters)
     trained = [name for name in names if not parameters[name].is_buffer]
@@ -127,7 +126,7 @@ def _group_orders(count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _by_shape(shapes: Mapping[Any, set[Shape] | None], parameters: Parameters) -> dict[Any, str] | None:
-    """The names where each number's moments have a shape that only one parameter has."""
+    """The names, if each number's moments have a shape that only one parameter has; else None."""
     owners: dict[Shape, list[str]] = {}
     trained = {name: parameter for name, parameter in parameters.items() if not parameter.is_buffer}
     for name, parameter in trained.items():
@@ -142,7 +141,7 @@ def _by_shape(shapes: Mapping[Any, set[Shape] | None], parameters: Parameters) -
 
 
 def _moments(entry: Any) -> set[Shape] | None:
-    """The shapes of a parameter's state but for single numbers; None where it has none."""
+    """The shapes of a parameter's state, without single numbers; None if there are none."""
     values = entry.values() if isinstance(entry, Mapping) else ()
     shapes = {value.info.shape for value in values if isinstance(value, TensorRef)}
     return {shape for shape in shapes if math.prod(shape) != 1} or None

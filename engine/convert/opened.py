@@ -1,4 +1,4 @@
-"""A foreign checkpoint as the readers of each format give it, and several of them as one."""
+"""An opened foreign checkpoint of any format, and several tensor sources as one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Kind = Literal["safetensors", "dcp", "pt"]
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """In `tree`, tensors are `TensorRef`s by their names in `tensors`.
+    """In `tree`, tensors are `TensorRef`s with their names in `tensors`.
 
-    kind: the format of the model's weights. notes: what to know about it, in sentences.
+    kind: the format of the model's weights. notes: for the user, in sentences.
     left_out: files that were not read, by name.
     """
 
@@ -30,7 +30,7 @@ class Opened:
 
 
 class Joined:
-    """The tensors of several sources, whose names differ."""
+    """The tensors of several sources with distinct names."""
 
     def __init__(self, *sources: TensorSource) -> None:
         self._homes = {name: source for source in sources for name in source.infos}

@@ -1,6 +1,6 @@
-"""Stored values in the nearest form that any script loads: `torch.load(weights_only=True)` knows few classes.
+"""Simplifies stored values for other tools: `torch.load(weights_only=True)` knows few classes.
 
-What an export changes here comes back exactly where Holdfast imports it: the documents travel beside it.
+When Holdfast imports the export again, it restores the exact values: the export includes the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Json = Any
 
 
 def plain(document: Json) -> Json:
-    """The document with plain lists, dicts, numbers, text and tensors in place of what needs a class."""
+    """The document with plain lists, dicts, numbers, text and tensors instead of classes."""
     if isinstance(document, list):
         return [plain(item) for item in document]
     if not isinstance(document, dict):

@@ -1,4 +1,4 @@
-"""`.pt` files: `torch.load` with mapped storages, so that only what is read comes into memory."""
+"""Opens `.pt` files: `torch.load` with mapped storages, so that only what is read uses memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Storage = tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class PtTensors:
-    """The tensors of a loaded file, by their path in it. A tensor that has two paths is one tensor."""
+    """The tensors of a loaded file, by their path in it. A tensor with two paths is one tensor."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -41,13 +41,13 @@ class PtTensors:
         return windows_of(self.tensors[name])
 
     def add(self, name: str, tensor: torch.Tensor) -> TensorRef | Unheld:
-        """Note a tensor; what it is in words where the format cannot hold it (sparse, quantised, ...)."""
+        """Add a tensor; returns Unheld if the format cannot store it (sparse, quantised, ...)."""
         tensor = tensor.detach()
         if type(tensor) is not torch.Tensor:
             return Unheld(f"a tensor of the class {type(tensor).__name__}")
         if tensor.is_meta:
             return Unheld("a tensor without values (meta device)")
-        if tensor.is_nested:  # it has no one shape
+        if tensor.is_nested:  # it has no single shape
             return Unheld("a nested tensor")
         if tensor.layout != torch.strided:
             return Unheld(f"a sparse tensor ({str(tensor.layout).removeprefix('torch.')})")
@@ -55,7 +55,7 @@ class PtTensors:
             info = TensorInfo(from_torch(tensor.dtype, name), tuple(tensor.shape))
         except UnsavableValueError:
             return Unheld(f"a tensor of {tensor.dtype}")
-        # A conjugate shares the memory of its tensor, and only a bit of it tells them apart.
+        # A conjugate shares its tensor's memory; only a flag bit distinguishes them.
         tensor = tensor.resolve_conj().resolve_neg()
         place = (tensor.data_ptr(), info.shape, tuple(tensor.stride()), tensor.dtype)
         if tensor.numel() and place in self._shared:  # tied weights
@@ -63,7 +63,7 @@ class PtTensors:
         self.tensors[name] = tensor
         self._infos[name] = info
         ref = TensorRef(name, info)
-        if tensor.numel():  # empty ones all lie at address 0
+        if tensor.numel():  # empty ones all have address 0
             self._shared[place] = ref
         return ref
 
@@ -73,8 +73,8 @@ def open_pt(
 ) -> tuple[dict[str, Any], PtTensors, tuple[str, ...]]:
     """(tree, tensors, notes) of a file; `prefix` begins the names of its tensors.
 
-    Raises: ConfigError when it is no file that pickle or torch wrote; StateError when loading it would run
-        code and `trust_pickle` is not given, or when it is not a dict; DamagedError; OSError.
+    Raises: ConfigError if neither pickle nor torch wrote it; StateError if loading it would run code and
+        `trust_pickle` is not set, or if it is not a dict; DamagedError; OSError.
     """
     kind = kind or file_kind(path)
     refuse_other(path, kind)
@@ -82,13 +82,13 @@ def open_pt(
     tensors = PtTensors()
     tree = _tree(loaded, prefix, tensors)
     if not isinstance(tree, dict):
-        raise StateError(f"{path} holds a {type(loaded).__name__}, not a dict with a state in it")
-    notes = [f"objects of classes that do not exist here were read as data: {', '.join(unknown)}"]
+        raise StateError(f"{path} holds a {type(loaded).__name__}, not a dict with a state")
+    notes = [f"objects of missing classes were read as data: {', '.join(unknown)}"]
     return {str(key): value for key, value in tree.items()}, tensors, tuple(notes if unknown else ())
 
 
 def _tree(value: Any, path: str, tensors: PtTensors, depth: int = 0) -> Any:
-    """Tensors as references; objects as the values that they are made of."""
+    """The value with references for tensors, and attributes for objects."""
     if depth > _MAX_DEPTH:
         return Unheld(f"nested deeper than {_MAX_DEPTH} levels")
     if isinstance(value, torch.Tensor):

@@ -1,4 +1,4 @@
-"""A new committed checkpoint from a draft: the lease, one rank's files, the engine's own commit."""
+"""Commits a draft as a new checkpoint: acquires the lease, writes one rank's files, commits."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ CONFIRM_SECS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A checkpoint to be, of one rank.
+    """A checkpoint of one rank that is not written yet.
 
-    windows: the rows of a tensor, in order, of any dtype that converts to the one in `tensors`.
-    local: rank 0's own JSON values.
+    windows: the rows of a tensor, in order, in any dtype that converts to the one in `tensors`.
+    local: rank 0's JSON values.
     """
 
     reason: str
@@ -63,8 +63,8 @@ class Draft:
 def publish(storage: Storage, draft: Draft, progress: Progress) -> CheckpointRecord:
     """Write the draft and commit it, with the highest sequence number of the directory.
 
-    Raises: DirectoryHeldError while a live run writes there; LeaseLostError; StorageError; whatever reading
-        the draft's tensors raises. Then nothing is committed and nothing of it is left.
+    Raises: DirectoryHeldError while a live run holds the directory; LeaseLostError; StorageError; the errors
+        of reading the draft's tensors. Then nothing is committed, and its files are deleted.
     """
     attempt = _attempt(draft)
     layouts = _layouts(draft)
@@ -112,16 +112,16 @@ def _take_back(storage: Storage, attempt: str) -> None:
     try:
         delete_attempt(storage, attempt)
     except HoldfastError as problem:
-        log.warning("the unfinished attempt %s was left behind: %s", attempt, problem)
+        log.warning("the unfinished attempt %s could not be deleted: %s", attempt, problem)
 
 
 def _attempt(draft: Draft) -> str:
-    """A new attempt's name. StateError for what no manifest could hold, before anything is touched."""
+    """A new attempt's name. StateError, before any write, for values that a manifest cannot store."""
     try:
         canonical_bytes([draft.objects, draft.local, draft.config])
         for alias, name in draft.aliases.items():
             if name not in draft.tensors or alias in draft.tensors:
-                raise ValueError(f"the further name {alias[:80]!r} does not lead to a tensor")
+                raise ValueError(f"the alias {alias[:80]!r} does not name a tensor")
         return attempt_name(draft.step, secrets.token_hex(4))
     except (ValueError, AttributeError) as error:
         raise StateError(f"this cannot become a checkpoint: {error}") from error

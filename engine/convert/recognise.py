@@ -1,8 +1,8 @@
-"""Which part of a foreign tree is the model, which the optimizer, how far the training was. Pure.
+"""Finds the model, the optimizer and the step in a foreign tree. Pure.
 
-Understood: Holdfast's own exports (exactly, by their marker), nanoGPT's `ckpt.pt`, Lightning's `.ckpt`,
-DeepSpeed's model states, torchtitan's DCP, scripts that save `model`, `optimizer`, `step`, ..., bare state
-dicts, and what DCP's `get_state_dict` gives. Whatever else is there is named in `left_out`.
+Supported: Holdfast's own exports (by their marker), nanoGPT's `ckpt.pt`, Lightning's `.ckpt`, DeepSpeed's
+model states, torchtitan's DCP, scripts that save `model`, `optimizer`, `step`, ..., bare state dicts, and the
+result of DCP's `get_state_dict`. `left_out` names everything else.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ _METRIC = re.compile(
     r"(?:^|.*_)(?:loss|acc|accuracy|ppl|perplexity|score|metric|f1|bleu|auc)\d*(?:_.*|$)", re.IGNORECASE
 )
 _HOLDERS = ("train_state",)
-"""Dicts whose entries count as the checkpoint's own: torchtitan's. See `_checkpoints_in` for others."""
+"""Dicts whose entries count as the checkpoint's own (torchtitan). See `_checkpoints_in` for others."""
 
 _MAX_COUNT = 10**18
 
 _SHARDS = ("class DTensor)", "class ShardedTensor)")
-"""How the description of a tensor ends that is one rank's part of a larger one."""
+"""Endings of the description of a tensor that is one rank's shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
     """A foreign checkpoint's parts.
 
-    model: canonical parameter name -> tensor; names: how they came from the checkpoint's own.
-    optimizer: its state and groups, as they were saved.
-    step: None where nothing says it.
-    metrics: val_loss and what else is a loss or a score, by its own name.
-    marker: what a Holdfast export says about itself; `tree` is then laid out as that export is.
+    model: canonical parameter name -> tensor; names: maps the checkpoint's names to these.
+    optimizer: its state and groups, as saved.
+    step: None if unknown.
+    metrics: val_loss and other losses and scores, by their own names.
+    marker: the marker of a Holdfast export, whose layout `tree` then has.
     config: plain JSON values of the script's configuration.
-    left_out: what is in none of these, each with its path and, in brackets, what it is.
-    notes: what was converted on the way, in sentences.
+    left_out: everything else, each with its path and, in parentheses, what it is.
+    notes: what was converted, in sentences.
     """
 
     model: Mapping[str, TensorRef]
@@ -73,7 +73,7 @@ class Recognised:
 
 
 def recognise(tree: Mapping[str, Any], what: str, scalar: Scalar) -> Recognised:
-    """Find the parts. StateError, naming what is there, when there is no model; DamagedError."""
+    """Find the parts. StateError, with the contents, if there is no model; DamagedError."""
     marker = read_marker(tree, what)
     if marker is not None:
         left = tuple(added_keys(tree, marker))
@@ -84,10 +84,10 @@ def recognise(tree: Mapping[str, Any], what: str, scalar: Scalar) -> Recognised:
 def tensors_by_name(
     value: Mapping[Any, Any], what: str, *, are_the_modules: bool = False
 ) -> tuple[dict[str, TensorRef], Names, list[str]]:
-    """(tensors by the model's names, how those came about, what is not a tensor) of a state dict.
+    """(tensors by the model's names, the mapping to those names, what is not a tensor) of a state dict.
 
     are_the_modules: see `shared_names`.
-    Nested dicts give dotted names. StateError where two names become one.
+    Nested dicts give dotted names. StateError if two names become one.
     """
     flat, others = _flat(value)
     names = shared_names(list(flat), are_the_modules=are_the_modules)
@@ -99,7 +99,7 @@ def tensors_by_name(
 
 
 def is_optimizer(value: Any) -> bool:
-    """Whether it is what an optimizer's `state_dict()` gives."""
+    """Whether it has the form of an optimizer's `state_dict()`."""
     return (
         isinstance(value, Mapping)
         and isinstance(value.get("state"), Mapping)
@@ -109,7 +109,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 class _Sorting:
-    """Takes a tree's keys one after the other; what nobody took is left out."""
+    """Takes one part after another from a tree; what remains is left out."""
 
     def __init__(self, tree: Mapping[str, Any], what: str, scalar: Scalar) -> None:
         self._what = what
@@ -156,13 +156,13 @@ class _Sorting:
         )
 
     def _number(self, key: str) -> int | float | None:
-        """The number at a key, also where it is a tensor of one element."""
+        """The number at a key, even if it is a tensor of one element."""
         value = self._plain(self._left.get(key))
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if is_number else None
 
     def _plain(self, value: Any) -> Any:
-        """The number that a tensor of one element is; any other value as it is."""
+        """The number in a tensor of one element; any other value unchanged."""
         single = isinstance(value, TensorRef) and value.info.shape in ((), (1,))
         return self._scalar(value) if single else value
 
@@ -178,7 +178,7 @@ class _Sorting:
 
     def _metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        # Among the tensors of a bare state dict, what is called a loss may be a parameter.
+        # In a bare state dict, a tensor called a loss may be a parameter.
         bare = self._is_bare()
         scores = [key for key in self._left if _METRIC.fullmatch(key) and (not bare or key in _PLAIN_LOSSES)]
         for key in (*_LOSSES, *scores):
@@ -190,16 +190,16 @@ class _Sorting:
         return metrics
 
     def _take_number(self, key: str) -> None:
-        """Among the tensors of a bare state dict it could be a buffer all the same, so it is said."""
+        """Take a number. In a bare state dict it could also be a buffer, so a note says so."""
         if isinstance(self._left.pop(key), TensorRef) and self._is_bare():
             self._notes.append(f"its tensor {key!r} is taken for the training's {key}, not for the model's")
 
     def _is_bare(self) -> bool:
-        """Whether the model's tensors lie beside everything else."""
+        """Whether the model's tensors are at the top level, beside everything else."""
         return not any(_has_tensors(self._left.get(key)) for key in _MODELS)
 
     def _config(self) -> dict[str, Any]:
-        """Every configuration that is there, flat, as far as it is JSON; the model's own arguments win."""
+        """All configurations merged, as far as they are JSON; the model's own arguments win."""
         merged: dict[str, Any] = {}
         for name in _CONFIGS:
             value = self._left.get(name)
@@ -222,14 +222,14 @@ class _Sorting:
         roots = [key for key, value in self._left.items() if isinstance(value, TensorRef)]
         if candidates:
             return self._take_model(candidates[0], self._left.pop(candidates[0]))
-        # Random states, for instance, are whole numbers and no model.
+        # Tensors of integers alone are no model: they may be random states.
         if any(self._left[key].info.dtype.startswith(("F", "BF", "C")) for key in roots):
             values = {key: self._left.pop(key) for key in roots}
             return self._take_model("", values)
         others = [k for k, v in self._left.items() if _has_tensors(v) and _optimizer_in(v) is None]
         others = [key for key in others if "optim" not in key and "sched" not in key]
         if len(others) == 1:
-            self._notes.append(f"{others[0]!r} is taken to be the model")
+            self._notes.append(f"{others[0]!r} is taken as the model")
             return self._take_model(others[0], self._left.pop(others[0]))
         entries = list(self._left.items())[:20]
         there = (
@@ -262,7 +262,7 @@ class _Sorting:
 
 
 def refuse_shards(model: Mapping[str, TensorRef], others: Sequence[str], what: str) -> None:
-    """StateError when the tensors are what a sharding tool leaves in place of a model's own."""
+    """Raises StateError if a sharding tool's tensors are there instead of the model's own."""
     shard = next((other for other in others if other.endswith(_SHARDS)), None)
     if shard is not None:
         raise StateError(
@@ -291,14 +291,14 @@ ZERO_TO_FP32 = (
 
 
 def _optimizer_in(value: Any) -> Mapping[str, Any] | None:
-    """The optimizer that a value is, or that is alone in a list or dict, as Lightning keeps it."""
+    """The optimizer in a value, perhaps alone in a list, as Lightning keeps it."""
     if is_optimizer(value):
         return value  # type: ignore[no-any-return]
-    if isinstance(value, Mapping) and isinstance(value.get("state"), list):  # DCP: numbers became places
+    if isinstance(value, Mapping) and isinstance(value.get("state"), list):  # DCP made it a list
         return _optimizer_in({**value, "state": dict(enumerate(value["state"]))})
     if isinstance(value, Mapping) and set(value) == {
         "param_groups"
-    }:  # never stepped: DCP drops what is empty
+    }:  # never stepped: DCP drops empty dicts
         return _optimizer_in({**value, "state": {}})
     if isinstance(value, list | tuple) and len(value) == 1:
         return _optimizer_in(value[0])
@@ -306,7 +306,7 @@ def _optimizer_in(value: Any) -> Mapping[str, Any] | None:
 
 
 def _flat(value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], list[str]]:
-    """The tensors of a nested dict by dotted names, and what is not a tensor."""
+    """The tensors of a nested dict by dotted names, and the names of other values."""
     tensors: dict[str, TensorRef] = {}
     others: list[str] = []
     for key, item in value.items():
@@ -345,7 +345,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _described(value: Any) -> str:
-    """What a value is, in brackets after its name; nothing where its name says enough."""
+    """A description of a value, in parentheses; empty if its name suffices."""
     if isinstance(value, Unheld):
         return f" ({value.words})"
     unheld = _first_unheld(value)

@@ -1,4 +1,4 @@
-"""Safetensors files of other tools: a single file, or a directory with one or with several and an index."""
+"""Opens other tools' safetensors: a file, or a directory with one file, or with several and an index."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MAX_JSON_BYTES = 64 << 20
 
 
 class SafetensorsFiles:
-    """The tensors of some files, by name."""
+    """The tensors of several files, by name."""
 
     def __init__(self, files: list[Path]) -> None:
         self._entries: dict[str, tuple[Path, HeaderEntry]] = {}
         self.shared: dict[str, str] = {}
-        """Names of tied weights that were left out -> the name that was kept, as save_model notes them."""
+        """Omitted name of a tied weight -> the kept name, as save_model records them."""
         for file in files:
             header, metadata = _read_header(file)
             self.shared |= metadata
@@ -61,9 +61,9 @@ class SafetensorsFiles:
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """(tree, tensors) of a file or directory; `config` is what `config.json` beside it says.
+    """(tree, tensors) of a file or directory; `config` comes from the `config.json` beside it.
 
-    Raises: ConfigError when a file is no safetensors file at all; DamagedError; OSError.
+    Raises: ConfigError if a file is not a safetensors file; DamagedError; OSError.
     """
     folder = path if path.is_dir() else path.parent
     files, wanted = _files(path)
@@ -76,30 +76,30 @@ def open_safetensors(path: Path) -> tuple[dict[str, Any], SafetensorsFiles]:
 
 
 def files_of_index(index: Path) -> tuple[list[Path], set[str]]:
-    """(the files, the tensors) that an index of Hugging Face's names. DamagedError; OSError."""
+    """(the files, the tensors) in a Hugging Face index. DamagedError; OSError."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise DamagedError(f"{index} does not say which tensor lies in which file")
+        raise DamagedError(f"{index} does not say which file holds which tensor")
     files = [index.parent / safe_name(file) for file in sorted(set(weight_map.values()))]
     lacking = [file.name for file in files if not file.exists()]
     if lacking:
         raise DamagedError(
-            f"{index.parent} lacks {len(lacking)} of the {len(files)} files that {index.name} names, "
-            f"{lacking[0]} first: copy or download them as well"
+            f"{index.parent} lacks {len(lacking)} of the {len(files)} files that {index.name} lists, "
+            f"{lacking[0]} first: copy or download them, too"
         )
     return files, set(weight_map)
 
 
 def refuse_lacking(names: set[str], folder: Path) -> None:
-    """DamagedError when there are tensors that an index names and no file has."""
+    """Raises DamagedError for tensors that an index lists and no file has."""
     if names:
         raise DamagedError(
-            f"{folder} lacks {len(names)} of the tensors that its index names, {min(names)!r} first"
+            f"{folder} lacks {len(names)} of the tensors that its index lists, {min(names)!r} first"
         )
 
 
 def _files(path: Path) -> tuple[list[Path], set[str]]:
-    """(the files, the tensors that have to be in them as far as that is said)."""
+    """(the files, the tensors that an index says they hold)."""
     if not path.is_dir():
         return [path], set()
     if (path / SINGLE).exists():
@@ -110,12 +110,12 @@ def _files(path: Path) -> tuple[list[Path], set[str]]:
 
 
 def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
-    """(the tensors, what the file says beside them)."""
+    """(the tensors, the file's metadata)."""
     kind = file_kind(file)
     refuse_other(file, kind)
     if kind.format != "safetensors":
-        # Not read as what it is: torch.load itself goes by the name.
-        raise ConfigError(f"{file} is {kind.words}, whatever its name says: give it a name that ends in .pt")
+        # Not read anyway: torch.load itself goes by the name.
+        raise ConfigError(f"{file} is {kind.words}, despite its name: give it a name that ends in .pt")
     size = file.stat().st_size
     with open(file, "rb") as opened:
         first = opened.read(_FIRST_BYTES)
@@ -128,7 +128,7 @@ def _read_header(file: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
 
 
 def _plain_header(raw: bytes) -> dict[str, Any]:
-    """The header as JSON; nothing of one that is none, for `parse_header` to say so."""
+    """The header as JSON, or {} if it is not JSON; `parse_header` reports that."""
     try:
         header = json.loads(raw[_FIRST_BYTES:])
     except ValueError:
@@ -141,21 +141,21 @@ def _is_tensor(name: str, entry: Any) -> bool:
 
 
 def _refuse_unheld(header: dict[str, Any], file: Path) -> None:
-    """StateError that names every tensor whose element type no checkpoint holds."""
+    """Raises StateError with every tensor whose element type a checkpoint cannot store."""
     types = {name: entry.get("dtype") for name, entry in header.items() if _is_tensor(name, entry)}
     unheld = [
         f"{name} ({kind})" for name, kind in types.items() if isinstance(kind, str) and kind not in ITEMSIZES
     ]
     if unheld:
         raise StateError(
-            f"{file} has tensors of element types that no checkpoint holds: {', '.join(unheld)}. Convert "
-            "them with the tool that wrote it"
+            f"{file} has tensors of element types that a checkpoint cannot store: {', '.join(unheld)}. "
+            "Convert them with the tool that wrote it"
         )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds a JSON object. DamagedError when it does not; ConfigError when it is something else
-    altogether; OSError.
+    """Read a file with a JSON object. DamagedError if it is not one; ConfigError if it is another kind of
+    file; OSError.
     """
     try:
         found = parse_bounded(file.read_bytes(), what=str(file), max_bytes=_MAX_JSON_BYTES, constants=True)

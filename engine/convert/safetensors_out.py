@@ -1,4 +1,4 @@
-"""Safetensors files as other tools write them: written front to back, a window at a time."""
+"""Writes safetensors files for other tools, front to back, one window at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.format.element_types import header_sizes, itemsize
 from engine.format.manifest import TensorInfo
 
 SHARD_BYTES = 5_000_000_000
-"""Hugging Face's own limit, above which a model is cut into several files."""
+"""Hugging Face's limit, above which a model is split into several files."""
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ _ALIGN_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to write, and where its rows come from."""
+    """A tensor to write, and its rows."""
 
     name: str
     info: TensorInfo
@@ -49,7 +49,7 @@ def write_model(folder: Path, entries: Sequence[Entry], shard_bytes: int, progre
 
 
 def split(entries: Sequence[Entry], most_bytes: int) -> list[list[Entry]]:
-    """Consecutive entries by file, each of at most so many bytes unless one tensor is larger. Pure."""
+    """Divide entries into files of at most `most_bytes`, unless one tensor is larger. Pure."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -62,8 +62,8 @@ def split(entries: Sequence[Entry], most_bytes: int) -> list[list[Entry]]:
 
 
 def write_file(path: Path, entries: Sequence[Entry], progress: Progress) -> None:
-    """Write one safetensors file. OSError when it cannot be written."""
-    # By element size, so that each tensor begins on a multiple of its own.
+    """Write one safetensors file. OSError if it cannot be written."""
+    # By element size, so that each tensor is aligned to its own.
     ordered = sorted(entries, key=lambda entry: (-itemsize(entry.info.dtype), entry.name))
     with open(path, "wb") as file:
         file.write(_header(ordered))

@@ -1,7 +1,7 @@
-"""A checkpoint as the nested dict that training scripts save, with references in place of its tensors.
+"""A checkpoint as the nested dict that training scripts save, with references instead of tensors.
 
-Beside what any script understands it carries, as JSON text under the key `holdfast`, everything that would
-get lost on the way, so that importing it again gives a checkpoint that resumes as if nothing had happened.
+JSON text under the key `holdfast` has everything that the plain form would lose, so that importing it again
+gives a checkpoint that resumes exactly.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from engine.state.optimizer_document import split_path
 from engine.state.values import decode, tensor_names
 
 MARKER = "holdfast"
-"""The key of what only Holdfast reads."""
+"""The key of the values that only Holdfast reads."""
 
 EXTRA = "holdfast_tensors"
-"""The key of the tensors that are neither a module's nor an optimizer's, by their full names."""
+"""The key of the tensors that belong to neither a module nor an optimizer, by full names."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorRef:
-    """A tensor that is to be read later, by its name in the source. One object stands for one storage."""
+    """A tensor to read later, by its name in the source. One object represents one storage."""
 
     name: str
     info: TensorInfo
@@ -40,13 +40,13 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Unheld:
-    """Stands in a tree for a value that no checkpoint can hold: in words, with an article, what it is."""
+    """Replaces a value that a checkpoint cannot store; `words` describes it, with an article."""
 
     words: str
 
 
 def torch_tree(source: CheckpointTensors, *, dtype: str | None, model_only: bool) -> dict[str, Any]:
-    """The tree of a `.pt`: optimizers with parameters by number, other state as its own objects gave it."""
+    """The tree of a `.pt`: optimizers with numbered parameters, other state as its objects returned it."""
     refs = _Refs(source.manifest, dtype)
     contents = contents_of(source.manifest)
     tree = _modules(contents, refs)
@@ -55,13 +55,13 @@ def torch_tree(source: CheckpointTensors, *, dtype: str | None, model_only: bool
             tree[key] = _numbered(_optimizer(source.manifest, key, fields, refs))
         tree |= _other_values(source.manifest, contents, refs)
         tree |= _random_states(source, refs)
-    # A state key of the same name is what the script itself would have saved there.
+    # A state key of the same name wins: it is what the script itself would have saved.
     tree = {**_progress(source.manifest), "config": dict(source.manifest.config), **tree}
     return tree | _marker(source, contents, refs, model_only=model_only)
 
 
 def dcp_tree(source: CheckpointTensors, *, dtype: str | None, model_only: bool) -> dict[str, Any]:
-    """The tree of a DCP directory: as `get_state_dict` gives it, with parameters by name."""
+    """The tree of a DCP directory: in the form of `get_state_dict`, with parameters by name."""
     refs = _Refs(source.manifest, dtype)
     contents = contents_of(source.manifest)
     tree = _modules(contents, refs)
@@ -137,14 +137,14 @@ def _optimizer(
         state.setdefault(parameter, {})[field] = value
     more = document.get("more", {})
     state |= more.get("entries", {})
-    # A number would be taken for that of a parameter.
+    # A number would be taken as a parameter's.
     state |= {name: value for name, value in more.get("extra", ()) if isinstance(name, str)}
     own = more.get("own") if not more.get("own_whole") else None
     return {**(own or {}), "state": state, "param_groups": document["param_groups"]}
 
 
 def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """The form that `Optimizer.load_state_dict` takes: parameters by their position over all groups."""
+    """The form for `Optimizer.load_state_dict`: parameters by their position over all groups."""
     numbers: dict[str, int] = {}
     groups = []
     for group in optimizer["param_groups"]:
@@ -165,7 +165,7 @@ def _other_values(manifest: Manifest, contents: Contents, refs: _Refs) -> dict[s
 
 
 def _random_states(source: CheckpointTensors, refs: _Refs) -> dict[str, Any]:
-    """Rank 0's generators, as `torch.set_rng_state` and `torch.cuda.set_rng_state` take them."""
+    """Rank 0's generators, for `torch.set_rng_state` and `torch.cuda.set_rng_state`."""
     saved = source.indexes[0].local.get(RNG_KEY)
     if not isinstance(saved, dict) or "torch" not in saved:
         return {}

@@ -1,7 +1,7 @@
-"""A shard file that is put together from its tensors while it is written.
+"""A shard file that is assembled from its tensors while it is written.
 
-Nothing of the file's size is held, in memory or on a disk: the header is known before the data, tensors come
-in windows, and the digests go into the index, which is written after.
+It needs neither memory nor disk space of the file's size: the header is known before the data, tensors are
+read in windows, and the digests go into the index, which is written afterwards.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class ShardStream:
     """One shard file. See `ShardSource`.
 
     Args:
-        tensor_windows: the rows of a tensor, in order, of any dtype that converts to the one it is stored in.
-        progress: told of bytes as they are taken from the tensors; may raise to break off.
+        tensor_windows: the rows of a tensor, in order, in any dtype that converts to its stored one.
+        progress: called with the bytes taken from the tensors; may raise to abort.
     """
 
     digest_secs = 0.0
@@ -56,7 +56,7 @@ class ShardStream:
                 position += len(part)
             digests.append(blocks.update(memory[:count]))
             yield Window(begin, end, memory, release)
-        for _ in pieces:  # a last tensor may have more than its place
+        for _ in pieces:  # the last tensor may be too long
             pass
         self._digests = b"".join([*digests, blocks.finish()])
 
@@ -64,7 +64,7 @@ class ShardStream:
         return self._digests
 
     def _pieces(self) -> Iterator[memoryview]:
-        """The bytes of the file, in order, as they come."""
+        """The bytes of the file, in order."""
         yield memoryview(self.layout.header)
         for placed in self.layout.chunks:
             yield from self._tensor(placed)
@@ -80,6 +80,6 @@ class ShardStream:
             yield data
         if left:
             raise DamagedError(
-                f"{placed.chunk.name} has {placed.chunk.chunk_bytes - left} bytes or more, and "
-                f"{placed.chunk.dtype} {list(placed.chunk.sizes)} takes {placed.chunk.chunk_bytes}"
+                f"{placed.chunk.name} has {placed.chunk.chunk_bytes - left} bytes or more, but "
+                f"{placed.chunk.dtype} {list(placed.chunk.sizes)} needs {placed.chunk.chunk_bytes}"
             )

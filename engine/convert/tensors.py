@@ -1,4 +1,4 @@
-"""Tensors that are read piece by piece, wherever they lie: what every conversion reads from."""
+"""The tensor interface of all conversions: reads tensors window by window from any source."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.format.manifest import TensorInfo
 from engine.state.tensor_format import to_torch
 
 WINDOW_BYTES = 32 << 20
-"""Most bytes of a tensor that are in memory at a time, but for a single row that is longer."""
+"""Most bytes of a tensor in memory at a time, unless a single row is longer."""
 
 Progress = Callable[[int], None]
-"""Called with a number of further bytes that are done."""
+"""Called with the number of bytes just processed."""
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-"""What `--dtype` may say, and the format's name of it."""
+"""Values of `--dtype`, with the format's names."""
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -33,16 +33,16 @@ class TensorSource(Protocol):
         ...
 
     def windows(self, name: str) -> Iterator[torch.Tensor]:
-        """Consecutive rows of a tensor, contiguous, in order; a scalar and an empty tensor come whole."""
+        """Consecutive rows of a tensor, contiguous, in order; a scalar or an empty tensor is one window."""
         ...
 
 
 def ignore_progress(count: int) -> None:
-    """A `Progress` that shows nothing."""
+    """A `Progress` that does nothing."""
 
 
 def row_spans(shape: tuple[int, ...], itemsize: int, most_bytes: int | None = None) -> list[tuple[int, int]]:
-    """The rows [begin, end) of each window of a tensor; one span (0, 1) stands for a whole scalar."""
+    """The rows [begin, end) of each window of a tensor; a scalar has the one span (0, 1)."""
     if not shape or not math.prod(shape):
         return [(0, shape[0] if shape else 1)]
     rows = max(1, (most_bytes or WINDOW_BYTES) // (math.prod(shape[1:]) * itemsize))
@@ -50,7 +50,7 @@ def row_spans(shape: tuple[int, ...], itemsize: int, most_bytes: int | None = No
 
 
 def windows_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The windows of a tensor that is at hand."""
+    """The windows of a tensor in memory."""
     if tensor.ndim == 0:
         yield tensor.contiguous()
         return
@@ -59,7 +59,7 @@ def windows_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def whole(source: TensorSource, name: str) -> torch.Tensor:
-    """A tensor all at once."""
+    """Read a whole tensor."""
     info = source.infos[name]
     out = torch.empty(info.shape, dtype=to_torch(info.dtype))
     fill(out, source.windows(name))
@@ -74,7 +74,7 @@ def transposed_windows(source: TensorSource, name: str) -> Iterator[torch.Tensor
 
 
 def fill(out: torch.Tensor, windows: Iterator[torch.Tensor], progress: Progress = ignore_progress) -> None:
-    """Copy windows into `out`, converting their dtype to its own."""
+    """Copy windows into `out`, and convert them to its dtype."""
     begin = 0
     for window in windows:
         if out.ndim == 0:
@@ -91,17 +91,17 @@ def raw_bytes(window: torch.Tensor) -> memoryview:
 
 
 def same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """Whether two contiguous tensors of one dtype are equal bit for bit, NaNs and signed zeros included."""
+    """Whether two contiguous tensors of one dtype are equal bit for bit, including NaNs and signed zeros."""
     return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
 def is_float(dtype: str) -> bool:
-    """Whether a format's dtype is one that `--dtype` converts and averaging averages."""
+    """Whether a format's dtype is one that `--dtype` converts and `merge` averages."""
     return dtype in _FLOATS
 
 
 def target_dtype(option: str | None) -> str | None:
-    """The format's name of what `--dtype` says; None for none. Raises ConfigError."""
+    """The format's name for a value of `--dtype`, or None. Raises ConfigError."""
     if option is None:
         return None
     if option not in DTYPES:
@@ -110,7 +110,7 @@ def target_dtype(option: str | None) -> str | None:
 
 
 def converted(info: TensorInfo, dtype: str | None) -> TensorInfo:
-    """What a tensor becomes under `--dtype`: only floating-point tensors change."""
+    """A tensor's dtype and shape after `--dtype`: only floating-point tensors change."""
     return TensorInfo(dtype, info.shape) if dtype is not None and is_float(info.dtype) else info
 
 

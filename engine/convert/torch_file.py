@@ -1,11 +1,11 @@
 """`--format torch`: one `.pt`, written front to back.
 
-`torch.save` wants every tensor in memory (or on a second disk, mapped). What it writes is an uncompressed zip
-file: a pickle in which tensors are references, then one record per storage. Writing that directly takes a
-window of memory, needs no scratch space, and gives records with right checksums, which `torch.save` under
-`torch.serialization.skip_data` with the holes filled in later would not.
+`torch.save` needs every tensor in memory (or mapped from a second disk). It writes an uncompressed zip file:
+a pickle in which tensors are references, then one record per storage. Writing that directly takes a window of
+memory, needs no scratch space, and gives correct checksums, which `torch.save` with
+`torch.serialization.skip_data` and data filled in later would not.
 
-Source of the format: torch/serialization.py (`_save`, `_load`) and caffe2/serialize/inline_container.h.
+The format follows torch/serialization.py (`_save`, `_load`) and caffe2/serialize/inline_container.h.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.convert.tensors import Progress, cast, ignore_progress, raw_bytes
 from engine.state.tensor_format import to_torch
 
 FILE = "checkpoint.pt"
-"""Name of the file inside a directory that is given as the target."""
+"""Name of the file inside a target directory."""
 
 _ROOT = "archive"
 _ALIGN_BYTES = 64
@@ -46,11 +46,11 @@ _STORAGES: dict[torch.dtype, Any] = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
-"""The classes by which a pickle names a storage's dtype. Newer dtypes have none, and are named beside it."""
+"""The classes by which a pickle names a storage's dtype. Newer dtypes have none and are named separately."""
 
 
 def torch_bytes(source: CheckpointTensors, *, dtype: str | None, model_only: bool) -> int:
-    """How many bytes of tensors `write_torch` will write."""
+    """How many tensor bytes `write_torch` will write."""
     tree = torch_tree(source, dtype=dtype, model_only=model_only)
     return sum(ref.info.tensor_bytes for ref in refs_in(tree))
 
@@ -63,9 +63,9 @@ def write_torch(
     model_only: bool = False,
     progress: Progress = ignore_progress,
 ) -> None:
-    """Write the new file `path`, which `torch.load(path, weights_only=True)` reads.
+    """Write the new file `path` for `torch.load(path, weights_only=True)`.
 
-    Raises: DamagedError; StorageError; OSError when the file cannot be written.
+    Raises: DamagedError; StorageError; OSError if the file cannot be written.
     """
     tree = torch_tree(source, dtype=dtype, model_only=model_only)
     refs = refs_in(tree)
@@ -81,9 +81,9 @@ def write_torch(
 
 
 def _record(archive: zipfile.ZipFile, name: str, parts: Sequence[bytes] | Iterator[memoryview]) -> None:
-    """Add a record whose data begins on a multiple of 64 bytes, as `torch.load(mmap=True)` wants it."""
+    """Add a record whose data is aligned to 64 bytes, for `torch.load(mmap=True)`."""
     assert archive.fp is not None
-    info = zipfile.ZipInfo(f"{_ROOT}/{name}")  # of 1980, so that equal checkpoints give equal files
+    info = zipfile.ZipInfo(f"{_ROOT}/{name}")  # dated 1980, so that equal checkpoints give equal files
     begin = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(info.filename) + 4 + _ZIP64_EXTRA_BYTES
     padding = -begin % _ALIGN_BYTES
     info.extra = _PADDING_ID + padding.to_bytes(2, "little") + bytes(padding)
@@ -106,7 +106,7 @@ def _pickled(tree: Any, refs: Sequence[TensorRef]) -> bytes:
 
 
 class _Storage:
-    """Stands for a storage in the pickle."""
+    """Represents a storage in the pickle."""
 
     def __init__(self, key: str, info: torch.dtype, elements: int) -> None:
         known = info in _STORAGES
@@ -117,8 +117,8 @@ class _Storage:
 class _Pickler(pickle.Pickler):
     """Pickles references as `torch.save` pickles contiguous CPU tensors.
 
-    The two functions are private by name, but they are what every `.pt` refers to: torch cannot move them
-    without losing its own files. The tests load what is written here.
+    The two functions are private by name, but every `.pt` refers to them: torch cannot move them without
+    breaking its own files. The tests load the files written here.
     """
 
     def __init__(self, buffer: io.BytesIO, refs: Sequence[TensorRef]) -> None:

@@ -1,6 +1,6 @@
-"""What Hugging Face's Trainer and Accelerate put beside a model's weights: optimizer, step, and the rest.
+"""Reads what Hugging Face's Trainer and Accelerate put beside a model's weights: optimizer, step, ...
 
-Source of the layouts: transformers/trainer.py (_save_checkpoint) and accelerate/checkpointing.py.
+The layouts follow transformers/trainer.py (_save_checkpoint) and accelerate/checkpointing.py.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ _DESCRIPTIONS = (
     "processor",
     "training_args.json",
 )
-"""How files begin that hold no state of a training."""
+"""Prefixes of files that hold no training state."""
 
 
 def add_companions(path: Path, weights: Opened, trust_pickle: bool) -> Opened:
-    """The weights in a directory, together with what its tool put beside them; files that are not read are
-    named. Raises DamagedError; OSError.
+    """The weights in a directory, together with the files beside them; names the files that are not read.
+
+    Raises DamagedError; OSError.
     """
     tree, notes = dict(weights.tree), list(weights.notes)
     sources, left, read = [weights.tensors], list(weights.left_out), {*_weight_files(path, weights), *_READ}
@@ -80,7 +81,7 @@ def add_companions(path: Path, weights: Opened, trust_pickle: bool) -> Opened:
 
 
 def _weight_files(path: Path, weights: Opened) -> set[str]:
-    """The names of the files that the weights were read from: all of a sharded model's, else the first."""
+    """The names of the files of the weights: all of a sharded model's, else the first."""
     patterns = {
         "safetensors": ("model.safetensors", "model-*-of-*.safetensors"),
         "pt": (
@@ -97,14 +98,14 @@ def _weight_files(path: Path, weights: Opened) -> set[str]:
 
 
 def _is_state(entry: Path) -> bool:
-    """Whether a file or folder may hold something of the training; a tokenizer, for instance, does not."""
+    """Whether a file or folder may hold training state; a tokenizer, for example, does not."""
     if entry.name.startswith(_DESCRIPTIONS):
         return False
     return entry.is_dir() or entry.suffix in _STATE_SUFFIXES
 
 
 def _progress(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """(entries of the tree, what to say of it) from the Trainer's own account."""
+    """(entries of the tree, a note) from the Trainer's state file."""
     found: dict[str, Any] = {}
     step, epoch = state.get("global_step"), state.get("epoch")
     if type(step) is int:
@@ -120,4 +121,4 @@ def _progress(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     kept = [word for key, word in names.items() if key in found]
     *some, last = kept or ["nothing"]
     taken = f"{', '.join(some)} and {last} were" if some else f"{last} was"
-    return found, f"of {_TRAINER_STATE}, {taken} taken; its log and its settings were left out"
+    return found, f"from {_TRAINER_STATE}, {taken} taken; its log and its settings were left out"

@@ -1,6 +1,4 @@
-"""Load what torch.save and pickle wrote: without running code unless that is trusted, and if it is, with
-classes that do not exist here as data.
-"""
+"""Loads files of torch.save and pickle: without running code or, if trusted, with missing classes as data."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _MAX_SCAN_BYTES = 256 << 20
 
 
 class Unknown:
-    """An object of a class that does not exist here: what it was made from and its state, as data."""
+    """An object of a missing class: its arguments and its state, as data."""
 
     spelled = "an unknown class"
 
@@ -35,7 +33,7 @@ class Unknown:
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Nothing is left to do: an unpickler may call it or not."""
+        """Nothing to do: an unpickler may call it or not."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__["state"] = state
@@ -44,7 +42,7 @@ class Unknown:
         self.entries[key] = value
 
     def append(self, value: Any) -> None:
-        """What a pickled subclass of list is filled by; `extend` as well."""
+        """Fills a pickled subclass of list, like `extend`."""
         self.items.append(value)
 
     def extend(self, values: Any) -> None:
@@ -56,7 +54,7 @@ class Unknown:
     entries: dict[Any, Any]
 
     def data(self) -> Any:
-        """A dict of its attributes and entries where it has any; else its items or arguments."""
+        """A dict of its attributes and entries, if any; else its items or arguments."""
         state = self.state if isinstance(self.state, tuple) else (self.state,)
         found = {key: value for part in state if isinstance(part, dict) for key, value in part.items()}
         found |= self.entries
@@ -64,9 +62,9 @@ class Unknown:
 
 
 def load(path: Path, kind: FileKind, *, trust_pickle: bool) -> tuple[Any, tuple[str, ...]]:
-    """(what a file holds, the classes in it that do not exist here).
+    """(a file's contents, its missing classes).
 
-    Raises: StateError when loading it would run code and `trust_pickle` is not given; DamagedError; OSError.
+    Raises: StateError if loading it would run code and `trust_pickle` is not set; DamagedError; OSError.
     """
     if not trust_pickle:
         if kind.format == "pickle":
@@ -85,7 +83,7 @@ def load(path: Path, kind: FileKind, *, trust_pickle: bool) -> tuple[Any, tuple[
 
 
 def load_bytes(raw: io.BytesIO, unknown: dict[str, type[Unknown]]) -> Any:
-    """What torch.save wrote, trusted; the classes that do not exist here are added to `unknown`."""
+    """Load trusted bytes from torch.save; adds missing classes to `unknown`."""
     return torch.load(raw, map_location="cpu", weights_only=False, pickle_module=_module(unknown))
 
 
@@ -97,16 +95,16 @@ def refused(path: Path, words: str, pickled: bytes) -> StateError:
     if not names and next(_globals(pickled), None) is None:
         return StateError(
             f"{path} is {words}: refused, because a pickle can run its author's code. If you "
-            "trust whoever made it, give --trust_pickle"
+            "trust its author, give --trust_pickle"
         )
     return StateError(
         f"{path} is {words} with objects whose loading runs code of its author's choice{detail}: refused. If "
-        "you trust whoever made it, give --trust_pickle"
+        "you trust its author, give --trust_pickle"
     )
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
+    """The first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -118,7 +116,7 @@ def _load_safely(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         pickled = _pickled(path)
         if all(map(_harmless, _globals(pickled))) and not _is_newer_protocol(error):
-            raise DamagedError(f"{path} is damaged: its pickle cannot be read to its end") from error
+            raise DamagedError(f"{path} is damaged: its pickle cannot be read to the end") from error
         raise refused(path, "a file that torch.save wrote", pickled) from error
     except Exception as error:
         if zipfile.is_zipfile(path) or not _ends_early(error):
@@ -129,20 +127,20 @@ def _load_safely(path: Path) -> Any:
 
 
 def _ends_early(error: Exception) -> bool:
-    """Whether torch's readers missed the end of the file."""
+    """Whether torch's reader found the file truncated."""
     return isinstance(error, EOFError) or any(
         words in str(error) for words in ("EOF", "central directory", "invalid header")
     )
 
 
 def _is_newer_protocol(error: Exception) -> bool:
-    """Whether torch's unpickler met an opcode that it does not know and pickle does."""
+    """Whether torch's unpickler met an opcode that only pickle knows."""
     operand = re.search(r"Unsupported operand (\d+)", str(error))
     return operand is not None and chr(int(operand[1])) in {opcode.code for opcode in pickletools.opcodes}
 
 
 def _readable(path: Path, error: OSError) -> Exception:
-    """The error itself, unless torch's own reader found the file cut off: it says "invalid argument" then."""
+    """The error itself, or DamagedError: torch reports a truncated file as "invalid argument"."""
     return DamagedError(f"{path} is truncated or damaged") if error.errno == errno.EINVAL else error
 
 
@@ -156,12 +154,12 @@ def _mapped_if_possible(path: Path, **options: Any) -> Any:
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        # Written before torch 1.6: such a file cannot be mapped.
+        # A file from before torch 1.6 cannot be mapped.
         return torch.load(path, map_location="cpu", **options)
 
 
 def _module(unknown: dict[str, type[Unknown]]) -> Any:
-    """A stand-in for the module `pickle`, as far as torch.load uses it."""
+    """A replacement for the module `pickle`, with what torch.load uses."""
     kind = _unpickler(unknown)
 
     def load(file: BinaryIO, **options: Any) -> Any:
@@ -182,7 +180,7 @@ def _unpickler(unknown: dict[str, type[Unknown]]) -> type[pickle.Unpickler]:
                 return unknown[spelled]
             try:
                 return super().find_class(module, name)
-            except Exception:  # importing a module of somebody else's may fail in any way
+            except Exception:  # importing someone else's module may fail in any way
                 made = type(name.rpartition(".")[2] or "Unknown", (Unknown,), {"spelled": spelled})
                 return unknown.setdefault(spelled, made)
 
@@ -190,10 +188,9 @@ def _unpickler(unknown: dict[str, type[Unknown]]) -> type[pickle.Unpickler]:
 
 
 def _rebuild_tensor(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor of a class of somebody's own; of one that does not exist here, the plain tensor in it.
+    """Rebuild a tensor subclass; for a missing class, the plain tensor in it.
 
-    In place of torch's private function of this purpose, which every such pickle names and which would ask
-    that class to take the tensor over.
+    Replaces torch's private function, which every such pickle names and which would call the class.
     """
     if isinstance(kind, type) and issubclass(kind, Unknown):
         return rebuild(*arguments)
@@ -202,7 +199,7 @@ def _rebuild_tensor(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
 
 
 def _pickled(path: Path) -> bytes:
-    """The pickle in a file that torch.save wrote, as far as it can be found."""
+    """The pickle in a file of torch.save, if it can be found."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
@@ -213,7 +210,7 @@ def _pickled(path: Path) -> bytes:
 
 
 def _globals(pickled: bytes) -> Iterator[str]:
-    """The names that one or several pickles in a row import, as far as they can be read."""
+    """The names that one or more consecutive pickles import, as far as they can be read."""
     file, strings = io.BytesIO(pickled), [""]
     try:
         while file.tell() < len(pickled):
@@ -224,7 +221,7 @@ def _globals(pickled: bytes) -> Iterator[str]:
                     yield ".".join(strings[-2:])
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except Exception:  # damaged, or storages that follow the pickles: what was read counts
+    except Exception:  # damaged, or at the storages after the pickles: keep what was read
         return
 
 
@@ -232,5 +229,5 @@ _HARMLESS = frozenset({"torch", "collections", "torch._utils", "torch.storage", 
 
 
 def _harmless(name: str) -> bool:
-    """Whether torch.load(weights_only=True) takes it, roughly: it decides, this only chooses words."""
+    """Whether torch.load(weights_only=True) roughly accepts it; only for the message."""
     return name.rpartition(".")[0] in _HARMLESS

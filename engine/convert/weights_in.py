@@ -1,4 +1,4 @@
-"""Hugging Face's `pytorch_model.bin`, in one file or in several with an index."""
+"""Opens Hugging Face's `pytorch_model.bin`, as one file or several with an index."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from engine.convert.tensors import TensorSource
 from engine.errors import DamagedError
 
 BIN_FILES = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "adapter_model.bin")
-"""Files that hold a model's weights alone; the second is Accelerate's, of a whole FSDP model."""
+"""Files that hold only a model's weights; the second is Accelerate's, of a whole FSDP model."""
 
 BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 def open_bin_shards(path: Path, files: list[Path] | None, trust_pickle: bool) -> Opened:
-    """The model in these files of a directory, or in those that its index names.
+    """The model in these files of a directory, or in those that its index lists.
 
-    Raises: StateError when loading one would run code and `trust_pickle` is not given; DamagedError; OSError.
+    Raises: StateError if loading one would run code and `trust_pickle` is not set; DamagedError; OSError.
     """
     wanted: set[str] = set()
     if files is None:

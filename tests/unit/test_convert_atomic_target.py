@@ -61,7 +61,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with staged(str(tmp_path / "out")) as path:  # an empty directory is as good as none
         write_three(path)
-    with pytest.raises(AlreadyExistsError, match="nothing is overwritten"), staged(str(tmp_path / "out")):
+    with pytest.raises(AlreadyExistsError, match="is not overwritten"), staged(str(tmp_path / "out")):
         raise AssertionError("not entered")
     assert names(tmp_path / "out") == ["a", "last", "z"]
 

@@ -91,12 +91,12 @@ def test_on_a_store_a_removed_checkpoint_is_one_clear_error(tmp_path: Path) -> N
     name = write_checkpoint(tmp_path, world_size=2)
     with CheckpointTensors(StoreLike(tmp_path), name) as source:
         shutil.rmtree(tmp_path / name)
-        with pytest.raises(NotFoundError, match=r"removed while it was read.*hold"):
+        with pytest.raises(NotFoundError, match=r"deleted while it was read.*hold"):
             whole(source, "model.w")
 
 
 def test_one_that_is_not_there_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="is not there"):
+    with pytest.raises(NotFoundError, match="does not exist, or was deleted"):
         CheckpointTensors(LocalStorage(tmp_path), "step-00000010-00000001")
 
 

@@ -189,7 +189,7 @@ def test_a_value_that_would_run_code_is_left_out_by_name(tmp_path: Path) -> None
     dcp.save(state, checkpoint_id=tmp_path / "x")
     _, notes = import_checkpoint(str(tmp_path / "x"), str(tmp_path / "new"))
     assert not (tmp_path / "hacked").exists()
-    assert notes[-1].startswith("left out: loader (a pickle that would run code, which --trust_pickle allows")
+    assert notes[-1].startswith("left out: loader (a pickle that would run code; --trust_pickle loads it")
     import_checkpoint(str(tmp_path / "x"), str(tmp_path / "new"), trust_pickle=True)
     assert (tmp_path / "hacked").exists()
 
@@ -205,12 +205,12 @@ def rewritten(folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.state_dict_metadata["w"].chunks.pop(), "do not make up its shape"),
-        (lambda m: m.storage_data.clear(), "does not say where w lies"),
+        (lambda m: m.state_dict_metadata["w"].chunks.pop(), "do not cover its shape"),
+        (lambda m: m.storage_data.clear(), "does not say where w is stored"),
         (lambda m: setattr(next(iter(m.storage_data.values())), "relative_path", "../x"), "would leave"),
         (lambda m: setattr(next(iter(m.storage_data.values())), "length", 3), "does not fit 3 bytes"),
         (lambda m: setattr(next(iter(m.storage_data.values())), "length", 10**6), "truncated"),
-        (lambda m: setattr(m.state_dict_metadata["w"], "size", torch.Size([2**40])), "do not make up"),
+        (lambda m: setattr(m.state_dict_metadata["w"], "size", torch.Size([2**40])), "do not cover"),
     ],
     ids=["hole", "nowhere", "escape", "short", "truncated", "huge"],
 )

@@ -95,8 +95,8 @@ def test_counters_that_are_no_tensors_are_kept() -> None:
         (saved((4, 2), (4, 2), (2, 4)), "do not fit the model's 4"),
         (saved((4, 2), (4,), (2, 4), (3,)), "neither in the model's order nor"),
         ({"state": {}, "param_groups": [{"params": ["c"]}]}, "lacks 1 of its parameters, 'c' first"),
-        ({"state": {}, "param_groups": [{"params": [0, 0]}]}, "each of their parameters once"),
-        ({"state": {}, "param_groups": [{"params": [None]}]}, "each of their parameters once"),
+        ({"state": {}, "param_groups": [{"params": [0, 0]}]}, "do not list each parameter exactly once"),
+        ({"state": {}, "param_groups": [{"params": [None]}]}, "do not list each parameter exactly once"),
         ({"state": {"b": {}}, "param_groups": [{"params": ["a.bias"]}]}, "in none of its groups"),
     ],
 )
@@ -126,7 +126,7 @@ EQUAL: Parameters = {name: Parameter((3, 3), (3, 3)) for name in ("a", "b", "c",
 def test_groups_of_equal_shapes_could_be_any_part_of_the_model() -> None:
     """A script may put the head's group first: nothing in the file would tell."""
     four = ((3, 3),) * 4
-    with pytest.raises(StateError, match="2 groups of numbered parameters fit the model's in 2 ways"):
+    with pytest.raises(StateError, match="2 groups of numbered parameters match the model's in 2 ways"):
         names(saved(*four, groups=(2, 2)), EQUAL)
     assert names(saved(*four, groups=(4,)), EQUAL) == [["a", "b", "c", "d"]]
 

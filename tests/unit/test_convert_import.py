@@ -283,12 +283,12 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_places_with_nothing_to_import(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="nothing lies at"):
+    with pytest.raises(NotFoundError, match="there is nothing at"):
         import_checkpoint(str(tmp_path / "nowhere"), str(tmp_path / "new"))
     with pytest.raises(ConfigError, match=r"neither model\.safetensors"):
         import_checkpoint(str(tmp_path), str(tmp_path / "new"))
     name = write_checkpoint(tmp_path / "run")
-    with pytest.raises(ConfigError, match="is a Holdfast checkpoint already"):
+    with pytest.raises(ConfigError, match="is already a Holdfast checkpoint"):
         import_checkpoint(str(tmp_path / "run" / name), str(tmp_path / "new"))
 
 

@@ -121,7 +121,7 @@ def test_every_difference_between_architectures_is_named(tmp_path: Path) -> None
         f"{two.id}: model.weight is F32 [2, 4], not F32 [2, 3]",
         f"{two.id}: its model is 'gpt2', not 'nano'",
         f"{two.id}: its n_head is 4, not 2",
-        f"{three.id}: has model.0.weight besides",
+        f"{three.id}: also has model.0.weight",
     ):
         assert part in said, part
     assert not (tmp_path / "new").exists()
@@ -141,10 +141,10 @@ def test_damage_commits_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "count", "words"),
     [
-        (None, 1, "needs two checkpoints"),
+        (None, 1, "needs at least two checkpoints"),
         ([1.0], 2, "1 weights for 2 checkpoints"),
         ([1.0, -1.0], 2, "0 or more"),
-        ([0.0, 0.0], 2, "not all of them 0"),
+        ([0.0, 0.0], 2, "not all 0"),
         ([1.0, float("nan")], 2, "1,nan"),
         ([1.0, float("inf")], 2, "1,inf"),
         ([1e308, 1e308], 2, "0 or more"),

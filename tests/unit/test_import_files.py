@@ -148,9 +148,9 @@ def test_formats_under_other_names_are_read_as_what_they_are(tmp_path: Path) -> 
     save_file({"w": torch.arange(3.0)}, tmp_path / "weights.pt")
     _, tensors, notes = imported(tmp_path / "weights.pt")
     assert torch.equal(tensors["model.w"], torch.arange(3.0))
-    assert "it is a safetensors file, whatever its name says" in notes
+    assert "it is a safetensors file, despite its name" in notes
     torch.save({"w": torch.arange(3.0)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ConfigError, match=r"torch.save wrote, whatever its name says"):
+    with pytest.raises(ConfigError, match=r"torch.save wrote, despite its name"):
         import_checkpoint(str(tmp_path / "weights.safetensors"), str(tmp_path / "new"))
 
 
@@ -201,7 +201,7 @@ def test_a_pickle_that_cannot_be_read_to_its_end_is_damaged(tmp_path: Path) -> N
         for item in whole.infolist():
             raw = whole.read(item)
             cut.writestr(item, raw[:-1] + b"\xee" if item.filename.endswith("data.pkl") else raw)
-    with pytest.raises(DamagedError, match="its pickle cannot be read to its end"):
+    with pytest.raises(DamagedError, match="its pickle cannot be read to the end"):
         import_checkpoint(str(tmp_path / "a.pt"), str(tmp_path / "new"))
 
 
@@ -265,7 +265,7 @@ def test_objects_of_classes_that_exist_are_data_as_well(tmp_path: Path) -> None:
     manifest, tensors, notes = imported(tmp_path / "a.pt", trust_pickle=True)
     assert manifest.config == {"lr": 0.5, "out": "x", "dtype": "torch.float16", "size": 3}
     assert tensors.keys() == {"model.weight", "model.bias"}
-    assert "'net' is taken to be the model" in notes
+    assert "'net' is taken as the model" in notes
 
 
 def test_a_refused_pickle_names_what_it_wants(tmp_path: Path) -> None:

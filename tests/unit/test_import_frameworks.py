@@ -182,7 +182,7 @@ def test_accelerate(tmp_path: Path, sizes: tuple[int, ...], safe: bool) -> None:
     optimizer = accelerated(tmp_path / "state", module, safe=safe)
     record, notes = take(tmp_path / "state")
     assert record.step == 3
-    assert "it does not record its step: its optimizer has counted 3" in notes
+    assert "it does not record its step: 3 is its optimizer's count" in notes
     left = "random_states_0.pkl, scheduler.bin"
     found = tensors(record)
     for name, tensor in module.state_dict().items():
@@ -227,7 +227,7 @@ def test_lightning(tmp_path: Path) -> None:
     made.save_checkpoint(tmp_path / "a.ckpt")
     record, notes = take(tmp_path / "a.ckpt")
     assert (record.step, record.epoch) == (8, 2)
-    assert 'removed the prefix "net.", which all of its names share' in notes
+    assert 'removed the prefix "net.", which all its names share' in notes
     left = notes.partition("left out: ")[2]
     for name in ("pytorch-lightning_version", "loops", "callbacks", "lr_schedulers", "hparams_name"):
         assert name in left
