@@ -60,6 +60,8 @@ def test_every_room_and_file_is_named() -> None:
     named = set(re.findall(r"`([a-z_0-9]+(?:/|\.py))`", PAGE.partition("## A tensor")[0]))
     there = {f"{path.name}/" for path in ENGINE.iterdir() if (path / "__init__.py").exists()}
     assert {name for name in named if name.endswith("/")} - {"model/", "data/", "engine/"} == there
+    top = {path.name for path in ENGINE.glob("*.py")} - {"__init__.py"}
+    assert {name for name in named if name.endswith(".py")} == top
     for file in re.findall(r"`([a-z_0-9/]+\.py)`", PAGE):
         assert (ENGINE / file).exists() or (ROOT / file).exists(), file
 
