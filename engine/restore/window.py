@@ -68,7 +68,7 @@ class WindowLoader:
         """Whether the whole window was in the page cache: then `chosen` are filled and `raw` has the rest."""
         places = self._places(window, chosen, raw.data_ptr())
         block_bytes = self.files[name].block_bytes
-        count, found = self.readers[name].read_at_hand(window.begin, places, block_bytes)
+        count, found = self.readers[name].read_cached(window.begin, places, block_bytes)
         if count != window.end - window.begin:
             return False
         self._verify(name, window, found)

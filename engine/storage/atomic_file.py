@@ -1,4 +1,4 @@
-"""Small files and directories that are either there, whole and durable, or not there at all."""
+"""Writes small files and creates directories atomically and durably."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make_durable_dir(system: System, absolute: str) -> None:
     except FileExistsError:
         if not os.path.isdir(absolute):
             raise
-    # Also when another rank was faster: it may crash before its own fsync.
+    # Even if another rank was faster: it may crash before its own fsync.
     system.fsync_dir(parent)
 
 

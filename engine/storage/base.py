@@ -1,4 +1,4 @@
-"""The interface that the rest of the engine sees of a storage, whatever it is."""
+"""The storage interface that the rest of the engine uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.native.kernels import Place
 from engine.storage.source import Source
 
 WINDOW_BYTES = 16 << 20
-"""Bytes of a shard that are written at a time; a multiple of every block and page size in use."""
+"""Bytes per write of a shard; a multiple of every block and page size in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,8 @@ class Entry:
 class Heads:
     """The small files of every top-level directory, which tell what the directory is.
 
-    tree: as of `list_tree`; a directory that holds nothing else is there, empty.
-    whole: whether shard files are in it as well; where not, nothing is known about them.
+    tree: as from `list_tree`; a directory without small files is in it, empty.
+    whole: whether it includes shard files; if not, nothing is known about them.
     """
 
     tree: dict[str, dict[str, int]]
@@ -38,7 +38,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """What clearing a directory did: how many entries went, names of what stays, whether it went itself."""
+    """The result of clearing a directory: entries deleted, names left, whether the directory is gone."""
 
     removed: int
     left: tuple[str, ...]
@@ -56,7 +56,7 @@ class WriteStats:
 
 
 class Reader(ABC):
-    """An open file. Reads from several threads at once are fine; closing while one reads is not."""
+    """An open file. Several threads may read at once, but none may read while it is closed."""
 
     @property
     @abstractmethod
@@ -67,21 +67,20 @@ class Reader(ABC):
     def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` (writable, contiguous bytes) from byte `offset`.
 
-        DamagedError if the file ends before; StorageError if it cannot be read.
+        DamagedError if the file ends early; StorageError if it cannot be read.
         """
 
-    def read_at_hand(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
-        """Fill the `places`, all of them somewhere, one after the other from byte `offset` with what needs no
-        waiting.
+    def read_cached(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
+        """Fill the `places` one after the other, from byte `offset`, with bytes that are cached.
 
-        Returns the number of bytes filled, 0 where nothing is at hand or where there is no telling, and the
-        packed digests of the blocks that they make up, counted from `offset`. What lies behind them in the
-        places is undefined. StorageError if the file cannot be read.
+        Returns the number of bytes filled (0 if nothing is cached or that is unknown), and the packed digests
+        of their blocks, counted from `offset`. The rest of the places is undefined. StorageError if the file
+        cannot be read.
         """
         return 0, b""
 
-    def close(self) -> None:  # noqa: B027 - a store's reader has nothing to let go of
-        """Let go of the file. May be called twice."""
+    def close(self) -> None:  # noqa: B027 - a store's reader has nothing to close
+        """Close the file. May be called twice."""
 
     def __enter__(self) -> Reader:
         return self
@@ -95,10 +94,10 @@ class Reader(ABC):
 class Storage(ABC):
     """A directory, or a prefix in an object store, that holds checkpoints.
 
-    Paths are relative to it, "/"-separated, and refused by `format.names.safe_relative` if they would
-    leave it. "" is the storage itself where a directory is asked for. All methods may be called from any
-    thread, and raise a StorageError: NotFoundError, AlreadyExistsError, StorageFullError,
-    StorageDeniedError, StorageUnavailableError (worth trying again), or plain.
+    Paths are relative to it and "/"-separated; `format.names.safe_relative` refuses those that would leave
+    it. As a directory, "" is the storage itself. All methods may be called from any thread, and raise a
+    StorageError: NotFoundError, AlreadyExistsError, StorageFullError, StorageDeniedError,
+    StorageUnavailableError (worth a retry), or plain.
     """
 
     uri: str
@@ -108,19 +107,19 @@ class Storage(ABC):
     """Whether it is a directory of this machine's file systems (network mounts included)."""
 
     durability: str
-    """One sentence: what a write that returned survives."""
+    """One sentence: what a completed write survives."""
 
     @property
     @abstractmethod
     def supports_exclusive_create(self) -> bool:
-        """Whether `publish(exclusive=True)` has one winner among any number of racing callers.
+        """Whether `publish(exclusive=True)` has exactly one winner among racing callers.
 
-        Object stores are asked once, with a probe object; raises what the probe met, if it was not an answer.
+        Object stores are probed once, with an object; raises the probe's error if it was inconclusive.
         """
 
     @abstractmethod
     def list_dir(self, path: str = "") -> list[Entry]:
-        """What is in a directory, by name. NotFoundError if there is none; an outage is never an empty list.
+        """A directory's entries, by name. NotFoundError if it is missing; an outage is never an empty list.
 
         An object store has no empty directories: there, only the storage itself lists as empty.
         """
@@ -133,17 +132,17 @@ class Storage(ABC):
         """
 
     def list_heads(self) -> Heads:
-        """As `list_tree`, but shard files may be left out where that saves requests.
+        """Like `list_tree`, but may omit shard files if that saves requests.
 
-        A store hands out names a page at a time, and almost all of them are those of shards.
+        A store lists names in pages, and almost all names are those of shards.
         """
         return Heads(self.list_tree(), whole=True)
 
     def unfinished_uploads(self) -> list[str]:
-        """Paths of uploads that were begun and neither finished nor aborted. They cost money, and no listing
-        shows them.
+        """Paths of uploads that were started but neither finished nor aborted. They cost money, and listings
+        do not show them.
 
-        Empty where there is no such thing, and where the store does not tell.
+        Empty if the storage has no such uploads or cannot list them.
         """
         return []
 
@@ -173,27 +172,27 @@ class Storage(ABC):
 
     @abstractmethod
     def write_file(self, path: str, data: bytes) -> None:
-        """Write a small file that nobody waits for by name. Whole and on disk when it returns.
+        """Write a small file that no reader waits for. Complete and on disk when it returns.
 
         Its directory entry is durable after `sync_dir`. An older file of that name is replaced.
         """
 
     @abstractmethod
     def publish(self, path: str, data: bytes, *, exclusive: bool) -> None:
-        """Make a small file appear at once, whole and durable: other readers see all of it or nothing.
+        """Write a small file atomically and durably: readers see all of it or nothing.
 
         With `exclusive`, AlreadyExistsError if the name is taken; see `supports_exclusive_create`. After
-        another StorageError it may have appeared nevertheless.
+        another StorageError the file may still have appeared.
         """
 
     @abstractmethod
     def write_shard(self, path: str, source: Source) -> WriteStats:
         """Write a source as a new file; on disk when it returns.
 
-        For direct I/O its windows lie on page boundaries, and memory up to the next one follows the last.
-        Anything else is written through the page cache. A window is released once it was written, in a store
-        once it was acknowledged. AlreadyExistsError if the name is taken. After any error, the source's own
-        included, nothing is left under the name.
+        Windows on page boundaries, with padding up to the next one after the last, are written with direct
+        I/O; others go through the page cache. A window is released once it is written, in a store once it is
+        acknowledged. AlreadyExistsError if the name is taken. After any error, also one of the source,
+        nothing is left under the name.
         """
 
     @abstractmethod
@@ -206,7 +205,7 @@ class Storage(ABC):
 
     @abstractmethod
     def rename(self, src: str, dst: str) -> bool:
-        """Rename a directory, durably, and return True; False where the storage cannot, and nothing changed.
+        """Rename a directory durably and return True; return False, unchanged, if the storage cannot rename.
 
         AlreadyExistsError if `dst` is taken.
         """
@@ -217,42 +216,42 @@ class Storage(ABC):
 
     @abstractmethod
     def delete_tree(self, path: str) -> None:
-        """Delete a directory with all that is in it; a missing one is fine. Links are not followed."""
+        """Delete a directory with its contents; a missing one is fine. Links are not followed."""
 
     @abstractmethod
     def clear_dir(self, path: str, ours: Callable[[str], bool]) -> Cleared:
         """Delete a directory's regular files whose names are `ours`, empty directories in it, then itself.
 
-        Everything else stays, and the directory with it: links, mounts, what lies in further directories. A
+        Everything else stays, and so does the directory then: links, mounts, files in subdirectories. A
         missing directory is fine. NotOursError, with nothing changed, for a link or a mount.
         """
 
     def link_target(self, path: str) -> str | None:
-        """Where a symbolic link leads: a name in this directory, or an absolute path. None if it is none."""
+        """The target of a symbolic link: a name in this directory or an absolute path; None for no link."""
         return None
 
     def why_not_ours(self, path: str) -> str:
-        """Why a directory must not be changed (it "is a symbolic link: ..."); "" where it may be."""
+        """Why a directory must not be changed (it "is a symbolic link: ..."); "" if it may be."""
         return ""
 
     def versions(self, path: str) -> dict[str, str]:
-        """By file of a directory, a text of sizes, times or tags that changes whenever the file may have.
+        """File -> a text of sizes, times or tags that changes whenever the file may have changed.
 
-        Opaque, and comparable on the same storage only. NotFoundError if there is no such directory.
+        Opaque, and comparable only on the same storage. NotFoundError if there is no such directory.
         """
         return {entry.name: str(entry.bytes) for entry in self.list_dir(path) if not entry.is_dir}
 
     def last_change(self, path: str) -> float | None:
         """When a file, or anything in a directory, last changed: seconds on the storage's own clock.
 
-        For comparisons with other times of the same storage, never with this machine's clock. None where the
-        storage cannot tell. NotFoundError if there is nothing of that name.
+        Compare it only with other times of the same storage, never with this machine's clock. None if the
+        storage cannot tell. NotFoundError if there is no such file.
         """
         return None
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Bytes that an ordinary user can still write, or None where there is no such number."""
+        """Bytes that an ordinary user can still write, or None if unknown."""
 
     def describe(self, path: str) -> str:
         """Printable address of a path, without secrets."""

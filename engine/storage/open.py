@@ -1,4 +1,4 @@
-"""From an address to a storage."""
+"""Opens a storage by its address."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def open_storage(
 ) -> Storage:
     """The storage at a path of this machine or an fsspec URI ("s3://bucket/run").
 
-    `options` are the store's (endpoint, credentials, ...), values as text or as the client takes them.
-    `create` makes a missing local directory; stores need none. Nothing is contacted otherwise.
-    ConfigError for an address or option that cannot work, StorageError if creating fails.
+    `options` are the store's (endpoint, credentials, ...), as text or in the client's types.
+    `create` creates a missing local directory; stores need none. Otherwise nothing is contacted.
+    ConfigError for an invalid address or option, StorageError if creating fails.
     """
     address = os.fspath(directory_or_uri)
     if not address:
@@ -44,7 +44,7 @@ def open_storage(
             raise ConfigError(f"{redact_uri(address)} names a host: write {scheme}:///path instead")
         storage = LocalStorage(rest)
     else:
-        # Imported here: fsspec takes its time to load, and most directories are local.
+        # Local import: fsspec loads slowly, and most directories are local.
         from engine.storage.remote import FsspecStorage
 
         storage = FsspecStorage(address, options or {})

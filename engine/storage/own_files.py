@@ -1,8 +1,8 @@
 """Deletes in a directory what Holdfast wrote there, by descriptor: through no link, and into no mount.
 
-A path is only a wish: between a look at it and the deletion, somebody may put a link or a mount in its place.
-So every directory on the way is opened once, and what is deleted is named relative to that descriptor. Mounts
-are told by their id, not by the device number, which bind mounts of one file system share.
+A path is not reliable: between a check and the deletion, someone may put a link or a mount in its place. So
+every directory on the path is opened once, and deletions are relative to its descriptor. Mounts are
+identified by their id, not by the device number, which bind mounts of one file system share.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STAYS = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
 def opened(root: str, path: str, where: str) -> Iterator[int]:
     """A descriptor of the directory `path` below `root`; "" is the root itself, which may be a link.
 
-    Raises: NotOursError when a part of the path is a link or another mount; OSError.
+    Raises: NotOursError if a part of the path is a link or another mount; OSError.
     """
     fd = os.open(root, _DIRECTORY)
     try:
@@ -42,14 +42,14 @@ def opened(root: str, path: str, where: str) -> Iterator[int]:
 
 
 def why_not_ours(root: str, path: str) -> str:
-    """Why the directory `path` is not Holdfast's to change, as the end of a sentence; "" where it is."""
+    """Why Holdfast must not change the directory `path`, as the end of a sentence; "" if it may."""
     try:
         with opened(root, path, path):
             return ""
     except NotOursError as error:
         return str(error).removeprefix(f"{path} ")
     except OSError:
-        return ""  # whoever changes it will say
+        return ""  # the change itself will raise
 
 
 def clear(system: System, parent: int, name: str, where: str, ours: Callable[[str], bool]) -> Cleared:

@@ -50,7 +50,7 @@ class LocalReader(Reader):
             while position < len(flat):
                 position += self._read_some(self._fd, flat[position:], offset + position, 0)
 
-    def read_at_hand(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
+    def read_cached(self, offset: int, places: Sequence[Place], block_bytes: int) -> tuple[int, bytes]:
         """One request, for what is wholly in the page cache."""
         if in_page_cache(self._fd, offset, sum(size for _, size in places)) is False:
             return 0, b""

@@ -1,4 +1,4 @@
-"""What a storage writes from: a size, and the file's bytes in windows that become ready in order.
+"""The source of a written file: its size, and its bytes in windows that become ready in order.
 
 A snapshot that is still being copied, a conversion's stream and a file of another storage are all sources.
 So no caller needs memory or disk space of the file's size, and no storage knows who waits, digests or reads.
@@ -13,15 +13,15 @@ from typing import Protocol
 
 
 def nothing_to_release() -> None:
-    """For windows of memory that stays anyway."""
+    """For windows whose memory need not be released."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """Bytes [begin, end) of a file, at the start of `memory`.
 
-    memory: contiguous bytes, unchanged until `release` is called. What follows the window's own bytes is
-        padding: a direct write takes it along to fill its last sector.
+    memory: contiguous bytes, unchanged until `release` is called. The bytes after the window's own are
+        padding: a direct write includes them to fill its last sector.
     """
 
     begin: int
@@ -36,7 +36,7 @@ class Window:
 
 
 class Source(Protocol):
-    """The bytes of a file that is to be written."""
+    """The bytes of a file to write."""
 
     @property
     def file_bytes(self) -> int:
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 
 class BufferSource:
-    """A file that lies in memory. For direct I/O, on a page boundary and followed by padding up to one.
+    """A file in memory. For direct I/O, the memory starts on a page boundary and is padded to one.
 
     Raises: ValueError when the memory has fewer bytes than the file.
     """

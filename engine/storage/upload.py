@@ -1,4 +1,4 @@
-"""Upload a shard so that an error at any point publishes nothing, and without a second copy of it.
+"""Uploads a shard without a second copy of it; an error at any point publishes nothing.
 
 fsspec's `with fs.open(path, "wb")` is not used: an exception inside the block closes the file, and closing
 publishes what was written so far.
@@ -27,7 +27,7 @@ ignores one on the completion of a multipart upload."""
 def upload(client: StoreClient, path: str, source: Source) -> None:
     """Upload a source as a new object.
 
-    After an error nothing was published, but for an object whose answer was lost: the caller deletes that.
+    After an error nothing is published, except an object whose answer was lost: the caller deletes that.
     """
     if not client.is_object_store:
         _through_file(client, path, source)

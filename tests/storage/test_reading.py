@@ -121,7 +121,7 @@ def test_what_is_known_to_be_cold_is_only_read_direct(
         monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: False)
         view = aligned(SIZE)
         reader.read_into(0, view)
-        assert reader.read_at_hand(0, [place_of(ROOM[:4096])], 4096) == (0, b"")
+        assert reader.read_cached(0, [place_of(ROOM[:4096])], 4096) == (0, b"")
     assert bytes(view) == DATA
     assert calls.seen == ["direct", "plain"], "a request that a miss answers makes the kernel read ahead"
 
@@ -149,7 +149,7 @@ def test_what_is_at_hand_fills_views_one_after_the_other(
     views = [aligned(size + 1)[:size] for size in sizes]
     end = offset + sum(sizes)
     with storage.open_reader("shard") as reader:
-        count, digests = reader.read_at_hand(offset, list(map(place_of, views)), 4096)
+        count, digests = reader.read_cached(offset, list(map(place_of, views)), 4096)
     assert count == sum(sizes)
     assert b"".join(views) == DATA[offset:end]
     assert digests == block_digests(DATA[offset:end], 4096)
@@ -161,7 +161,7 @@ def test_a_file_that_ends_is_at_hand_in_part(
     monkeypatch.setattr(reading, "in_page_cache", lambda fd, offset, length: None)
     view = aligned(SIZE + 4096)
     with storage.open_reader("shard") as reader:
-        count, digests = reader.read_at_hand(0, [place_of(view)], 4096)
+        count, digests = reader.read_cached(0, [place_of(view)], 4096)
     assert 0 <= count < len(view)
     assert bytes(view[:count]) == DATA[:count]
     assert digests == block_digests(DATA[:count], 4096)
@@ -175,13 +175,13 @@ def test_nothing_is_at_hand(storage: LocalStorage, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernels, "library", None)
     with storage.open_reader("shard") as reader:
         monkeypatch.setattr(os, "preadv", refuse)
-        assert reader.read_at_hand(0, [place_of(ROOM[:4096])], 4096) == (0, b"")
+        assert reader.read_cached(0, [place_of(ROOM[:4096])], 4096) == (0, b"")
 
 
 @pytest.mark.skipif(kernels.library is None, reason="nothing is compiled")
 def test_blocks_that_the_compiled_loop_has_no_room_for_are_not_at_hand(storage: LocalStorage) -> None:
     with storage.open_reader("shard") as reader:
-        assert reader.read_at_hand(0, [place_of(ROOM)], 1 << 20) == (0, b"")
+        assert reader.read_cached(0, [place_of(ROOM)], 1 << 20) == (0, b"")
 
 
 def test_a_file_that_cannot_be_read_is_an_error(
@@ -193,7 +193,7 @@ def test_a_file_that_cannot_be_read_is_an_error(
         reading.LocalReader(write_only, 4096, "the file") as reader,
         pytest.raises(StorageError, match="file"),
     ):
-        reader.read_at_hand(0, [place_of(ROOM[:4096])], 4096)
+        reader.read_cached(0, [place_of(ROOM[:4096])], 4096)
 
 
 def test_the_kernel_tells_what_is_cached(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def counted_reads() -> Iterator[Counter[str]]:
     What is read from the page cache and then read again from the disk counts twice.
     """
     counts: Counter[str] = Counter()
-    read_into, at_hand, whole = LocalReader.read_into, LocalReader.read_at_hand, LocalStorage.read_bytes
+    read_into, at_hand, whole = LocalReader.read_into, LocalReader.read_cached, LocalStorage.read_bytes
     patched: Any = LocalReader
     storage: Any = LocalStorage
 
@@ -39,10 +39,10 @@ def counted_reads() -> Iterator[Counter[str]]:
         counts["small"] += len(raw)
         return raw
 
-    patched.read_into, patched.read_at_hand = counting_into, counting_at_hand
+    patched.read_into, patched.read_cached = counting_into, counting_at_hand
     storage.read_bytes = counting_whole
     try:
         yield counts
     finally:
-        patched.read_into, patched.read_at_hand = read_into, at_hand
+        patched.read_into, patched.read_cached = read_into, at_hand
         storage.read_bytes = whole

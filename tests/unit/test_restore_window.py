@@ -71,7 +71,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 @pytest.fixture(params=["at hand", "elsewhere", "partly at hand"])
 def at_hand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the file's data are: `read_at_hand` gives all, nothing, or half of what it is asked for."""
+    """Where the file's data are: `read_cached` gives all, nothing, or half of what it is asked for."""
 
     def elsewhere(
         reader: Reader, offset: int, places: Sequence[Place], block_bytes: int
@@ -92,7 +92,7 @@ def at_hand(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             offset += len(view)
         return sum(map(len, views)), scattered_digests(views, block_bytes)
 
-    monkeypatch.setattr(LocalReader, "read_at_hand", here if request.param == "at hand" else elsewhere)
+    monkeypatch.setattr(LocalReader, "read_cached", here if request.param == "at hand" else elsewhere)
     return str(request.param)
 
 
@@ -152,7 +152,7 @@ def test_what_comes_from_the_disk_is_digested_on_its_way_where_that_was_compiled
 ) -> None:
     if compiled and kernels.library is None:
         pytest.skip("nothing is compiled")
-    monkeypatch.setattr(LocalReader, "read_at_hand", lambda *_: (0, b""))
+    monkeypatch.setattr(LocalReader, "read_cached", lambda *_: (0, b""))
     if compiled:
         monkeypatch.setattr(window, "block_digests", lambda *_: pytest.fail("a pass of its own"))
     else:
