@@ -23,7 +23,7 @@ from engine.format.manifest import TensorInfo
 from engine.state.values import encode, tensor_names
 
 _NO_KINDS = "no model kind is installed to convert it (the GPT-2 example, engine.gpt2, has one)"
-_MODEL_ONLY = "it holds a model only: training can start from it (--init_from), but not resume it"
+_MODEL_ONLY = "it holds only a model: training can start from it (--init_from), but cannot resume"
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ class Adopted:
 
 
 def adopt(found: Incoming, kinds: Sequence[ModelKind] = ()) -> tuple[Draft, tuple[str, ...]]:
-    """The draft of a checkpoint, and notes in whole sentences.
+    """The draft of a checkpoint, and notes for the user.
 
     kinds: convert the models that they recognise; any other model is kept as it is.
     Raises: StateError if it has no model, or an incomplete one of a known kind; DamagedError.

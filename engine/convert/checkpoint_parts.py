@@ -64,7 +64,7 @@ def main_module(contents: Contents, what: str) -> str:
         return "model"
     if len(contents.modules) == 1:
         return next(iter(contents.modules))
-    there = ", ".join(sorted(contents.modules)) or "none at all"
+    there = ", ".join(sorted(contents.modules)) or "none"
     raise StateError(
         f"{what} has no state key 'model' and not exactly one module ({there}): save the model as 'model'"
     )

@@ -91,7 +91,7 @@ def diff_checkpoints(
 
 
 def equal_digests(one: CheckpointTensors, two: CheckpointTensors, name: str) -> bool:
-    """Whether digests alone prove a tensor equal: the same boxes at the same bytes, in equal blocks.
+    """Whether digests alone prove a tensor equal: the same boxes at the same offsets, in equal blocks.
 
     Neighbouring tensors share the blocks at a box's ends: if those differ, this is False, and bytes decide.
     """
@@ -146,7 +146,7 @@ def _compare(
 
 
 def _distance(mine: torch.Tensor, theirs: torch.Tensor) -> tuple[float, int]:
-    """(largest absolute difference, how many elements differ). Two infinities or two NaNs do not differ."""
+    """(largest absolute difference, how many elements differ). Equal infinities, or two NaNs, are equal."""
     wide = torch.float64 if mine.dtype.is_floating_point else torch.int64
     one, two = mine.to(wide), theirs.to(wide)
     delta = (one - two).abs().double()

@@ -29,7 +29,7 @@ def deepspeed_folder(path: Path) -> Path | None:
 
 
 def latest_folder(path: Path) -> str | None:
-    """The folder that DeepSpeed's file `latest` names, if there is one."""
+    """The folder named in DeepSpeed's file `latest`, if there is one."""
     latest = path / _LATEST
     if not latest.is_file() or latest.stat().st_size > _MOST_NAME_BYTES:
         return None
@@ -64,7 +64,7 @@ def _is_one(path: Path) -> bool:
 def _refuse_parts(folder: Path, files: list[str]) -> None:
     if any(name.startswith("zero_pp_rank_") for name in files):
         raise StateError(
-            f"{folder} is a DeepSpeed ZeRO-3 checkpoint: its weights are split over the ranks' files. "
+            f"{folder} is a DeepSpeed ZeRO-3 checkpoint: its weights are split among the ranks' files. "
             f"{ZERO_TO_FP32}"
         )
     if any("_expert_" in name for name in files):

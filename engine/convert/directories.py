@@ -144,8 +144,8 @@ def _not_understood(path: Path, files: list[Path]) -> str:
     if inner:
         return f"{path} is not a checkpoint, but may contain some: {', '.join(inner[:20])}. Give one of them"
     return (
-        f"{path} is not a checkpoint that can be imported: it has neither {SINGLE}, nor DCP's {METADATA}, "
-        "nor one .pt file. Give such a directory, a .safetensors file or a .pt file"
+        f"{path} cannot be imported: it has neither {SINGLE}, nor DCP's {METADATA}, nor a single .pt file. "
+        "Give a directory that has one of them, or a .safetensors or .pt file"
     )
 
 

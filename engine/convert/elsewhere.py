@@ -56,7 +56,7 @@ _TOOLS = (
     _Tool(
         "an Orbax checkpoint (JAX)",
         ("_CHECKPOINT_METADATA", "manifest.ocdbt", "*/manifest.ocdbt"),
-        "restore it with orbax.checkpoint, and save the arrays with safetensors.numpy.save_file",
+        "restore it with orbax.checkpoint, save the arrays with safetensors.numpy.save_file, and import that",
     ),
     _Tool(
         "a Flax checkpoint (JAX)",

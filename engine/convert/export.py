@@ -24,7 +24,7 @@ _FILE_SUFFIXES = (".pt", ".pth")
 class ExportOptions:
     """Options of an export. `dtype` ("bf16", "fp16", "fp32") converts the model's floating-point tensors.
 
-    An optimizer's state keeps its own dtype. `shard_bytes`: the largest file of `hf`.
+    An optimizer's state keeps its dtype. `shard_bytes`: the largest file that `hf` writes.
     """
 
     format: str
@@ -36,7 +36,7 @@ class ExportOptions:
         if self.format not in FORMATS:
             raise ConfigError(f"--format is {self.format!r}: it must be one of {', '.join(FORMATS)}")
         if self.shard_bytes < 1:
-            raise ConfigError(f"files of {self.shard_bytes} bytes cannot hold a tensor")
+            raise ConfigError(f"files of {self.shard_bytes} bytes cannot hold a tensor: give 1 byte or more")
         target_dtype(self.dtype)
 
 

@@ -128,10 +128,10 @@ def _text_kind(path: Path, head: bytes, size: int) -> FileKind | None:
     if start.startswith(("<!doctype html", "<html")) or (start.startswith("<") and "<html" in start):
         return FileKind("other", "a web page (HTML)", _AGAIN)
     if start.startswith(("<?xml", "<error")):
-        return FileKind("other", "an XML document, perhaps a store's error message", _AGAIN)
+        return FileKind("other", "an XML document, perhaps an object store's error message", _AGAIN)
     if start.startswith(("{", "[")) and _parses(path, size):
         index = '"weight_map"' in text
-        advice = "it says which file holds which tensor: give its directory" if index else "give the weights"
+        advice = "it lists which file holds which tensor; give its directory" if index else "give the weights"
         return FileKind("other", "JSON text", advice)
     return FileKind("other", "text", "give a safetensors file, or one that torch.save wrote")
 

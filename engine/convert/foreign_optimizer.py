@@ -104,7 +104,9 @@ def _sort(found: _Sorted, name: str, field_name: str, value: Any, parameters: Pa
     if isinstance(value, TensorRef):
         transposed = parameter.transposed and value.info.shape == parameter.stored
         if parameter.transposed and not transposed and math.prod(value.info.shape) != 1:
-            raise StateError(f"the {field_name} of {name} cannot be transposed with its parameter")
+            raise StateError(
+                f"the {field_name} of {name} cannot be transposed: its shape is not its parameter's"
+            )
         shape = parameter.ours if transposed else value.info.shape
         found.tensors[path] = StateTensor(TensorInfo(value.info.dtype, shape), value, transposed)
     elif field_name == "step" and isinstance(value, int | float) and not isinstance(value, bool):

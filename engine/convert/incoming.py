@@ -47,7 +47,7 @@ def incoming(
     trust_pickle: bool = False,
     progress: Progress = ignore_progress,
 ) -> Iterator[Incoming]:
-    """Open a file or directory of another tool, by path or URI.
+    """Open a file or directory that another tool wrote, by path or URI.
 
     Raises: ConfigError if it is not supported; NotFoundError; DamagedError; StateError if loading it would
         run code and `trust_pickle` is not set, or if its tool must merge it first; StorageError.

@@ -35,7 +35,7 @@ class ConvertedModel:
     parameters: in the module's order, for an optimizer that only numbers them.
     state_dtype: the new type of an optimizer's floating-point state; None keeps it.
     config: the configuration to store with the checkpoint.
-    notes: what was converted, in sentences.
+    notes: what was converted.
     """
 
     infos: Mapping[str, TensorInfo]
@@ -80,7 +80,7 @@ class ModelKind(Protocol):
     def resumable(self, parts: Recognised, step: int, add: AddTensor) -> Resumable:
         """The values that its trainer needs to resume an import that has an optimizer.
 
-        `add` takes their tensors.
+        Their tensors are passed to `add`.
         """
         ...
 
@@ -116,7 +116,7 @@ def exporting_kind(source: CheckpointTensors, kinds: Sequence[ModelKind]) -> Mod
     if not kinds:
         raise ConfigError(
             "--format hf needs a model kind that writes Hugging Face's files, and none is installed: the "
-            "GPT-2 example (engine.gpt2) has one; --format torch and --format dcp export every model"
+            "GPT-2 example (engine.gpt2) has one; --format torch and --format dcp export any model"
         )
     contents = contents_of(source.manifest)
     names = contents.modules[main_module(contents, source.uri)]

@@ -17,7 +17,7 @@ from engine.convert.parameter_names import Names
 def parameter_order(config: Mapping[str, Any], names: Names, tensors: int) -> list[str] | None:
     """Canonical names of the parameters in the module's order, or None if that is unknown.
 
-    tensors: how many the checkpoint has. A configuration of more layers is not built: it may be hostile.
+    tensors: how many the checkpoint has. A configuration with more layers may be hostile and is not built.
     """
     parts = [value for key, value in config.items() if "layer" in key or "expert" in key]
     if any(isinstance(value, int) and value > tensors for value in parts):

@@ -86,10 +86,10 @@ def numbered(optimizer: Mapping[str, Any], parameters: Parameters, *, in_order: 
     if not in_order:
         raise StateError(
             f"it numbers its {len(keys)} parameters, several have the same shape, and its format does not "
-            "keep their order; torch.save does (Accelerate: safe_serialization=False)"
+            "keep their order: save the model with torch.save (Accelerate: safe_serialization=False)"
         )
     raise StateError(
-        f"its {len(keys)} numbered parameters do not fit the model's {len(parameters)}, neither in the "
+        f"its {len(keys)} numbered parameters do not match the model's {len(parameters)}, neither in the "
         "model's order nor with matrices before vectors"
     )
 

@@ -71,7 +71,7 @@ class PtTensors:
 def open_pt(
     path: Path, *, trust_pickle: bool = False, kind: FileKind | None = None, prefix: str = ""
 ) -> tuple[dict[str, Any], PtTensors, tuple[str, ...]]:
-    """(tree, tensors, notes) of a file; `prefix` begins the names of its tensors.
+    """(tree, tensors, notes) of a file; the names of its tensors begin with `prefix`.
 
     Raises: ConfigError if neither pickle nor torch wrote it; StateError if loading it would run code and
         `trust_pickle` is not set, or if it is not a dict; DamagedError; OSError.

@@ -30,7 +30,7 @@ from engine.storage.base import Storage
 log = logging.getLogger(__name__)
 
 CONFIRM_SECS = 60.0
-"""How long a network file system may take to show the files that were just written."""
+"""How long a network file system may take to show files just written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from engine.errors import StateError
 from engine.format.names import MAX_NAME_BYTES
 
 Scalar = Callable[[TensorRef], bool | int | float | complex]
-"""The value of a tensor of one element."""
+"""Reads the value of a one-element tensor."""
 
 _MODELS = ("model", "state_dict", "model_state_dict", "module", "model_state", "weights", "params")
 _OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states", "optimizer_state", "opt")
@@ -94,7 +94,7 @@ def tensors_by_name(
     found: dict[str, TensorRef] = {}
     for name, ref in flat.items():
         if found.setdefault(names.of(name), ref) is not ref:
-            raise StateError(f"{what} holds two tensors that are both called {names.of(name)}")
+            raise StateError(f"{what} holds two tensors called {names.of(name)}")
     return found, names, others
 
 
@@ -132,7 +132,7 @@ class _Sorting:
         refuse_part(self._left, self._what)
         if _optimizer_in(self._left) is not None and self._is_bare():
             raise StateError(
-                f"{self._what} holds an optimizer's state and no model: give the model's file, or the "
+                f"{self._what} holds an optimizer's state but no model: give the model's file, or the "
                 "directory that holds both"
             )
         config = self._settings = self._config()
@@ -171,7 +171,7 @@ class _Sorting:
             value = self._number(key)
             if value is not None and value == value and 0 <= value < _MAX_COUNT:
                 if value != int(value):
-                    self._notes.append(f"its {key} {value:g} became {int(value)}")
+                    self._notes.append(f"its {key} {value:g} was rounded down to {int(value)}")
                 self._take_number(key)
                 return int(value)
         return None
@@ -192,7 +192,7 @@ class _Sorting:
     def _take_number(self, key: str) -> None:
         """Take a number. In a bare state dict it could also be a buffer, so a note says so."""
         if isinstance(self._left.pop(key), TensorRef) and self._is_bare():
-            self._notes.append(f"its tensor {key!r} is taken for the training's {key}, not for the model's")
+            self._notes.append(f"its tensor {key!r} was read as the training's {key}, not the model's")
 
     def _is_bare(self) -> bool:
         """Whether the model's tensors are at the top level, beside everything else."""
@@ -236,9 +236,10 @@ class _Sorting:
             ", ".join(str(key)[:MAX_NAME_BYTES] + _described(value) for key, value in entries) or "nothing"
         )
         if not any(_has_tensors(value) for value in self._left.values()):
-            raise StateError(f"{self._what} holds no tensors: it has {there}")
+            raise StateError(f"{self._what} holds no tensors: it has {there}. Give a file with weights")
         raise StateError(
-            f"{self._what} holds no model that can be recognised: it has {there}, and no 'model'"
+            f"{self._what} holds no model that can be recognised: it has {there}, but no 'model'. "
+            "Save the model's state_dict() under the key 'model'"
         )
 
     def _take_model(self, key: str, value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], Names]:
@@ -266,27 +267,27 @@ def refuse_shards(model: Mapping[str, TensorRef], others: Sequence[str], what: s
     shard = next((other for other in others if other.endswith(_SHARDS)), None)
     if shard is not None:
         raise StateError(
-            f"{what} holds one rank's shards, not a model: {shard[:120]}. Save it with DCP, or save what "
-            "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with full_state_dict=True"
+            f"{what} holds one rank's shards, not a model: {shard[:120]}. Save it with DCP, or save the "
+            "result of torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True"
         )
     flat = next((name for name in model if name.rpartition(".")[2].startswith("_flat_param")), None)
     if flat is not None:
         raise StateError(
             f"{what} holds FSDP's flattened shards ({flat[:80]}), not the model's own tensors: save it with "
-            "StateDictType.FULL_STATE_DICT or with DCP; `accelerate merge-weights` merges a sharded "
+            "StateDictType.FULL_STATE_DICT or with DCP, or run `accelerate merge-weights` on a sharded "
             "directory of Accelerate"
         )
     empty = [n for n, ref in model.items() if ref.info.shape == (0,) and n.endswith(("weight", "bias"))]
     if empty:
         raise StateError(
             f"{what} holds empty tensors ({empty[0][:80]} and {len(empty) - 1} more): DeepSpeed ZeRO-3 keeps "
-            f"the values in its optimizer's files. {ZERO_TO_FP32}"
+            f"their values in its optimizer files. {ZERO_TO_FP32}"
         )
 
 
 ZERO_TO_FP32 = (
-    "`python zero_to_fp32.py . consolidated --safe_serialization`, run where DeepSpeed put that script, "
-    "merges the weights; then import `consolidated`"
+    "`python zero_to_fp32.py . consolidated --safe_serialization`, run in the folder where DeepSpeed put "
+    "that script, merges the weights; then import `consolidated`"
 )
 
 
@@ -322,7 +323,7 @@ def _flat(value: Mapping[Any, Any]) -> tuple[dict[str, TensorRef], list[str]]:
 
 
 def _checkpoints_in(tree: Mapping[str, Any]) -> list[str]:
-    """The one entry that is the whole checkpoint, as in `{"app": AppState(...)}` in DCP's tutorial."""
+    """The one entry that holds the whole checkpoint, as in `{"app": AppState(...)}` in DCP's tutorial."""
     if any(isinstance(value, TensorRef) or key in _MODELS for key, value in tree.items()):
         return []
     found = [key for key, value in tree.items() if isinstance(value, Mapping) and _is_checkpoint(value)]
@@ -349,7 +350,7 @@ def _described(value: Any) -> str:
     if isinstance(value, Unheld):
         return f" ({value.words})"
     unheld = _first_unheld(value)
-    return f" (in it {unheld})" if unheld else ""
+    return f" (contains {unheld})" if unheld else ""
 
 
 def _first_unheld(value: Any) -> str:

@@ -33,7 +33,7 @@ class Entry:
 
 
 def write_model(folder: Path, entries: Sequence[Entry], shard_bytes: int, progress: Progress) -> None:
-    """Write `model.safetensors`, or above `shard_bytes` several files and their index, into `folder`."""
+    """Write `model.safetensors` into `folder`, or several files and their index above `shard_bytes`."""
     shards = split(entries, shard_bytes)
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], progress)

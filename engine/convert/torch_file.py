@@ -32,7 +32,7 @@ _ROOT = "archive"
 _ALIGN_BYTES = 64
 _LOCAL_HEADER_BYTES = 30
 _ZIP64_EXTRA_BYTES = 20
-_PADDING_ID = b"FB"  # torch's own id for an extra field that only pads
+_PADDING_ID = b"FB"  # torch's id for a padding extra field
 
 _STORAGES: dict[torch.dtype, Any] = {
     torch.float64: torch.DoubleStorage,

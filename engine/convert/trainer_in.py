@@ -69,7 +69,7 @@ def add_companions(path: Path, weights: Opened, trust_pickle: bool) -> Opened:
         settings = read_json(path / _ADAPTER)
         base = settings.get("base_model_name_or_path")
         tree["config"] = settings | tree.get("config", {})
-        notes.append(f"it is a PEFT adapter: the weights of its base model ({base}) are not in it")
+        notes.append(f"it is a PEFT adapter, without the weights of its base model ({base})")
     left += [entry.name for entry in sorted(path.iterdir()) if _is_state(entry) and entry.name not in read]
     return dataclasses.replace(
         weights,
@@ -118,7 +118,6 @@ def _progress(state: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
             found[VAL_LOSS] = entry["eval_loss"]
             break
     names = {"global_step": "step", "epoch": "epoch", VAL_LOSS: "eval_loss"}
-    kept = [word for key, word in names.items() if key in found]
-    *some, last = kept or ["nothing"]
+    *some, last = [word for key, word in names.items() if key in found] or ["nothing"]
     taken = f"{', '.join(some)} and {last} were" if some else f"{last} was"
     return found, f"from {_TRAINER_STATE}, {taken} taken; its log and its settings were left out"

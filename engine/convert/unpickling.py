@@ -120,9 +120,9 @@ def _load_safely(path: Path) -> Any:
         raise refused(path, "a file that torch.save wrote", pickled) from error
     except Exception as error:
         if zipfile.is_zipfile(path) or not _ends_early(error):
-            raise DamagedError(f"{path} is not a file that torch.load reads: {first_line(error)}") from error
+            raise DamagedError(f"torch.load cannot read {path}: {first_line(error)}") from error
         raise DamagedError(
-            f"{path} is cut off or damaged: write or download it again (torch.load says: {first_line(error)})"
+            f"{path} is truncated or damaged: write or download it again (torch.load: {first_line(error)})"
         ) from error
 
 

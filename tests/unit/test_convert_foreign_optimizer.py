@@ -92,7 +92,7 @@ def test_counters_that_are_no_tensors_are_kept() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "words"),
     [
-        (saved((4, 2), (4, 2), (2, 4)), "do not fit the model's 4"),
+        (saved((4, 2), (4, 2), (2, 4)), "do not match the model's 4"),
         (saved((4, 2), (4,), (2, 4), (3,)), "neither in the model's order nor"),
         ({"state": {}, "param_groups": [{"params": ["c"]}]}, "lacks 1 of its parameters, 'c' first"),
         ({"state": {}, "param_groups": [{"params": [0, 0]}]}, "do not list each parameter exactly once"),
@@ -132,7 +132,7 @@ def test_groups_of_equal_shapes_could_be_any_part_of_the_model() -> None:
 
 
 def test_one_number_that_could_be_any_of_several_is_not_given_to_the_first() -> None:
-    with pytest.raises(StateError, match="do not fit the model's 4"):
+    with pytest.raises(StateError, match="do not match the model's 4"):
         names(saved((3, 3), groups=(1,)), EQUAL)
 
 

@@ -139,7 +139,7 @@ def test_a_bare_state_dict(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     record, notes = import_checkpoint(str(tmp_path / "weights.pt"), str(tmp_path / "new"))
     assert record.step == 0
-    assert any("model only" in note for note in notes)
+    assert any("only a model" in note for note in notes)
     manifest = read_manifest(LocalStorage(tmp_path / "new"), record.id)
     assert manifest.config["n_head"] == 4
 
@@ -214,7 +214,7 @@ def test_hugging_face(tmp_path: Path, options: dict[str, Any], form: str) -> Non
     record, notes = import_checkpoint(str(source), str(tmp_path / "new"))
     masks = [f"{options['prefix']}h.{layer}.attn.bias" for layer in range(2)] if "masks" in options else []
     assert [", ".join(masks) in note for note in notes if "masks" in note] == [True] * ("masks" in options)
-    assert notes[-1] == "it holds a model only: training can start from it (--init_from), but not resume it"
+    assert notes[-1] == "it holds only a model: training can start from it (--init_from), but cannot resume"
     assert len(notes) == 1 + ("masks" in options)
     assert_same_model(model, restored(tmp_path / "new", model_only=True)["model"])
     assert record.step == 0

@@ -100,7 +100,7 @@ def test_trainer_gpt2(gpt2_run: tuple[Path, Any]) -> None:
     assert (record.step, record.val_loss) == (6, logged)
     assert notes.splitlines()[-1] == "left out: rng_state.pth, scheduler.pt, training_args.bin"
     assert "its log and its settings were left out" in notes
-    assert "does not record its step" not in notes
+    assert "records no step" not in notes
     found = tensors(record)
     named = dict(made.model.named_parameters())
     for name, parameter in named.items():

@@ -307,7 +307,7 @@ def test_tensors_of_one_element_are_numbers(
     assert "left out" not in notes
     tensors = [key for key, value in document.items() if isinstance(value, torch.Tensor)]
     for key in tensors:
-        assert (f"its tensor '{key}' is taken for the training's {key}" in notes) is bare
+        assert (f"its tensor '{key}' was read as the training's {key}" in notes) is bare
 
 
 def test_tensors_that_cannot_be_held_are_named(tmp_path: Path) -> None:
@@ -514,7 +514,7 @@ def test_a_peft_adapter_says_that_it_is_one(tmp_path: Path) -> None:
     _, manifest, notes = take(tmp_path / "a")
     assert manifest.tensors.keys() == {f"model.{name}"}
     assert manifest.config["lora_alpha"] == 8
-    assert "PEFT adapter: the weights of its base model (x/y) are not in it" in notes
+    assert "PEFT adapter, without the weights of its base model (x/y)" in notes
 
 
 @pytest.mark.parametrize("form", ["pt", "dcp"])
@@ -599,7 +599,7 @@ def test_what_of_an_optimizer_no_checkpoint_holds_is_named(tmp_path: Path) -> No
 
 def test_an_optimizer_alone_is_no_model(tmp_path: Path) -> None:
     torch.save(trained(net()).state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(StateError, match="an optimizer's state and no model"):
+    with pytest.raises(StateError, match="an optimizer's state but no model"):
         import_checkpoint(str(tmp_path / "optimizer.pt"), str(tmp_path / "new"))
 
 
