@@ -53,7 +53,8 @@ if TYPE_CHECKING:
 
 if sys.platform != "linux":
     raise UnsupportedPlatformError(
-        f"Holdfast runs on Linux only, and this is {sys.platform}: it needs O_DIRECT, /proc and Linux's mmap"
+        f"Holdfast runs only on Linux, because it needs O_DIRECT, /proc and Linux's mmap; "
+        f"this is {sys.platform}"
     )
 
 __all__ = [

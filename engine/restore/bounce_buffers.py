@@ -64,7 +64,7 @@ class BounceBuffers:
             if not torch.equal(_bits(self._live[name]), _bits(self._beside[name])):
                 which = f"{name} and {other} share" if name != other else f"elements of {name} share"
                 raise RestoreFailedError(
-                    f"{which} memory here, and the checkpoint holds different values for it: the state is "
+                    f"{which} memory here, but the checkpoint holds different values for it: the state is "
                     "now undefined; give the tensor memory of its own with clone() and restore again"
                 )
 

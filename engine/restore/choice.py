@@ -181,7 +181,7 @@ def _nothing_whole(where: str, listed: list[Listed]) -> str:
     lines = [f"{item.id}: {item.reason}" for item in listed if item.status != "committed"]
     return (
         f"{where} holds no whole checkpoint, only damaged or unfinished ones ({'; '.join(lines)}). "
-        "Nothing was deleted. Restore one by hand, or start anew in another --checkpoint_dir"
+        "Nothing was deleted. Repair one, or start over in another --checkpoint_dir"
     )
 
 

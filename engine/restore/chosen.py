@@ -88,7 +88,7 @@ class ChosenRestore:
     def read(self) -> ReadStats:
         """Read, verify and hand over; returns when all ranks agree that nothing was damaged."""
         chosen, destination = self.chosen, self._destination
-        assert destination is not None, "prepare() comes first"
+        assert destination is not None, "call prepare() before read()"
         stats: ReadStats | None = None
         problem: Exception | None = None
         try:
@@ -226,5 +226,6 @@ def _as_restore_failure(error: Exception, id: str) -> Exception:
     if isinstance(error, HoldfastError):
         return error
     return RestoreFailedError(
-        f"the restore of {id} broke off, the state is now undefined: {type(error).__name__}: {error}"
+        f"the restore of {id} stopped halfway, and the state is now undefined: "
+        f"{type(error).__name__}: {error}"
     )

@@ -243,9 +243,9 @@ def _broke_off(id: str, keys: Sequence[str], done: Sequence[str], error: Excepti
     restored = ", ".join(["all tensors of modules and optimizers", *done])
     lost = ", ".join([failed, *rest, "the random number generators"])
     return (
-        f"the restore of {id} broke off, the state is now undefined: {failed} did not accept what was saved "
-        f"({type(error).__name__}: {error}). Restored: {restored}. Not restored: {lost}. Leave {failed} out "
-        f"with exclude=({failed!r},), or build it as it was when it was saved"
+        f"the restore of {id} stopped halfway, and the state is now undefined: {failed} did not accept what "
+        f"was saved ({type(error).__name__}: {error}). Restored: {restored}. Not restored: {lost}. "
+        f"Leave {failed} out with exclude=({failed!r},), or build it as it was when it was saved"
     )
 
 

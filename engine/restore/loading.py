@@ -124,7 +124,7 @@ def _tell_untaken(key: str, module: nn.Module, saved: Mapping[Any, Any]) -> None
         difference = first_difference(f"{key}.{name}", value, live.get(name))
         if difference:
             log.warning(
-                "%s: nothing in load_state_dict() of %s loads it, so it was not restored",
+                "%s: not restored, because load_state_dict() of %s ignores it",
                 difference,
                 type(module).__qualname__,
             )

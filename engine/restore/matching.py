@@ -84,7 +84,7 @@ def report(match: Match, what: str) -> str:
 
 def summary(match: Match, what: str) -> str:
     """The warning of a restore that loaded what matches: a table of everything that did not."""
-    head = f"from {what}: {len(match.matched)} tensors loaded, {len(match.grown)} filled as far as they go"
+    head = f"from {what}: {len(match.matched)} tensors loaded, {len(match.grown)} filled in part"
     rows = [(title, line) for title, lines in _kinds(match) for line in lines]
     width = max((len(title) for title, _ in rows), default=0)
     return "\n".join([head, *(f"  {title:{width}}  {line}" for title, line in rows)])

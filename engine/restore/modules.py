@@ -139,11 +139,11 @@ class Modules:
         tree = named_modules(module_to_ask(capture.module))
         for name in document:
             if name not in capture.state.key_of and not has_own_loader(str(name), tree):
-                self.unexpected.append(f"{key}.{name} (of state_dict(), no tensor)")
+                self.unexpected.append(f"{key}.{name} (a value from state_dict(), not a tensor)")
         for name in capture.value_names - {UPDATE_COUNTS}:
             full = f"{key}.{name}"
             if name not in document and full not in self.loose and self._filter.takes(full):
-                self.missing.append(f"{full} (of state_dict(), no tensor)")
+                self.missing.append(f"{full} (a value from state_dict(), not a tensor)")
 
     def _compare_composites(self, key: str, capture: ModuleCapture, saved: Mapping[str, Any]) -> None:
         for name, here in capture.composites().items():

@@ -66,8 +66,8 @@ def class_difference(key: str, optimizer: Optimizer, document: OptimizerDocument
     lacks, strange = (live - saved) & _TELLING, (saved - live) & _TELLING
     if lacks and strange:
         return (
-            f"{key}: a {here}, which has {sorted(lacks)}, saved from another class, which had "
-            f"{sorted(strange)}"
+            f"{key}: saved from an optimizer with {sorted(strange)}; the one here is a {here}, which has "
+            f"{sorted(lacks)} instead"
         )
     return ""
 

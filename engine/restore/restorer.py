@@ -40,7 +40,7 @@ class Restorer:
     """Restores checkpoints into one state. Used from the training thread only.
 
     Attributes:
-        undefined: a restore broke off after it had begun to change the state.
+        undefined: a restore failed after it had begun to change the state.
     """
 
     storage: Storage
@@ -192,8 +192,8 @@ class Restorer:
         if selector != "latest" and (self.mirror is None or chosen["mirror"] or chosen["target"]):
             raise error
         if self.channel.rank == 0:
-            what = "was deleted meanwhile" if deleted else "is damaged"
-            instead = "going back to the one before" if self.mirror is None else "trying another"
+            what = "was deleted during the restore" if deleted else "is damaged"
+            instead = "falling back to the one before it" if self.mirror is None else "trying another"
             log.warning("%s %s, %s: %s", chosen["id"], what, instead, error)
         self._passed_over.add(copy)
 

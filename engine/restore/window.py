@@ -115,7 +115,7 @@ class WindowLoader:
                 raise DamagedError(
                     f"{self.storage.describe(f'{self.directory}/{shard.file}')}: block {block} (bytes "
                     f"{begin:,} to {min(shard.file_bytes, end):,}) "
-                    f"has changed: its digest is {found[at : at + 8].hex()}, {want.hex()} was written"
+                    f"has changed: its digest is {found[at : at + 8].hex()}, not {want.hex()}"
                 )
 
     def _copy_out(self, piece: Piece, window: Window, raw: torch.Tensor) -> None:

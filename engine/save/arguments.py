@@ -41,7 +41,7 @@ def check_setup(
     check_names(per_rank=per_rank, rank0=rank0)
     if retention is not None and not isinstance(retention, Retention):
         raise ConfigError(
-            f"retention is {shown(retention)}: give Retention(rolling=3), say, or None to keep everything"
+            f"retention is {shown(retention)}: it must be a Retention, or None to keep everything"
         )
     if busy not in ("wait", "skip"):
         raise ConfigError(f"busy is {shown(busy)}: it must be 'wait' or 'skip'")
@@ -77,7 +77,9 @@ def check_rename(rename: object) -> dict[str, str]:
         isinstance(name, str) and name for pair in rename.items() for name in pair
     )
     if not names:
-        raise ConfigError(f"rename is {shown(rename)}: it must be a dict of live names by saved name")
+        raise ConfigError(
+            f"rename is {shown(rename)}: it must be a dict from saved names to names in the state"
+        )
     return dict(rename)  # type: ignore[call-overload, no-any-return]
 
 
@@ -121,11 +123,11 @@ def plain_metrics(metrics: object) -> dict[str, float]:
     if metrics is None:
         return {}
     if not isinstance(metrics, Mapping):
-        raise ConfigError(f"metrics is {shown(metrics)}: it must be a dict of numbers by name")
+        raise ConfigError(f"metrics is {shown(metrics)}: it must be a dict from names to numbers")
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(name, str):
-            raise ConfigError(f"the metric {shown(name)} is not named by text")
+            raise ConfigError(f"the metric name {shown(name)} is not text")
         if value is None:
             raise ConfigError(f"the metric {name!r} is None: leave it out of saves that have no value for it")
         found[name] = _metric(name, value)
@@ -148,7 +150,7 @@ def _check_state(state: object) -> None:
             f"state is a {type(state).__name__}: give a dict that names it, such as {{'model': model}}"
         )
     if not isinstance(state, Mapping):
-        raise ConfigError(f"state is {shown(state)}: it must be a dict of the objects to save, by name")
+        raise ConfigError(f"state is {shown(state)}: it must be a dict from names to the objects to save")
     for name in state:
         if not isinstance(name, str):
             raise ConfigError(f"the state key {shown(name)} is not text")

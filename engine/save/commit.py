@@ -68,7 +68,9 @@ def check_receipts(
         raise PeerFailedError(failed, may_pass=all_may_pass(causes))
     foreign = [receipt.rank for receipt in receipts if receipt.attempt != attempt]
     if foreign:
-        raise SaveFailedError(f"rank {foreign[0]} reported another attempt than {attempt}; restart the run")
+        raise SaveFailedError(
+            f"rank {foreign[0]} reported a different attempt from {attempt}; restart the run"
+        )
     lines = list(different)
     if comparison is not None:
         lines += comparison.differences([receipt.replicas for receipt in receipts])

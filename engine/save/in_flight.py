@@ -75,7 +75,7 @@ class Flight:
             exit_without(thread)
         raise SaveStuckError(
             f"rank {self.runner.channel.rank}: {running} after {most_secs:g} s more, {self.runner.doing}: "
-            "the storage does not answer. Look at the kernel log and the mount"
+            "the storage does not answer. Check the kernel log and the mount"
         )
 
     def take_failure(self, *, newest: bool = False) -> SaveFailedError | None:

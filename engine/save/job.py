@@ -236,12 +236,12 @@ class JobRunner:
 
     def _make_room(self, job: Job) -> bool:
         """The disk is full and every rank has stopped writing: delete the attempt, then old checkpoints."""
-        self.doing = "making room on a full disk"
+        self.doing = "freeing space on a full disk"
         try:
             delete_attempt(self.storage, job.info.attempt)
             return self.directory.delete_expired(disk_full=True)
         except HoldfastError as problem:
-            log.warning("no room could be made for step %d: %s", job.info.step, problem)
+            log.warning("could not free disk space for step %d: %s", job.info.step, problem)
             return False
 
     def _commit(

@@ -50,8 +50,8 @@ class SaveHandle:
         """
         if self._home.left and not self._future.done():
             raise SaveFailedError(
-                f"the save of step {self.step} belongs to process {self._home.pid}, and its outcome does "
-                "not reach a forked child: ask for it in the parent"
+                f"the save of step {self.step} belongs to process {self._home.pid}, and a forked child "
+                "cannot learn its outcome: ask for it in the parent"
             )
         try:
             return self._future.result(self.most_secs if timeout is None else timeout)
@@ -62,7 +62,7 @@ class SaveHandle:
             if timeout is None:
                 raise SaveStuckError(
                     f"the save of step {self.step} has no outcome after {self.most_secs:g} s of waiting: its "
-                    "storage does not answer. Look at the kernel log and the mount"
+                    "storage does not answer. Check the kernel log and the mount"
                 ) from None
             raise TimeoutError(f"the save of step {self.step} is not done after {timeout:g} s") from None
 

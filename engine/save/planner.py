@@ -79,7 +79,7 @@ class Planner:
             if state.changed and state.problem is None:
                 state.problem = StateError(
                     f"the tensors of rank {self.channel.rank}'s state have changed since the last save, "
-                    "those of rank 0 have not; change the state on all ranks before the same save"
+                    "but those of rank 0 have not; change the state on all ranks before the same save"
                 )
             return
         self.replaced = False

@@ -48,9 +48,9 @@ def check_written(storage: Storage, attempt: str, slots: Sequence[FileSlot], exp
     if torn:
         more = f" and {len(torn) - _SHOWN} more" if len(torn) > _SHOWN else ""
         raise TornSnapshotError(
-            f"what was written of {', '.join(torn[:_SHOWN])}{more} is not what it held when save() was "
-            "called: something changed it before it was copied. Change weights in the step() of an optimizer "
-            "that is in the state, or under the Checkpointer's guard()"
+            f"the saved values of {', '.join(torn[:_SHOWN])}{more} differ from those in memory when "
+            "save() was called: something changed them before they were copied. Change weights in the step() "
+            "of an optimizer that is in the state, or under the Checkpointer's guard()"
         )
 
 

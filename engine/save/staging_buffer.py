@@ -73,7 +73,7 @@ class StagingBuffer:
         self.file_bytes = sum(slot.layout.file_bytes for slot in self.slots)
         self.size_bytes = sum(slot.padded_bytes for slot in self.slots)
         check_budget(self.size_bytes, budget_bytes, available_bytes())
-        log.info("taking %s of host memory for snapshots", readable_bytes(self.size_bytes))
+        log.info("allocating %s of host memory for snapshots", readable_bytes(self.size_bytes))
         self._map, self._skip = map_pages(self.size_bytes)
         self._stop = False
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=self.size_bytes, offset=self._skip)
@@ -148,12 +148,12 @@ def check_budget(need_bytes: int, budget_bytes: int | None, available: int) -> N
     """Raise MemoryBudgetError if the snapshot exceeds its budget or the available memory. Pure."""
     if budget_bytes is not None and need_bytes > budget_bytes:
         raise MemoryBudgetError(
-            f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, above the budget of "
+            f"the snapshot of this rank needs {need_bytes:,} bytes of host memory, but the budget is "
             f"{budget_bytes:,} bytes; raise memory_budget_bytes or save from more ranks"
         )
     if need_bytes > available:
         raise MemoryBudgetError(
-            f"the snapshot of this rank takes {need_bytes:,} bytes of host memory, but only {available:,} "
+            f"the snapshot of this rank needs {need_bytes:,} bytes of host memory, but only {available:,} "
             "bytes are available; free memory, or save from more ranks"
         )
 

@@ -100,7 +100,8 @@ class Copier:
         self._in_flight = False
         if kernels.library is None:
             log.info(
-                "copies and digests take the slower way, without the loops in C: %s", kernels.missing_because
+                "copies and digests are slower, because the C loops are not available: %s",
+                kernels.missing_because,
             )
         self._hooks = (
             [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]

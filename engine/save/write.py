@@ -64,8 +64,9 @@ def _check_space(storage: Storage, need_bytes: int) -> None:
     free_bytes = storage.free_bytes()
     if free_bytes is not None and free_bytes < need_bytes:
         raise StorageFullError(
-            f"this rank's part of the checkpoint takes {need_bytes:,} bytes, and {storage.uri} has "
-            f"{free_bytes:,} free: free space there, keep fewer checkpoints, or choose another directory"
+            f"this rank's part of the checkpoint takes {need_bytes:,} bytes, but {storage.uri} has "
+            f"only {free_bytes:,} bytes free: free space there, keep fewer checkpoints, or choose "
+            "another directory"
         )
 
 

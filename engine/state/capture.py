@@ -136,7 +136,7 @@ class StateCapture:
             if key not in self._entries:
                 raise UnsavableValueError(
                     f"{key!r} was added to the state after this Checkpointer was made, and would not be "
-                    "saved or restored; put everything into the state first, or make a new Checkpointer"
+                    "saved or restored; add it before making the Checkpointer, or make a new one"
                 )
             if entry is not self._entries[key]:
                 raise UnsavableValueError(

@@ -68,7 +68,8 @@ def describe(tensor: torch.Tensor, path: str, encode: Callable[[Any, str], Json]
         text = repr(context)
         if " at 0x" in text:
             raise UnsavableValueError(
-                f"{path}: a {kind.__qualname__} holds more than its parts, which cannot be stored ({error})"
+                f"{path}: a {kind.__qualname__} has values besides its parts, and they cannot be stored "
+                f"({error})"
             ) from error
         context = text
     parts = {

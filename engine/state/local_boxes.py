@@ -78,7 +78,7 @@ def boxes_of(tensor: torch.Tensor, name: str) -> list[Box]:
     if len({len(entries) for entries in per_box}) != 1:
         raise UnsavableValueError(
             f"{name}: global_offsets, local_offsets and local_sizes describe "
-            f"{', '.join(str(len(entries)) for entries in per_box)} boxes; they must describe the same ones"
+            f"{', '.join(str(len(entries)) for entries in per_box)} boxes; each must describe every box"
         )
     return [
         _box(tensor, name, shape, *(tuple(map(int, entry)) for entry in entries))
@@ -105,8 +105,9 @@ def _box(
     )
     if not fits:
         raise UnsavableValueError(
-            f"{name}: the box {list(sizes)} at {list(offsets)} of {list(shape)} cannot lie at {list(local)} "
-            f"of a local tensor {list(tensor.shape)}; its attributes contradict each other"
+            f"{name}: the box of shape {list(sizes)} at {list(offsets)} of the global shape {list(shape)} "
+            f"does not fit at {list(local)} of the local tensor of shape {list(tensor.shape)}; correct "
+            "global_shape, global_offsets, local_offsets and local_sizes"
         )
     view = tensor.detach()
     for dim, (begin, size) in enumerate(zip(local, taken, strict=True)):

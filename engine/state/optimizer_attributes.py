@@ -32,8 +32,8 @@ def check_attributes(key: str, optimizer: Optimizer, names: ParameterNames) -> N
             continue
         top = attribute.partition(".")[0]
         raise UnsavableValueError(
-            f"{key}: the {type(optimizer).__name__} keeps a tensor {list(tensor.shape)} in its attribute "
-            f"{attribute}, which is not in its state and would be lost; make that an entry of the state, "
+            f"{key}: the {type(optimizer).__name__} keeps a tensor of shape {list(tensor.shape)} in its "
+            f"attribute {attribute}, outside its state, so it would be lost; add it to the state yourself, "
             f"{{'{key}_{top.strip('_')}': optimizer.{top}}}, or give the optimizer a state_dict() and a "
             "load_state_dict()"
         )

@@ -100,7 +100,7 @@ def inner_optimizers(key: str, optimizer: Optimizer) -> dict[str, Optimizer]:
             raise UnsavableValueError(
                 f"{key}: its attribute {name} is a {type(inner).__name__} over tensors that are not its own "
                 f"parameters, and {type(optimizer).__name__} has no state_dict that saves it; put both "
-                "optimizers, and what they step, into the state"
+                "optimizers, and the modules or tensors that they step, into the state"
             )
     return found
 
@@ -154,7 +154,7 @@ def check_optimizers_stand_alone(path: str, entry: Any, depth: int = 0) -> None:
     """Refuse optimizers inside a dict or list, and results of `optimizer.state_dict()`, which go stale."""
     if depth and isinstance(entry, Optimizer):
         raise UnsavableValueError(
-            f"{path} is an optimizer inside of a dict or list; give each optimizer a key of its own in the "
+            f"{path} is an optimizer inside a dict or list; give each optimizer a key of its own in the "
             f"state: {{{path.replace('.', '_')!r}: optimizer}}"
         )
     if depth > _DEPTH or not isinstance(entry, Mapping | list | tuple):
@@ -164,7 +164,7 @@ def check_optimizers_stand_alone(path: str, entry: Any, depth: int = 0) -> None:
         if "state" in entry and isinstance(groups, list) and all(isinstance(g, Mapping) for g in groups):
             raise UnsavableValueError(
                 f"{path} is the state_dict() of an optimizer, which goes stale as training goes on and "
-                "cannot be restored; hand over the optimizer itself: "
+                "cannot be restored; put the optimizer itself into the state: "
                 f"{{{path.rpartition('.')[2]!r}: optimizer}}"
             )
     items = entry.items() if isinstance(entry, Mapping) else enumerate(entry)

@@ -82,10 +82,10 @@ def unknown_parameter(key: str, optimizer: Optimizer, parameter: torch.Tensor) -
             if candidate is parameter:
                 return UnsavableValueError(
                     f"{key}: parameter {position} of the optimizer's group {number} "
-                    f"({list(parameter.shape)}) is nowhere in the state; add the module or tensor that it "
-                    "belongs to, and build the optimizer after the module was sharded"
+                    f"(shape {list(parameter.shape)}) is not in the state; add the module or tensor that it "
+                    "belongs to, and build the optimizer after sharding the module"
                 )
     return UnsavableValueError(
-        f"{key}: the optimizer keeps state for a tensor {list(parameter.shape)} that is in none of its "
-        "groups; delete it from the optimizer's state, or add the parameter to a group"
+        f"{key}: the optimizer keeps state for a tensor of shape {list(parameter.shape)} that is in none of "
+        "its groups; delete it from the optimizer's state, or add the parameter to a group"
     )

@@ -114,7 +114,7 @@ def one_sided_state(offers: Sequence[Offer]) -> list[str]:
             while begins and begins not in without:
                 begins = begins.rpartition(".")[0]
             if begins and begins not in found:
-                found[begins] = f"{begins} is there on rank {rank} and not on rank {without[begins]}"
+                found[begins] = f"{begins} exists on rank {rank} but not on rank {without[begins]}"
     return list(found.values())
 
 

@@ -188,8 +188,8 @@ class _Encoder:
             name = getattr(factory, "__name__", "")
             if factory is not None and _FACTORIES.get(name) is not factory:
                 raise UnsavableValueError(
-                    f"{path}: a defaultdict's factory can be None or one of {', '.join(_FACTORIES)}, "
-                    f"and is {factory!r}; store dict() of it"
+                    f"{path}: a defaultdict's factory must be None or one of {', '.join(_FACTORIES)}, "
+                    f"but is {factory!r}; store dict() of it"
                 )
             found["factory"] = name if factory is not None else None
         return found
@@ -224,8 +224,7 @@ def _refusal(value: object, path: str) -> str:
         remedy = "make it an entry of the state by itself, or store its state_dict()"
     remedy = remedy or "turn it into a tensor, number, string, list or dict"
     return (
-        f"{path}: a {name} is neither a tensor nor a value that has a form in the checkpoint, and Holdfast "
-        f"writes no pickle; {remedy}"
+        f"{path}: a checkpoint cannot hold a {name}, because Holdfast stores no pickles; {remedy}"
     )
 
 

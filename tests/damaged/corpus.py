@@ -198,7 +198,7 @@ _SHORT = "[0-9a-f]{16}"
 
 def changed(block: int, span: str) -> str:
     """What a restore says of a block of the second shard that is not as it was written."""
-    found = f"its digest is {_SHORT}, {_SHORT} was written"
+    found = f"its digest is {_SHORT}, not {_SHORT}"
     return rf"{SHARD}: block {block} \(bytes {span}\) has changed: {found}"
 
 

@@ -296,5 +296,5 @@ def stepped_on_rank_0(rank: int, world_size: int, directory: str) -> Any:
 def test_optimizer_state_that_only_one_rank_has_is_refused(world: World, tmp_path: Path) -> None:
     for first, steps in world(2).run(stepped_on_rank_0, str(tmp_path)):
         assert first.startswith("StateError: "), first
-        assert "optimizer.state.0.weight is there on rank 0 and not on rank 1" in first
+        assert "optimizer.state.0.weight exists on rank 0 but not on rank 1" in first
         assert steps == []

@@ -107,7 +107,7 @@ def test_a_change_that_does_not_wait_is_found(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.zero_()
-        with pytest.raises(SaveFailedError, match="is not what it held when save"):
+        with pytest.raises(SaveFailedError, match="differ from those in memory when save"):
             handle.result()
 
 

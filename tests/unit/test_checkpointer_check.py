@@ -77,7 +77,7 @@ def test_a_step_in_the_middle_of_the_copy(
         if not check:
             assert handle.result(DEADLINE_SECS) is not None, "nothing else would have found it"
             return
-        with pytest.raises(SaveFailedError, match="is not what it held when save") as caught:
+        with pytest.raises(SaveFailedError, match="differ from those in memory when save") as caught:
             handle.result(DEADLINE_SECS)
         assert "optimizer.state." in str(caught.value)
         assert "guard()" in str(caught.value)
@@ -104,7 +104,7 @@ def test_a_weight_changed_by_another_thread_is_named(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(copy_module, "copy_pairs", copy)
             handle = checkpointer.save(1)
-        with pytest.raises(SaveFailedError, match=r"what was written of model\.3\.bias is not what"):
+        with pytest.raises(SaveFailedError, match=r"the saved values of model\.3\.bias differ"):
             handle.result(DEADLINE_SECS)
 
 
@@ -121,9 +121,9 @@ def test_the_file_itself_is_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
     use(monkeypatch, Careless(tmp_path))
     with Checkpointer("ignored", training_state(), check_snapshots=True) as checkpointer:
         handle = checkpointer.save(1)
-        with pytest.raises(SaveFailedError, match="what was written of per_rank"):
+        with pytest.raises(SaveFailedError, match="the saved values of per_rank"):
             handle.result(DEADLINE_SECS)
         assert committed(checkpointer) == []
         checkpointer.save(2)
-        with pytest.raises(SaveFailedError, match="what was written of per_rank"):
+        with pytest.raises(SaveFailedError, match="the saved values of per_rank"):
             checkpointer.save(3)  # no failure that training is carried on after

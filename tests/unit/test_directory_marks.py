@@ -172,7 +172,7 @@ def test_a_copy_that_arrives_after_it_was_tried_is_restored(
         shard.write_bytes(raw)
         assert ckpt.restore().step == 2  # type: ignore[union-attr]
         assert [item.status for item in ckpt.list()] == ["committed", "committed"]
-    assert caplog.text.count("going back to the one before") == 1
+    assert caplog.text.count("falling back to the one before it") == 1
 
 
 def test_what_changed_while_it_was_read_is_not_marked_for_ever(

@@ -197,7 +197,7 @@ def test_what_a_child_is_told(job: Job) -> None:
         for call in (lambda: checkpointer.save(2), checkpointer.prepare, checkpointer.restore):
             with pytest.raises(ConfigError, match=f"belongs to process {os.getppid()}.*forked child"):
                 call()
-        with pytest.raises(SaveFailedError, match="does not reach a forked child"):
+        with pytest.raises(SaveFailedError, match="a forked child cannot learn its outcome"):
             handle.result()
         with pytest.raises(LeaseLostError, match="forked child"):
             lease.check()

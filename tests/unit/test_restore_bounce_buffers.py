@@ -114,7 +114,7 @@ def test_views_of_one_storage_come_back_where_they_agree(tmp_path: Path) -> None
         (
             {"a": torch.zeros(2), "b": torch.ones(2)},
             dict.fromkeys(("a", "b"), torch.zeros(2)),
-            r"e\.[ab] and e\.[ab] share memory here, and the checkpoint holds different values",
+            r"e\.[ab] and e\.[ab] share memory here, but the checkpoint holds different values",
         ),
     ],
     ids=["expanded", "the same tensor twice"],

@@ -181,7 +181,7 @@ def test_a_value_that_a_hook_adds_and_nothing_takes_is_told_if_it_differs(
     fresh.note = 5
     restore(tmp_path, fresh)
     (told,) = caplog.messages
-    assert told.startswith("model.note is 5, saved as 0: nothing in load_state_dict() of Exports loads it")
+    assert told.startswith("model.note is 5, saved as 0: not restored, because load_state_dict() of")
     other = nn.Sequential(Exports())
     other[0].register_load_state_dict_pre_hook(
         lambda _, state, prefix, *__: state.update({prefix + "typo": 1})

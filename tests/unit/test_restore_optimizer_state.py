@@ -513,7 +513,7 @@ def test_a_state_dict_in_place_of_the_optimizer_is_refused_at_construction(neste
     state = made(KINDS["AdamW"], steps=1)
     stale = state["optimizer"].state_dict()
     entry: State = {"optimizer": {"inner": stale}} if nested else {"optimizer": stale}
-    with pytest.raises(UnsavableValueError, match=r"goes stale as training goes on.*hand over the optimizer"):
+    with pytest.raises(UnsavableValueError, match=r"goes stale as training goes on.*the optimizer itself"):
         StateCapture({"model": state["model"], **entry}, (), 0)
 
 
@@ -983,7 +983,7 @@ class SlowWeights(torch.optim.SGD):
 def test_tensors_in_an_optimizers_attributes_are_refused_or_entries_of_the_state() -> None:
     one = made(lambda m: SlowWeights(m.parameters(), lr=0.1), steps=2)
     with pytest.raises(
-        UnsavableValueError, match=r"its attribute slow_weights\.0\.0, which .* would be lost"
+        UnsavableValueError, match=r"its attribute slow_weights\.0\.0, .* would be lost"
     ):
         saved_of(one)
     two = made(lambda m: SlowWeights(m.parameters(), lr=0.1), seed=9)

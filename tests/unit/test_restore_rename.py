@@ -169,7 +169,7 @@ def test_what_cannot_be_renamed_changes_nothing(rename: dict[str, str], words: s
 
 @pytest.mark.parametrize("rename", ["model", ["a"], {"a": 1}, {"a": ""}, {1: "a"}])
 def test_a_rename_maps_text_to_text(rename: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="it must be a dict of live names by saved name"):
+    with pytest.raises(ConfigError, match="it must be a dict from saved names to names in the state"):
         restore(tmp_path, {"a": {}}, rename)
 
 

@@ -43,7 +43,7 @@ class Settings:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"retention": 3}, r"retention is 3: give Retention\(rolling=3\), say, or None"),
+        ({"retention": 3}, r"retention is 3: it must be a Retention, or None"),
         ({"state": nn.Linear(1, 1)}, r"state is a Linear: give a dict that names it, .*\{'model': model\}"),
         ({"state": [nn.Linear(1, 1)]}, r"state is a list: it must be a dict of the objects"),
         ({"state": {1: {}}}, r"the state key 1 is not text"),
@@ -104,8 +104,8 @@ def test_a_checkpointer_refuses_what_cannot_work(given: State, words: str, tmp_p
         ({"metrics": {"a": torch.ones(2)}}, r"the metric 'a' is a Tensor: it must be a single number"),
         ({"metrics": {"a": 1j}}, r"the metric 'a' is a complex: it must be a single number"),
         ({"metrics": {"a": np.complex64(1)}}, r"the metric 'a' is a complex64: it must be a single number"),
-        ({"metrics": {5: 1.0}}, r"the metric 5 is not named by text"),
-        ({"metrics": 1.5}, r"metrics is 1\.5: it must be a dict of numbers by name"),
+        ({"metrics": {5: 1.0}}, r"the metric name 5 is not text"),
+        ({"metrics": 1.5}, r"metrics is 1\.5: it must be a dict from names to numbers"),
         ({"reasons": "best"}, r"reasons is the text 'best': give a tuple, reasons=\('best',\)"),
         ({"reasons": ()}, r"reasons is \(\): it must name one or more of interval, epoch"),
         ({"reasons": ("whim",)}, r"reasons is \('whim',\): it must name one or more of interval"),

@@ -86,7 +86,7 @@ def test_optimizer_state_on_one_rank_alone_is_every_ranks_state_error() -> None:
     results = on_ranks(2, lambda channel: agree_on_plan(channel, "k", offers[channel.rank], None, 30))
     for result in results:
         assert isinstance(result, StateError)
-        assert "o.state.w is there on rank 0 and not on rank 1" in str(result)
+        assert "o.state.w exists on rank 0 but not on rank 1" in str(result)
 
 
 def test_all_failures_are_named() -> None:

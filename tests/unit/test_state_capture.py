@@ -156,7 +156,7 @@ def test_per_rank_names_keys_of_the_state(name: str) -> None:
 
 def test_an_optimizer_needs_its_module() -> None:
     model, optimizer = trained()
-    with pytest.raises(UnsavableValueError, match=r"optimizer: parameter 0 .* is nowhere in the state"):
+    with pytest.raises(UnsavableValueError, match=r"optimizer: parameter 0 .* is not in the state"):
         StateCapture({"model": mlp(), "optimizer": optimizer}, (), 0).capture()
     StateCapture({"other": mlp(), "model": model, "optimizer": optimizer}, (), 0).capture()
 
@@ -412,7 +412,7 @@ def test_what_has_not_changed_is_not_walked_again_to_be_written_into(monkeypatch
     capture.make_ready()
     assert len(walks) == 2, "the optimizer has its state now"
     model.first.weight = nn.Parameter(torch.zeros(3, 4))
-    with pytest.raises(UnsavableValueError, match=r"parameter 0 .* is nowhere in the state"):
+    with pytest.raises(UnsavableValueError, match=r"parameter 0 .* is not in the state"):
         capture.make_ready()
 
 

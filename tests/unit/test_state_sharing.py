@@ -84,7 +84,7 @@ def test_state_that_a_holder_of_the_parameter_lacks_is_named() -> None:
     with_state = Offer([whole("o.state.a.exp_avg", 2), whole("o.state.a.step", 1), whole("m.a", 2)])
     without = Offer([whole("m.a", 2)], stateless=["o.state.a", "o.state.b"])
     (line,) = one_sided_state([with_state, without, without])
-    assert line == "o.state.a is there on rank 0 and not on rank 1"
+    assert line == "o.state.a exists on rank 0 but not on rank 1"
     assert one_sided_state([without, without]) == []
     elsewhere = Offer([whole("m.b", 2)])  # a pipeline stage that has other parameters
     assert one_sided_state([with_state, elsewhere]) == []
