@@ -298,7 +298,7 @@ def test_everything_in_the_state_is_saved_under_whatever_key() -> None:
 def test_state_of_a_tensor_that_is_in_no_group_is_refused_at_once() -> None:
     state = made(KINDS["SGD"])
     state["optimizer"].state[torch.zeros(5)] = {"x": 1}
-    with pytest.raises(UnsavableValueError, match=r"tensor \[5\] that is in none of its groups"):
+    with pytest.raises(UnsavableValueError, match=r"tensor of shape \[5\] that is in none of its groups"):
         saved_of(state)
 
 

@@ -45,7 +45,7 @@ class Settings:
     [
         ({"retention": 3}, r"retention is 3: it must be a Retention, or None"),
         ({"state": nn.Linear(1, 1)}, r"state is a Linear: give a dict that names it, .*\{'model': model\}"),
-        ({"state": [nn.Linear(1, 1)]}, r"state is a list: it must be a dict of the objects"),
+        ({"state": [nn.Linear(1, 1)]}, r"state is a list: it must be a dict from names to the objects"),
         ({"state": {1: {}}}, r"the state key 1 is not text"),
         ({"per_rank": "model"}, r"per_rank is the text 'model': give a tuple, per_rank=\('model',\)"),
         ({"per_rank": 3}, r"per_rank is 3: it must be a tuple of names"),
