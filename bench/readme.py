@@ -49,12 +49,12 @@ def section(report: SaveReport, result: Path) -> str:
             f"![Training time lost per checkpoint, and when it is complete]({result.with_suffix('.png')})",
             "",
             f"{state['name']} and AdamW, {state['total_bytes'] / 1e9:.2f} GB a save, {where}; medians of one "
-            f"interleaved run at revision {revision}; floors: {floors}. {NOT_FLUSHED} says it is done before "
-            "anything is flushed.",
+            f"interleaved run at revision {revision}; floors: {floors}. {NOT_FLUSHED} marks modes that "
+            "report completion before anything is flushed.",
             "",
             markdown(header, lines),
             "",
-            f"Of its own bars Holdfast missed in this run: {'; '.join(missed) or 'none'}. "
+            f"Holdfast's own bars missed in this run: {'; '.join(missed) or 'none'}. "
             f"[{result}]({result}) has every sample; [bench/README.md](bench/README.md) the method.",
         ]
     )
