@@ -47,6 +47,7 @@ from engine.save.arguments import (
 )
 from engine.save.assembly import SaverOptions, make_saver
 from engine.save.commit import SaveInfo, software_versions
+from engine.save.declarations import all_declare_alike, declarations
 from engine.save.events import Listener, guarded
 from engine.save.outcomes import Outcomes, SaveHandle
 from engine.save.plain_config import plain_config
@@ -167,6 +168,7 @@ class Checkpointer:
 
         opened = all_make(channel, "start/open", open_all, timeout_secs, what="the making of a Checkpointer")
         self._storage, second, capture = opened
+        all_declare_alike(channel, declarations(list(state), per_rank, rank0), timeout_secs)
         self._restorer = Restorer(
             self._storage, capture, calls, seed, timeout_secs, store.client, listener, read_only, second
         )

@@ -69,3 +69,21 @@ def test_undeclared_ones_differ_by_key_path_and_both_values(world: World, tmp_pa
     for found in world(2).run(not_declared, str(tmp_path)):
         assert "trainer.best.loss differs on rank 1: 1.5 there, 0.5 on rank 0" in found
         assert "rank0" in found
+
+
+def declared_apart(rank: int, world_size: int, directory: str) -> list[str]:
+    missing = {"model": {"t": torch.ones(2)}} | ({"log": {"rank": rank}} if rank else {})
+    both = {"log": {"rank": rank}}
+    mine = ("log",) if rank else ()
+    return [
+        outcome(lambda: Checkpointer(directory, missing, rank0=mine, timeout_secs=30)),
+        outcome(lambda: Checkpointer(directory, both, rank0=mine, timeout_secs=30)),
+        outcome(lambda: Checkpointer(directory, both, per_rank=mine, timeout_secs=30)),
+    ]
+
+
+def test_a_key_that_ranks_declare_differently_is_refused(world: World, tmp_path: Path) -> None:
+    for missing, rank0, per_rank in world(2).run(declared_apart, str(tmp_path)):
+        assert "ConfigError" in missing and "rank 0 does not have it" in missing
+        assert "ConfigError" in rank0 and "rank 1 in rank0" in rank0
+        assert "ConfigError" in per_rank and "rank 1 in per_rank" in per_rank
