@@ -27,8 +27,8 @@ def conflict(by_rank: Sequence[Mapping[str, str]]) -> str:
         for rank, kind in others:
             if kind != first[1]:
                 return (
-                    f"the ranks declare the state key {key!r} differently: rank {first[0]} has it {first[1]}, "
-                    f"rank {rank} {kind}. Declare it alike on every rank that has it"
+                    f"the ranks declare the state key {key!r} differently: rank {first[0]} has it "
+                    f"{first[1]}, rank {rank} {kind}. Declare it alike on every rank that has it"
                 )
         if first[1] == RANK0 and first[0] != 0:
             return (
