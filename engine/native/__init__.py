@@ -1,4 +1,4 @@
-"""What Python cannot do without holding the GIL, or not at the speed of memory: a few loops in C, optional.
+"""A few optional loops in C, for work that Python cannot do without the GIL or at the speed of memory.
 
-Where there was no C compiler at installation, their callers take the slower way; the result is the same.
+Without a C compiler at installation, callers use slower code with the same result.
 """

@@ -22,7 +22,7 @@ Place = tuple[int, int]
 """(address, bytes) of memory to fill, which the caller keeps where it is. Address 0: filled nowhere."""
 
 SOURCE_VERSION = 4
-"""What `holdfast_version` in kernels.c answers."""
+"""The version that `holdfast_version` in kernels.c returns."""
 
 _DIGEST_BYTES = 8
 
@@ -37,7 +37,7 @@ def load(directory: Path) -> tuple[ctypes.CDLL | None, str]:
 
 
 def _open(directory: Path, name: str) -> tuple[ctypes.CDLL | None, str]:
-    """One library, or None and the reason: it was not built, or from other source."""
+    """One library, or None and the reason: it was not built, or was built from other source."""
     built = [path for suffix in EXTENSION_SUFFIXES if (path := directory / f"{name}{suffix}").exists()]
     if not built:
         return None, "they were not built: install Holdfast again where there is a C compiler"
@@ -157,7 +157,7 @@ def place_of(view: memoryview) -> Place:
 
 
 def view_of(place: Place) -> memoryview:
-    """The memory of a place that is somewhere."""
+    """The memory of a place that is not null."""
     address, size = place
     assert address
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")

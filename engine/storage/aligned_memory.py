@@ -26,9 +26,9 @@ _MADV_WIPEONFORK = 18  # Linux 4.14; Python's mmap has no name for it.
 
 
 def map_pages(size_bytes: int) -> tuple[mmap.mmap, int]:
-    """Map at least `size_bytes` of zeros. Returns the map, and where in it to begin: on a page boundary.
+    """Map at least `size_bytes` of zeros. Returns the map and the offset of its first page boundary.
 
-    From 2 MiB on that is a boundary of huge pages, which the kernel is asked for. No page is there yet.
+    From 2 MiB on, it is a boundary of huge pages, which the kernel is asked for. No page is allocated yet.
     """
     length = max(PAGE_BYTES, size_bytes)
     huge = length >= HUGE_PAGE_BYTES

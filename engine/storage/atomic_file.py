@@ -17,7 +17,7 @@ _NO_RENAME_NEW = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def replace_file(system: System, target: str, data: bytes) -> None:
-    """Put a whole, synced file under the name, over whatever has it. OSError otherwise."""
+    """Put a whole, synced file under the name and replace any file of that name. OSError otherwise."""
     temporary = _write_temporary(system, target, data)
     with _removed_on_error(system, temporary):
         system.replace(temporary, target)
@@ -80,7 +80,7 @@ def _move_to_free_name(system: System, temporary: str, target: str) -> None:
     try:
         system.link(temporary, target)
     except FileExistsError:
-        # NFS may answer so to a repeated request whose first answer was lost.
+        # NFS may answer this to a repeated request whose first answer was lost.
         if not os.path.samefile(temporary, target):
             raise
     except OSError as error:
@@ -88,7 +88,7 @@ def _move_to_free_name(system: System, temporary: str, target: str) -> None:
             raise
         _rename_to_free_name(system, temporary, target)
         return
-    with contextlib.suppress(OSError):  # the file is published; its second name is swept up later
+    with contextlib.suppress(OSError):  # the file is published; its second name is deleted later
         system.unlink(temporary)
 
 

@@ -15,7 +15,7 @@ _SLOWEST_BYTES_PER_SEC = 16 << 10
 
 
 class AzureMultipart(Multipart):
-    """Blocks that are not committed show nowhere, and Azure removes them after a week: nothing to abort."""
+    """Uncommitted blocks are invisible, and Azure deletes them after a week: nothing to abort."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -26,7 +26,7 @@ class AzureMultipart(Multipart):
     def put_part(
         self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
     ) -> str:
-        # All ids of a blob must be of one length, those of an earlier attempt included.
+        # All block ids of a blob must have the same length, including those of an earlier attempt.
         block = f"{upload}-{number:06d}"
         limit_secs = CALL_SECS + len(view) / _SLOWEST_BYTES_PER_SEC
         self._wait(self._blob(full).stage_block, limit_secs, block, bytes(view), length=len(view))

@@ -147,7 +147,7 @@ class Storage(ABC):
         return []
 
     def abort_uploads(self, path: str) -> None:  # noqa: B027 - a local directory has none
-        """Throw away all unfinished uploads below a directory. `delete_tree` does this, too."""
+        """Abort all unfinished uploads below a directory. `delete_tree` does this, too."""
 
     @abstractmethod
     def size(self, path: str) -> int:
@@ -155,7 +155,7 @@ class Storage(ABC):
 
     @abstractmethod
     def exists(self, path: str) -> bool:
-        """Whether a file or directory has that name. False only on a definite no; anything else raises."""
+        """Whether a file or directory has that name. False only on a definite no; any doubt raises."""
 
     @abstractmethod
     def read_bytes(self, path: str, *, max_bytes: int) -> bytes:

@@ -61,9 +61,9 @@ class StoreClient:
     def _leave_to_parent(self) -> None:
         """In a forked child: never close the client, because its connections belong to the parent.
 
-        Closing a socket there takes it out of the event loop's epoll set, which both share: the parent
+        Closing a socket there removes it from the event loop's epoll set, which both share: the parent
         would then wait forever for an answer. aiohttp closes its sockets when it is collected, so the child
-        keeps the client alive. s3fs's finalizer would wait a second for a thread that is not there.
+        keeps the client alive. s3fs's finalizer would wait a second for a thread that the child lacks.
         """
         # Underscored, but the only way from an object to its finalizers; a test notices when it moves.
         for finalizer, about in list(weakref.finalize._registry.items()):  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ class StoreClient:
         return self.scheme in _OBJECT_STORES
 
     def full(self, path: str) -> str:
-        """The path as the file system takes it; "" is the prefix itself. HostilePathError as usual."""
+        """The file system's path; "" is the prefix itself. HostilePathError if it leaves the prefix."""
         return f"{self._root}/{safe_relative(path)}" if path else self._root
 
     def describe(self, path: str) -> str:
@@ -85,7 +85,7 @@ class StoreClient:
         return f"{self.uri}/{path}" if path else self.uri
 
     def fresh(self) -> fsspec.AbstractFileSystem:
-        """The file system without remembered listings: some of fsspec's remember even when told not to."""
+        """The file system with its cached listings cleared: some of fsspec's cache even when told not to."""
         self.fs.invalidate_cache()
         return self.fs
 
@@ -97,7 +97,7 @@ class StoreClient:
         return 4 if self.fs.async_impl or self.scheme == "memory" else 1
 
     def listing(self, name: str, full: str) -> Any:
-        """`ls` or `find`, with details, and none of them remembered."""
+        """`ls` or `find`, with details and without cached listings."""
         return call(self.fresh(), name, full, detail=True)
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +114,7 @@ class StoreClient:
         except HoldfastError:
             raise
         except Exception as error:
-            # Without the original as cause: its text, printed with any traceback, may hold secrets.
+            # Raised without the original as cause: a traceback would print its text, which may hold secrets.
             raise remote_error(error, doing, self.describe(path), self._redactor.scrub) from None
 
     def do(

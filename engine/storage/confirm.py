@@ -15,8 +15,8 @@ def is_as_written(storage: Storage, path: str, raw: bytes) -> bool:
 
 
 def loses_data(storage: Storage, path: str) -> str:
-    """What to say of a storage that reported success, and has not kept the file."""
+    """The message for a storage that reported success but did not keep the file."""
     return (
-        f"{storage.describe(path)} was reported written, but is not there as written: this storage loses "
-        "data. Test it with `python -m engine.checkpoints selftest`, or use another one"
+        f"{storage.describe(path)} was reported written, but is missing or reads back differently: this "
+        "storage loses data. Test it with `python -m engine.checkpoints selftest`, or use another one"
     )

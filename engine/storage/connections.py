@@ -1,7 +1,7 @@
-"""urllib3's connections, given up when nothing moves.
+"""urllib3's connections, abandoned when no data moves.
 
-The library's time limits are for connecting and for waiting; a transfer has none, since a slow line is no
-fault. Silence ends it: no byte moved for `stall_secs`.
+The library limits connecting and waiting, but not a transfer, since a slow line is not an error. Here a
+transfer ends when no byte has moved for `stall_secs`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from urllib3.response import HTTPResponse
 
 STALL_SECS = 60.0
 LEAST_BYTES_PER_SEC = 2 << 10
-"""A transfer slower than this counts as standing still, however regularly a byte drips in."""
+"""A slower transfer counts as stalled, however regularly single bytes arrive."""
 
 SEND_BYTES = int(STALL_SECS) * LEAST_BYTES_PER_SEC
-"""Bytes for one `sendall`, whose time limit is for all of them."""
+"""Bytes per `sendall`, whose time limit covers all of them."""
 
 
 class StoppedError(Exception):
@@ -51,7 +51,7 @@ def _unsent_bytes(sock: socket.socket) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a transfer may stand still, and a connection take; and how that is found out."""
+    """Time limits for a stalled transfer and for connecting, and the checks against them."""
 
     stall_secs: float = STALL_SECS
     connect_secs: float = 10.0
@@ -60,7 +60,7 @@ class Limits:
     unsent: Callable[[socket.socket], int] = _unsent_bytes
 
     def deadline(self, size: int) -> float:
-        """When a transfer of that many bytes, begun now, has been too slow."""
+        """The time by which a transfer of that many bytes, begun now, must have ended."""
         return self.clock() + self.stall_secs + size / LEAST_BYTES_PER_SEC
 
     def check(self, deadline: float) -> None:
@@ -86,7 +86,7 @@ class Body:
             self.limits.check(self._deadline)
 
     def wait_for_answer(self, sock: socket.socket) -> None:
-        """Wait while the kernel still sends what it took: as long as that shrinks, bytes move.
+        """Wait while the kernel sends its buffered bytes: as long as their number shrinks, bytes move.
 
         The library's time limit begins when the last byte is in the kernel, which takes megabytes: a slow
         line needs minutes for them.

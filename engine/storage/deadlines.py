@@ -1,4 +1,4 @@
-"""Client calls with a deadline: those of asynchronous clients would otherwise wait for ever."""
+"""Client calls with a deadline: asynchronous clients could otherwise wait forever."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ CALL_SECS = 150.0
 _SLOWEST_BYTES_PER_SEC = 16 << 10
 
 _MIRRORED = ("s3fs", "gcsfs", "adlfs")
-"""Packages whose plain methods do nothing but wait for the asynchronous ones of the same name."""
+"""Packages whose plain methods only wait for the asynchronous ones of the same name."""
 
 
 def call(fs: Any, name: str, *args: Any, moving_bytes: int = 0, **kwargs: Any) -> Any:
-    """`fs.name(...)`, given up after a while.
+    """`fs.name(...)`, abandoned after the deadline.
 
     Args:
-        moving_bytes: data that the call transfers, which it is given more time for.
-    Raises: what the client raises; fsspec's FSTimeoutError when the time is over.
+        moving_bytes: bytes that the call transfers; they extend the deadline.
+    Raises: the client's errors; fsspec's FSTimeoutError after the deadline.
     """
     if isinstance(fs, AsyncFileSystem) and type(fs).__module__.partition(".")[0] in _MIRRORED:
         limit_secs = CALL_SECS + moving_bytes / _SLOWEST_BYTES_PER_SEC

@@ -11,7 +11,7 @@ from engine.storage.deadlines import call
 from engine.storage.multipart import SHARD, Multipart, Names
 
 _JSON_BASE = "/storage/v1/"
-"""What gcsfs puts behind the server's address; the XML interface has nothing there."""
+"""What gcsfs appends to the server's address; the XML interface appends nothing."""
 
 
 class GcsMultipart(Multipart):

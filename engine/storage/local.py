@@ -194,14 +194,14 @@ class LocalStorage(Storage):
     def free_bytes(self) -> int | None:
         with mapped("look at", self.uri):
             found = os.statvfs(self._root)
-            if found.f_blocks == 0:  # some FUSE mounts know no sizes
+            if found.f_blocks == 0:  # some FUSE mounts report no sizes
                 return None
             return found.f_bavail * found.f_frsize
 
     def _path(self, path: str) -> str:
-        """The absolute path; HostilePathError if it, or a link on its way, leads out of the root.
+        """The absolute path; HostilePathError if it, or a link on the way, leads out of the root.
 
-        A checkpoint may itself be a link, to wherever it was moved; inside it the same rule holds.
+        A checkpoint may itself be a link to where it was moved; inside it the same rule holds.
         """
         if not path:
             return self._root
@@ -227,7 +227,7 @@ class LocalStorage(Storage):
         return real == home or real.startswith(home.rstrip("/") + "/")
 
     def _own_path(self, path: str) -> str:
-        """The absolute path of what is to be written. NotOursError below a checkpoint that is a link."""
+        """The absolute path for a write. NotOursError below a checkpoint that is a link."""
         absolute = self._path(path)
         first = path.partition("/")[0]
         linked = os.path.join(self._root, first)
@@ -238,7 +238,7 @@ class LocalStorage(Storage):
         return absolute
 
     def _link_path(self, path: str) -> str:
-        """The absolute path of what is to be deleted: the last part may be a link to anywhere."""
+        """The absolute path for a deletion: the last part may be a link to anywhere."""
         parent, _, name = safe_relative(path).rpartition("/")
         return os.path.join(self._path(parent), name)
 

@@ -1,4 +1,4 @@
-"""What one kind of store offers beyond fsspec: multipart uploads, reads in place, listings without shards."""
+"""One kind of store's interface beyond fsspec: multipart uploads, reads in place, listings without shards."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Multipart(ABC):
     def put_part(
         self, full: str, upload: str, number: int, view: memoryview, stop: threading.Event
     ) -> str:
-        """Store part `number`, counted from 1; returns what `complete` needs of it.
+        """Store part `number`, counted from 1; returns what `complete` needs for it.
 
-        May give up with any error once `stop` is set.
+        May stop with any error once `stop` is set.
         """
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Multipart(ABC):
 
     @abstractmethod
     def abort(self, full: str, upload: str) -> None:
-        """Throw an upload away, with all its parts."""
+        """Abort an upload and delete all its parts."""
 
     def unfinished(self, prefix: str) -> list[tuple[str, str]]:
         """(full path, id) of uploads below a prefix that were neither completed nor aborted.
@@ -84,9 +84,9 @@ class Multipart(ABC):
         return 4
 
     def fetch(self, full: str, offset: int, view: memoryview) -> bool:
-        """Fill `view` from byte `offset` of an object; False if there is no way but fsspec's."""
+        """Fill `view` from byte `offset` of an object; False if only fsspec can read it."""
         return False
 
     def names(self, root: str) -> Names | None:
-        """Everything below the root but shard files, in few requests; None if that cannot be had."""
+        """Everything below the root except shard files, in few requests; None if the store cannot do this."""
         return None

@@ -1,4 +1,4 @@
-"""What lies below a prefix of a store: listing it, telling whether it changed, removing it."""
+"""List the objects below a prefix of a store, detect changes, and delete them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.storage.client import StoreClient
 from engine.storage.remote_failures import NoBucketError
 
 _TAGS = ("ETag", "etag", "generation", "LastModified", "last_modified", "created", "mtime")
-"""What stores tell in a listing that is another one once an object was written again."""
+"""Fields of a store's listing that change when an object is written again."""
 
 
 def entries(client: StoreClient, path: str) -> list[Entry]:
@@ -51,21 +51,21 @@ def files(client: StoreClient, path: str) -> list[tuple[str, int]]:
 
 
 def versions(client: StoreClient, path: str) -> dict[str, str]:
-    """By file of a directory, its size and what the store tells about when it was written."""
+    """For each file of a directory, its size and the store's fields that change with each write."""
     full = client.full(path)
     found = client.do("list", path, lambda: client.listing("ls", full))
     return {_last(info): _version(info) for info in found if info.get("type") == "file"}
 
 
 def remove(client: StoreClient, names: Iterable[str]) -> None:
-    """Remove objects by their full names. Some may be left: `require_gone` looks."""
+    """Delete objects by their full names. Some may be left: `require_gone` checks."""
     plain = []
     for name in names:
         if any(character in name for character in "*?["):  # rm() would take these for patterns
             client.call("rm_file", name)
         else:
             plain.append(name)
-    with contextlib.suppress(FileNotFoundError):  # an earlier try, or another process, was there first
+    with contextlib.suppress(FileNotFoundError):  # an earlier try, or another process, has deleted it
         if plain:
             client.call("rm", plain)
 
@@ -81,7 +81,7 @@ def require_gone(client: StoreClient, path: str, names: Collection[str] | None =
 
 
 def clear(client: StoreClient, path: str, ours: Callable[[str], bool]) -> Cleared:
-    """As `Storage.clear_dir` has it. Unfinished uploads are the caller's."""
+    """See `Storage.clear_dir`. The caller aborts unfinished uploads."""
     full = client.full(path)
     if client.is_object_store:
         found = [name for name, _ in files(client, path)]

@@ -13,7 +13,7 @@ from engine.storage.redact import redact_uri
 from engine.storage.uris import is_uri
 
 _ONE_SLASH = re.compile(r"(?:s3a?|gc?s|az|abfss?|file|memory):/(?!/)")
-"""A slip that would otherwise make a local directory of that name: noticed only when it is missed."""
+"""A typo that would otherwise create a local directory of that name."""
 
 _LOCAL_SCHEMES = ("file", "local")
 

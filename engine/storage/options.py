@@ -1,4 +1,4 @@
-"""Storage options as people write them, as the clients take them."""
+"""Convert storage options from what users write to what the clients take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CREDENTIALS = ("key", "secret", "token", "password", "username", "user", "accou
 _S3_DEADLINES = {
     "connect_timeout": 10,
     "read_timeout": 60,
-    # Tries are counted in one place, `storage.retry`: counted in several, they multiply.
+    # Only `storage.retry` retries: nested retries would multiply.
     "retries": {"mode": "standard", "total_max_attempts": 1},
     # Manifests are read side by side.
     "max_pool_connections": 32,
@@ -38,7 +38,7 @@ def client_options(scheme: str, options: Mapping[str, object]) -> dict[str, Any]
         target[last] = _convert(last, value)
     if scheme in ("s3", "s3a"):
         converted["config_kwargs"] = {**_S3_DEADLINES, **converted.get("config_kwargs", {})}
-    # A remembered listing hides what other ranks wrote.
+    # A cached listing hides what other ranks wrote.
     return {**converted, "use_listings_cache": False}
 
 
@@ -53,5 +53,5 @@ def _convert(name: str, value: object) -> object:
         try:
             return json.loads(value)
         except ValueError:
-            raise ConfigError(f"the storage option {name!r} looks like JSON, and is not") from None
+            raise ConfigError(f"the storage option {name!r} looks like JSON but is not valid") from None
     return value

@@ -1,4 +1,4 @@
-"""The operating system's errors, as Holdfast's own: what happened, where, and what to do next."""
+"""Convert the operating system's errors to Holdfast's: what happened, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ TRANSIENT = frozenset(
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space there, keep fewer checkpoints, or choose another directory",
     errno.EDQUOT: "the quota is used up: free space there, keep fewer checkpoints, or ask for more",
-    errno.EACCES: "no permission: choose another directory, or have its rights changed",
-    errno.EPERM: "not permitted: choose another directory, or have its rights changed",
+    errno.EACCES: "no permission: choose another directory, or have its permissions changed",
+    errno.EPERM: "not permitted: choose another directory, or have its permissions changed",
     errno.EROFS: "the file system is mounted read-only: choose another directory, or remount it",
     errno.ENOENT: "there is no such file or directory: check the path",
     errno.EEXIST: "the name is taken already: choose another one",
     errno.ENOTEMPTY: "the name is taken already: choose another one",
     errno.ENOTDIR: "a part of this path is a file, not a directory: check the path",
     errno.EISDIR: "this is a directory, not a file: check the path",
-    errno.EIO: "the device reported an input/output error: look into the kernel log, and trust it no longer",
+    errno.EIO: "the device reported an input/output error: check the kernel log, and stop using the device",
     errno.EFBIG: "the file is too large for the file system or its limit: check `ulimit -f`",
     errno.EMFILE: "too many open files: raise the limit with `ulimit -n`",
     errno.ENFILE: "too many open files on this machine: close some, then try again",

@@ -21,7 +21,7 @@ from engine.storage.system import System
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 A_LINK = "is a symbolic link: neither the link nor what it points at is changed"
 _STAYS = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
-"""How the kernel refuses to remove a directory that is not empty, and whatever something is mounted on."""
+"""How the kernel refuses to remove a directory that is not empty, or a mount point."""
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def _mode(parent: int, name: str) -> int:
 
 def _same_mount(one: int, two: int) -> bool:
     ids = _mount_id(one), _mount_id(two)
-    if None in ids:  # a /proc that does not tell, as in some sandboxes
+    if None in ids:  # this /proc does not say, as in some sandboxes
         return os.fstat(one).st_dev == os.fstat(two).st_dev
     return ids[0] == ids[1]
 

@@ -1,4 +1,4 @@
-"""Send windows by several threads, and prepare the next one meanwhile."""
+"""Send windows with several threads while preparing the next one."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ def send_windows(
 
 
 class _NotSent(Exception):
-    """The end of a window behind another one's error, which is the one to report."""
+    """Ends a window after another window's error, which is the one to report."""

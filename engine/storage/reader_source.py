@@ -1,4 +1,4 @@
-"""An open file as what another file is written from, window by window, in a few buffers that go round."""
+"""An open file as the source of another file, window by window, in a few recycled buffers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Read ranges of a local file: from the page cache what is there, past it what is not.
+"""Read ranges of a local file: cached bytes from the page cache, others directly from the disk.
 
 A restore reads each byte once. Through the page cache, cold data is copied twice, evicts what others need,
 and on a machine whose memory is full waits for the kernel to make room; direct reads do none of that. Warm
-data is the other way round: it is a memory copy away. Which of the two it is, the kernel is asked.
+data takes only a memory copy from the page cache. The kernel says which data is cached.
 """
 
 from __future__ import annotations

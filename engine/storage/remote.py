@@ -208,7 +208,7 @@ class FsspecStorage(Storage):
         except StorageUnavailableError:
             raise
         except StorageError as error:
-            # Not everybody who may write may list uploads, nor has every store that list. Deleting goes on.
+            # Some credentials may not list uploads; some stores have no such list. Deleting continues.
             if not self._told_uploads:
                 self._told_uploads = True
                 log.warning("unfinished uploads cannot be listed, so they stay: %s", error)

@@ -1,6 +1,6 @@
-"""The errors of fsspec's file systems and their clients, as Holdfast's own.
+"""Convert the errors of fsspec's file systems and their clients to Holdfast's.
 
-Told apart by error codes, HTTP statuses and class names rather than by the clients' classes: importing
+They are recognised by error codes, HTTP statuses and class names, not by the clients' classes: importing
 botocore, azure and google clients to name their exceptions would make them dependencies.
 """
 
@@ -136,7 +136,7 @@ _ADVICE: dict[type[HoldfastError], str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Signal:
-    """What one exception of a chain tells."""
+    """The evidence in one exception of a chain."""
 
     code: str
     status: int | None
@@ -146,7 +146,7 @@ class _Signal:
 def remote_error(
     error: BaseException, doing: str, where: str, scrub: Callable[[str], str]
 ) -> StorageError | ConfigError:
-    """The error for whatever a client raised; `scrub` takes the secrets out of the client's own words."""
+    """The error for a client's exception; `scrub` removes secrets from the client's own text."""
     kind = classify(error)
     said = scrub(f"{type(error).__name__}: {error}")[:300].rstrip(". ")
     text = f"could not {doing} {where}: {_ADVICE[kind]} ({said})"

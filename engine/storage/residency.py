@@ -1,7 +1,7 @@
 """Whether a range of a file lies in the page cache: cachestat(2), Linux 6.5 and newer.
 
-A read that refuses to wait (RWF_NOWAIT) tells it as well, but a miss makes the kernel read ahead, several
-hundred KiB: where direct reads follow, that is read from the disk twice.
+A read that refuses to wait (RWF_NOWAIT) also tells, but after a miss the kernel reads ahead several hundred
+KiB: if direct reads follow, those bytes are read from the disk twice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Retry what a network may have broken: capped exponential back-off with jitter, and a deadline."""
+"""Retry after network errors: capped exponential back-off with jitter, and a deadline."""
 
 from __future__ import annotations
 
@@ -136,6 +136,6 @@ class Storm:
 
 
 def _given_up(error: StorageUnavailableError, failures: int, spent: float) -> StorageUnavailableError:
-    final = StorageUnavailableError(f"{error} (given up after {failures} tries in {spent:.0f} s)")
+    final = StorageUnavailableError(f"{error} (gave up after {failures} tries in {spent:.0f} s)")
     final.errno = error.errno
     return final

@@ -1,4 +1,4 @@
-"""Which kind of store a scheme names, and what Holdfast can do there beyond fsspec."""
+"""Choose by scheme the interface that Holdfast uses beyond fsspec."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def multipart_for(scheme: str, fs: Any) -> Multipart | None:
 
 
 def settings_check(scheme: str, fs: Any, uri: str) -> Callable[[], None] | None:
-    """What to call before the first request: ConfigError if settings name what is not there."""
+    """A check to call before the first request: ConfigError if settings name something that is missing."""
     if scheme in ("s3", "s3a"):
         from engine.storage.s3_network import check
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class RefusedError(Exception):
-    """The store answered, but did not do as told. The client's own request for the same tells why."""
+    """The store answered but refused. The client's own request for the same object tells why."""
 
 
 class BusyError(Exception):
@@ -119,7 +119,7 @@ class Transport:
             raise self._worded(error) from None
 
     def _worded(self, error: Exception) -> Exception:
-        """The error in words that give nothing away: the library's own may quote the address."""
+        """The error without secrets: the library's own text may quote the address."""
         cause = _cause(error)
         if isinstance(cause, ConnectTimeoutError) and not isinstance(cause, NewConnectionError):
             return TimeoutError(f"no connection within {self._limits.connect_secs:.0f} s")

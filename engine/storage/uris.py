@@ -1,4 +1,4 @@
-"""Take an address apart into a storage and the name of one checkpoint in it."""
+"""Split an address into a storage and the name of one checkpoint in it."""
 
 from __future__ import annotations
 
