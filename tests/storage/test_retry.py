@@ -56,7 +56,7 @@ def test_success_after_failures(failures: int) -> None:
 
 def test_gives_up_after_eight() -> None:
     time, attempt = Time(), Failing(99)
-    with pytest.raises(StorageUnavailableError, match=r"s3://b: away \(given up after 8 tries in \d+ s\)"):
+    with pytest.raises(StorageUnavailableError, match=r"s3://b: away \(gave up after 8 tries in \d+ s\)"):
         policy(time).call(attempt)
     assert attempt.calls == 8
     assert len(time.pauses) == 7
@@ -78,7 +78,7 @@ def test_slow_attempts_count() -> None:
         time.now += 50.0
         raise StorageUnavailableError("slow")
 
-    with pytest.raises(StorageUnavailableError, match="given up after 3 tries"):
+    with pytest.raises(StorageUnavailableError, match="gave up after 3 tries"):
         policy(time).call(slow)
 
 
