@@ -201,7 +201,7 @@ def test_an_outage_is_never_an_empty_listing() -> None:
             lambda: storage.make_dir(),
         ):
             pauses.clear()
-            with pytest.raises(StorageUnavailableError, match="given up after 3 tries"):
+            with pytest.raises(StorageUnavailableError, match="gave up after 3 tries"):
                 use()
             assert len(pauses) == 2
 

@@ -238,7 +238,7 @@ def test_a_proxy_that_goes_away_later_is_an_outage(
         storage = opened()
         storage.write_file("a", b"1")
     proxy.gone = True
-    with pytest.raises(StorageUnavailableError, match="given up after 8 tries"):
+    with pytest.raises(StorageUnavailableError, match="gave up after 8 tries"):
         storage.write_file("a", b"2")
     assert len(pauses) == 7
 
