@@ -109,7 +109,7 @@ class StopSignals:
                 # The other ranks have agreed to continue; it is too late to tell them.
                 if _world_size() > 1 or not self._signal_arrives():
                     raise
-                log.warning("stopping on signal %s; the loader failed meanwhile: %r", self.signum, error)
+                log.warning("stopping on signal %s; the loader also failed: %r", self.signum, error)
                 return
             yield batch
 

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
                 results.append(_verify(storage, item, arguments.quick, bar.progress))
             except NotFoundError as error:
                 if target.name is None and not storage.exists(f"{item.id}/{MANIFEST}"):
-                    log.info("%s was deleted meanwhile", item.id)
+                    log.info("%s was deleted during the verification", item.id)
                 else:
                     errors.append(error)
             except NewerFormatError as error:

@@ -18,7 +18,7 @@ _MAX_JSON_BYTES = 64 << 20
 _LEGACY_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """The magic number of torch.save before torch 1.6, after the pickle's protocol."""
 
-_AGAIN = "the download failed: look into the file, then download the checkpoint again"
+_AGAIN = "the download failed: look at the file, then download the checkpoint again"
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (
         b"version https://git-lfs.github.com/spec/",
@@ -63,7 +63,7 @@ def file_kind(path: Path) -> FileKind:
         head = file.read(_HEAD_BYTES)
     if not head:
         return FileKind(
-            "other", "an empty file", "it was not written to the end: write or download it again"
+            "other", "an empty file", "its writing was interrupted: write or download it again"
         )
     # First, because its leading length may look like any magic number, while no other format looks like it.
     if _is_safetensors(head, size):

@@ -44,7 +44,7 @@ def seen(storage: Storage, id: str) -> str:
 
 
 def mark_damaged(storage: Storage, id: str, reason: str, *, seen: str | None = None) -> None:
-    """Mark a checkpoint as damaged; listings and `latest` then pass it over. The last reason wins.
+    """Mark a checkpoint as damaged; listings and `latest` then skip it. The last reason wins.
 
     `seen`: the result of `seen()` from before the damage was found; the mark holds while that is unchanged.
     None: it holds until it is cleared.

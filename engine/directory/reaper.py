@@ -138,7 +138,7 @@ def _is_abandoned(
         return True
     if first_time("arriving", storage.uri, name):
         log.info(
-            "%s has no manifest, and no run of this directory began it. It may be a copy that is still "
+            "%s has no manifest, and no known run started it. It may be a copy that is still "
             "arriving: it is kept until nothing in it has changed for an hour",
             storage.describe(name),
         )

@@ -84,7 +84,7 @@ def checkpoint_at(address: str, options: Mapping[str, str] | None = None) -> AtP
 def log_passed_over(damaged: Sequence[Listed]) -> None:
     """Warn of the damaged checkpoints that a selector passed over."""
     for item in damaged:
-        log.warning("passing over %s, which is damaged: %s", item.id, item.reason)
+        log.warning("skipping %s, which is damaged: %s", item.id, item.reason)
 
 
 def _unusable(listed: Sequence[Listed], where: str) -> str:

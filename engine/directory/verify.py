@@ -222,7 +222,7 @@ def _block_damage(shard: ShardFile, block: int, digest: bytes) -> Damage:
     begin = block * shard.block_bytes
     end = min(begin + shard.block_bytes, shard.file_bytes)
     sentence = (
-        f"{shard.file}: block {block} (bytes {begin} to {end}) is not what was written: "
+        f"{shard.file}: block {block} (bytes {begin} to {end}) has changed: "
         f"its digest is {found}, not {expected}"
     )
     return Damage(shard.file, block, expected, found, sentence)
@@ -230,5 +230,5 @@ def _block_damage(shard: ShardFile, block: int, digest: bytes) -> Damage:
 
 def _further_damage(shard: ShardFile, more: int, total: int) -> Damage:
     blocks = len(shard.digests) // DIGEST_BYTES
-    sentence = f"{shard.file}: {more} more blocks are not what was written, {total} of {blocks} in total"
+    sentence = f"{shard.file}: {more} more blocks have changed, {total} of {blocks} in total"
     return Damage(shard.file, None, f"{blocks} intact blocks", f"{total} damaged blocks", sentence)

@@ -373,7 +373,7 @@ def _held_message(storage: Storage, top: LeaseInfo, me: ProcessIdentity, watch: 
         ours = _ours.get((top.run_id, top.epoch))
         made = f", in a Checkpointer made at {ours._made_at}" if ours is not None and ours._made_at else ""
         return (
-            f"{storage.uri} is held by this very process (pid {me.pid} on {me.host}, run {top.run_id})"
+            f"{storage.uri} is held by this process itself (pid {me.pid} on {me.host}, run {top.run_id})"
             f"{made}: close that Checkpointer first (deleting the last reference to it does so), or use "
             "another directory"
         )

@@ -141,8 +141,8 @@ class _Copy:
             self._target.sync_dir(id)
             return False
         raise AlreadyExistsError(
-            f"{self._target.describe(id)} is another checkpoint with this name: it is left alone. Copy to "
-            "another directory"
+            f"{self._target.describe(id)} is a different checkpoint with the same name, and was not changed. "
+            "Copy to another directory"
         )
 
     def _send_files(self, manifest: Manifest, there: Mapping[str, int], committed: bool) -> None:
@@ -170,7 +170,7 @@ class _Copy:
         problem: DamagedError | None = None
         for _ in range(SEND_TRIES):
             if problem is not None:
-                log.warning("%s did not arrive as it was sent, sending it again: %s", path, problem)
+                log.warning("%s changed on the way, sending it again: %s", path, problem)
                 self._target.delete_file(path)
             with verified(self._source, f"{self._name}/{file.file}", file, self._advance) as source:
                 self._target.write_shard(path, source)
@@ -179,8 +179,8 @@ class _Copy:
             if problem is None:
                 return
         raise StorageError(
-            f"{self._target.describe(path)} was sent {SEND_TRIES} times and never arrived as it was sent "
-            f"({problem}): this storage or the way to it changes data. Test it with "
+            f"{self._target.describe(path)} was sent {SEND_TRIES} times, and changed on the way each time "
+            f"({problem}): this storage or the network on the way changes data. Test it with "
             "`python -m engine.checkpoints selftest`"
         )
 

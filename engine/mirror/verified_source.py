@@ -74,7 +74,7 @@ class _Comparison:
         bad = first_bad_block(found, self._compared, self._shard.digests)
         if bad is not None:
             raise DamagedError(
-                f"{self._shard.file}: block {bad} (from byte {bad * self._shard.block_bytes}) is not what "
-                "was written"
+                f"{self._shard.file}: block {bad} (from byte {bad * self._shard.block_bytes}) has "
+                "changed"
             )
         self._compared += len(found) // DIGEST_BYTES

@@ -41,7 +41,10 @@ class StoreClient:
         self._redactor = Redactor(uri, options)
         self._retry = retry or Retry()
         if "::" in uri:
-            raise ConfigError(f"{self.uri} chains file systems: a cache in between hides what others write")
+            raise ConfigError(
+                f"{self.uri} chains file systems, and a cache among them hides what others write: give the "
+                "URI of a single one"
+            )
         try:
             fs, root = url_to_fs(uri, **client_options(self.scheme, options))
         except ImportError as error:

@@ -75,8 +75,8 @@ def require_gone(client: StoreClient, path: str, names: Collection[str] | None =
     left = [name for name, _ in files(client, path) if names is None or name in names]
     if left:
         raise StorageError(
-            f"could not delete {client.describe(path)}: {len(left)} objects are left, {left[0]!r} first:"
-            " check that the credentials may delete"
+            f"could not delete {client.describe(path)}: {len(left)} objects are left, such as {left[0]!r}:"
+            " check that the credentials allow deleting"
         )
 
 

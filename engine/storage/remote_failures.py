@@ -129,7 +129,7 @@ _ADVICE: dict[type[HoldfastError], str] = {
         "AWS_CA_BUNDLE or the storage option client_kwargs.verify"
     ),
     StorageUnavailableError: "the store could not be reached or answered with an error: try again later",
-    ConfigError: "its address or options do not suit the client: check them",
+    ConfigError: "the client does not accept its address or options: check them",
     StorageError: "the store refused: check its address and options",
 }
 

@@ -123,7 +123,7 @@ class _ShardWriter:
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
-                log.debug("%s: direct I/O refused at byte %d, going on buffered", self._path, position)
+                log.debug("%s: direct I/O refused at byte %d, writing buffered now", self._path, position)
                 self.direct = False
                 break
             position += written // SECTOR_BYTES * SECTOR_BYTES

@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
     "foreign_shard": Case(
         take_from_older(SHARD),
         "committed",
-        rf"{SHARD}: block 0 \(bytes 0 to 65536\) is not what was written: "
+        rf"{SHARD}: block 0 \(bytes 0 to 65536\) has changed: "
         rf"its digest is {_SHORT}, not {_SHORT}",
         quick=False,
         restore=changed(0, "0 to 65,536"),
@@ -235,7 +235,7 @@ CASES: dict[str, Case] = {
     "flipped_bit_in_data": Case(
         flip(SHARD, -1),
         "committed",
-        rf"{SHARD}: block 1 \(bytes 65536 to 86048\) is not what was written: "
+        rf"{SHARD}: block 1 \(bytes 65536 to 86048\) has changed: "
         rf"its digest is {_SHORT}, not {_SHORT}$",
         quick=False,
         restore=changed(1, "65,536 to 86,048"),

@@ -301,7 +301,7 @@ def test_delete_that_reports_success_and_deletes_nothing(
     """A bulk delete answers 200, with the refusals inside."""
     storage.write_file("step/a", b"1")
     monkeypatch.setattr(storage._fs, "rm", lambda paths: None)
-    with pytest.raises(StorageError, match="1 objects are left, 'a' first"):
+    with pytest.raises(StorageError, match="1 objects are left, such as 'a'"):
         storage.delete_tree("step")
 
 

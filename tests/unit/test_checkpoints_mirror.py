@@ -119,7 +119,7 @@ def test_copy_of_nothing_and_to_nowhere(run: Program, source: Path, tmp_path: Pa
     run("copy", source, tmp_path / "there", "--select=step:7").refused("step:30")
     assert not (tmp_path / "there").exists()
     write_checkpoint(tmp_path / "other", sequence=1, seed=5)
-    run("copy", source / id_of(1), tmp_path / "other").refused("another checkpoint with this name")
+    run("copy", source / id_of(1), tmp_path / "other").refused("a different checkpoint with the same name")
 
 
 def test_copy_into_a_directory_that_a_run_writes_to(run: Program, source: Path, tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_a_damaged_best_that_is_passed_over_is_said(tmp_path: Path, caplog: pyte
     choice = choose_checkpoint(storage, "best")
     assert choice is not None
     assert choice.record.id == good
-    assert caplog.messages == [f"passing over {best}, which is damaged: block 3 has changed"]
+    assert caplog.messages == [f"skipping {best}, which is damaged: block 3 has changed"]
 
 
 def test_the_trainers_flags(tmp_path: Path) -> None:

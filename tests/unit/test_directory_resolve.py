@@ -79,7 +79,7 @@ def test_where_all_are_whole_the_error_ends_with_them() -> None:
 def test_the_warning_names_each_and_why(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     log_passed_over(resolve(listed(damaged=(4,)), parse_selector("latest"), "/runs/a").passed_over)
-    assert caplog.messages == ["passing over step-00000004-00000004, which is damaged: block 4 has changed"]
+    assert caplog.messages == ["skipping step-00000004-00000004, which is damaged: block 4 has changed"]
 
 
 def test_a_path_names_a_checkpoint_or_the_error_says_where_none_is(tmp_path: Path) -> None:

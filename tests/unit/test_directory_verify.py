@@ -73,7 +73,7 @@ def test_a_wiped_file_is_summed_up(tmp_path: Path) -> None:
     assert len(damage) == verify.MAX_BLOCKS_NAMED + 1
     assert (
         damage[-1].sentence
-        == f"{SHARD}: {blocks - 16} more blocks are not what was written, {blocks} of {blocks} in total"
+        == f"{SHARD}: {blocks - 16} more blocks have changed, {blocks} of {blocks} in total"
     )
 
 

@@ -150,7 +150,7 @@ def test_a_released_lease_is_free_at_once_and_epochs_go_on(world: World, storage
 def test_the_same_process_twice_is_told_so(world: World, storage: RecordingStorage) -> None:
     world.living.add(HERE.pid)
     world.acquire(storage)
-    with pytest.raises(DirectoryHeldError, match="this very process"):
+    with pytest.raises(DirectoryHeldError, match="this process itself"):
         world.acquire(storage)
 
 

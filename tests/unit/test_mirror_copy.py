@@ -242,7 +242,7 @@ def test_a_damaged_manifest_is_replaced(local: LocalStorage, second: Storage, id
 def test_another_checkpoint_of_that_name_is_left_alone(tmp_path: Path, second: Storage, id: str) -> None:
     write_checkpoint(second, world_size=2, rows=70, seed=1)
     before = files(second, id)
-    with pytest.raises(AlreadyExistsError, match="another checkpoint with this name"):
+    with pytest.raises(AlreadyExistsError, match="a different checkpoint with the same name"):
         copy_checkpoint(LocalStorage(tmp_path / "local"), id, second, check=True)
     assert files(second, id) == before
 

@@ -201,7 +201,7 @@ def test_another_checkpoint_of_that_name_does_not_hold_up_the_others(
     second.write_file(f"{there}/shard-00000.safetensors", b"short")
     desk = Desk(local, second).once()
     assert desk.kinds() == [("mirror_failed", 20), ("mirror_copied", 10)]
-    assert "another checkpoint with this name" in desk.events[0]["cause"]
+    assert "a different checkpoint with the same name" in desk.events[0]["cause"]
 
 
 def test_one_that_retention_removed_meanwhile_is_no_failure(

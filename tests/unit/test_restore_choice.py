@@ -93,8 +93,8 @@ def test_latest_passes_over_what_is_marked_or_visibly_damaged_and_says_so(
     marks.mark_damaged(LocalStorage(tmp_path), ids[2], "block 3 has changed")
     (tmp_path / ids[1] / "shard-00000.safetensors").write_bytes(b"short")
     assert chosen(tmp_path, "latest") == ids[0]
-    assert f"passing over {ids[2]}, which is damaged: block 3 has changed" in caplog.text
-    assert f"passing over {ids[1]}" in caplog.text
+    assert f"skipping {ids[2]}, which is damaged: block 3 has changed" in caplog.text
+    assert f"skipping {ids[1]}" in caplog.text
 
 
 def test_an_older_damaged_one_is_not_mentioned(

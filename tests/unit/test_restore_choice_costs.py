@@ -134,7 +134,7 @@ def test_a_mark_is_read_if_it_explains_why_a_newer_one_is_passed_over(
     marks.mark_damaged(here, ids[3], "block 3 has changed")
     assert chosen(here, "latest") == ids[2]
     assert here.asked == manifests(*ids) | {f"{ids[3]}/damaged.json": 1}
-    assert caplog.messages == [f"passing over {ids[3]}, which is damaged: block 3 has changed"]
+    assert caplog.messages == [f"skipping {ids[3]}, which is damaged: block 3 has changed"]
 
 
 def test_of_a_mirror_only_what_is_not_whole_here_is_read(
