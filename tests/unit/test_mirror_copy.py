@@ -303,7 +303,7 @@ def test_a_store_that_keeps_changing_data_is_named_and_nothing_is_committed(
     tmp_path: Path, local: LocalStorage, id: str
 ) -> None:
     target = Changing(tmp_path / "mirror", times=99)
-    with pytest.raises(StorageError, match=r"was sent 3 times and never arrived.*selftest"):
+    with pytest.raises(StorageError, match=r"was sent 3 times, and changed on the way.*selftest"):
         copy_checkpoint(local, id, target)
     assert steps_in(target) == []
 
