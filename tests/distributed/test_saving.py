@@ -251,7 +251,7 @@ def test_one_rank_over_its_memory_budget(culprit: int, world: World, tmp_path: P
         world(2).run(little_memory, str(tmp_path), culprit)
     ):
         for text in (first, second):
-            assert "above the budget of 1,000,000 bytes" in text
+            assert "but the budget is 1,000,000 bytes" in text
             assert text.startswith("MemoryBudgetError") == (rank == culprit)
         assert third == 3
         assert committed == [3]

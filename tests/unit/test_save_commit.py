@@ -50,7 +50,7 @@ def test_receipts_become_shards_in_rank_order() -> None:
         (
             [Receipt(0, ATTEMPT, shard(0)), Receipt(1, "other", shard(1))],
             SaveFailedError,
-            "rank 1 reported another",
+            "rank 1 reported a different",
         ),
         # A failure is the cause; that the failed rank's values differ as well is noise.
         (

@@ -170,7 +170,7 @@ def test_the_budget(need: int, budget: int | None, available: int, figures: tupl
 
 def test_the_budget_is_checked_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging_module, "map_pages", lambda size_bytes: pytest.fail("memory was taken"))
-    with pytest.raises(MemoryBudgetError, match="above the budget of 4,096 bytes"):
+    with pytest.raises(MemoryBudgetError, match="but the budget is 4,096 bytes"):
         StagingBuffer(plan_files(0, [whole("w", 3000)]), pin=False, budget_bytes=4096)
 
 
