@@ -22,7 +22,7 @@ PHASES = {
     "snapshot": "engine.save.saver:Saver._copy",
     "write": "engine.save.job:write_rank",
     "commit": "engine.save.run_directory:commit",
-    "retention": "engine.directory.reaper:_retire",
+    "retention": "engine.directory.reaper:_delete_checkpoint",
     "restore": "engine.restore.restorer:Restorer._restore",
 }
 IN_FLIGHT = ("flight", "late")
