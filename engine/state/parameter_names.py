@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from engine.errors import UnsavableValueError
 from engine.state.modules import ModuleCapture
+from engine.state.values import MAX_DEPTH, too_deep
 
 
 class ParameterNames:
@@ -62,17 +63,22 @@ class ParameterNames:
                 names.append(path)
 
 
-def loose_tensors(path: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """(dotted path, tensor) of each tensor in nested dicts and lists."""
+def loose_tensors(path: str, value: Any, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """(dotted path, tensor) of each tensor in nested dicts and lists.
+
+    Raises: UnsavableValueError for containers nested too deep, such as a list that contains itself.
+    """
+    if depth > MAX_DEPTH:
+        raise too_deep(path)
     if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, dict):
         for key, inner in value.items():
             if isinstance(key, str | int):
-                yield from loose_tensors(f"{path}.{key}", inner)
+                yield from loose_tensors(f"{path}.{key}", inner, depth + 1)
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from loose_tensors(f"{path}.{number}", inner)
+            yield from loose_tensors(f"{path}.{number}", inner, depth + 1)
 
 
 def unknown_parameter(key: str, optimizer: Optimizer, parameter: torch.Tensor) -> UnsavableValueError:

@@ -91,6 +91,10 @@ def _odd(tensor: torch.Tensor) -> tuple[str, str]:
         return f"a {layout}", f"store its to_dense(){instead}"
     if tensor.is_quantized:
         return f"a quantized ({str(tensor.dtype).removeprefix('torch.')})", dtype_remedy(tensor.dtype)
+    kind = type(tensor)
+    own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if own and not hasattr(kind, "__tensor_flatten__") and not isinstance(tensor, DTensor):
+        return f"a {kind.__qualname__}", "store the tensors that it is made of by themselves"
     if isinstance(tensor, DTensor) and hasattr(type(tensor.to_local()), "__tensor_flatten__"):
         inside = type(tensor.to_local()).__qualname__
         return f"a distributed {inside}", "the parts of its shards have no position in the global tensor"

@@ -26,7 +26,7 @@ from engine.state.named_types import decode_named, encode_enum, missing_class, t
 from engine.state.tensor_format import check_savable
 
 Json = Any
-_MAX_DEPTH = 48  # JSON containers: a manifest may nest 64 and puts a few around a value
+MAX_DEPTH = 48  # JSON containers: a manifest may nest 64 and puts a few around a value
 
 _BEYOND = 2**63
 
@@ -71,8 +71,8 @@ class _Encoder:
         self._no_tensors = ""
 
     def encode(self, value: Any, path: str, depth: int) -> Json:
-        if depth > _MAX_DEPTH:
-            raise UnsavableValueError(f"{path}: nested deeper than {_MAX_DEPTH} levels (a cycle?)")
+        if depth > MAX_DEPTH:
+            raise too_deep(path)
         kind = type(value)
         if kind is str:
             return check_text(value, path)
@@ -193,6 +193,11 @@ class _Encoder:
                 )
             found["factory"] = name if factory is not None else None
         return found
+
+
+def too_deep(path: str) -> UnsavableValueError:
+    """The error for containers nested deeper than the format allows."""
+    return UnsavableValueError(f"{path}: nested deeper than {MAX_DEPTH} levels (a cycle?)")
 
 
 def _is_short(key: object) -> bool:

@@ -171,6 +171,10 @@ REFUSED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "sparse": (lambda: torch.eye(3).to_sparse(), r"a sparse_coo tensor .*; store its to_dense\(\), or"),
     "csr": (lambda: torch.eye(3).to_sparse_csr(), r"a sparse_csr tensor .*; store its to_dense\(\), or"),
     "mkldnn": (lambda: torch.ones(3).to_mkldnn(), r"a mkldnn tensor .*; store its to_dense\(\)$"),
+    "masked": (
+        lambda: torch.masked.masked_tensor(torch.ones(3), torch.tensor([True, False, True])),
+        r"a MaskedTensor tensor .*; store the tensors that it is made of",
+    ),
     "meta": (lambda: torch.empty(3, device="meta"), r"a meta tensor .*; give the module memory"),
     "nested": (nested, r"a nested tensor .*; store its unbind\(\)"),
     "quantized": (
@@ -214,3 +218,15 @@ def test_nothing_is_restored_into_what_has_no_memory(tmp_path: Path) -> None:
     ):
         checkpointer.restore()
     assert counter == {"n": 0}
+
+
+def test_a_list_that_contains_itself_is_refused_by_name(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    endless: list[object] = []
+    endless.append(endless)
+    state = {"model": module, "optimizer": torch.optim.SGD(module.parameters()), "v": {"x": endless}}
+    with (
+        Checkpointer(tmp_path, state) as checkpointer,
+        pytest.raises(UnsavableValueError, match=r"^v\.x\.0\..*: nested deeper than 48 levels"),
+    ):
+        checkpointer.save(1)
