@@ -168,7 +168,8 @@ class Checkpointer:
 
         opened = all_make(channel, "start/open", open_all, timeout_secs, what="the making of a Checkpointer")
         self._storage, second, capture = opened
-        all_declare_alike(channel, declarations(list(state), per_rank, rank0), timeout_secs)
+        declared = declarations(list(state), per_rank, rank0)
+        all_declare_alike(channel, declared, timeout_secs, read_only=read_only)
         self._restorer = Restorer(
             self._storage, capture, calls, seed, timeout_secs, store.client, listener, read_only, second
         )

@@ -1,4 +1,4 @@
-"""Checks that all ranks declare a state key alike: shared, in per_rank or in rank0."""
+"""Checks that all ranks make a Checkpointer alike: the kind of each state key, and `read_only`."""
 
 from __future__ import annotations
 
@@ -38,13 +38,28 @@ def conflict(by_rank: Sequence[Mapping[str, str]]) -> str:
     return ""
 
 
-def all_declare_alike(channel: Channel, declared: Mapping[str, str], timeout_secs: float) -> None:
-    """Return if no two ranks declare a key differently. Raises ConfigError on every rank otherwise."""
-    key, note = "start/declared", canonical_bytes(declared)
+def mixed_read_only(by_rank: Sequence[bool]) -> str:
+    """A sentence if only some ranks are read-only; "" otherwise. Pure."""
+    if len(set(by_rank)) == 1:
+        return ""
+    return (
+        f"read_only is True on rank {by_rank.index(True)} and False on rank {by_rank.index(False)}: make the "
+        "Checkpointer alike on every rank, or give the ranks that save a process_group of their own"
+    )
+
+
+def all_declare_alike(
+    channel: Channel, declared: Mapping[str, str], timeout_secs: float, *, read_only: bool
+) -> None:
+    """Return if all ranks declare their keys and `read_only` alike. Raises ConfigError on every rank
+    otherwise."""
+    key, note = "start/declared", canonical_bytes({"keys": dict(declared), "read_only": read_only})
 
     def compare() -> None:
         notes = channel.gather(key, note, timeout_secs, what="the making of a Checkpointer")
-        found = conflict([parse_canonical(raw, what="declarations") for raw in notes or ()])
+        parsed = [parse_canonical(raw, what="declarations") for raw in notes or ()]
+        found = mixed_read_only([each["read_only"] for each in parsed])
+        found = found or conflict([each["keys"] for each in parsed])
         if found:
             raise ConfigError(found)
 

@@ -79,12 +79,15 @@ def declared_apart(rank: int, world_size: int, directory: str) -> list[str]:
         outcome(lambda: Checkpointer(directory, missing, rank0=mine, timeout_secs=30)),
         outcome(lambda: Checkpointer(directory, both, rank0=mine, timeout_secs=30)),
         outcome(lambda: Checkpointer(directory, both, per_rank=mine, timeout_secs=30)),
+        outcome(lambda: Checkpointer(directory, both, read_only=rank == 1, timeout_secs=30)),
     ]
 
 
 def test_a_key_that_ranks_declare_differently_is_refused(world: World, tmp_path: Path) -> None:
-    for missing, rank0, per_rank in world(2).run(declared_apart, str(tmp_path)):
+    for missing, rank0, per_rank, read_only in world(2).run(declared_apart, str(tmp_path)):
         assert "rank 0 does not have it" in missing
         assert "rank 1 in rank0" in rank0
         assert "rank 1 in per_rank" in per_rank
-        assert {found.partition(":")[0] for found in (missing, rank0, per_rank)} == {"ConfigError"}
+        assert "read_only is True on rank 1 and False on rank 0" in read_only
+        kinds = {found.partition(":")[0] for found in (missing, rank0, per_rank, read_only)}
+        assert kinds == {"ConfigError"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.save.declarations import conflict, declarations
+from engine.save.declarations import conflict, declarations, mixed_read_only
 
 SHARED = declarations(["loader", "model"], (), ())
 PER_RANK = declarations(["loader", "model"], ("loader",), ())
@@ -44,3 +44,19 @@ def test_a_key_that_ranks_declare_differently_is_named(by_rank: list[dict[str, s
     found = conflict(by_rank)
     assert "'loader'" in found
     assert words in found
+
+
+@pytest.mark.parametrize("by_rank", [[True], [False], [True, True, True], [False, False]])
+def test_ranks_are_read_only_together(by_rank: list[bool]) -> None:
+    assert mixed_read_only(by_rank) == ""
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "words"),
+    [
+        ([True, False, False], "True on rank 0 and False on rank 1"),
+        ([False, False, True], "True on rank 2 and False on rank 0"),
+    ],
+)
+def test_a_rank_that_alone_is_read_only_is_named(by_rank: list[bool], words: str) -> None:
+    assert words in mixed_read_only(by_rank)
