@@ -200,7 +200,7 @@ def unsavable(rank: int, world_size: int, directory: str, culprit: int) -> list[
 def test_one_ranks_state_cannot_be_saved(culprit: int, world: World, tmp_path: Path) -> None:
     for rank, (first, second, third, committed) in enumerate(world(3).run(unsavable, str(tmp_path), culprit)):
         assert first == 1
-        assert "loader.value: a builtins.object" in second
+        assert "loader.value: a checkpoint cannot hold a builtins.object" in second
         assert second.startswith("UnsavableValueError") == (rank == culprit)
         if rank != culprit:
             assert f"rank {culprit}" in second

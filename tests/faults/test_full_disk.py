@@ -100,7 +100,7 @@ def test_too_little_space_is_said_with_figures_before_anything_is_written(
         world.ranks[0].disk.arm(10**6, fails_with(errno.EIO))
         (outcome,) = world.save(2)
         assert isinstance(outcome, SaveFailedError)
-        assert "1,234 free" in str(outcome)
+        assert "1,234 bytes free" in str(outcome)
         assert "takes 1" in str(outcome)
         assert "create" not in world.ranks[0].disk.names
         monkeypatch.undo()

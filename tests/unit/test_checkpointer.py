@@ -474,7 +474,7 @@ def test_several_models_and_optimizers(tmp_path: Path) -> None:
 def test_an_unsavable_value_is_refused_by_key_path_and_type_and_the_next_save_works(tmp_path: Path) -> None:
     loader: State = {"position": 1, "workers": {"pool": [object()]}}
     with Checkpointer(tmp_path, {"loader": loader}) as checkpointer:
-        with pytest.raises(UnsavableValueError, match=r"loader\.workers\.pool\.0: a builtins\.object"):
+        with pytest.raises(UnsavableValueError, match=r"loader\.workers\.pool\.0: .* a builtins\.object"):
             checkpointer.save(1)
         checkpointer.wait()
         assert checkpointer.failed_saves == 1
